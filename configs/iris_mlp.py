@@ -1,0 +1,26 @@
+"""A small network on four measurements of iris flowers."""
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.plan import as_config
+from finetune_jax.strategies import full
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config; `:tiny` makes two updates."""
+    config = configs.default()
+    config.data.update(
+        name="iris",
+        validation="validation",
+        test="test",
+        batch_size=30,
+        mean=(5.8, 3.1, 3.8, 1.2),
+        std=(0.8, 0.4, 1.8, 0.8),
+    )
+    config.model.name = "mlp"
+    config.model.hidden = (16,)
+    config.plan = as_config(full(epochs=40, peak_lr=1e-2, weight_decay=1e-4))
+    config.evaluate.every_epochs = 5.0
+    config.evaluate.best = "validation/loss"
+    return configs.tiny(config) if arg == "tiny" else config

@@ -1,0 +1,42 @@
+"""ResNet-20 from scratch on all of Fashion-MNIST: the source of the zoo's backbone.
+
+Question:  What does a small ResNet reach, trained as He et al. 2016 do, but shorter?
+Command:   python -m finetune_jax.main --config=configs/pretrain_fashion_mnist.py \
+               --config.data.dir=DIR --workdir=runs/pretrain_fashion_mnist
+           DIR has the four IDX files of https://github.com/zalandoresearch/fashion-mnist
+Export:    python scripts/export_zoo.py runs/pretrain_fashion_mnist
+"""
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.plan import as_config
+from finetune_jax.strategies import full
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config; `:tiny` makes two updates."""
+    config = configs.default()
+    config.data.update(
+        name="idx",
+        train="train",  # All of it: nothing is chosen by the test set, or at all.
+        test="test",
+        batch_size=128,
+        mean=(0.286,),  # Of the training images.
+        std=(0.353,),
+        augment=(("flip",), ("pad_crop", 2)),
+    )
+    config.model.name = "resnet20"
+    config.plan = as_config(
+        full(
+            epochs=8,
+            optimizer="sgd",
+            optimizer_args={"momentum": 0.9, "nesterov": True},
+            peak_lr=0.1,  # He et al. 2016, section 4.2.
+            warmup_steps=469,
+            weight_decay=5e-4,
+        )
+    )
+    config.evaluate.every_epochs = 1.0
+    config.report.every_steps = 20
+    return configs.tiny(config) if arg == "tiny" else config

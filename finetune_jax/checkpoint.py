@@ -1,0 +1,162 @@
+"""Checkpoints: orbax saves and restores; what is restored is checked to the bit.
+
+A checkpoint has the state and a JSON of metadata, which is read first because it says in
+which phase the state was and so what structure it has. The metadata holds the digest of
+every leaf and of itself: orbax alone restores damaged arrays in silence.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from finetune_jax.errors import problems_error
+from finetune_jax.lookup import closest
+from finetune_jax.state import Progress, TrainState
+from finetune_jax.trees import leaf_digest, named
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are incomplete, unreadable or changed."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the first, the best and the newest ones stay."""
+
+    def __init__(self, folder: pathlib.Path, *, keep: int):
+        """Opens a folder, which is made if need be; leftovers of killed saves go.
+
+        Args:
+            folder: `checkpoints/` of a workdir.
+            keep: How many of the newest stay.
+        """
+        self.folder = folder.absolute()
+        self._keep = keep
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                create=True, cleanup_tmp_directories=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Returns the steps that there are, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves a state and where the run stands; returns when it lies on the disk.
+
+        Args:
+            state: On the host.
+            progress: Best step and log lines included.
+        """
+        step = int(state.step)
+        tree = _as_dict(state)
+        meta = {
+            "progress": dataclasses.asdict(progress),
+            "leaves": {name: leaf_digest(leaf) for name, leaf in named(tree).items()},
+        }
+        meta["sha256"] = _digest(meta)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+        )
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+        kept = {0, progress.best_step, *self.steps()[-self._keep :]}
+        for old in self.steps():
+            if old not in kept:
+                self._manager.delete(old)
+
+    def progress(self, step: int) -> Progress:
+        """Returns where the run stood at a checkpoint.
+
+        Raises:
+            DamagedCheckpoint: Its metadata cannot be read or has changed.
+        """
+        return Progress(**self._meta(step)["progress"])
+
+    def _meta(self, step: int) -> dict:
+        try:
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = dict(self._manager.restore(step, args=args)["meta"])
+            found = meta.pop("sha256")
+        except Exception as error:  # Orbax raises whatever the damage leads to.
+            raise DamagedCheckpoint(f"its metadata cannot be read: {error}") from error
+        if _digest(meta) != found:
+            raise DamagedCheckpoint("its metadata has changed since it was written")
+        return meta
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Returns the state of a checkpoint, every bit checked, on the host.
+
+        Args:
+            step: One of `steps()`.
+            target: A state of the structure that the checkpoint's phase has.
+
+        Raises:
+            UserError: The checkpoint's structure is not that of the target; lists names.
+            DamagedCheckpoint: Its files are incomplete or have changed.
+        """
+        meta, wanted = self._meta(step), _as_dict(target)
+        saved, names = set(meta["leaves"]), set(named(wanted))
+        problems = [
+            f"{n}: not in the checkpoint{closest(n, saved)}" for n in names - saved
+        ]
+        problems += [f"{n}: only in the checkpoint" for n in saved - names]
+        if problems:
+            raise problems_error(
+                f"Checkpoint {step} in {self.folder} is of another phase or model:",
+                sorted(problems),
+            )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            state = self._manager.restore(step, args=args)["state"]
+            leaves = named(state)
+        except Exception as error:  # Orbax raises whatever the damage leads to.
+            raise DamagedCheckpoint(f"its state cannot be read: {error}") from error
+        changed = [n for n in leaves if leaf_digest(leaves[n]) != meta["leaves"].get(n)]
+        if changed or set(leaves) != names:
+            raise DamagedCheckpoint(f"it has changed since it was written: {changed[:5]}")
+        return TrainState(**state)
+
+    def newest(
+        self, target: Callable[[Progress], TrainState], warn: Callable[[str], None]
+    ) -> tuple[TrainState, Progress] | None:
+        """Returns the newest whole checkpoint, or None if there is none.
+
+        A damaged one is reported, set aside, and the one before it used.
+
+        Args:
+            target: Returns a state of the structure that fits some progress.
+            warn: Told about every damaged checkpoint.
+        """
+        for step in reversed(self.steps()):
+            try:
+                progress = self.progress(step)
+                return self.restore(step, target(progress)), progress
+            except DamagedCheckpoint as error:
+                aside = self.folder.parent / "damaged" / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self.folder / str(step), aside)
+                self._manager.reload()
+                warn(f"checkpoint {step} is damaged: {error}; moved to {aside}")
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of the folder."""
+        self._manager.close()
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}  # type: ignore
+
+
+def _digest(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,390 @@
+"""The configuration: every key with its default, filled, overridden and checked.
+
+A config file has `get_config(arg="")` that returns a ConfigDict; it names what differs
+from `default()`. Numbers, strings and tuples only.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from finetune_jax.errors import UserError
+from finetune_jax.lookup import closest
+
+# What a resumed run may change, since no result depends on it.
+NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep")
+# Sections whose other keys belong to what `name` chooses; the constructor checks them.
+OPEN_SECTIONS = ("model", "task")
+CHOICES = {
+    "precision": ("float32", "bfloat16", "float64"),
+    "parallel.mode": ("jit", "pmap"),
+    "data.channels": (1, 3),
+    "init.input_channels": ("strict", "adapt"),
+}
+POSITIVE = (
+    "data.batch_size",
+    "data.image_size",
+    "data.per_class",
+    "evaluate.batch_size",
+    "evaluate.every_steps",
+    "evaluate.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "parallel.devices",
+    "parallel.fsdp",
+    "report.every_steps",
+)
+
+# The fields of a phase (plan.Phase documents them); None is "not given".
+PHASE: dict[str, Any] = {
+    "name": "train",
+    "steps": None,
+    "epochs": None,
+    "optimizer": "adamw",
+    "optimizer_args": {},
+    "peak_lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_steps": 0,
+    "end_lr_scale": 0.0,
+    "clip_norm": None,
+    "accumulate_steps": 1,
+    "weight_decay": 0.0,
+    "decay": (r"(?!.*(bias|scale)$).*",),
+    "rules": ((".*", 1.0),),
+    "batch_stats": "update",
+    "optimizer_state": "reset",
+    "plateau_metric": None,
+    "plateau_patience": 3,
+    "plateau_min_change": 0.0,
+}
+PHASE_OPTIONAL = {
+    "steps": int,
+    "epochs": float,
+    "clip_norm": float,
+    "plateau_metric": str,
+}
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns a config with every key at its default; a config file starts from it."""
+    optional = config_dict.placeholder
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.precision = "float32"  # Of the computation; parameters stay float32.
+    config.task = dict(name="classify")
+    config.data = ml_collections.ConfigDict()
+    data = config.data
+    data.name = "digits"  # A module in data/sources, or tfds:NAME.
+    data.dir = optional(str)  # Folder or file; embedded sources need none.
+    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
+    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
+    data.test = optional(str)
+    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
+    data.image_size = optional(int)  # None keeps the size of the data.
+    data.channels = optional(int)  # None keeps those of the data.
+    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
+    data.std = (1.0,)
+    data.augment = ()  # Pairs such as ("flip",), ("pad_crop", 2).
+    data.per_class = optional(int)  # Only so many training examples of each class.
+    data.split_seed = 0  # Of the splits that a source without its own is cut into.
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "resnet20"
+    config.model.classes = optional(int)  # None: as many as the data has.
+    config.model.head = ml_collections.ConfigDict()
+    config.model.head.hidden = ()
+    config.model.head.activation = "relu"
+    config.model.head.dropout = 0.0
+    config.model.head.init = "lecun_normal"
+    config.init = ml_collections.ConfigDict()
+    config.init.pretrained = optional(str)  # A weights address; None starts at random.
+    config.init.fresh = ()  # Regexes of the names that keep their initial value.
+    config.init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
+    config.plan = ()
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.every_steps = optional(int)  # None, None: at the ends of phases.
+    config.evaluate.every_epochs = optional(float)
+    config.evaluate.batch_size = 256
+    config.evaluate.best = optional(str)  # Such as validation/accuracy.
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = optional(int)  # None: at evaluations only.
+    config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
+    config.parallel = ml_collections.ConfigDict()
+    config.parallel.mode = "jit"
+    config.parallel.devices = optional(int)  # None: all.
+    config.parallel.fsdp = 1  # Devices over which parameters are sharded.
+    config.report = ml_collections.ConfigDict()
+    config.report.every_steps = 10  # Between two lines of training metrics.
+    config.lock()
+    for section in OPEN_SECTIONS:
+        config[section].unlock()
+    return config
+
+
+def load(address: str) -> ml_collections.ConfigDict:
+    """Returns what the config file FILE[:ARG] gives, defaults not yet filled in.
+
+    Raises:
+        UserError: No such file, or one that fails or returns something else.
+    """
+    path, _, argument = address.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = [str(p) for p in sorted(file.parent.glob("*.py"))]
+        raise UserError(
+            f"--config: no file {path!r}{closest(path, near)} "
+            "A config is a Python file with get_config()."
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([argument] if argument else []))
+    except Exception as error:
+        kind = type(error).__name__
+        raise UserError(
+            f"--config={address}: the file fails with {kind}: {error}"
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={path}: get_config() returned a {type(config)}")
+    return config
+
+
+def resolve(
+    config: Mapping[str, Any], overrides: Sequence[tuple[str, str]] = ()
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """Returns the config with every key, and all that is wrong with it.
+
+    Args:
+        config: What a config file gives.
+        overrides: (key, text) pairs of the command line, such as ("plan[0].steps", "7").
+    """
+    problems: list[str] = []
+    full = default()
+    with full.unlocked():
+        _fill(full, config, "", problems)
+        for key, text in overrides:
+            _override(full, key, text, problems)
+    if not problems:
+        problems += _range_problems(full)
+    return full.lock(), problems
+
+
+def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
+    for key in given:
+        name, value = f"{path}{key}", given[key]
+        if key not in full:
+            if path[:-1] in OPEN_SECTIONS:
+                full[key] = _as_tuple(value)
+            else:
+                problems.append(f"config.{name}: unknown{closest(key, full)}")
+        elif name == "plan":
+            full.plan = tuple(
+                phase_entry(entry, f"plan[{index}].", problems)
+                for index, entry in enumerate(value)
+            )
+        elif isinstance(full[key], ml_collections.ConfigDict):
+            if isinstance(value, Mapping | ml_collections.ConfigDict):
+                _fill(full[key], value, f"{name}.", problems)
+            else:
+                problems.append(f"config.{name}: {value!r} is not a section")
+        else:
+            _assign(full, key, value, name, problems)
+
+
+def phase_entry(
+    entry: Mapping[str, Any], path: str = "", problems: list[str] | None = None
+) -> ml_collections.ConfigDict:
+    """Returns one entry of `plan` with every field; optional ones are placeholders."""
+    found: list[str] = [] if problems is None else problems
+    full = ml_collections.ConfigDict(
+        {key: value for key, value in PHASE.items() if key not in PHASE_OPTIONAL}
+    )
+    for key, kind in PHASE_OPTIONAL.items():
+        full[key] = config_dict.placeholder(kind)
+    for key in entry:
+        if key not in full:
+            found.append(f"config.{path}{key}: unknown{closest(key, full)}")
+        elif key == "optimizer_args":
+            full[key] = ml_collections.ConfigDict(dict(entry[key]))
+        else:
+            _assign(full, key, entry[key], f"{path}{key}", found)
+    return full.lock()
+
+
+def _assign(section: Any, key: str, value: Any, name: str, problems: list) -> None:
+    """Sets a key to a value of its type; an int serves as a float, a list as a tuple."""
+    kind = section.get_type(key)
+    if kind is tuple and isinstance(value, list | tuple):
+        value = _as_tuple(value)
+    elif kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is kind or (value is None and _is_optional(name)):
+        section[key] = value
+    else:
+        problems.append(f"config.{name}: {value!r} is not {_A_KIND.get(kind, kind)}")
+
+
+_A_KIND = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    tuple: "a tuple",
+    bool: "True or False",
+}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_optional(name: str) -> bool:
+    if name.startswith("plan["):
+        return name.rpartition(".")[2] in PHASE_OPTIONAL
+    return name in flat(default()) and flat(default())[name] is None
+
+
+def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
+    """Sets what `--config.KEY=TEXT` names; `plan[0].steps` reaches into the plan."""
+    parts = re.findall(r"[^.\[\]]+|\[\d+\]", key)
+    section, seen = config, ""
+    for part in parts[:-1]:
+        inside = part.startswith("[")
+        position: Any = int(part[1:-1]) if inside else part
+        try:
+            section = section[position]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            names = list(section) if hasattr(section, "keys") else []
+            size = f"; {seen} has {len(section)} entries" if inside else ""
+            problems.append(
+                f"--config.{key}: no {part!r}{size}{closest(part, names)}"
+            )
+            return
+        seen += part if inside or not seen else f".{part}"
+    name = parts[-1] if parts else ""
+    is_open = seen in OPEN_SECTIONS or seen.endswith(".optimizer_args")
+    if name and is_open and name not in section:
+        with section.unlocked():
+            section[name] = _as_tuple(_parse(text, object))
+    elif not hasattr(section, "keys") or name not in section:
+        names = list(section) if hasattr(section, "keys") else []
+        problems.append(f"--config.{key}: unknown{closest(name, names)}")
+    elif isinstance(section[name], ml_collections.ConfigDict) or key == "plan":
+        problems.append(f"--config.{key}: a section; set one of its keys")
+    else:
+        value = _parse(text, section.get_type(name))
+        if section.get_type(name) is tuple and not isinstance(value, tuple | str):
+            value = (value,)
+        _assign(section, name, value, key, problems)
+
+
+def _parse(text: str, kind: type) -> Any:
+    if kind is str:
+        return None if text == "None" else text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _range_problems(config: ml_collections.ConfigDict) -> list[str]:
+    values = flat(config)
+    problems = []
+    for name in POSITIVE:
+        if values[name] is not None and not 0 < values[name] < math.inf:
+            problems.append(f"config.{name}: {values[name]}; more than 0 is needed")
+    for name, allowed in CHOICES.items():
+        value = values[name]
+        if value not in allowed and not (value is None and _is_optional(name)):
+            hint = closest(str(value), map(str, allowed))
+            problems.append(f"config.{name}: {value!r} is not one of {allowed}{hint}")
+    if config.seed < 0 or config.data.split_seed < 0:
+        problems.append("config.seed, config.data.split_seed: at least 0 is needed")
+    for name in ("data.mean", "data.std"):
+        if not values[name] or any(type(v) not in (int, float) for v in values[name]):
+            problems.append(f"config.{name}: {values[name]!r}; numbers are needed")
+        elif name == "data.std" and not all(v > 0 for v in values[name]):
+            problems.append(f"config.{name}: {values[name]!r}; more than 0 is needed")
+    if values["evaluate.every_steps"] and values["evaluate.every_epochs"]:
+        problems.append("config.evaluate: give every_steps or every_epochs, not both")
+    for pattern in config.init.fresh:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            problems.append(f"config.init.fresh: {pattern!r} is no regex: {error}")
+    return problems
+
+
+def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config made small: two updates a phase, for tests and a first look."""
+    for entry in config.plan:
+        entry.epochs, entry.steps = None, 2
+        entry.warmup_steps = min(entry.warmup_steps, 1)
+    config.evaluate.every_epochs, config.evaluate.every_steps = None, 1
+    config.report.every_steps = 1
+    return config
+
+
+def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns every value by its dotted key; `plan[0].steps` for those of a phase.
+
+    >>> flat({"a": {"b": 1}, "plan": ({"steps": 2},)})
+    {'a.b': 1, 'plan[0].steps': 2}
+    """
+    values: dict[str, Any] = {}
+    for key in config:
+        value = config[key]
+        if hasattr(value, "keys"):
+            values |= flat(value, f"{path}{key}.")
+        elif path == "" and key == "plan":
+            for index, entry in enumerate(value):
+                values |= flat(entry, f"plan[{index}].")
+        else:
+            values[f"{path}{key}"] = value
+    return values
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as JSON text; tuples become lists."""
+    plain = config.to_dict()
+    plain["plan"] = [entry.to_dict() for entry in config.plan]
+    return json.dumps(plain, indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> ml_collections.ConfigDict:
+    """Returns the resolved config that `to_json` wrote.
+
+    Raises:
+        UserError: Not such a file, or keys that this version does not know.
+    """
+    try:
+        config, problems = resolve(json.loads(text))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{where}: not the config of a run: {error}") from error
+    if problems:
+        raise UserError("\n  ".join([f"{where} does not fit this version:", *problems]))
+    return config
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the keys in which two configs differ, results depending on them."""
+    one, other = flat(ours), flat(theirs)
+    missing = "(not there)"
+    return [
+        f"config.{key}: {one.get(key, missing)!r} here, {other.get(key, missing)!r}"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key, missing) != other.get(key, missing)
+        and not any(
+            key == free or key.startswith(f"{free}.") for free in NO_RESULT_DEPENDS_ON
+        )
+    ]

@@ -1,0 +1,1 @@
+"""Data: sources, split strings, decoding, and batches in an order that is a function."""

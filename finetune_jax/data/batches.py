@@ -1,0 +1,75 @@
+"""Batches in an order that is a function of (seed, position) alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from finetune_jax.data.dataset import Dataset
+
+
+def training_order(examples: int, seed: int) -> Any:
+    """Returns the endless order of training: each epoch is a new shuffle of all examples.
+
+    Args:
+        examples: In the training split.
+        seed: Of the run.
+
+    Returns:
+        A `grain.MapDataset` of positions; update s of batch size B takes the stretch
+        from s * B on, so nothing is dropped, repeated or padded at the end of an epoch.
+    """
+    return grain.MapDataset.range(examples).shuffle(seed=seed).repeat()
+
+
+def training_batches(
+    dataset: Dataset,
+    *,
+    seed: int,
+    batch_size: int,
+    micro_batches: int,
+    start: int,
+    stop: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches of updates `start` to `stop`, arrays [k, b, ...].
+
+    Args:
+        dataset: The training split.
+        seed: Of the order.
+        batch_size: Examples in one update.
+        micro_batches: k, by which the batch is divided.
+        start: First update, counted from the beginning of the run.
+        stop: The update after the last.
+    """
+
+    def load(positions: np.ndarray) -> dict[str, np.ndarray]:
+        batch = dataset.take(positions)
+        batch["weight"] = np.ones(batch_size, np.float32)
+        batch["position"] = np.arange(batch_size, dtype=np.int32)
+        return {
+            name: array.reshape(micro_batches, -1, *array.shape[1:])
+            for name, array in batch.items()
+        }
+
+    order = training_order(len(dataset), seed).batch(batch_size)[start:stop]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    yield from order.map(load).to_iter_dataset(options)
+
+
+def evaluation_batches(
+    dataset: Dataset, *, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields all examples once, in order; the last batch is padded with weight 0.
+
+    Args:
+        dataset: A split.
+        batch_size: Of every batch, the last too.
+    """
+    for start in range(0, len(dataset), batch_size):
+        positions = np.arange(start, start + batch_size)
+        real = positions < len(dataset)
+        batch = dataset.take(np.where(real, positions, 0))
+        batch["weight"] = real.astype(np.float32)
+        batch["position"] = np.arange(batch_size, dtype=np.int32)
+        yield batch

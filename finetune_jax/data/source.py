@@ -1,0 +1,157 @@
+"""The contract of a data source: named splits of random-access examples."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from finetune_jax.errors import problems_error
+
+
+class Examples(Protocol):
+    """Random access to the examples of one split.
+
+    Attributes:
+        label: Class index of every example, int32.
+        shape: Of one example's inputs, (H, W, C) or (F,); None where they differ.
+        dtype: 'uint8' or 'float32'.
+    """
+
+    label: np.ndarray
+    shape: tuple[int, ...] | None
+    dtype: str
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
+
+    def inputs(self, indices: np.ndarray) -> Sequence[np.ndarray] | np.ndarray:
+        """Returns the inputs of some examples, undecoded sizes and all."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayExamples:
+    """Examples in memory (or memory-mapped)."""
+
+    values: np.ndarray
+    label: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example's inputs."""
+        return self.values.shape[1:]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the inputs."""
+        return str(self.values.dtype)
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.values)
+
+    def inputs(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the inputs of some examples."""
+        return self.values[indices]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set as it lies there.
+
+    Attributes:
+        name: For messages.
+        splits: Examples by the name of their split; a source without splits of its own
+            has the one split 'all'.
+        class_names: In the order of the labels.
+        fingerprint: Changes when the content does.
+    """
+
+    name: str
+    splits: Mapping[str, Examples]
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def array_source(
+    name: str,
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    class_names: Sequence[str] | None = None,
+) -> Source:
+    """Returns a source of arrays, checked.
+
+    Args:
+        name: For messages.
+        splits: (inputs, labels) by split: inputs [N, H, W], [N, H, W, C] or [N, F]; bytes
+            stay bytes, all other numbers become float32. Labels are integers or strings.
+        class_names: In the order of the labels; by default the labels that occur.
+
+    Raises:
+        UserError: Lists all that does not fit together.
+    """
+    problems = []
+    for split, (inputs, label) in splits.items():
+        where = f"split {split!r}"
+        if len(inputs) != len(label):
+            problems.append(f"{where}: {len(inputs)} inputs, {len(label)} labels")
+        if inputs.ndim not in (2, 3, 4) or label.ndim != 1:
+            problems.append(
+                f"{where}: inputs {inputs.shape}, labels {label.shape}; needed are "
+                "inputs [N, F], [N, H, W] or [N, H, W, C] and labels [N]"
+            )
+        if inputs.dtype.kind not in "uifb":
+            problems.append(f"{where}: inputs are {inputs.dtype}, not numbers")
+        elif inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
+            bad = np.argwhere(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))
+            problems.append(
+                f"{where}: {len(bad)} examples have NaN or infinity, "
+                f"the first is number {int(bad[0, 0])}"
+            )
+        if label.dtype.kind not in "uiUS":
+            problems.append(f"{where}: labels are {label.dtype}, not integers or text")
+    if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
+        shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
+        problems.append(f"the splits differ in shape: {shapes}")
+    if problems:
+        raise problems_error(f"The data {name} cannot be used:", problems)
+    values = np.unique(np.concatenate([label for _, label in splits.values()]))
+    if class_names is None or values.dtype.kind in "US":
+        class_names = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    else:
+        outside = [int(v) for v in values if not 0 <= v < len(class_names)]
+        if outside:
+            raise problems_error(
+                f"The data {name} cannot be used:",
+                [f"labels {outside}, but there are {len(class_names)} classes"],
+            )
+        values = np.arange(len(class_names))
+    examples = {
+        split: ArrayExamples(
+            values=_numbers(inputs),
+            label=np.searchsorted(values, label).astype(np.int32),
+        )
+        for split, (inputs, label) in splits.items()
+    }
+    return Source(
+        name=name,
+        splits=examples,
+        class_names=tuple(class_names),
+        fingerprint=_fingerprint(examples),
+    )
+
+
+def _numbers(inputs: np.ndarray) -> np.ndarray:
+    inputs = inputs if inputs.dtype == np.uint8 else inputs.astype(np.float32)
+    return inputs[..., None] if inputs.ndim == 3 else inputs
+
+
+def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
+    digester = hashlib.sha256()
+    for name, examples in sorted(splits.items()):
+        digester.update(f"{name}{examples.values.shape}{examples.dtype}".encode())
+        digester.update(np.ascontiguousarray(examples.values))
+        digester.update(np.ascontiguousarray(examples.label))
+    return digester.hexdigest()

@@ -1,0 +1,63 @@
+"""`arrays`: an `.npz` file of inputs and labels.
+
+It holds `x` and `y`, to be cut into splits here, or `x_train`, `y_train`, `x_test`, ...
+for each split that it has. `class_names` may stand beside them.
+"""
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from finetune_jax.data.source import Source, array_source
+from finetune_jax.errors import UserError, problems_error
+
+INPUTS = ("x", "inputs", "images", "image", "features")
+LABELS = ("y", "labels", "label")
+
+
+def load(directory: str | None = None, argument: str | None = None) -> Source:
+    """Returns the splits of the file `config.data.dir`.
+
+    Raises:
+        UserError: No such file, or none that this reads; nothing in it is executed.
+    """
+    del argument
+    if directory is None:
+        raise UserError("config.data.dir: arrays needs an .npz file")
+    path = pathlib.Path(directory)
+    if not path.is_file():
+        raise UserError(f"config.data.dir: no file {directory!r}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: not an .npz file of plain arrays: {error}") from error
+    return array_source(f"arrays {path}", *_splits(path, arrays))
+
+
+def _splits(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> tuple:
+    names = arrays.pop("class_names", None)
+    inputs: dict[str, np.ndarray] = {}
+    labels: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        kind, _, split = name.partition("_")
+        table = inputs if kind in INPUTS else labels if kind in LABELS else None
+        if table is None:
+            raise UserError(
+                f"{path}: {name!r} is neither inputs nor labels; "
+                "x and y, or x_train, y_train, x_test, ... are needed"
+            )
+        table[split or "all"] = array
+    problems = [
+        f"split {split!r} has {'labels' if split in labels else 'inputs'} only"
+        for split in sorted(inputs.keys() ^ labels.keys())
+    ]
+    if not inputs:
+        problems.append("no inputs")
+    if "all" in inputs and len(inputs) > 1:
+        problems.append("x beside x_SPLIT: have one or the other")
+    if problems:
+        raise problems_error(f"{path} cannot be used:", problems)
+    splits = {split: (inputs[split], labels[split]) for split in inputs}
+    return splits, None if names is None else [str(name) for name in names]

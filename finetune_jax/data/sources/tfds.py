@@ -1,0 +1,129 @@
+"""`tfds:NAME`: a data set that TensorFlow Datasets has prepared as ArrayRecord.
+
+It is read by `tfds.data_source`, without TensorFlow. `scripts/prepare_data.py` prepares
+one from arrays; image data sets of TFDS are prepared by TFDS itself, with TensorFlow.
+"""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.source import Source
+from finetune_jax.errors import UserError
+
+
+class TfdsExamples:
+    """The examples of one split; read when asked for, labels at the start."""
+
+    def __init__(self, records: Any, labels: Any, keys: tuple[str, str], feature: Any):
+        """Takes the records, the same without decoding images, and the two features."""
+        self._records, self._inputs_key = records, keys[0]
+        self.label = np.asarray(
+            [int(np.asarray(labels[i][keys[1]])) for i in range(len(labels))], np.int32
+        )
+        shape = tuple(feature.shape)
+        if len(shape) == 2:
+            shape = (*shape, 1)
+        self.shape = None if None in shape else shape
+        self.dtype = "uint8" if feature.np_dtype == np.uint8 else "float32"
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.label)
+
+    def inputs(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Returns the inputs of some examples, [H, W, C] or [F] each."""
+        values = [
+            np.asarray(self._records[int(index)][self._inputs_key], self.dtype)
+            for index in indices
+        ]
+        return [v[..., None] if v.ndim == 2 else v for v in values]
+
+
+def load(directory: str | None = None, argument: str | None = None) -> Source:
+    """Returns the splits of the data set `argument`, found in `config.data.dir`.
+
+    Raises:
+        UserError: Not prepared there, or features that are no classification.
+    """
+    if not argument:
+        raise UserError("config.data.name: tfds needs a name, as in 'tfds:mnist'")
+    # It advises to install TensorFlow, which reading prepared data does not need.
+    logging.getLogger("tensorflow_datasets").setLevel(logging.ERROR)
+    import tensorflow_datasets as tfds
+
+    options: dict[str, Any] = {"data_dir": directory} if directory else {}
+    try:
+        builder = tfds.builder(argument, **options)
+        info = builder.info
+        splits = list(info.splits)
+        records = {split: builder.as_data_source(split=split) for split in splits}
+    except Exception as error:  # TFDS raises errors of many kinds, not all documented.
+        raise UserError(
+            f"config.data.name: tfds:{argument} cannot be read from "
+            f"{directory or 'the default folder of TFDS'}: {error}"
+        ) from error
+    if not splits:
+        raise UserError(
+            f"config.data.name: tfds:{argument} is not prepared in "
+            f"{directory or 'the default folder of TFDS'}. Prepare it there with "
+            "file_format='array_record', or set config.data.dir."
+        )
+    keys = _keys(tfds, argument, info)
+    feature, classes = info.features[keys[0]], info.features[keys[1]]
+    decoders = (
+        {keys[0]: tfds.decode.SkipDecoding()}
+        if isinstance(feature, tfds.features.Image)
+        else None
+    )
+    examples = {
+        split: TfdsExamples(
+            records[split],
+            builder.as_data_source(split=split, decoders=decoders),
+            keys,
+            feature,
+        )
+        for split in splits
+    }
+    if len(examples) == 1:
+        examples = {"all": next(iter(examples.values()))}
+    content = json.dumps([info.full_name, str(info.features), _checksums(info)])
+    return Source(
+        name=f"tfds:{argument}",
+        splits=examples,
+        class_names=tuple(classes.names),
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def _keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
+    """Returns the names of the feature to classify and of the label."""
+    kinds = (tfds.features.Image, tfds.features.Tensor)
+    labels = [
+        key for key, feature in info.features.items()
+        if isinstance(feature, tfds.features.ClassLabel)
+    ]
+    inputs = [
+        key for key, feature in info.features.items()
+        if isinstance(feature, kinds) and key not in labels
+    ]
+    if info.supervised_keys and all(k in info.features for k in info.supervised_keys):
+        pair = tuple(info.supervised_keys[:2])
+        if pair[0] in inputs and pair[1] in labels:
+            return pair
+    if len(labels) != 1 or len(inputs) != 1:
+        raise UserError(
+            f"tfds:{name}: needed are one image or tensor and one class label, "
+            f"but the features are {dict(info.features)}"
+        )
+    return inputs[0], labels[0]
+
+
+def _checksums(info: Any) -> list:
+    return sorted(
+        (split, part.num_examples, list(part.shard_lengths), part.num_bytes)
+        for split, part in info.splits.items()
+    )

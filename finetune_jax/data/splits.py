@@ -1,0 +1,133 @@
+"""Split strings, in the syntax of TFDS: `train[:80%]`, `train[100:200]+validation`."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from finetune_jax import lookup
+from finetune_jax.errors import UserError
+
+# How a source without splits of its own is cut, in an order that is stratified; chosen
+# by us. 'all' is the whole in the same order.
+CUTS = {
+    "all": (0.0, 1.0),
+    "train": (0.0, 0.6),
+    "validation": (0.6, 0.8),
+    "test": (0.8, 1.0),
+}
+_PART = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
+_BOUND = re.compile(r"-?\d+%?")
+
+
+def stratified_order(label: np.ndarray, seed: int) -> np.ndarray:
+    """Returns an order of which every stretch has the classes in their proportions.
+
+    Within a class the order is random; the i-th of n examples of a class is placed at
+    (i + 1/2) / n of the whole.
+
+    Args:
+        label: Class indices [N].
+        seed: Of the random order.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(label))
+    place = np.empty(len(label))
+    for value in np.unique(label):
+        members = shuffled[label[shuffled] == value]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled[np.argsort(place[shuffled], kind="stable")]
+
+
+def named_splits(label: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Returns the indices of each named split into the concatenation of all examples.
+
+    Args:
+        label: Labels by the source's own splits, in their order; {'all': ...} for a
+            source that has none and is cut here.
+        seed: Of that cut.
+    """
+    if set(label) == {"all"}:
+        order = stratified_order(label["all"], seed)
+        bounds = {
+            name: (round(start * len(order)), round(stop * len(order)))
+            for name, (start, stop) in CUTS.items()
+        }
+        return {name: order[start:stop] for name, (start, stop) in bounds.items()}
+    ends = np.cumsum([len(values) for values in label.values()])
+    return {
+        name: np.arange(end - len(values), end)
+        for (name, values), end in zip(label.items(), ends)
+    }
+
+
+def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarray:
+    """Returns the indices that a split string names.
+
+    Args:
+        splits: From `named_splits`.
+        text: Such as `train[:80%]+validation`. Percentages round to the nearest example.
+        where: The config key that it comes from, for messages.
+
+    Raises:
+        UserError: Wrong syntax, no such split, nothing selected, or something twice.
+    """
+    chosen = []
+    for part in text.split("+"):
+        match = _PART.fullmatch(part.strip())
+        bounds = [] if match is None else [match["start"], match["stop"]]
+        if match is None or any(b and not _BOUND.fullmatch(b.strip()) for b in bounds):
+            raise UserError(
+                f"{where}: {part.strip()!r} is not a split; write train, train[:80%], "
+                "train[100:200] or several joined by +"
+            )
+        indices = lookup.choose(splits, match["name"].strip(), where)
+        start, stop = (_bound(bound, len(indices)) for bound in bounds)
+        chosen.append(indices[start:stop])
+    selected = np.concatenate(chosen)
+    if not len(selected):
+        sizes = ", ".join(f"{name} {len(i)}" for name, i in splits.items())
+        raise UserError(f"{where}: {text!r} is empty; the splits hold {sizes}.")
+    repeated = len(selected) - len(np.unique(selected))
+    if repeated:
+        raise UserError(f"{where}: {text!r} names {repeated} examples twice")
+    return selected
+
+
+def _bound(text: str | None, size: int) -> int | None:
+    text = (text or "").strip()
+    if not text:
+        return None
+    if not text.endswith("%"):
+        return int(text)
+    percent = int(text[:-1])
+    if not -100 <= percent <= 100:
+        raise UserError(f"A split cannot begin or end at {percent}%.")
+    return round(percent * size / 100)
+
+
+def per_class(
+    indices: np.ndarray, label: np.ndarray, count: int, seed: int
+) -> np.ndarray:
+    """Returns `count` of the indices of each class, drawn at random, in their order.
+
+    Args:
+        indices: A split.
+        label: Class index of each of them.
+        count: Examples of each class.
+        seed: Of the draw.
+
+    Raises:
+        UserError: A class has fewer.
+    """
+    rng = np.random.default_rng(seed)
+    keep = np.zeros(len(indices), bool)
+    for value in np.unique(label):
+        members = np.flatnonzero(label == value)
+        if len(members) < count:
+            raise UserError(
+                f"config.data.per_class: {count}, but class {value} has only "
+                f"{len(members)} training examples"
+            )
+        keep[rng.permutation(members)[:count]] = True
+    return indices[keep]

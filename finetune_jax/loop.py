@@ -1,0 +1,292 @@
+"""The loop over phases and updates: train, measure, save, in an order that is fixed."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.data.batches import training_batches
+from finetune_jax.errors import TrainingError
+from finetune_jax.evaluation import Evaluator
+from finetune_jax.metrics import is_better
+from finetune_jax.optimizer import carried, learning_rates
+from finetune_jax.parallel import Compiled
+from finetune_jax.plan import carried_cohorts
+from finetune_jax.report.log import MetricsLog
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.setup import PhaseSetup, Setup
+from finetune_jax.state import Progress, TrainState
+from finetune_jax.step import train_step
+from finetune_jax.trees import digest
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved where it is."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Clock:
+    """Seconds of this attempt, and what they went into.
+
+    Attributes:
+        compile_s: Tracing and compiling.
+        train_s: Updates, without compiling and evaluation.
+        wait_s: The part of `train_s` in which the device waited for data.
+        updates: Updates made.
+    """
+
+    compile_s: float = 0.0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    updates: int = 0
+
+    def since(self, then: "Clock") -> dict[str, float]:
+        """Returns the metrics of the updates since an earlier reading."""
+        updates = max(self.updates - then.updates, 1)
+        seconds = max(self.train_s - then.train_s, 1e-9)
+        return {
+            "time/step_s": seconds / updates,
+            "time/data_wait": (self.wait_s - then.wait_s) / seconds,
+        }
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """A run under way.
+
+    Attributes:
+        setup: What the run is.
+        evaluator: Measures states; has what the loss reads and nobody updates.
+        checkpoints: Where states are saved.
+        log: Where metrics are written.
+        terminal: Where a person is told.
+        progress: Where the run stands.
+        stop_asked: Tells whether the run shall save and stop.
+        clock: Counts seconds.
+        programs: Compiled steps by what they depend on.
+        measured: The metrics of the last evaluation.
+    """
+
+    setup: Setup
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    log: MetricsLog
+    terminal: Terminal
+    progress: Progress
+    stop_asked: Callable[[], bool]
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    _unread: tuple | None = None
+    _logged: Clock = dataclasses.field(default_factory=Clock)
+
+    # The order of what happens at step s is part of the contract. Update s is made; its
+    # metrics are read one update late, so that the device never waits; then the state is
+    # evaluated, which may end the phase; then it is saved. A checkpoint thus knows all
+    # that was logged up to its step, and a resumed run repeats nothing. Before update 0
+    # the state is evaluated and saved too.
+    def run(self, state: TrainState) -> TrainState:
+        """Returns the state after the last phase, on the host.
+
+        Args:
+            state: On the host, as `progress` says.
+
+        Raises:
+            TrainingError: The loss is not finite, or what is frozen has moved.
+            Preempted: The run was asked to stop, and has saved.
+        """
+        if self.progress.phase < 0:
+            placed = self.setup.devices.place(state)
+            splits = tuple(self.setup.data.held_out)
+            self._measure(placed, self.setup.plan[0].name, 0, splits)
+            self._save(state)
+        begin = self.progress.phase + self.progress.phase_is_over()
+        for index in range(begin, len(self.setup.plan)):
+            phase = self.setup.phase(index)
+            if self.progress.phase_is_over():
+                state = self._enter(state, index, phase)
+            state = self._train(state, phase)
+        return state
+
+    def _enter(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
+        """Returns the state with the optimizer state that the phase begins with."""
+        fresh = jax.jit(phase.optimizer().init)(state.params)
+        if phase.phase.optimizer_state == "carry":
+            setup = self.setup
+            cohorts = carried_cohorts(setup.plan, index, setup.names)
+            fresh = carried(state.opt_state, fresh, cohorts)
+        progress = self.progress
+        progress.phase = index
+        progress.plateau_best, progress.plateau_bad = None, 0
+        progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(state))
+        return state.replace(opt_state=jax.tree.map(np.asarray, fresh))
+
+    def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
+        """Returns the state at the end of a phase, entered before or just now."""
+        config, ends = self.setup.config, self.progress.ends
+        first, start = (ends[-1] if ends else 0), int(state.step)
+        steps = phase.phase.steps
+        assert steps is not None
+        self.terminal.begin_phase(phase.phase.name, first, start, first + steps)
+        placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
+        batches = training_batches(
+            self.setup.data.train,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            micro_batches=phase.phase.accumulate_steps,
+            start=start,
+            stop=first + steps,
+        )
+        ended = None
+        for step in range(start, first + steps):
+            progress = np.float32((step - first) / steps)
+            rate = rates[step - first]
+            placed = self._update(placed, phase, batches, step, rate, progress)
+            ended = self._after(placed, phase, step + 1, first + steps)
+            if ended is not None:
+                break
+        self.terminal.end_phase()
+        assert ended is not None
+        return ended
+
+    def _update(
+        self,
+        placed: TrainState,
+        phase: PhaseSetup,
+        batches: Iterator[dict],
+        step: int,
+        rate: np.float32,
+        progress: np.float32,
+    ) -> TrainState:
+        """Returns the placed state after update `step`; reads the metrics before it."""
+        begin, devices = time.perf_counter(), self.setup.devices
+        batch = devices.place_batch(next(batches), batch_axis=1)
+        waited = time.perf_counter() - begin
+        arguments = (placed, self.evaluator.fixed, batch, rate, progress)
+        compile_s = 0.0
+        if phase.program not in self.programs:
+            step_of_phase = self._train_step(phase, placed)
+            program = devices.compile_train(step_of_phase, *arguments)
+            self.programs[phase.program] = program
+            compile_s = program.compile_s
+        placed, metrics = self.programs[phase.program].call(*arguments)
+        self.read()
+        self._unread = (step + 1, phase.phase.name, metrics, rate)
+        self.clock.updates += 1
+        self.clock.compile_s += compile_s
+        self.clock.wait_s += waited
+        self.clock.train_s += time.perf_counter() - begin - compile_s
+        examples = self.clock.updates * self.setup.config.data.batch_size
+        self.terminal.advance(examples / self.clock.train_s)
+        return placed
+
+    def _train_step(self, phase: PhaseSetup, placed: TrainState) -> Callable:
+        return functools.partial(
+            train_step,
+            task=self.setup.task,
+            optimizer=phase.optimizer(),
+            trained=phase.trained(placed.params),
+            mode=phase.mode,
+        )
+
+    def read(self) -> None:
+        """Reads the metrics of the last update, and logs them where that is due.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+        if self._unread is None:
+            return
+        (step, phase, metrics, rate), self._unread = self._unread, None
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss} at step {step}, phase {phase!r}. The last "
+                f"checkpoint is that of step {self.checkpoints.steps()[-1]}. Lower "
+                "peak_lr, or set clip_norm, in a new workdir."
+            )
+        if step % self.setup.config.report.every_steps == 0:
+            line = {"step": step, "phase": phase}
+            line |= {f"train/{name}": float(value) for name, value in metrics.items()}
+            line["train/learning_rate"] = float(rate)
+            self.log.write(line | self.clock.since(self._logged))
+            self._logged = dataclasses.replace(self.clock)
+
+    def _after(
+        self, placed: TrainState, phase: PhaseSetup, step: int, end: int
+    ) -> TrainState | None:
+        """Measures and saves where that is due; returns the state if the phase is over."""
+        config, data = self.setup.config, self.setup.data
+        over, due, stop = step == end, self._evaluation_is_due(step), self.stop_asked()
+        every = config.checkpoint.every_steps
+        if not (over or due or stop or (every and step % every == 0)):
+            return None
+        self.read()
+        splits = tuple(data.held_out) if over else ("validation",)
+        if over or due:
+            self._measure(placed, phase.phase.name, step, splits)
+            if not over and self._plateau_is_reached(phase):
+                over = True
+                self._measure(placed, phase.phase.name, step, ("test",))
+        state = self.setup.devices.to_host(placed)
+        if over:
+            self._check_frozen(state, phase)
+            self.progress.ends.append(step)
+        self._save(state)
+        if stop:
+            raise Preempted(f"stopped and saved at step {step}")
+        return state if over else None
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.setup.config
+        every = config.evaluate.every_steps
+        if config.evaluate.every_epochs:
+            examples = config.evaluate.every_epochs * len(self.setup.data.train)
+            every = math.ceil(examples / config.data.batch_size)
+        return bool(every) and step % every == 0
+
+    def _measure(
+        self, placed: TrainState, phase: str, step: int, splits: tuple[str, ...]
+    ) -> None:
+        held_out = self.setup.data.held_out
+        wanted = {split: held_out[split] for split in splits if split in held_out}
+        found = self.evaluator.measure(placed, wanted)
+        if not found:
+            return
+        self.measured |= found
+        self.terminal.metrics(step, phase, found)
+        self.log.write({"step": step, "phase": phase, **found})
+        name = self.setup.config.evaluate.best
+        if name in found and is_better(name, found[name], self.progress.best):
+            self.progress.best, self.progress.best_step = found[name], step
+
+    def _plateau_is_reached(self, phase: PhaseSetup) -> bool:
+        name, progress = phase.phase.plateau_metric, self.progress
+        if name is None or name not in self.measured:
+            return False
+        value = self.measured[name]
+        change = phase.phase.plateau_min_change
+        if is_better(name, value, progress.plateau_best, change):
+            progress.plateau_best, progress.plateau_bad = value, 0
+        else:
+            progress.plateau_bad += 1
+        return progress.plateau_bad >= phase.phase.plateau_patience
+
+    def _check_frozen(self, state: TrainState, phase: PhaseSetup) -> None:
+        name = phase.phase.name
+        before, after = self.progress.frozen_sha256[name], digest(phase.frozen(state))
+        if before != after:
+            raise TrainingError(
+                f"What phase {name!r} freezes has moved: sha256 {before} at its start, "
+                f"{after} at step {int(state.step)}. This is a defect of the program."
+            )
+
+    def _save(self, state: TrainState) -> None:
+        self.progress.log_lines = self.log.lines
+        self.checkpoints.save(state, self.progress)

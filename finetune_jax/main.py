@@ -1,0 +1,146 @@
+"""The command line: flags and their mistakes, host threads, and which mode runs."""
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.errors import TrainingError, UserError, problems_error
+from finetune_jax.lookup import choose, closest
+from finetune_jax.modes.options import Options
+from finetune_jax.plan import plan_problems
+from finetune_jax.workdir import read_config, read_manifest
+
+MODES = {mode: f"finetune_jax.modes.{mode}" for mode in ("train", "evaluate", "plan")}
+WORKDIR_HAS_CONFIG = ("evaluate",)
+EPILOG = """\
+--config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
+or --config.plan[0].peak_lr=0.01.
+
+exit status: 0 finished; 2 a mistake in what was asked; 75 stopped by a signal and saved,
+the same command goes on from there; 1 anything else"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Returns the flags, and the overrides of the config as (key, text) pairs.
+
+    Raises:
+        UserError: Lists every argument that there is not.
+    """
+    parser = _Parser(
+        prog="python -m finetune_jax.main",
+        description="Fine-tunes a pretrained model as a config file says.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default="", metavar="FILE[:ARG]")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-TIME")
+    parser.add_argument("--mode", default="train", help=", ".join(MODES))
+    found, rest = parser.parse_known_args(arguments)
+    overrides, problems = [], []
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            known = ("--config", "--workdir", "--mode")
+            problems.append(f"{name}: unknown{closest(name, known)}")
+            continue
+        if not equals and (not rest or rest[0].startswith("--")):
+            problems.append(f"{name}: no value")
+            continue
+        overrides.append((name.removeprefix("--config."), value if equals else rest.pop(0)))
+    if problems:
+        raise problems_error("The command line:", problems, parser.format_usage().strip())
+    return found, overrides
+
+
+def resolved_config(
+    address: str, workdir: pathlib.Path | None, overrides: list[tuple[str, str]]
+) -> ml_collections.ConfigDict:
+    """Returns the config of the file, or else of the workdir, with the overrides.
+
+    Raises:
+        UserError: Lists everything in it that is wrong.
+    """
+    if address:
+        given = configs.load(address)
+    elif workdir is not None:
+        given = read_config(workdir)
+    else:
+        raise UserError("--config: which? For example --config=configs/resnet_head.py")
+    config, problems = configs.resolve(given, overrides)
+    problems += plan_problems(config.plan)
+    if problems:
+        raise problems_error("The config cannot be run:", problems)
+    return config
+
+
+def pin_host_threads(workdir: pathlib.Path | None) -> None:
+    """Sets NPROC, as the manifest says when a run is taken up again.
+
+    XLA divides reductions by the number of host threads, so that another number gives
+    other bits. Takes effect if no computation has been made yet.
+    """
+    manifest = read_manifest(workdir) if workdir else None
+    threads = str(len(os.sched_getaffinity(0)))
+    if manifest and manifest.get("nproc"):
+        threads = manifest["nproc"]
+    elif "NPROC" in os.environ:
+        return
+    os.environ["NPROC"] = threads
+
+
+def set_precision(precision: str) -> None:
+    """Allows 64-bit numbers where the config computes with them."""
+    if precision == "float64":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Does what the arguments ask for and returns the exit status.
+
+    Raises:
+        UserError: Something in what was asked is wrong.
+    """
+    flags, overrides = parse(arguments)
+    choose(MODES, flags.mode, "--mode")
+    workdir = pathlib.Path(flags.workdir) if flags.workdir else None
+    if flags.mode in WORKDIR_HAS_CONFIG:
+        if workdir is None:
+            raise UserError(f"--mode={flags.mode} needs --workdir, the folder of a run")
+        config = resolved_config("", workdir, overrides)
+    else:
+        config = resolved_config(flags.config, workdir, overrides)
+    pin_host_threads(workdir)
+    set_precision(config.precision)
+    options = Options(config=flags.config or "run", workdir=workdir)
+    return importlib.import_module(MODES[flags.mode]).main(config, options)
+
+
+def main() -> None:
+    """Runs the program; a user's mistake ends in one message and status 2."""
+    try:
+        status = run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The head of every model: a stack of dense layers behind the last features."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from finetune_jax import lookup
+from finetune_jax.errors import UserError
+
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh, "silu": nn.silu}
+INITIALISERS = {
+    "zeros": nn.initializers.zeros_init,
+    "lecun_normal": nn.initializers.lecun_normal,
+    "xavier_uniform": nn.initializers.xavier_uniform,
+    "kaiming_normal": nn.initializers.he_normal,
+}
+
+
+class Head(nn.Module):
+    """Hidden layers, dropout before the last, and the logits in float32 or better.
+
+    Attributes:
+        classes: Logits.
+        hidden: Widths of the hidden layers; often none.
+        activation: After each of them.
+        dropout: Rate before the last layer.
+        init: Initialiser of the kernels.
+    """
+
+    classes: int
+    hidden: tuple[int, ...] = ()
+    activation: str = "relu"
+    dropout: float = 0.0
+    init: str = "lecun_normal"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxF: jax.Array, *, train: bool) -> jax.Array:
+        """Returns logits [B, K]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernel_init = INITIALISERS[self.init]()
+        x_BxF = x_BxF.reshape(x_BxF.shape[0], -1)
+        for index, width in enumerate(self.hidden):
+            name = f"hidden{index + 1}"
+            x_BxF = nn.Dense(width, kernel_init=kernel_init, name=name, **kinds)(x_BxF)
+            x_BxF = ACTIVATIONS[self.activation](x_BxF)
+        if self.dropout:
+            x_BxF = nn.Dropout(self.dropout)(x_BxF, deterministic=not train)
+        # The last layer is cheap, and rounded logits make a poor loss.
+        kinds["dtype"] = self.param_dtype
+        return nn.Dense(self.classes, kernel_init=kernel_init, name="logits", **kinds)(
+            x_BxF
+        )
+
+
+def make_head(arguments: Mapping[str, Any], **given: Any) -> Head:
+    """Returns the head that `config.model.head` describes.
+
+    Raises:
+        UserError: Names every argument that does not fit.
+    """
+    head = lookup.call(Head, arguments, "config.model.head", **given)
+    lookup.choose(ACTIVATIONS, head.activation, "config.model.head.activation")
+    lookup.choose(INITIALISERS, head.init, "config.model.head.init")
+    if not 0 <= head.dropout < 1:
+        raise UserError(f"config.model.head.dropout: {head.dropout} is not in [0, 1)")
+    if any(not isinstance(width, int) or width < 1 for width in head.hidden):
+        raise UserError(f"config.model.head.hidden: {head.hidden!r}; widths are needed")
+    return head

@@ -1,0 +1,155 @@
+"""ResNets for small images: `resnet20`, `resnet32`, `resnet56`.
+
+Source: He et al. 2016, section 4.2: three stages of n blocks of widths 16, 32, 64, with
+shortcuts that have no parameters (option A), for depth 6n + 2.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from finetune_jax.models.heads import make_head
+from finetune_jax.models.stages import batch_norm, run_stages
+
+
+def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Conv:
+    return nn.Conv(
+        width,
+        (3, 3),
+        strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        use_bias=False,
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+        **kinds,
+    )
+
+
+class Stem(nn.Module):
+    """Convolution, BatchNorm and ReLU."""
+
+    width: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H, W, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x_BxHxWxC = _conv3x3(self.width, 1, "conv", kinds)(x_BxHxWxC)
+        norm = batch_norm(name="bn", **kinds)
+        return nn.relu(norm(x_BxHxWxC, use_running_average=not train))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut that subsamples and pads channels with zeros."""
+
+    width: int
+    stride: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / stride, W / stride, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(batch_norm, **kinds)
+        y_BxHxWxC = _conv3x3(self.width, self.stride, "conv1", kinds)(x_BxHxWxC)
+        y_BxHxWxC = norm(name="bn1")(y_BxHxWxC, use_running_average=not train)
+        y_BxHxWxC = nn.relu(y_BxHxWxC)
+        y_BxHxWxC = _conv3x3(self.width, 1, "conv2", kinds)(y_BxHxWxC)
+        y_BxHxWxC = norm(name="bn2")(y_BxHxWxC, use_running_average=not train)
+        shortcut = x_BxHxWxC[:, :: self.stride, :: self.stride]
+        missing = self.width - shortcut.shape[-1]
+        shortcut = jnp.pad(
+            shortcut, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
+        )
+        return nn.relu(y_BxHxWxC + shortcut)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; the first may halve the size."""
+
+    blocks: int
+    width: int
+    stride: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / stride, W / stride, width]."""
+        for index in range(self.blocks):
+            x_BxHxWxC = Block(
+                self.width,
+                self.stride if index == 0 else 1,
+                self.dtype,
+                self.param_dtype,
+                name=f"block{index + 1}",
+            )(x_BxHxWxC, train=train)
+        return x_BxHxWxC
+
+
+class GlobalPool(nn.Module):
+    """The mean over all places; a stage of its own, so that maps stay reachable."""
+
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, C]."""
+        del train
+        return x_BxHxWxC.mean(axis=(1, 2))
+
+
+class ResNetCifar(nn.Module):
+    """Depth 6 * blocks + 2.
+
+    Attributes:
+        blocks: Of each of the three stages.
+        classes: Logits.
+        head_arguments: Pairs of the head's arguments.
+    """
+
+    blocks: int
+    classes: int
+    head_arguments: Any = ()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    stages = ("stem", "stage1", "stage2", "stage3", "pool", "head")
+
+    def setup(self):
+        """Makes a submodule a stage."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.stem = Stem(16, **kinds)
+        self.stage1 = Stage(self.blocks, 16, 1, **kinds)
+        self.stage2 = Stage(self.blocks, 32, 2, **kinds)
+        self.stage3 = Stage(self.blocks, 64, 2, **kinds)
+        self.pool = GlobalPool()
+        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
+
+    def __call__(self, x, *, first=None, last=None, train: bool):
+        """Returns the output of stage `last` for the input of stage `first`."""
+        return run_stages(self, x, first=first, last=last, train=train)
+
+
+def _resnet(
+    blocks: int,
+    *,
+    classes: int,
+    head: Mapping[str, Any],
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> ResNetCifar:
+    return ResNetCifar(
+        blocks, classes, tuple(sorted(head.items())), dtype, param_dtype
+    )
+
+
+MODELS = {
+    "resnet20": partial(_resnet, 3),
+    "resnet32": partial(_resnet, 5),
+    "resnet56": partial(_resnet, 9),
+}

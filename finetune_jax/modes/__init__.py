@@ -1,0 +1,1 @@
+"""What the program does: one module a mode, `main(config, options) -> exit status`."""

@@ -1,0 +1,17 @@
+"""What the command line says besides the config."""
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Flags, parsed.
+
+    Attributes:
+        config: FILE[:ARG]; empty where the workdir has the config.
+        workdir: None where none was given.
+    """
+
+    config: str
+    workdir: pathlib.Path | None

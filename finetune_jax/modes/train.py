@@ -1,0 +1,46 @@
+"""`--mode=train`: trains, or goes on with a run that was stopped."""
+
+import json
+
+import ml_collections
+
+from finetune_jax.errors import UserError
+from finetune_jax.loop import Preempted
+from finetune_jax.modes.options import Options
+from finetune_jax.preemption import EXIT_STATUS
+from finetune_jax.run import run
+from finetune_jax.workdir import check_same_run, new_workdir
+
+
+def main(config: ml_collections.ConfigDict, options: Options) -> int:
+    """Trains and prints the result; returns the exit status."""
+    workdir = options.workdir or new_workdir(options.config)
+    print(f"workdir {workdir}", flush=True)
+    status = 0
+    result_file = workdir / "result.json"
+    try:
+        if check_same_run(workdir, config) and result_file.is_file():
+            print("this run is finished")
+            show(json.loads(result_file.read_text()))
+        else:
+            show(run(config, workdir))
+        print(f"report  {workdir / 'report'}")
+    except Preempted as stop:
+        print(f"{stop}; the same command goes on from there")
+        status = EXIT_STATUS
+    except json.JSONDecodeError as error:
+        raise UserError(f"{result_file}: not a result: {error}") from error
+    print(f"workdir {workdir}", flush=True)
+    return status
+
+
+def show(result: dict) -> None:
+    """Prints the metrics of a result as a table."""
+    final, best = result["final"], result["best"]
+    step = result["best_step"]
+    print(f"{'':24}{'final':>10}" + (f"{'best':>10}" if step is not None else ""))
+    for name, value in final.items():
+        chosen = f"{best[name]:10.4f}" if step is not None else ""
+        print(f"{name:24}{value:10.4f}{chosen}")
+    if step is not None:
+        print(f"best at step {step} of {result['steps']}")

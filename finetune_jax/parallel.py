@@ -1,0 +1,196 @@
+"""Devices: where arrays lie, and how a pure step is compiled over them."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.plan import Phase
+
+# Smaller arrays are cheaper to repeat than to gather; chosen by us.
+FSDP_MIN_VALUES = 2**12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled step.
+
+    Attributes:
+        call: Takes placed arguments.
+        compile_s: Seconds that tracing and compiling took.
+    """
+
+    call: Callable
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The devices of a run and how they are used.
+
+    Attributes:
+        mode: 'jit' over a mesh with axes 'data' and 'fsdp', or 'pmap'.
+        mesh: Of all devices, under both modes.
+    """
+
+    mode: str
+    mesh: Mesh
+
+    @property
+    def count(self) -> int:
+        """Number of devices."""
+        return self.mesh.size
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis to sum over by hand; under jit there is none."""
+        return "data" if self.mode == "pmap" else None
+
+    def _sharding(self, leaf: Any) -> NamedSharding:
+        """Returns how a leaf of the state lies: its longest divisible axis is cut."""
+        parts = self.mesh.shape["fsdp"]
+        shape = np.shape(leaf)
+        axes: list[str | None] = [None] * len(shape)
+        if parts > 1 and math.prod(shape) >= FSDP_MIN_VALUES:
+            divisible = [axis for axis, n in enumerate(shape) if n % parts == 0]
+            if divisible:
+                axes[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def _batch_sharding(self, batch_axis: int) -> NamedSharding:
+        spec = PartitionSpec(*[None] * batch_axis, ("data", "fsdp"))
+        return NamedSharding(self.mesh, spec)
+
+    def place(self, tree: Any) -> Any:
+        """Returns a state or a part of one on the devices."""
+        if self.mode == "pmap":
+            stacked = jax.tree.map(lambda x: np.stack([x] * self.count), tree)
+            return jax.tree.map(self._split_rows, stacked)
+        return jax.tree.map(lambda x: jax.device_put(x, self._sharding(x)), tree)
+
+    def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
+        """Returns a host batch divided among the devices along `batch_axis`."""
+        if self.mode == "pmap":
+
+            def divided(array):
+                shape = array.shape
+                rows = shape[batch_axis] // self.count
+                array = array.reshape(
+                    *shape[:batch_axis], self.count, rows, *shape[batch_axis + 1 :]
+                )
+                return self._split_rows(np.moveaxis(array, batch_axis, 0))
+
+            return jax.tree.map(divided, batch)
+        sharding = self._batch_sharding(batch_axis)
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+    def _split_rows(self, array: np.ndarray) -> jax.Array:
+        """Returns row i on device i, as pmap takes it."""
+        rows = Mesh(self.mesh.devices.reshape(-1), ("device",))
+        return jax.device_put(array, NamedSharding(rows, PartitionSpec("device")))
+
+    def to_host(self, tree: Any) -> Any:
+        """Returns a placed state as numpy arrays, one copy of each."""
+        if self.mode == "pmap":
+            tree = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data[0], tree)
+        return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+    def rows_to_host(self, tree: Any) -> Any:
+        """Returns placed outputs, a row an example, as numpy arrays."""
+        rows = jax.device_get(tree)
+        if self.mode == "pmap":
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        return rows
+
+    def compile_train(self, step: Callable, state: Any, *rest: Any) -> Compiled:
+        """Returns the compiled `step(state, fixed, batch, learning_rate, progress)`.
+
+        Args:
+            step: `train_step` with its static arguments given.
+            state: Placed arguments, for their shapes; this one will be donated.
+            *rest: The other arguments.
+        """
+        if self.mode == "pmap":
+            over = functools.partial(jax.pmap, axis_name="data", donate_argnums=0)
+            devices = list(self.mesh.devices.reshape(-1))
+            mapped = over(step, in_axes=(0, 0, 0, None, None), devices=devices)
+            compiled = _timed(mapped, state, *rest)
+
+            def first(state, *rest):
+                state, metrics = compiled.call(state, *rest)
+                return state, jax.tree.map(lambda m: m.addressable_shards[0].data[0], metrics)
+
+            return dataclasses.replace(compiled, call=first)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        shardings = jax.tree.map(self._sharding, state)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        return _timed(jitted, state, *rest)
+
+    def compile_eval(self, step: Callable, *arguments: Any) -> Compiled:
+        """Returns the compiled `step(params, batch_stats, fixed, batch)`.
+
+        Args:
+            step: `eval_step` with its static arguments given.
+            *arguments: Placed arguments, for their shapes.
+        """
+        if self.mode == "pmap":
+            devices = list(self.mesh.devices.reshape(-1))
+            return _timed(jax.pmap(step, axis_name="data", devices=devices), *arguments)
+        return _timed(jax.jit(step), *arguments)
+
+
+def _timed(jitted: Any, *arguments: Any) -> Compiled:
+    begin = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    return Compiled(call=compiled, compile_s=time.perf_counter() - begin)
+
+
+def make_devices(*, mode: str, devices: int | None, fsdp: int) -> Devices:
+    """Returns the devices that `config.parallel` asks for.
+
+    Raises:
+        UserError: More devices than there are, or a number that `fsdp` does not divide.
+    """
+    there = jax.devices()
+    count = len(there) if devices is None else devices
+    if count > len(there):
+        raise UserError(
+            f"config.parallel.devices: {count}, but there are {len(there)} devices"
+        )
+    if mode == "pmap" and fsdp > 1:
+        raise UserError("config.parallel.fsdp: pmap repeats all parameters; use jit")
+    if count % fsdp:
+        raise UserError(f"config.parallel.fsdp: {fsdp} does not divide {count} devices")
+    mesh = jax.make_mesh(
+        (count // fsdp, fsdp),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=there[:count],
+    )
+    return Devices(mode=mode, mesh=mesh)
+
+
+def check_batch(batch_size: int, plan: tuple[Phase, ...], devices: int) -> None:
+    """Checks that devices and accumulation divide the batch.
+
+    Raises:
+        UserError: Lists every phase in which they do not.
+    """
+    problems = [
+        f"phase {phase.name!r}: {batch_size} examples in {phase.accumulate_steps} "
+        f"micro-batches over {devices} devices"
+        for phase in plan
+        if batch_size % (phase.accumulate_steps * devices)
+    ]
+    if problems:
+        raise problems_error(
+            "config.data.batch_size must be divided by accumulate_steps * devices:",
+            problems,
+        )

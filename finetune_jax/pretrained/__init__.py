@@ -1,0 +1,1 @@
+"""Pretrained weights: addresses, readers, and the strict merge into a model."""

@@ -1,0 +1,69 @@
+"""`manifest.json`: what a rerun needs to know besides the config."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+PACKAGES = (
+    "finetune_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+    "ml_collections", "tensorflow-datasets", "safetensors", "scikit-learn", "numpy",
+    "pillow",
+)  # fmt: skip
+
+
+def make_manifest(
+    *, seed: int, data_fingerprint: str, weights_sha256: dict[str, str]
+) -> dict:
+    """Returns what identifies a run: command, versions, commit, devices, inputs.
+
+    Args:
+        seed: Of the run.
+        data_fingerprint: Of the data that was read.
+        weights_sha256: Of every weight file that was read, by path.
+    """
+    return {
+        "command": [sys.executable, *sys.argv],
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git(),
+        "platform": platform.platform(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "backend": jax.default_backend(),
+        "nproc": os.environ.get("NPROC"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "data_fingerprint": data_fingerprint,
+        "weights_sha256": weights_sha256,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict | None:
+    """Returns commit and state of the checkout that the code runs from, if it is one."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        if pathlib.Path(ask("rev-parse", "--show-toplevel")) != root:
+            return None
+        dirty = bool(ask("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return None

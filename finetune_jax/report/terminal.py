@@ -1,0 +1,74 @@
+"""What a person sees while a run runs: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Terminal:
+    """Prints lines, and shows how far the phase is where somebody looks."""
+
+    def __init__(self):
+        """Finds out whether standard output is a terminal."""
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = None
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False)
+        sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Prints a line that begins with 'warning:'."""
+        self.say(f"warning: {text}")
+
+    def begin_phase(self, name: str, first: int, step: int, end: int) -> None:
+        """Starts the bar of a phase.
+
+        Args:
+            name: Of the phase.
+            first: Its first update.
+            step: Where it starts or is taken up again.
+            end: The update after its last.
+        """
+        self.end_phase()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                name, total=end - first, completed=step - first, rate=""
+            )
+
+    def advance(self, examples_per_s: float) -> None:
+        """Moves the bar on by one update."""
+        if self._bar is not None and self._task is not None:
+            rate = f"{examples_per_s:,.0f} examples/s"
+            self._bar.update(self._task, advance=1, rate=rate)
+
+    def end_phase(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def metrics(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Prints one line of metrics."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.say(f"step {step:>6}  {phase:<12}  {shown}")

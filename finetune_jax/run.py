@@ -1,0 +1,139 @@
+"""The story of a training run."""
+
+import pathlib
+import time
+from typing import Any
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.evaluation import Evaluator
+from finetune_jax.loop import Loop
+from finetune_jax.metrics import confusion_matrix
+from finetune_jax.preemption import asked_to_stop
+from finetune_jax.report.log import MetricsLog, read_metrics
+from finetune_jax.report.manifest import make_manifest
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.setup import Setup, make_setup
+from finetune_jax.state import Progress, TrainState
+from finetune_jax.trees import digest
+from finetune_jax.workdir import check_same_run, write_json, write_text
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains, or goes on training, and returns what `result.json` holds.
+
+    Args:
+        config: Resolved.
+        workdir: Made if need be; a run in it is taken up where it stopped.
+
+    Raises:
+        UserError: The config cannot be run, or the workdir holds another run.
+        TrainingError: The run cannot go on.
+        Preempted: The run was asked to stop, and has saved.
+    """
+    begin, terminal = time.perf_counter(), Terminal()
+    resumed = check_same_run(workdir, config)
+    setup = make_setup(config)
+    for text in setup.data.warnings:
+        terminal.warn(text)
+    start, weights = setup.start()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        manifest = make_manifest(
+            seed=config.seed,
+            data_fingerprint=setup.data.fingerprint,
+            weights_sha256=weights.sha256 if weights else {},
+        )
+        write_json(workdir / "manifest.json", manifest)
+        write_text(workdir / "config.json", configs.to_json(config))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    found = checkpoints.newest(setup.target, terminal.warn)
+    state, progress = found or (start, Progress())
+    if found:
+        # Later updates read what `fixed` takes from the start, not from a new one.
+        start = checkpoints.restore(0, setup.target(Progress()))
+        terminal.say(f"resumed at step {int(state.step)}")
+    loop = Loop(
+        setup=setup,
+        evaluator=make_evaluator(setup, start),
+        checkpoints=checkpoints,
+        log=MetricsLog(workdir / "metrics.jsonl", keep_lines=progress.log_lines),
+        terminal=terminal,
+        progress=progress,
+        stop_asked=lambda: False,
+    )
+    with asked_to_stop() as loop.stop_asked:
+        try:
+            state = loop.run(state)
+            result = _result(loop, state, workdir)
+        finally:
+            terminal.end_phase()
+            loop.log.close()
+            checkpoints.close()
+    result["wall_s"] = time.perf_counter() - begin
+    write_json(workdir / "result.json", result)
+    return result
+
+
+def _result(loop: Loop, state: TrainState, workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns final and best metrics, digests and costs; draws the pictures."""
+    setup, progress, clock = loop.setup, loop.progress, loop.clock
+    evaluator, held_out = loop.evaluator, setup.data.held_out
+    placed = setup.devices.place(state)
+    final = best = evaluator.measure(placed, held_out)
+    if progress.best_step not in (None, int(state.step)):
+        chosen = restore(setup, loop.checkpoints, progress.best_step)
+        placed = setup.devices.place(chosen)
+        best = evaluator.measure(placed, held_out)
+    _draw(loop, placed, workdir)
+    trained = clock.updates * setup.config.data.batch_size
+    return {
+        **final,
+        "final": final,
+        "best": best,
+        "best_step": progress.best_step,
+        "steps": int(state.step),
+        "params_sha256": digest(state.params),
+        "state_sha256": digest(state),
+        "frozen_sha256": progress.frozen_sha256,
+        "examples_per_s": trained / clock.train_s if clock.train_s else None,
+        "compile_s": clock.compile_s + evaluator.compile_s,
+    }
+
+
+def _draw(loop: Loop, placed: TrainState, workdir: pathlib.Path) -> None:
+    """Writes the pictures of `report/`; the confusion matrix is of the best state."""
+    from finetune_jax.report import plots
+
+    setup, folder = loop.setup, workdir / "report"
+    folder.mkdir(exist_ok=True)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    plots.learning_curves(lines, folder / "learning_curves.png")
+    for split in ("test", "validation"):
+        if split in setup.data.held_out:
+            dataset = setup.data.held_out[split]
+            outputs = loop.evaluator.outputs(placed, dataset)
+            plots.confusion_matrix(
+                confusion_matrix(outputs["logits"], dataset.label),
+                setup.data.spec.class_names,
+                folder / "confusion_matrix.png",
+                f"{split}, {len(dataset):,} examples",
+            )
+            break
+
+
+def make_evaluator(setup: Setup, start: TrainState) -> Evaluator:
+    """Returns what measures states of a run that began with `start`."""
+    return Evaluator(
+        task=setup.task,
+        devices=setup.devices,
+        fixed=setup.devices.place(setup.task.fixed(start)),
+        batch_size=setup.config.evaluate.batch_size,
+    )
+
+
+def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
+    """Returns the state of a checkpoint of a run, on the host."""
+    return checkpoints.restore(step, setup.target(checkpoints.progress(step)))

@@ -1,0 +1,258 @@
+"""From a config to what every mode starts from: devices, data, task, plan, structures."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from finetune_jax import lookup, tasks
+from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import problems_error
+from finetune_jax.metrics import HIGHER_IS_BETTER
+from finetune_jax.optimizer import check_optimizer, make_optimizer
+from finetune_jax.parallel import Devices, check_batch, make_devices
+from finetune_jax.plan import (
+    Group,
+    Phase,
+    check_plan,
+    durations,
+    groups,
+    plan_from_config,
+)
+from finetune_jax.pretrained.addresses import Weights, read_weights
+from finetune_jax.pretrained.load import load_weights
+from finetune_jax.state import Progress, TrainState
+from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.trees import name_of, named, stage_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseSetup:
+    """What is static about a phase once model and plan are known.
+
+    Attributes:
+        phase: The phase.
+        groups: Rate group of each parameter that learns.
+        mode: How the stages run in it.
+        prefixes: Of the models.
+    """
+
+    phase: Phase
+    groups: Mapping[str, Group]
+    mode: Mode
+    prefixes: tuple[str, ...]
+
+    @property
+    def program(self) -> tuple:
+        """What a compiled step depends on; phases with equal ones share it."""
+        phase = self.phase
+        return (
+            tuple(sorted(self.groups.items())),
+            self.mode,
+            phase.optimizer,
+            tuple(sorted(phase.optimizer_args.items())),
+            phase.clip_norm,
+            phase.accumulate_steps,
+            phase.weight_decay,
+            phase.decay,
+        )
+
+    def trained(self, params: Any) -> Any:
+        """Returns a tree of bools shaped like the parameters."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: name_of(path) in self.groups, params
+        )
+
+    def optimizer(self) -> Any:
+        """Returns the transformation of the phase."""
+        return make_optimizer(self.phase, self.groups)
+
+    def frozen(self, state: TrainState) -> dict[str, Any]:
+        """Returns what the phase must leave as it is, to the bit."""
+        kept = {
+            f"params/{name}": leaf
+            for name, leaf in named(state.params).items()
+            if name not in self.groups
+        }
+        return kept | {
+            f"batch_stats/{name}": leaf
+            for name, leaf in named(state.batch_stats).items()
+            if not self.mode.moves(stage_of(name, self.prefixes))
+        }
+
+
+def phase_setup(
+    plan: tuple[Phase, ...], index: int, task: Task, names: tuple[str, ...],
+    axis_name: str | None = None,
+) -> PhaseSetup:  # fmt: skip
+    """Returns the static part of phase `index`.
+
+    Args:
+        plan: Checked against the model.
+        index: Of the phase.
+        task: Has the models.
+        names: Of all parameters.
+        axis_name: The device axis under pmap.
+    """
+    learns = groups(plan, index, names)
+    mode = Mode(
+        learning=frozenset(stage_of(name, task.prefixes) for name in learns),
+        batch_stats=plan[index].batch_stats,
+        axis_name=axis_name,
+    )
+    return PhaseSetup(
+        phase=plan[index], groups=learns, mode=mode, prefixes=task.prefixes
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that a run is, before its first update.
+
+    Attributes:
+        config: Resolved.
+        devices: Of the run.
+        data: Its splits.
+        task: What is learned.
+        plan: Phases with their length in steps.
+        shapes: The state before the first phase, shapes only.
+    """
+
+    config: ml_collections.ConfigDict
+    devices: Devices
+    data: Data
+    task: Task
+    plan: tuple[Phase, ...]
+    shapes: TrainState
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters."""
+        return tuple(named(self.shapes.params))
+
+    def phase(self, index: int) -> PhaseSetup:
+        """Returns the static part of phase `index`."""
+        axis_name = self.devices.axis_name
+        return phase_setup(self.plan, index, self.task, self.names, axis_name)
+
+    def target(self, progress: Progress) -> TrainState:
+        """Returns a state of zeros with the structure that some progress implies."""
+        shapes = self.shapes
+        if progress.phase >= 0:
+            init = self.phase(progress.phase).optimizer().init
+            shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def start(self) -> tuple[TrainState, Weights | None]:
+        """Returns the state before the first update, on the host, and its weights.
+
+        Raises:
+            UserError: The weights cannot be read or do not fit.
+        """
+        state = jax.tree.map(np.asarray, jax.jit(self._random_state)())
+        init = self.config.init
+        if init.pretrained is None:
+            return state, None
+        weights = read_weights(init.pretrained)
+        variables = load_weights(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            weights,
+            fresh=init.fresh,
+            adapt_input=init.input_channels == "adapt",
+            stem=self.task.stages[0],
+        )
+        return state.replace(**variables), weights
+
+    def _random_state(self) -> TrainState:
+        return random_state(self.task, self.config.seed)
+
+
+def random_state(task: Task, seed: int) -> TrainState:
+    """Returns the state of a task before the first update, at random."""
+    init_rng, train_rng = jax.random.split(jax.random.key(seed))
+    params, batch_stats = task.init(init_rng)
+    return TrainState.create(params, batch_stats, train_rng)
+
+
+def make_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
+    """Returns the task that a config describes, for data that look like `spec`.
+
+    Raises:
+        UserError: Unknown names or arguments in `config.task` or `config.model`.
+    """
+    arguments = dict(config.task)
+    name = arguments.pop("name")
+    module = lookup.module(tasks, name, "config.task.name")
+    if not hasattr(module, "make"):
+        lookup.choose({}, name, "config.task.name")
+    return lookup.call(
+        module.make,
+        arguments,
+        "config.task",
+        data=spec,
+        model=dict(config.model),
+        precision=config.precision,
+    )
+
+
+def make_setup(config: ml_collections.ConfigDict) -> Setup:
+    """Returns all that a run is. Nothing is compiled, and nothing written.
+
+    Raises:
+        UserError: Anything in the config that does not fit anything else.
+    """
+    plan = plan_from_config(config.plan)
+    devices = make_devices(**config.parallel)
+    check_phases(config, plan, devices.count)
+    data = make_data(config.data, seed=config.seed)
+    task = make_task(config, data.spec)
+    shapes = jax.eval_shape(lambda: random_state(task, config.seed))
+    plan = durations(plan, len(data.train), config.data.batch_size)
+    check_plan(plan, named(shapes.params))
+    return Setup(
+        config=config,
+        devices=devices,
+        data=data,
+        task=task,
+        plan=plan,
+        shapes=shapes,
+    )
+
+
+def check_phases(
+    config: ml_collections.ConfigDict, plan: tuple[Phase, ...], devices: int
+) -> None:
+    """Checks what can be checked of a plan before the data is opened.
+
+    Raises:
+        UserError: Optimizers, schedules or metrics that there are not; a batch that does
+            not divide.
+    """
+    problems = [text for phase in plan for text in check_optimizer(phase)]
+    metrics = [("config.evaluate.best", config.evaluate.best)]
+    metrics += [(f"phase {p.name!r}, plateau_metric", p.plateau_metric) for p in plan]
+    known = [
+        f"{split}/{name}"
+        for split in ("validation", "test")
+        if config.data[split] is not None
+        for name in HIGHER_IS_BETTER
+    ]
+    problems += [
+        f"{where}: {name!r} is not measured{lookup.closest(name, known)} "
+        f"Measured are {', '.join(known) or 'none: config.data.validation is None'}."
+        for where, name in metrics
+        if name is not None and name not in known
+    ]
+    often = config.evaluate.every_steps or config.evaluate.every_epochs
+    if any(phase.plateau_metric for phase in plan) and not often:
+        problems.append(
+            "config.evaluate: a plateau needs every_steps or every_epochs to be seen"
+        )
+    if problems:
+        raise problems_error("The plan cannot be run:", problems)
+    check_batch(config.data.batch_size, plan, devices)

@@ -1,0 +1,1 @@
+"""Tasks: `task.py` is the contract, every other file one task, found by its name."""

@@ -1,0 +1,193 @@
+"""Classification: one label an example."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax import losses, lookup, metrics
+from finetune_jax.augment import make_augment
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import UserError
+from finetune_jax.models import make_model
+from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(Task):
+    """A classifier of images or feature vectors.
+
+    Attributes:
+        models: The one model, under ''.
+        data: What the examples look like.
+        loss_name: A name in `losses.LOSSES`.
+        label_smoothing: In training only.
+        top_k: Classes that a prediction names.
+    """
+
+    models: Mapping[str, nn.Module]
+    data: DataSpec
+    loss_name: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    top_k: int = 5
+
+    @property
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Inputs as the source gives them, and class indices."""
+        return {
+            "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
+            "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
+        }
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters and batch statistics."""
+        x = jnp.zeros((1, *self.data.shape), jnp.float32)
+        variables = self.models[""].init(rng, x, train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch with inputs augmented (in training) and normalised."""
+        inputs = batch["inputs"]
+        if jnp.issubdtype(inputs.dtype, jnp.integer):
+            inputs = inputs / jnp.asarray(255, self._float())
+        inputs = inputs.astype(self._float())
+        if mode != EVALUATION and self.data.augment:
+            keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
+            inputs = make_augment(self.data.augment)(inputs, keys(batch["position"]))
+        mean = jnp.asarray(self.data.mean, self._float())
+        std = jnp.asarray(self.data.std, self._float())
+        return {**batch, "inputs": (inputs - mean) / std}
+
+    def _float(self) -> Any:
+        return self.models[""].param_dtype  # type: ignore[attr-defined]
+
+    def loss(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        rng: jax.Array,
+        progress: jax.Array,
+        mode: Mode,
+        first: str | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
+        """Returns the weighed cross entropy and accuracy as (total, weight) pairs."""
+        del fixed, progress
+        logits_BxK, batch_stats = apply(
+            self,
+            "",
+            {"params": params, "batch_stats": batch_stats},
+            batch["features" if first else "inputs"],
+            mode=mode,
+            first=first,
+            rng=rng,
+        )
+        weight_B, label_B = batch["weight"], batch["label"]
+        loss_B = losses.LOSSES[self.loss_name](
+            logits_BxK, label_B, label_smoothing=self.label_smoothing
+        )
+        total, weight = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
+        right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
+        return (total, weight), (
+            batch_stats,
+            {"loss": (total, weight), "accuracy": (jnp.sum(right_B * weight_B), weight)},
+        )
+
+    def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
+        """Returns the logits."""
+        del fixed
+        logits_BxK, _ = apply(
+            self,
+            "",
+            {"params": params, "batch_stats": batch_stats},
+            batch["inputs"],
+            mode=EVALUATION,
+        )
+        return {"logits": logits_BxK}
+
+    def metrics(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Returns accuracy and the mean cross entropy of the labels (unsmoothed)."""
+        logits_BxK, label_B = outputs["logits"], batch["label"]
+        return {
+            "accuracy": metrics.accuracy(logits_BxK, label_B),
+            "loss": metrics.log_loss(logits_BxK, label_B),
+        }
+
+    def records(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> list[dict]:
+        """Returns the class names of the highest probabilities, best first."""
+        del batch
+        logits_BxK = outputs["logits"].astype(np.float64)
+        probability_BxK = np.exp(logits_BxK - logits_BxK.max(axis=-1, keepdims=True))
+        probability_BxK /= probability_BxK.sum(axis=-1, keepdims=True)
+        top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
+        names = self.data.class_names
+        return [
+            {
+                "class": names[top[0]],
+                "top": [
+                    {"class": names[k], "probability": float(row[k])} for k in top
+                ],
+            }
+            for row, top in zip(probability_BxK, top_BxK)
+        ]
+
+
+def make(
+    *,
+    data: DataSpec,
+    model: Mapping[str, Any],
+    precision: str,
+    loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
+    top_k: int = 5,
+) -> Classify:
+    """Returns the task that `config.task` describes.
+
+    Args:
+        data: What the examples look like.
+        model: The section `config.model`.
+        precision: 'float32', 'bfloat16' or 'float64'.
+        loss: A name in `losses.LOSSES`.
+        label_smoothing: Share of the target spread over all classes.
+        top_k: Classes that a prediction names.
+
+    Raises:
+        UserError: Something unknown or out of range, or too few logits for the data.
+    """
+    lookup.choose(losses.LOSSES, loss, "config.task.loss")
+    if not 0 <= label_smoothing < 1:
+        raise UserError(f"config.task.label_smoothing: {label_smoothing}; 0 to 1")
+    if top_k < 1:
+        raise UserError(f"config.task.top_k: {top_k}; at least 1 is needed")
+    make_augment(data.augment)
+    arguments = {**model}
+    classes = arguments.pop("classes") or len(data.class_names)
+    if classes < len(data.class_names):
+        raise UserError(
+            f"config.model.classes: {classes}, but the data has "
+            f"{len(data.class_names)} classes; None takes the data's number."
+        )
+    module = make_model(
+        arguments.pop("name"),
+        arguments,
+        classes=classes,
+        dtype=jnp.dtype(precision),
+        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
+    )
+    return Classify(
+        models={"": module},
+        data=data,
+        loss_name=loss,
+        label_smoothing=label_smoothing,
+        top_k=top_k,
+    )

@@ -1,0 +1,181 @@
+"""The contract of a task, and the one way in which tasks apply their models."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How the stages of the models run. Static: a compiled step has one.
+
+    Attributes:
+        learning: Stages in which something learns, with the prefix of their model. They
+            run as in training, all others as in evaluation.
+        batch_stats: 'hold', 'update' or 'update_all', as in `Phase`.
+        axis_name: The device axis under pmap; BatchNorm then averages over it.
+    """
+
+    learning: frozenset[str] = frozenset()
+    batch_stats: str = "hold"
+    axis_name: str | None = None
+
+    def trains(self, stage: str) -> bool:
+        """Returns whether a stage runs as in training (dropout, stochastic depth)."""
+        return self.batch_stats == "update_all" or stage in self.learning
+
+    def moves(self, stage: str) -> bool:
+        """Returns whether the BatchNorms of a stage use and move batch statistics."""
+        return self.batch_stats != "hold" and self.trains(stage)
+
+
+EVALUATION = Mode()
+
+
+class Task(abc.ABC):
+    """What is learned: models, loss, outputs and metrics. Subclasses are frozen.
+
+    Attributes:
+        models: Modules by the prefix of their parameters; '' where there is one.
+    """
+
+    models: Mapping[str, nn.Module]
+
+    @property
+    @abc.abstractmethod
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each part of a batch, without the batch axis."""
+
+    @abc.abstractmethod
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters and batch statistics."""
+
+    def fixed(self, start: Any) -> Any:
+        """Returns what the loss reads and nobody updates.
+
+        Args:
+            start: The state before the first update. What is returned shares no buffer
+                with it.
+        """
+        del start
+        return {}
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch as the models take it: normalised, in training augmented.
+
+        Args:
+            batch: As in `batch_spec`, and 'weight' [B] and 'position' [B], the place of
+                each example in the update, from which its random key is drawn.
+            rng: Key of the update.
+            mode: EVALUATION augments nothing.
+        """
+        del rng, mode
+        return batch
+
+    @abc.abstractmethod
+    def loss(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        rng: jax.Array,
+        progress: jax.Array,
+        mode: Mode,
+        first: str | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
+        """Returns ((total, weight), (batch_stats, metrics)) of a prepared batch.
+
+        The loss is total / weight, over as many batches as are added up first; metrics
+        are such pairs too. With `first`, `batch['features']` is that stage's input.
+        """
+
+    @abc.abstractmethod
+    def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
+        """Returns arrays of one row an example, of a prepared batch in evaluation."""
+
+    @abc.abstractmethod
+    def metrics(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Returns the metrics of a split from the rows of all its examples."""
+
+    @abc.abstractmethod
+    def records(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> list[dict]:
+        """Returns what a prediction says of each example, ready for JSON."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of all models in order, with their prefixes."""
+        return tuple(
+            f"{prefix}/{stage}" if prefix else stage
+            for prefix, module in self.models.items()
+            for stage in module.stages  # type: ignore[attr-defined]
+        )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The prefixes of the models."""
+        return tuple(self.models)
+
+
+def apply(
+    task: Task,
+    prefix: str,
+    variables: Mapping[str, Any],
+    x: Any,
+    *,
+    mode: Mode,
+    first: str | None = None,
+    last: str | None = None,
+    rng: jax.Array | None = None,
+) -> tuple[Any, Any]:
+    """Returns the output of a model and its batch statistics after.
+
+    The mode of every stage is set here, for any model: an interceptor rewrites what
+    BatchNorm and dropout are told at their call. It sees paths within this one apply
+    only, so the model's prefix is added.
+
+    Args:
+        task: Has the model.
+        prefix: Which of its models.
+        variables: 'params' and 'batch_stats' of this model.
+        x: Input of stage `first`.
+        mode: How the stages run.
+        first: The stage to begin with; None is the first.
+        last: The stage to end with; None is the last.
+        rng: Key for dropout; None where nothing is dropped.
+    """
+
+    def set_mode(next_call, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and module.path:
+            stage = f"{prefix}/{module.path[0]}" if prefix else module.path[0]
+            if "use_running_average" in kwargs:
+                kwargs = {**kwargs, "use_running_average": not mode.moves(stage)}
+                if mode.axis_name and hasattr(module, "axis_name"):
+                    object.__setattr__(module, "axis_name", mode.axis_name)
+            if "deterministic" in kwargs:
+                kwargs = {**kwargs, "deterministic": not mode.trains(stage)}
+        return next_call(*args, **kwargs)
+
+    has_stats = bool(jax.tree.leaves(variables.get("batch_stats", {})))
+    with nn.intercept_methods(set_mode):
+        y, moved = task.models[prefix].apply(
+            variables,
+            x,
+            first=first,
+            last=last,
+            train=mode != EVALUATION,
+            rngs={} if rng is None else {"dropout": rng},
+            mutable=["batch_stats"] if has_stats else [],
+        )
+    return y, moved.get("batch_stats", variables.get("batch_stats", {}))

@@ -1,0 +1,81 @@
+"""The folder of a run: which run it holds, and files that are whole or not there."""
+
+import datetime
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.errors import UserError, problems_error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one, whole."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: pathlib.Path, values: dict) -> None:
+    """Writes a dict as JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def new_workdir(config_address: str) -> pathlib.Path:
+    """Returns `runs/<config name>-<date-time>`, not there yet."""
+    name = pathlib.Path(config_address.partition(":")[0]).stem
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = pathlib.Path("runs") / f"{name}-{now}"
+    count = 1
+    while path.exists():
+        count += 1
+        path = pathlib.Path("runs") / f"{name}-{now}-{count}"
+    return path
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config of the run in a workdir.
+
+    Raises:
+        UserError: The folder holds no run.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir: {workdir} holds no run (no config.json in it)")
+    return configs.from_json(path.read_text(), str(path))
+
+
+def read_manifest(workdir: pathlib.Path) -> dict | None:
+    """Returns the manifest of the run in a workdir, or None where there is none yet."""
+    path = workdir / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not the manifest of a run: {error}") from error
+
+
+def check_same_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the workdir holds this run already.
+
+    Raises:
+        UserError: It holds another; lists the differences. Nothing is written.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir} is a file, not a folder")
+    if not (workdir / "config.json").is_file():
+        return False
+    found = configs.differences(config, read_config(workdir))
+    if found:
+        raise problems_error(
+            f"--workdir: {workdir} holds another run:",
+            [f"{line} there" for line in found],
+            "Give another --workdir, or the config of that run to resume it.",
+        )
+    return True
