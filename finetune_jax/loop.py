@@ -227,7 +227,9 @@ class Loop:
         every = config.checkpoint.every_steps
         if not (over or due or stop or (every and step % every == 0)):
             return None
+        begin = time.perf_counter()
         self.read()
+        self.clock.train_s += time.perf_counter() - begin
         splits = tuple(data.held_out) if over else ("validation",)
         if over or due:
             self._measure(placed, phase.phase.name, step, splits)
