@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine needs; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN := $(VENV)/bin
+
+.PHONY: env demo test test-slow test-3.12 check lock clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/py$(VERSION).txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: env
+	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
+
+test: env
+	$(BIN)/python -m pytest -n 2 -q
+
+test-slow: env
+	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# The same on the other Python that is supported, in an environment of its own.
+test-3.12:
+	$(MAKE) VENV=.venv-3.12 PYTHON=python3.12 test test-slow
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+# Renews the locks: versions and hashes, no index address.
+lock:
+	uv pip compile pyproject.toml --extra dev requirements/build.in \
+	  --generate-hashes --no-emit-index-url --quiet --python-version 3.11 \
+	  --no-header -o requirements/py3.11.txt
+	uv pip compile pyproject.toml --extra dev requirements/build.in \
+	  --generate-hashes --no-emit-index-url --quiet --python-version 3.12 \
+	  --no-header -o requirements/py3.12.txt
+
+clean:
+	rm -rf .venv .venv-3.12 .pytest_cache .ruff_cache
