@@ -22,11 +22,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         train="train",  # All of it: nothing is chosen by the test set, or at all.
         test="test",
         batch_size=128,
+        image_size=28,
+        channels=1,
         mean=(0.286,),  # Of the training images.
         std=(0.353,),
         augment=(("flip",), ("pad_crop", 2)),
     )
     config.model.name = "resnet20"
+    config.model.classes = 10
     config.plan = as_config(
         full(
             epochs=8,

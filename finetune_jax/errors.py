@@ -7,6 +7,10 @@ class UserError(ValueError):
     """A mistake of the user's; the program ends with status 2 and without traceback."""
 
 
+class DataMissing(UserError):
+    """The data of a run is not where the config says, or the config does not say."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on, such as a loss that is not finite; status 1."""
 

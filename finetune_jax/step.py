@@ -96,7 +96,7 @@ def train_step(
         / over_devices(sum(s[name][1] for s in sums))
         for name in sums[0]
     }
-    metrics["grad_norm"] = optax.global_norm(mean)
+    metrics["grad_norm"] = optax.tree.norm(mean)
     state = state.replace(
         step=state.step + 1,
         params=params,

@@ -58,8 +58,9 @@ class Classify(Task):
         if mode != EVALUATION and self.data.augment:
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
             inputs = make_augment(self.data.augment)(inputs, keys(batch["position"]))
-        mean = jnp.asarray(self.data.mean, self._float())
-        std = jnp.asarray(self.data.std, self._float())
+        last = (1,) * (inputs.ndim - 1) + (-1,)
+        mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
+        std = jnp.asarray(self.data.std, self._float()).reshape(last)
         return {**batch, "inputs": (inputs - mean) / std}
 
     def _float(self) -> Any:

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from finetune_jax.data.source import Source, array_source
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import DataMissing, UserError, problems_error
 
 INPUTS = ("x", "inputs", "images", "image", "features")
 LABELS = ("y", "labels", "label")
@@ -24,10 +24,10 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     """
     del argument
     if directory is None:
-        raise UserError("config.data.dir: arrays needs an .npz file")
+        raise DataMissing("config.data.dir: arrays needs an .npz file")
     path = pathlib.Path(directory)
     if not path.is_file():
-        raise UserError(f"config.data.dir: no file {directory!r}")
+        raise DataMissing(f"config.data.dir: no file {directory!r}")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

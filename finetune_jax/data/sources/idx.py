@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 from finetune_jax.data.source import Source, array_source
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import DataMissing, UserError
 
 SPLITS = {"train": "train", "test": "t10k"}
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -52,7 +52,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     """
     del argument
     if directory is None:
-        raise UserError("config.data.dir: idx needs the folder of the IDX files")
+        raise DataMissing("config.data.dir: idx needs the folder of the IDX files")
     folder = pathlib.Path(directory)
     splits, missing = {}, []
     for split, prefix in SPLITS.items():
@@ -65,8 +65,8 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             paths.append(found)
         splits[split] = paths
     if missing:
-        raise problems_error(
-            f"config.data.dir: {directory} lacks files of idx:", missing
+        raise DataMissing(
+            "\n  ".join([f"config.data.dir: {directory} lacks files of idx:", *missing])
         )
     return array_source(
         f"idx {directory}",

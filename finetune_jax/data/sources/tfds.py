@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.data.source import Source
-from finetune_jax.errors import UserError
+from finetune_jax.errors import DataMissing, UserError
 
 
 class TfdsExamples:
@@ -62,12 +62,12 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         splits = list(info.splits)
         records = {split: builder.as_data_source(split=split) for split in splits}
     except Exception as error:  # TFDS raises errors of many kinds, not all documented.
-        raise UserError(
+        raise DataMissing(
             f"config.data.name: tfds:{argument} cannot be read from "
             f"{directory or 'the default folder of TFDS'}: {error}"
         ) from error
     if not splits:
-        raise UserError(
+        raise DataMissing(
             f"config.data.name: tfds:{argument} is not prepared in "
             f"{directory or 'the default folder of TFDS'}. Prepare it there with "
             "file_format='array_record', or set config.data.dir."

@@ -1,0 +1,182 @@
+"""`--mode=plan`: what each phase trains and costs; no data, no accelerator, no compiling.
+
+Everything is built by shape. Where the data is not there, `data.image_size`,
+`data.channels` and `model.classes` stand for it, and lengths stay in epochs.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from rich.console import Console
+from rich.table import Table
+
+from finetune_jax.data.dataset import check_channels, make_data
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import DataMissing, problems_error
+from finetune_jax.modes.options import Options
+from finetune_jax.parallel import make_devices
+from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
+from finetune_jax.setup import (
+    PhaseSetup,
+    check_phases,
+    make_task,
+    phase_setup,
+    random_state,
+)
+from finetune_jax.state import TrainState
+from finetune_jax.step import eval_step, train_step
+from finetune_jax.tasks.task import Task
+from finetune_jax.trees import count, named, nbytes, stage_of
+
+
+def main(config: ml_collections.ConfigDict, options: Options) -> int:
+    """Prints a table of the phases; returns the exit status."""
+    del options
+    plan = plan_from_config(config.plan)
+    check_phases(config, plan, make_devices(**config.parallel).count)
+    spec = spec_of(config)
+    task = make_task(config, spec)
+    state = jax.eval_shape(lambda: random_state(task, config.seed))
+    if spec.train_examples is not None:
+        plan = durations(plan, spec.train_examples, config.data.batch_size)
+    names = tuple(named(state.params))
+    check_plan(plan, names)
+    forward = forward_flops(task, state, config.data.batch_size)
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{config.model.name}: {count(state.params):,} parameters in "
+        f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
+        f"{'x'.join(map(str, spec.shape))}, {len(spec.class_names)} classes; "
+        f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
+        highlight=False,
+    )
+    table = Table(show_lines=True)
+    for title in (
+        "phase", "steps", "learning stages", "trained", "frozen", "optimizer state",
+        "FLOPs a step", "learning rate", "batch_stats",
+    ):  # fmt: skip
+        table.add_column(title, overflow="fold")
+    for index in range(len(plan)):
+        phase = phase_setup(plan, index, task, names)
+        table.add_row(*_row(phase, task, state, config.data.batch_size, forward))
+    Console(width=None if console.is_terminal else 160).print(table)
+    return 0
+
+
+def spec_of(config: ml_collections.ConfigDict) -> DataSpec:
+    """Returns what the data look like, from the data or else from the config.
+
+    Raises:
+        UserError: The data is not there, and the config does not say enough; or the data
+            is there and does not fit.
+    """
+    try:
+        return make_data(config.data, seed=config.seed).spec
+    except DataMissing as missing:
+        data, classes = config.data, config.model.classes
+        needed = {
+            "data.image_size": data.image_size,
+            "data.channels": data.channels,
+            "model.classes": classes,
+        }
+        problems = [f"config.{key}" for key, value in needed.items() if value is None]
+        if problems:
+            raise problems_error(
+                f"{missing}\nWithout the data a plan needs:", problems
+            ) from missing
+        spec = DataSpec(
+            shape=(data.image_size, data.image_size, data.channels),
+            dtype="uint8",
+            class_names=tuple(map(str, range(classes))),
+            train_examples=None,
+            mean=data.mean,
+            std=data.std,
+            augment=data.augment,
+        )
+        check_channels(spec)
+        return spec
+
+
+def _batch(task: Task, leading: tuple[int, ...]) -> dict:
+    shapes = {
+        name: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype)
+        for name, leaf in task.batch_spec.items()
+    }
+    shapes["weight"] = jax.ShapeDtypeStruct(leading, jnp.float32)
+    shapes["position"] = jax.ShapeDtypeStruct(leading, jnp.int32)
+    return shapes
+
+
+def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
+    """Returns XLA's count for one evaluation step, by shapes only."""
+    step = functools.partial(eval_step, task=task)
+    batch = _batch(task, (batch_size,))
+    fixed = jax.eval_shape(task.fixed, state)
+    lowered = jax.jit(step).lower(state.params, state.batch_stats, fixed, batch)
+    return lowered.cost_analysis()["flops"]
+
+
+def step_flops(
+    phase: PhaseSetup, task: Task, state: TrainState, batch_size: int
+) -> float:
+    """Returns XLA's count for one update of a phase, by shapes only."""
+    optimizer = phase.optimizer()
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=optimizer,
+        trained=phase.trained(state.params),
+        mode=phase.mode,
+    )
+    micro = phase.phase.accumulate_steps
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    lowered = jax.jit(step).lower(
+        state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
+        jax.eval_shape(task.fixed, state),
+        _batch(task, (micro, batch_size // micro)),
+        number,
+        number,
+    )
+    return lowered.cost_analysis()["flops"]
+
+
+def _row(
+    phase: PhaseSetup, task: Task, state: TrainState, batch_size: int, forward: float
+) -> list[str]:
+    parts, params = phase.phase, named(state.params)
+    trained = {name: params[name] for name in phase.groups}
+    learning = [stage for stage in task.stages if stage in phase.mode.learning]
+    rates = sorted(set(scales(parts, params).values()) - {0.0}, reverse=True)
+    by_rate = {
+        rate: sorted(
+            {stage_of(n, task.prefixes) for n, g in phase.groups.items() if g.scale == rate},
+            key=task.stages.index,
+        )
+        for rate in rates
+    }
+    if len(rates) > 1:
+        learning = [f"{', '.join(by_rate[rate])} (x{rate:g})" for rate in rates]
+    opt_state = jax.eval_shape(phase.optimizer().init, state.params)
+    flops = step_flops(phase, task, state, batch_size)
+    return [
+        parts.name,
+        _length(parts),
+        "\n".join(learning) if len(rates) > 1 else ", ".join(learning) or "none",
+        f"{count(trained):,}",
+        f"{count(state.params) - count(trained):,}",
+        f"{nbytes(opt_state):,} bytes",
+        f"{flops / 1e9:.3f} G = {flops / forward:.2f} forward",
+        f"{parts.schedule} {parts.peak_lr:g}"
+        + (f", warm-up {parts.warmup_steps}" if parts.warmup_steps else ""),
+        parts.batch_stats,
+    ]
+
+
+def _length(phase: Phase) -> str:
+    if phase.steps is None:
+        return f"{phase.epochs:g} epochs"
+    most = "at most " if phase.plateau_metric else ""
+    return f"{most}{math.floor(phase.steps):,}"

@@ -1,0 +1,31 @@
+import os
+import socket
+
+# Before jax starts: eight devices for the tests of parallel training, and one number of
+# host threads, which decides how reductions are divided.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("NPROC", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(self, address):
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test connects to {address}")
+        return connect(self, address)
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def testdata():
+    folder = os.environ.get("FINETUNE_JAX_TESTDATA")
+    if not folder:
+        pytest.skip("FINETUNE_JAX_TESTDATA, the folder of real data, is not set")
+    return folder

@@ -1,0 +1,89 @@
+"""Small configs, tasks and states that many tests start from."""
+
+import functools
+
+import jax
+import numpy as np
+
+from finetune_jax import config as configs
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.plan import Phase, as_config
+from finetune_jax.setup import make_task, phase_setup, random_state
+from finetune_jax.step import train_step
+from finetune_jax.trees import named
+
+HEAD = (("head/.*", 1.0), (".*", 0.0))
+
+
+def config(*, model="resnet20", plan=(), overrides=(), **model_arguments):
+    """Returns a resolved config for digits at 12 pixels on one device."""
+    given = configs.default()
+    given.data.update(
+        validation="validation", test="test", batch_size=32, image_size=12
+    )
+    given.model.name = model
+    for name, value in model_arguments.items():
+        given.model[name] = value
+    given.plan = as_config(plan or (Phase(name="all", steps=4),))
+    given.parallel.devices = 1
+    resolved, problems = configs.resolve(given, overrides)
+    assert not problems, problems
+    return resolved
+
+
+def spec(shape=(12, 12, 1), classes=10, **fields):
+    return DataSpec(
+        shape=shape,
+        dtype="uint8",
+        class_names=tuple(map(str, range(classes))),
+        train_examples=1000,
+        **fields,
+    )
+
+
+def task(model="resnet20", shape=(12, 12, 1), overrides=(), fields=(), **arguments):
+    return make_task(
+        config(model=model, overrides=overrides, **arguments),
+        spec(shape, **dict(fields)),
+    )
+
+
+def batch(examples=32, shape=(12, 12, 1), micro_batches=1, seed=0):
+    rng = np.random.default_rng(seed)
+    whole = {
+        "inputs": rng.integers(0, 256, (examples, *shape), np.uint8),
+        "label": rng.integers(0, 10, examples).astype(np.int32),
+        "weight": np.ones(examples, np.float32),
+        "position": np.arange(examples, dtype=np.int32),
+    }
+    return {
+        name: array.reshape(micro_batches, -1, *array.shape[1:])
+        for name, array in whole.items()
+    }
+
+
+class Trainer:
+    """One phase of a task, without data, loop or files."""
+
+    def __init__(self, task, phase, *, jit=True, seed=0, state=None):
+        self.task = task
+        self.state = state or jax.jit(lambda: random_state(task, seed))()
+        names = tuple(named(self.state.params))
+        self.phase = phase_setup((phase,), 0, task, names)
+        optimizer = self.phase.optimizer()
+        opt_state = jax.jit(optimizer.init)(self.state.params)
+        self.state = self.state.replace(opt_state=opt_state)
+        step = functools.partial(
+            train_step,
+            task=task,
+            optimizer=optimizer,
+            trained=self.phase.trained(self.state.params),
+            mode=self.phase.mode,
+        )
+        self.step = jax.jit(step) if jit else step
+
+    def update(self, batch, rate=0.1):
+        self.state, metrics = self.step(
+            self.state, {}, batch, np.float32(rate), np.float32(0)
+        )
+        return metrics
