@@ -73,7 +73,8 @@ def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
     optax marks what a mask hides by nodes without leaves. A state that holds them can be
     restored from that of another mask without an error; a state of names cannot. What
     `init` returns is copied, because some states alias the parameters and could not be
-    donated. A `value_fn` among the extra arguments is given the whole tree, as it expects.
+    donated. A `value_fn` among the extra arguments is given a tree like the parameters,
+    with a node without leaves for each that the mask hides.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -81,12 +82,12 @@ def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(jnp.array, tx.init(named(params)))
 
     def update(updates, state, params=None, **extra):
+        gradient, flat = named(updates), None if params is None else named(params)
         if "value_fn" in extra:
-            whole = extra["value_fn"]
-            extra["value_fn"] = lambda leaves: whole(like(updates, leaves))
-            extra["grad"] = named(extra["grad"])
-        flat = None if params is None else named(params)
-        new, state = tx.update(named(updates), state, flat, **extra)
+            value_fn, whole = extra["value_fn"], named(extra["grad"])
+            extra["value_fn"] = lambda leaves: value_fn(like(updates, leaves))
+            extra["grad"] = {name: whole[name] for name in gradient}
+        new, state = tx.update(gradient, state, flat, **extra)
         return like(updates, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)

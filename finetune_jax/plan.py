@@ -105,13 +105,13 @@ def _rule_problems(rules: Any, decay: Any) -> list[str]:
     if not rules:
         found.append("rules: empty; ('.*', 1.0) trains everything")
     for rule in rules:
-        if not (isinstance(rule, Sequence) and len(rule) == 2):
+        if not (isinstance(rule, tuple | list) and len(rule) == 2):
             found.append(f"rules: {rule!r} is not a pair (regex, scale)")
         elif isinstance(rule[1], bool) or not isinstance(rule[1], (int, float)):
             found.append(f"rules: the scale in {rule!r} is not a number")
         elif not 0 <= rule[1] < math.inf:
             found.append(f"rules: the scale in {rule!r} is not finite and >= 0")
-    patterns = [r[0] for r in rules if isinstance(r, Sequence) and len(r) == 2]
+    patterns = [r[0] for r in rules if isinstance(r, tuple | list) and len(r) == 2]
     for pattern in [*patterns, *decay]:
         try:
             re.compile(pattern)

@@ -38,6 +38,54 @@ def train_step(
         trained: Tree of bools shaped like the parameters.
         mode: How the stages run.
     """
+    gradients, weights, sums, batch_stats = _micro_gradients(
+        state, fixed, batch, progress, task=task, trained=trained, mode=mode
+    )
+
+    def over_devices(tree):
+        return jax.lax.psum(tree, mode.axis_name) if mode.axis_name else tree
+
+    share = len(gradients) / over_devices(sum(weights))
+    opt_state, total, updates = state.opt_state, None, None
+    for gradient in gradients:
+        # Only what learns is scaled and summed: the rest are zeros that nobody reads.
+        gradient = jax.tree.map(
+            lambda g, t: over_devices(g) * share if t else g, gradient, trained
+        )
+        updates, opt_state = optimizer.update(
+            gradient, opt_state, state.params, learning_rate=learning_rate
+        )
+        part = [
+            g for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(trained)) if t
+        ]
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    # Frozen leaves are not added to, not even zero: that could change their bits.
+    params = jax.tree.map(
+        lambda p, u, t: p + u if t else p, state.params, updates, trained
+    )
+    metrics = {
+        name: over_devices(sum(s[name][0] for s in sums))
+        / over_devices(sum(s[name][1] for s in sums))
+        for name in sums[0]
+    }
+    metrics["grad_norm"] = optax.tree.norm(total) / len(gradients)
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return state, metrics
+
+
+def _micro_gradients(
+    state: TrainState, fixed: Any, batch: dict, progress: jax.Array, *,
+    task: Task, trained: Any, mode: Mode,
+) -> tuple[list, list, list, Any]:  # fmt: skip
+    """Returns (gradients of the totals, weights, metrics, batch statistics after).
+
+    The lists have an entry a micro-batch; nothing is summed over devices yet.
+    """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     augment_rng, loss_rng = jax.random.split(rng)
     if mode.axis_name:
@@ -55,8 +103,7 @@ def train_step(
 
     gradients, weights, sums = [], [], []
     batch_stats = state.batch_stats
-    micro_batches = jax.tree.leaves(batch)[0].shape[0]
-    for index in range(micro_batches):
+    for index in range(jax.tree.leaves(batch)[0].shape[0]):
         micro = jax.tree.map(lambda array, i=index: array[i], batch)
         micro = task.prepare(micro, augment_rng, mode)
         gradient, (weight, batch_stats, metrics) = jax.grad(objective, has_aux=True)(
@@ -65,45 +112,7 @@ def train_step(
         gradients.append(gradient)
         weights.append(weight)
         sums.append(metrics)
-
-    def over_devices(tree):
-        return jax.lax.psum(tree, mode.axis_name) if mode.axis_name else tree
-
-    whole = over_devices(sum(weights))
-    opt_state, mean, updates = state.opt_state, None, None
-    for gradient in gradients:
-        # Only what learns is scaled and summed: the rest are zeros that nobody reads.
-        gradient = jax.tree.map(
-            lambda g, t: over_devices(g) * (micro_batches / whole) if t else g,
-            gradient,
-            trained,
-        )
-        updates, opt_state = optimizer.update(
-            gradient, opt_state, state.params, learning_rate=learning_rate
-        )
-        part = [
-            g / micro_batches
-            for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(trained))
-            if t
-        ]
-        mean = part if mean is None else jax.tree.map(jnp.add, mean, part)
-    # Frozen leaves are not added to, not even zero: that could change their bits.
-    params = jax.tree.map(
-        lambda p, u, t: p + u if t else p, state.params, updates, trained
-    )
-    metrics = {
-        name: over_devices(sum(s[name][0] for s in sums))
-        / over_devices(sum(s[name][1] for s in sums))
-        for name in sums[0]
-    }
-    metrics["grad_norm"] = optax.tree.norm(mean)
-    state = state.replace(
-        step=state.step + 1,
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    return state, metrics
+    return gradients, weights, sums, batch_stats
 
 
 def eval_step(

@@ -73,15 +73,15 @@ def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarra
         UserError: Wrong syntax, no such split, nothing selected, or something twice.
     """
     chosen = []
-    for part in text.split("+"):
-        match = _PART.fullmatch(part.strip())
+    for part in text.replace(" ", "").split("+"):
+        match = _PART.fullmatch(part)
         bounds = [] if match is None else [match["start"], match["stop"]]
-        if match is None or any(b and not _BOUND.fullmatch(b.strip()) for b in bounds):
+        if match is None or any(b and not _BOUND.fullmatch(b) for b in bounds):
             raise UserError(
-                f"{where}: {part.strip()!r} is not a split; write train, train[:80%], "
+                f"{where}: {part!r} is not a split; write train, train[:80%], "
                 "train[100:200] or several joined by +"
             )
-        indices = lookup.choose(splits, match["name"].strip(), where)
+        indices = lookup.choose(splits, match["name"], where)
         start, stop = (_bound(bound, len(indices)) for bound in bounds)
         chosen.append(indices[start:stop])
     selected = np.concatenate(chosen)
@@ -95,7 +95,6 @@ def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarra
 
 
 def _bound(text: str | None, size: int) -> int | None:
-    text = (text or "").strip()
     if not text:
         return None
     if not text.endswith("%"):

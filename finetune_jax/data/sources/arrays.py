@@ -29,7 +29,8 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     if not path.is_file():
         raise DataMissing(f"config.data.dir: no file {directory!r}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path}: not an .npz file of plain arrays: {error}") from error

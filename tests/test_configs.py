@@ -1,0 +1,90 @@
+"""Every config that ships runs, small, and reads every key that it has."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import test_data
+from recording import Recording
+
+from finetune_jax import config as configs
+from finetune_jax.plan import Phase
+from finetune_jax.run import run
+from finetune_jax.setup import make_setup
+
+ROOT = pathlib.Path(__file__).parents[1]
+VARIANTS = [
+    "resnet_head.py:tiny",
+    "iris_mlp.py:tiny",
+    "mnist_source.py:cnn,tiny",
+    "mnist_source.py:mlp,tiny",
+    "mnist_target.py:cnn,tiny",
+    "mnist_target.py:mlp,tiny",
+    "pretrain_fashion_mnist.py:tiny",
+]
+
+
+def resolved(variant, tmp_path):
+    """Returns a variant on one device, with data and weights that it can find."""
+    overrides = [("parallel.devices", "1"), ("data.batch_size", "10")]
+    config = configs.load(str(ROOT / "configs" / variant))
+    if config.data.name == "idx":
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        for prefix, size in (("train", 60), ("t10k", 20)):
+            images = rng.integers(0, 256, (size, 28, 28), np.uint8)
+            labels = (np.arange(size) % 10).astype(np.uint8)
+            test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
+            test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
+        overrides.append(("data.dir", str(tmp_path)))
+    if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
+        source = variant.replace("target", "source")
+        workdir = tmp_path / "source"
+        run(resolved(source, tmp_path), workdir)
+        overrides.append(("init.pretrained", f"orbax:{workdir}"))
+    config, problems = configs.resolve(config, overrides)
+    assert not problems
+    return config
+
+
+def test_every_config_has_a_variant_here():
+    files = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert files == {variant.partition(":")[0] for variant in VARIANTS}
+    for path in (ROOT / "configs").glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 75 and "Command:" in text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_runs_and_every_key_is_read(variant, tmp_path):
+    config = resolved(variant, tmp_path)
+    recorded = Recording(config)
+    result = run(recorded, tmp_path / "run")
+    assert result["steps"] == 2 * len(config.plan)
+    assert set(configs.flat(config)) - recorded.read == set()
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written == result
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "report"):
+        assert (tmp_path / "run" / name).exists()
+
+
+def test_a_key_that_nobody_reads_would_be_seen(tmp_path):
+    config = resolved("iris_mlp.py:tiny", tmp_path)
+    with config.unlocked():
+        config.data.forgotten = 1
+    recorded = Recording(config)
+    make_setup(recorded)
+    assert "data.forgotten" not in recorded.read
+    assert {"data.train", "plan[0].peak_lr", "model.hidden"} <= recorded.read
+
+
+def test_every_field_of_a_phase_is_used_outside_its_definition():
+    used = set()
+    for path in (ROOT / "finetune_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+    assert {field.name for field in dataclasses.fields(Phase)} <= used

@@ -1,0 +1,134 @@
+"""The command line: what it answers to mistakes, and the modes that need no training."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from finetune_jax import main
+from finetune_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+IRIS = f"--config={ROOT / 'configs' / 'iris_mlp.py'}"
+HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
+
+
+def refused(*arguments):
+    """Returns the message with which a command line is refused."""
+    with pytest.raises(UserError) as found:
+        main.run(list(arguments))
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config: which?"),
+        (["--config=configs/resnet_hed.py"], "no file"),
+        ([IRIS, "--mode=trian"], "did you mean 'train'"),
+        ([IRIS, "--wrokdir=x"], "did you mean '--workdir'"),
+        ([IRIS, "stray"], "stray: unknown"),
+        ([IRIS, "--config.data.batch_sise=3"], "did you mean 'batch_size'"),
+        ([IRIS, "--config.data.batch_size=many"], "'many' is not an integer"),
+        ([IRIS, "--config.data.batch_size=0"], "config.data.batch_size: 0"),
+        ([IRIS, "--config.data.batch_size=31", "--config.parallel.devices=8"],
+         "31 examples in 1 micro-batches over 8 devices"),
+        ([IRIS, "--config.plan[0].accumulate_steps=7"], "in 7 micro-batches"),
+        ([IRIS, "--config.plan[0].rules=(('haed/.*', 1.0), ('.*', 0.0))"],
+         "rule 'haed/.*': matches nothing"),
+        ([IRIS, "--config.plan[0].rules=(('head/.*', 1.0),)"],
+         "parameter stage1/dense/bias: no rule matches"),
+        ([IRIS, "--config.plan[0].optimizer=adamm"], "did you mean 'adam"),
+        ([IRIS, "--config.evaluate.best=validation/acuracy"],
+         "did you mean 'validation/accuracy'"),
+        ([IRIS, "--config.data.test=test[:0%]"], "is empty"),
+        ([IRIS, "--config.data.train=train[:2]"], "have no training example"),
+        ([IRIS, "--config.init.pretrained=file:none.safetensors"], "no file"),
+        ([HEAD, "--config.init.fresh=()"], "does not fit the model"),
+        ([HEAD, "--config.init.fresh=()", "--config.model.classes=12"],
+         "params/head/logits/bias: model (12,), weights (10,)"),
+        ([HEAD, "--config.model.name=resnet32"], "not in the weights"),
+        (["--mode=evaluate"], "needs --workdir"),
+        (["--mode=evaluate", "--workdir=none"], "holds no run"),
+        (["--config"], "expected one argument"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message(arguments, message, tmp_path):
+    if "--mode=evaluate" not in arguments:
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    assert message in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_one_kind_are_told_together():
+    message = refused(
+        IRIS, "--config.sede=1", "--config.data.batch_size=x", "--config.plan[0].step=1"
+    )
+    for part in ("sede", "'x' is not an integer", "did you mean 'steps'"):
+        assert part in message
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "finetune_jax.main", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_the_program_exits_2_without_a_traceback():
+    done = command(IRIS, "--config.data.batch_sise=3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: The config cannot be run:")
+
+
+def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    arguments = [f"{IRIS}:tiny", f"--workdir={workdir}", "--config.parallel.devices=1"]
+    assert main.run(arguments) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"workdir {workdir}")
+    assert output.rstrip().endswith(f"workdir {workdir}")
+    assert main.run(arguments) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert main.run(["--mode=evaluate", f"--workdir={workdir}"]) == 0
+    found = json.loads((workdir / "evaluation.json").read_text())
+    best = json.loads((workdir / "result.json").read_text())["best"]
+    assert {name: found[name] for name in best} == best
+    assert "config.seed: 3 here, 0 there" in refused(*arguments, "--config.seed=3")
+
+
+@pytest.mark.parametrize("config", ["resnet_head", "mnist_target", "pretrain_fashion_mnist"])
+def test_the_plan_needs_no_data_and_compiles_nothing(config, capsys, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(jax._src.compiler, "compile_or_get_cached", refuse)
+    path = ROOT / "configs" / f"{config}.py"
+    assert main.run([f"--config={path}", "--mode=plan"]) == 0
+    output = capsys.readouterr().out
+    assert "forward" in output and "optimizer" in output
+
+
+def test_the_plan_says_what_it_needs_where_the_data_is_not_there():
+    message = refused(
+        f"--config={ROOT / 'configs' / 'mnist_source.py'}", "--mode=plan",
+        "--config.model.classes=None", "--config.data.channels=None",
+    )  # fmt: skip
+    assert "config.data.channels" in message and "config.model.classes" in message
+
+
+def test_host_threads_are_those_of_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC", "7")
+    main.pin_host_threads(None)
+    assert os.environ["NPROC"] == "7"
+    (tmp_path / "manifest.json").write_text('{"nproc": "3"}')
+    main.pin_host_threads(tmp_path)
+    assert os.environ["NPROC"] == "3"
+    monkeypatch.delenv("NPROC")
+    main.pin_host_threads(None)
+    assert int(os.environ["NPROC"]) == len(os.sched_getaffinity(0))

@@ -1,0 +1,124 @@
+"""One device, eight under jit, eight under pmap: the same training."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from finetune_jax.errors import UserError
+from finetune_jax.parallel import check_batch, make_devices
+from finetune_jax.plan import Phase
+from finetune_jax.setup import phase_setup, random_state
+from finetune_jax.step import eval_step, train_step
+from finetune_jax.trees import named
+
+KINDS = {
+    "one": dict(mode="jit", devices=1, fsdp=1),
+    "jit": dict(mode="jit", devices=8, fsdp=1),
+    "fsdp": dict(mode="jit", devices=8, fsdp=4),
+    "pmap": dict(mode="pmap", devices=8, fsdp=1),
+}
+
+
+def trained(kind, task, phase, batches):
+    """Returns (state on the host, losses, logits) after an update on each batch."""
+    devices = make_devices(**KINDS[kind])
+    state = jax.tree.map(np.asarray, jax.jit(lambda: random_state(task, 0))())
+    names = tuple(named(state.params))
+    setup = phase_setup((phase,), 0, task, names, devices.axis_name)
+    optimizer = setup.optimizer()
+    opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(state.params))
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=optimizer,
+        trained=setup.trained(state.params),
+        mode=setup.mode,
+    )
+    placed = devices.place(state.replace(opt_state=opt_state))
+    program, losses = None, []
+    for batch in batches:
+        batch = devices.place_batch(batch, batch_axis=1)
+        arguments = (placed, {}, batch, np.float32(0.01), np.float32(0))
+        program = program or devices.compile_train(step, *arguments)
+        placed, metrics = program.call(*arguments)
+        losses.append({name: float(value) for name, value in metrics.items()})
+    whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches[0])
+    whole = devices.place_batch(whole, batch_axis=0)
+    arguments = (placed.params, placed.batch_stats, {}, whole)
+    predict = functools.partial(eval_step, task=task)
+    outputs = devices.compile_eval(predict, *arguments).call(*arguments)
+    return devices.to_host(placed), losses, devices.rows_to_host(outputs)["logits"]
+
+
+def batches(count, micro_batches=1):
+    made = [small.batch(32, (8, 8, 1), micro_batches, seed) for seed in range(count)]
+    for batch in made:
+        batch["weight"].reshape(-1)[:3] = (0.0, 2.0, 0.5)
+    return made
+
+
+def assert_close(ours, theirs, tolerance):
+    for name, leaf in named(ours).items():
+        other = named(theirs)[name]
+        scale = max(np.abs(other).max(), 1e-3)
+        assert np.abs(leaf - other).max() <= tolerance * scale, name
+
+
+@pytest.mark.slow
+def test_devices_agree_in_float64_after_twenty_steps_of_resnet20():
+    """Weighed examples, two micro-batches, BatchNorm over the global batch."""
+    with jax.enable_x64(True):
+        task = small.task(shape=(8, 8, 1), overrides=[("precision", "float64")])
+        phase = Phase(
+            name="all", steps=20, optimizer="sgd", optimizer_args={"momentum": 0.9},
+            clip_norm=1.0, accumulate_steps=2,
+        )  # fmt: skip
+        found = {
+            kind: trained(kind, task, phase, batches(20, 2)) for kind in KINDS
+        }
+    state, losses, logits = found["one"]
+    assert named(state.params)["stem/conv/kernel"].dtype == np.float64
+    for kind in ("jit", "fsdp", "pmap"):
+        ours, our_losses, our_logits = found[kind]
+        assert_close(ours.params, state.params, 1e-10)
+        assert_close(ours.batch_stats, state.batch_stats, 1e-10)
+        assert_close(ours.opt_state, state.opt_state, 1e-10)
+        np.testing.assert_allclose(our_logits, logits, rtol=1e-9, atol=1e-9)
+        for mine, other in zip(our_losses, losses):
+            assert mine == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["jit", "fsdp", "pmap"])
+def test_the_first_loss_agrees_in_float32(kind):
+    task = small.task("cnn", shape=(8, 8, 1), convolutions=(4, 8), dense=(64,))
+    phase = Phase(name="all", steps=2, optimizer="sgd")
+    one = trained("one", task, phase, batches(2))
+    many = trained(kind, task, phase, batches(2))
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert many[1][0][name] == pytest.approx(one[1][0][name], rel=1e-5)
+    assert_close(many[0].batch_stats, one[0].batch_stats, 1e-4)
+
+
+def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
+    devices = make_devices(**KINDS["fsdp"])
+    tree = {"large": np.zeros((64, 128), np.float32), "small": np.zeros(8, np.float32)}
+    placed = devices.place(tree)
+    assert placed["large"].addressable_shards[0].data.shape == (64, 32)
+    assert placed["small"].addressable_shards[0].data.shape == (8,)
+
+
+def test_impossible_devices_are_refused():
+    for asked, message in (
+        (dict(mode="jit", devices=9, fsdp=1), "there are 8 devices"),
+        (dict(mode="jit", devices=8, fsdp=3), "3 does not divide 8"),
+        (dict(mode="pmap", devices=8, fsdp=2), "use jit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_devices(**asked)
+    plan = (Phase(name="a", steps=1), Phase(name="b", steps=1, accumulate_steps=3))
+    with pytest.raises(UserError, match="phase 'b': 32 examples in 3 micro-batches"):
+        check_batch(32, plan, 8)
+    check_batch(48, plan, 8)
