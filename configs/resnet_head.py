@@ -20,14 +20,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         validation="validation",
         test="test",
         batch_size=64,
-        image_size=28,
-        mean=(0.286,),
-        std=(0.353,),
+        image_size=16,
+        mean=(0.5,),
+        std=(0.5,),
     )
     config.model.name = "resnet20"
     config.init.pretrained = "zoo:resnet20_fashion_mnist"
     config.init.fresh = ("head/.*",)
-    config.plan = as_config(head_only(epochs=30, optimizer="adam", peak_lr=1e-2))
+    config.plan = as_config(head_only(epochs=30, optimizer="adam", peak_lr=1e-1))
     config.evaluate.every_epochs = 5.0
     config.evaluate.best = "validation/accuracy"
     return configs.tiny(config) if arg == "tiny" else config
