@@ -1,4 +1,9 @@
-"""A small network on four measurements of iris flowers."""
+"""A small network on four measurements of iris flowers.
+
+Question:  Does a table of numbers go through the same program as images?
+Command:   python -m finetune_jax.main --config=configs/iris_mlp.py
+Expected:  test accuracy 0.87 to 0.97; a second of training.
+"""
 
 import ml_collections
 

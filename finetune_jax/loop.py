@@ -101,7 +101,7 @@ class Loop:
             TrainingError: The loss is not finite, or what is frozen has moved.
             Preempted: The run was asked to stop, and has saved.
         """
-        if self.progress.phase < 0:
+        if not self.checkpoints.steps():
             placed = self.setup.devices.place(state)
             splits = tuple(self.setup.data.held_out)
             self._measure(placed, self.setup.plan[0].name, 0, splits)

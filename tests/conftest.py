@@ -1,10 +1,18 @@
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 
 # Before jax starts: eight devices for the tests of parallel training, and one number of
 # host threads, which decides how reductions are divided.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("NPROC", "2")
+# Tests that compile the same program share it; workers inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import jax
 import pytest

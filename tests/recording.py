@@ -34,6 +34,9 @@ class Recording:
     def keys(self):
         return self._config.keys()
 
+    def items(self):
+        return [(key, self[key]) for key in self.keys()]
+
     def to_dict(self):
         """Writing the config down is not reading it."""
         return self._config.to_dict()
