@@ -30,7 +30,7 @@ test-3.12:
 check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Renews the locks: versions and hashes, no index address.
 lock:

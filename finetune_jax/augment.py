@@ -29,7 +29,9 @@ def pad_crop(image_HxWxC: jax.Array, rng: jax.Array, pixels: int = 4) -> jax.Arr
 AUGMENTATIONS = {"flip": flip, "pad_crop": pad_crop}
 
 
-def make_augment(steps: Sequence[Sequence]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def make_augment(
+    steps: Sequence[Sequence],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (images [B, H, W, C], keys [B]) that applies steps in order.
 
     Args:

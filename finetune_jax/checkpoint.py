@@ -122,7 +122,9 @@ class Checkpoints:
             raise DamagedCheckpoint(f"its state cannot be read: {error}") from error
         changed = [n for n in leaves if leaf_digest(leaves[n]) != meta["leaves"].get(n)]
         if changed or set(leaves) != names:
-            raise DamagedCheckpoint(f"it has changed since it was written: {changed[:5]}")
+            raise DamagedCheckpoint(
+                f"it has changed since it was written: {changed[:5]}"
+            )
         return TrainState(**state)
 
     def newest(

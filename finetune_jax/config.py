@@ -19,6 +19,9 @@ from ml_collections import config_dict
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
 
+# An ml_collections.ConfigDict: its values have no static types.
+Config = Any
+
 # What a resumed run may change, since no result depends on it.
 NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep")
 # Sections whose other keys belong to what `name` chooses; the constructor checks them.
@@ -73,10 +76,10 @@ PHASE_OPTIONAL = {
 }
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> Config:
     """Returns a config with every key at its default; a config file starts from it."""
     optional = config_dict.placeholder
-    config = ml_collections.ConfigDict()
+    config: Any = ml_collections.ConfigDict()
     config.seed = 0
     config.precision = "float32"  # Of the computation; parameters stay float32.
     config.task = dict(name="classify")
@@ -102,7 +105,7 @@ def default() -> ml_collections.ConfigDict:
     config.model.head.hidden = ()
     config.model.head.activation = "relu"
     config.model.head.dropout = 0.0
-    config.model.head.init = "lecun_normal"
+    config.model.head.initialiser = "lecun_normal"
     config.init = ml_collections.ConfigDict()
     config.init.pretrained = optional(str)  # A weights address; None starts at random.
     config.init.fresh = ()  # Regexes of the names that keep their initial value.
@@ -128,7 +131,7 @@ def default() -> ml_collections.ConfigDict:
     return config
 
 
-def load(address: str) -> ml_collections.ConfigDict:
+def load(address: str) -> Config:
     """Returns what the config file FILE[:ARG] gives, defaults not yet filled in.
 
     Raises:
@@ -160,7 +163,7 @@ def load(address: str) -> ml_collections.ConfigDict:
 
 def resolve(
     config: Mapping[str, Any], overrides: Sequence[tuple[str, str]] = ()
-) -> tuple[ml_collections.ConfigDict, list[str]]:
+) -> tuple[Config, list[str]]:
     """Returns the config with every key, and all that is wrong with it.
 
     Args:
@@ -192,7 +195,7 @@ def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
                 for index, entry in enumerate(value)
             )
         elif isinstance(full[key], ml_collections.ConfigDict):
-            if isinstance(value, Mapping | ml_collections.ConfigDict):
+            if hasattr(value, "keys"):
                 _fill(full[key], value, f"{name}.", problems)
             else:
                 problems.append(f"config.{name}: {value!r} is not a section")
@@ -202,7 +205,7 @@ def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
 
 def phase_entry(
     entry: Mapping[str, Any], path: str = "", problems: list[str] | None = None
-) -> ml_collections.ConfigDict:
+) -> Config:
     """Returns one entry of `plan` with every field; optional ones are placeholders."""
     found: list[str] = [] if problems is None else problems
     full = ml_collections.ConfigDict(
@@ -264,9 +267,7 @@ def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
         except (KeyError, IndexError, TypeError, AttributeError):
             names = list(section) if hasattr(section, "keys") else []
             size = f"; {seen} has {len(section)} entries" if inside else ""
-            problems.append(
-                f"--config.{key}: no {part!r}{size}{closest(part, names)}"
-            )
+            problems.append(f"--config.{key}: no {part!r}{size}{closest(part, names)}")
             return
         seen += part if inside or not seen else f".{part}"
     name = parts[-1] if parts else ""
@@ -297,7 +298,7 @@ def _parse(text: str, kind: type) -> Any:
         return text
 
 
-def _range_problems(config: ml_collections.ConfigDict) -> list[str]:
+def _range_problems(config: Config) -> list[str]:
     values = flat(config)
     problems = []
     for name in POSITIVE:
@@ -325,7 +326,7 @@ def _range_problems(config: ml_collections.ConfigDict) -> list[str]:
     return problems
 
 
-def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def tiny(config: Config) -> Config:
     """Returns a config made small: two updates a phase, for tests and a first look."""
     for entry in config.plan:
         entry.epochs, entry.steps = None, 2
@@ -354,14 +355,14 @@ def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return values
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """Returns the config as JSON text; tuples become lists."""
     plain = config.to_dict()
     plain["plan"] = [entry.to_dict() for entry in config.plan]
     return json.dumps(plain, indent=2) + "\n"
 
 
-def from_json(text: str, where: str) -> ml_collections.ConfigDict:
+def from_json(text: str, where: str) -> Config:
     """Returns the resolved config that `to_json` wrote.
 
     Raises:

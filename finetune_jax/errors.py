@@ -15,9 +15,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, such as a loss that is not finite; status 1."""
 
 
-def problems_error(
-    header: str, problems: Iterable[str], advice: str = ""
-) -> UserError:
+def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:
     """Returns one error that lists every problem, in order, each on its own line."""
     lines = [header, *(f"  {problem}" for problem in problems)]
     return UserError("\n".join([*lines, advice] if advice else lines))

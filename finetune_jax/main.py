@@ -7,9 +7,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import ml_collections
-
 from finetune_jax import config as configs
+from finetune_jax.config import Config
 from finetune_jax.errors import TrainingError, UserError, problems_error
 from finetune_jax.lookup import choose, closest
 from finetune_jax.modes.options import Options
@@ -58,15 +57,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         if not equals and (not rest or rest[0].startswith("--")):
             problems.append(f"{name}: no value")
             continue
-        overrides.append((name.removeprefix("--config."), value if equals else rest.pop(0)))
+        overrides.append(
+            (name.removeprefix("--config."), value if equals else rest.pop(0))
+        )
     if problems:
-        raise problems_error("The command line:", problems, parser.format_usage().strip())
+        raise problems_error(
+            "The command line:", problems, parser.format_usage().strip()
+        )
     return found, overrides
 
 
 def resolved_config(
     address: str, workdir: pathlib.Path | None, overrides: list[tuple[str, str]]
-) -> ml_collections.ConfigDict:
+) -> Config:
     """Returns the config of the file, or else of the workdir, with the overrides.
 
     Raises:

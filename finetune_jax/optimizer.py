@@ -101,7 +101,10 @@ def _scale_by_rate(scale: float) -> optax.GradientTransformationExtraArgs:
         rate = -jnp.asarray(learning_rate * scale)
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),  # type: ignore[arg-type]
+        update,  # type: ignore[arg-type]
+    )
 
 
 def _accumulated(tx: Any, steps: int) -> optax.GradientTransformationExtraArgs:
@@ -119,12 +122,14 @@ def _group_transformation(phase: Phase, scale: float):
         phase.optimizer_args,
         f"{where}, optimizer_args",
     )
+
+    def decaying(leaves: Any) -> dict[str, bool]:
+        return {name: decays(phase, name) for name in leaves}
+
     # Always three links: state is carried between phases by its place in the chain.
     decay: Any = optax.identity()
     if phase.weight_decay:
-        decay = optax.add_decayed_weights(
-            phase.weight_decay, mask=lambda leaves: {n: decays(phase, n) for n in leaves}
-        )
+        decay = optax.add_decayed_weights(phase.weight_decay, mask=decaying)
     decoupled = phase.optimizer in DECOUPLED_DECAY
     links = (core, decay) if decoupled else (decay, core)
     return by_name(optax.chain(*links, _scale_by_rate(scale)))
@@ -203,7 +208,9 @@ def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:
 
     def pick(path, leaf):
         cohort, inside = _place(path)
-        return leaf if cohort not in cohorts else before[cohorts[cohort], inside]
+        if cohort is None or cohort not in cohorts:
+            return leaf
+        return before[cohorts[cohort], inside]
 
     return jax.tree_util.tree_map_with_path(pick, new)
 

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_collections
-
 from finetune_jax import lookup
-from finetune_jax.config import PHASE, phase_entry
+from finetune_jax.config import PHASE, Config, phase_entry
 from finetune_jax.errors import problems_error
 
 BATCH_STATS = ("hold", "update", "update_all")
@@ -181,7 +179,7 @@ def plan_problems(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def as_config(plan: Iterable[Phase]) -> tuple[ml_collections.ConfigDict, ...]:
+def as_config(plan: Iterable[Phase]) -> tuple[Config, ...]:
     """Returns a plan as `config.plan` holds it: a tuple of ConfigDicts."""
     return tuple(phase_entry(dataclasses.asdict(phase)) for phase in plan)
 
@@ -270,9 +268,7 @@ def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def joined(
-    plan: Sequence[Phase], index: int, names: Iterable[str]
-) -> dict[str, int]:
+def joined(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, int]:
     """Returns for each parameter that learns in phase `index` the age of its state.
 
     That is the index of the phase from which on every phase trained and carried it.
@@ -286,9 +282,7 @@ def joined(
     return since
 
 
-def groups(
-    plan: Sequence[Phase], index: int, names: Iterable[str]
-) -> dict[str, Group]:
+def groups(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, Group]:
     """Returns the rate group of each parameter that learns in phase `index`."""
     names = tuple(names)
     since = joined(plan, index, names)
@@ -304,7 +298,9 @@ def carried_cohorts(
     names = tuple(names)
     if index == 0:
         return {}
-    old, new = (sorted(set(joined(plan, i, names).values())) for i in (index - 1, index))
+    old, new = (
+        sorted(set(joined(plan, i, names).values())) for i in (index - 1, index)
+    )
     return {new.index(phase): old.index(phase) for phase in new if phase in old}
 
 

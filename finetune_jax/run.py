@@ -4,10 +4,9 @@ import pathlib
 import time
 from typing import Any
 
-import ml_collections
-
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.config import Config
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.loop import Loop
 from finetune_jax.metrics import confusion_matrix
@@ -21,7 +20,7 @@ from finetune_jax.trees import digest
 from finetune_jax.workdir import check_same_run, write_json, write_text
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains, or goes on training, and returns what `result.json` holds.
 
     Args:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from finetune_jax import lookup, tasks
+from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import problems_error
 from finetune_jax.metrics import HIGHER_IS_BETTER
 from finetune_jax.optimizer import check_optimizer, make_optimizer
-from finetune_jax.parallel import Devices, check_batch, make_devices
+from finetune_jax.parallel import Devices, check_batch, make_devices, run_once
 from finetune_jax.plan import (
     Group,
     Phase,
@@ -123,7 +123,7 @@ class Setup:
         shapes: The state before the first phase, shapes only.
     """
 
-    config: ml_collections.ConfigDict
+    config: Config
     devices: Devices
     data: Data
     task: Task
@@ -154,7 +154,7 @@ class Setup:
         Raises:
             UserError: The weights cannot be read or do not fit.
         """
-        state = jax.tree.map(np.asarray, jax.jit(self._random_state)())
+        state = run_once(lambda: random_state(self.task, self.config.seed))
         init = self.config.init
         if init.pretrained is None:
             return state, None
@@ -168,9 +168,6 @@ class Setup:
         )
         return state.replace(**variables), weights
 
-    def _random_state(self) -> TrainState:
-        return random_state(self.task, self.config.seed)
-
 
 def random_state(task: Task, seed: int) -> TrainState:
     """Returns the state of a task before the first update, at random."""
@@ -179,7 +176,7 @@ def random_state(task: Task, seed: int) -> TrainState:
     return TrainState.create(params, batch_stats, train_rng)
 
 
-def make_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
+def make_task(config: Config, spec: DataSpec) -> Task:
     """Returns the task that a config describes, for data that look like `spec`.
 
     Raises:
@@ -200,7 +197,7 @@ def make_task(config: ml_collections.ConfigDict, spec: DataSpec) -> Task:
     )
 
 
-def make_setup(config: ml_collections.ConfigDict) -> Setup:
+def make_setup(config: Config) -> Setup:
     """Returns all that a run is. Nothing is compiled, and nothing written.
 
     Raises:
@@ -224,9 +221,7 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
     )
 
 
-def check_phases(
-    config: ml_collections.ConfigDict, plan: tuple[Phase, ...], devices: int
-) -> None:
+def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     """Checks what can be checked of a plan before the data is opened.
 
     Raises:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """What an update reads and writes; donated to it.
 
     Attributes:

@@ -24,9 +24,7 @@ def name_of(path: tuple) -> str:
 
 def like(tree: Any, leaves: dict[str, Any]) -> Any:
     """Returns a tree shaped like `tree` with each leaf taken from `leaves` by name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[name_of(path)], tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path)], tree)
 
 
 def stage_of(name: str, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -5,9 +5,8 @@ import json
 import os
 import pathlib
 
-import ml_collections
-
 from finetune_jax import config as configs
+from finetune_jax.config import Config
 from finetune_jax.errors import UserError, problems_error
 
 
@@ -38,7 +37,7 @@ def new_workdir(config_address: str) -> pathlib.Path:
     return path
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def read_config(workdir: pathlib.Path) -> Config:
     """Returns the config of the run in a workdir.
 
     Raises:
@@ -61,7 +60,7 @@ def read_manifest(workdir: pathlib.Path) -> dict | None:
         raise UserError(f"{path}: not the manifest of a run: {error}") from error
 
 
-def check_same_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+def check_same_run(workdir: pathlib.Path, config: Config) -> bool:
     """Returns whether the workdir holds this run already.
 
     Raises:

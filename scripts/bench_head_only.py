@@ -39,7 +39,7 @@ def programs(batch_size: int) -> dict:
     flat["weight"] = np.ones(batch_size, np.float32)
     flat["position"] = np.arange(batch_size, dtype=np.int32)
     batch = jax.tree.map(lambda array: array[None], flat)
-    made = {
+    made: dict[str, tuple] = {
         "forward": (
             functools.partial(eval_step, task=setup.task),
             (state.params, state.batch_stats, {}, flat),

@@ -8,6 +8,7 @@ Then --config.data.name=tfds:digits --config.data.dir=DIR reads it.
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,16 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
     """
     import tensorflow_datasets as tfds
 
-    first = next(iter(source.splits.values()))
+    first: Any = next(iter(source.splits.values()))
     features = tfds.features.FeaturesDict(
         {
-            "inputs": tfds.features.Tensor(shape=first.shape, dtype=np.dtype(first.dtype)),
+            "inputs": tfds.features.Tensor(
+                shape=first.shape, dtype=np.dtype(first.dtype)
+            ),
             "label": tfds.features.ClassLabel(names=source.class_names),
         }
     )
+
     class Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -72,9 +76,7 @@ def main() -> None:
     parser.add_argument("--name", help="default: that of the source")
     arguments = parser.parse_args()
     kind, _, place = arguments.source.partition(":")
-    prepare(
-        load_source(kind, place or None), arguments.name or kind, arguments.folder
-    )
+    prepare(load_source(kind, place or None), arguments.name or kind, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.setup import make_task, phase_setup, random_state
 from finetune_jax.step import train_step
@@ -67,7 +68,7 @@ class Trainer:
 
     def __init__(self, task, phase, *, jit=True, seed=0, state=None):
         self.task = task
-        self.state = state or jax.jit(lambda: random_state(task, seed))()
+        self.state = state or run_once(lambda: random_state(task, seed))
         names = tuple(named(self.state.params))
         self.phase = phase_setup((phase,), 0, task, names)
         optimizer = self.phase.optimizer()

@@ -143,9 +143,7 @@ def test_the_order_is_a_function_of_seed_and_position():
     whole = np.concatenate(labels())
     np.testing.assert_array_equal(np.concatenate(labels(start=17)), whole[17 * 64 :])
     np.testing.assert_array_equal(np.concatenate(labels(micro_batches=4)), whole)
-    np.testing.assert_array_equal(
-        np.concatenate(labels(batch_size=32, stop=80)), whole
-    )
+    np.testing.assert_array_equal(np.concatenate(labels(batch_size=32, stop=80)), whole)
     assert (np.concatenate(labels(seed=4)) != whole).any()
     epoch = len(data)
     for start in (0, epoch):
@@ -162,9 +160,7 @@ def test_batches_are_full_and_hold_the_images_of_their_labels():
     assert batch["inputs"].shape == (2, 4, 8, 8, 1)
     assert batch["position"].reshape(-1).tolist() == list(range(8))
     everything = data.take(np.arange(len(data)))
-    for image, label in zip(
-        batch["inputs"].reshape(8, -1), batch["label"].reshape(-1)
-    ):
+    for image, label in zip(batch["inputs"].reshape(8, -1), batch["label"].reshape(-1)):
         same = (everything["inputs"].reshape(len(data), -1) == image).all(axis=1)
         assert label in everything["label"][same]
 

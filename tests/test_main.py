@@ -102,7 +102,9 @@ def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys)
     assert "config.seed: 3 here, 0 there" in refused(*arguments, "--config.seed=3")
 
 
-@pytest.mark.parametrize("config", ["resnet_head", "mnist_target", "pretrain_fashion_mnist"])
+@pytest.mark.parametrize(
+    "config", ["resnet_head", "mnist_target", "pretrain_fashion_mnist"]
+)
 def test_the_plan_needs_no_data_and_compiles_nothing(config, capsys, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("something was compiled")

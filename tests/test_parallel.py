@@ -8,7 +8,7 @@ import pytest
 import small
 
 from finetune_jax.errors import UserError
-from finetune_jax.parallel import check_batch, make_devices
+from finetune_jax.parallel import check_batch, make_devices, run_once
 from finetune_jax.plan import Phase
 from finetune_jax.setup import phase_setup, random_state
 from finetune_jax.step import eval_step, train_step
@@ -25,7 +25,7 @@ KINDS = {
 def trained(kind, task, phase, batches):
     """Returns (state on the host, losses, logits) after an update on each batch."""
     devices = make_devices(**KINDS[kind])
-    state = jax.tree.map(np.asarray, jax.jit(lambda: random_state(task, 0))())
+    state = run_once(lambda: random_state(task, 0))
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)
     optimizer = setup.optimizer()
@@ -76,9 +76,7 @@ def test_devices_agree_in_float64_after_twenty_steps_of_resnet20():
             name="all", steps=20, optimizer="sgd", optimizer_args={"momentum": 0.9},
             clip_norm=1.0, accumulate_steps=2,
         )  # fmt: skip
-        found = {
-            kind: trained(kind, task, phase, batches(20, 2)) for kind in KINDS
-        }
+        found = {kind: trained(kind, task, phase, batches(20, 2)) for kind in KINDS}
     state, losses, logits = found["one"]
     assert named(state.params)["stem/conv/kernel"].dtype == np.float64
     for kind in ("jit", "fsdp", "pmap"):

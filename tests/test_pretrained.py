@@ -14,7 +14,9 @@ from finetune_jax.trees import digest, named
 
 
 def variables(channels=1, **arguments):
-    task = small.task("cnn", (8, 8, channels), convolutions=(4, 4), dense=(8,), **arguments)
+    task = small.task(
+        "cnn", (8, 8, channels), convolutions=(4, 4), dense=(8,), **arguments
+    )
     import jax
 
     params, batch_stats = task.init(jax.random.key(0))
@@ -131,7 +133,9 @@ def test_weights_of_another_architecture_are_refused():
 
 def test_the_zoo_fits_its_card():
     cards = sorted(ZOO.glob("*.json"))
-    assert [card.stem for card in cards] == [p.stem for p in sorted(ZOO.glob("*.safe*"))]
+    assert [card.stem for card in cards] == [
+        p.stem for p in sorted(ZOO.glob("*.safe*"))
+    ]
     for card in cards:
         path, told = card.with_suffix(".safetensors"), json.loads(card.read_text())
         data = path.read_bytes()

@@ -98,15 +98,15 @@ def test_the_log_has_a_line_for_every_measurement_in_order(undisturbed):
     found = lines(workdir)
     trained = [line["step"] for line in found if "train/loss" in line]
     assert trained == list(range(1, 17))
-    evaluated = {l["step"]: l for l in found if "validation/loss" in l}
+    evaluated = {line["step"]: line for line in found if "validation/loss" in line}
     # Before update 0, at intervals, and at the end of each phase.
     assert sorted(evaluated) == [0, 3, 6, 9, 11, 12, 15, 16]
-    tested = sorted(l["step"] for l in found if "test/loss" in l)
+    tested = sorted(line["step"] for line in found if "test/loss" in line)
     assert tested == [0, 6, 11, 16]
-    assert [l["step"] for l in found] == sorted(l["step"] for l in found)
-    phases = [l["phase"] for l in found if "train/loss" in l]
+    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    phases = [line["phase"] for line in found if "train/loss" in line]
     assert phases == ["head"] * 6 + ["upper"] * 5 + ["all"] * 5
-    best = min(evaluated.values(), key=lambda l: l["validation/loss"])
+    best = min(evaluated.values(), key=lambda line: line["validation/loss"])
     assert result["best_step"] == best["step"]
     assert result["best"]["validation/loss"] == best["validation/loss"]
     steps = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
@@ -125,7 +125,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing below catches it."""
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 8, 11, 13])
+@pytest.mark.parametrize("step", [1, 6, 13])
 def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch, step
 ):
@@ -145,6 +145,7 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     assert lines(tmp_path / "run") == lines(undisturbed[1])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch
 ):
@@ -167,6 +168,7 @@ def test_a_run_stopped_after_every_update_ends_in_the_same_bits(
 
 def test_a_log_cut_short_by_a_kill_is_mended(undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
+
         def die(self, state):
             if int(state.step) == 3:
                 raise Killed
@@ -240,7 +242,9 @@ def test_another_run_in_a_workdir_is_refused_and_nothing_changes(undisturbed, tm
     with pytest.raises(UserError) as found:
         run(config(seed=5), workdir)
     assert "config.seed: 5 here, 0 there" in str(found.value)
-    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()
+    }
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -263,12 +267,11 @@ def test_what_is_frozen_and_moves_stops_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
-def test_eight_devices_run_the_whole_story(tmp_path, mode):
+def test_eight_devices_run_the_whole_story(undisturbed, tmp_path, mode):
     found = config(**{"parallel.mode": mode, "parallel.devices": 8})
     result = run(found, tmp_path / "run")
-    one = run(config(), tmp_path / "one")
     assert result["steps"] == 16
-    first, first_one = lines(tmp_path / "run")[0], lines(tmp_path / "one")[0]
+    first, first_one = lines(tmp_path / "run")[0], lines(undisturbed[1])[0]
     assert first["test/loss"] == pytest.approx(first_one["test/loss"], rel=1e-5)
 
 

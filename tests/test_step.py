@@ -57,7 +57,9 @@ def test_the_optimizer_state_holds_the_head_only_and_no_holes():
     state = small.Trainer(task, phase).state
     head = nbytes(state.params["head"])
     numbers = 4 * 3  # Adam's count, and two of MultiSteps.
-    assert nbytes(state.opt_state) == 3 * head + numbers  # Two moments, one accumulator.
+    assert (
+        nbytes(state.opt_state) == 3 * head + numbers
+    )  # Two moments, one accumulator.
     nodes = jax.tree.leaves(
         state.opt_state, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
     )
@@ -168,9 +170,7 @@ def test_augmentation_depends_on_seed_step_and_place_alone():
 
 def test_a_phase_that_trains_nothing_moves_statistics_only():
     task = small.task("cnn", convolutions=(4, 4), dense=(8,))
-    phase = Phase(
-        name="adapt", steps=2, rules=((".*", 0.0),), batch_stats="update_all"
-    )
+    phase = Phase(name="adapt", steps=2, rules=((".*", 0.0),), batch_stats="update_all")
     trainer = small.Trainer(task, phase)
     params, stats = digest(trainer.state.params), digest(trainer.state.batch_stats)
     trainer.update(small.batch())

@@ -66,7 +66,9 @@ def applied(prefix, mode):
     variables = module.init(jax.random.key(0), x, train=False)
     y, stats = apply(task, prefix, variables, x, mode=mode, rng=jax.random.key(1))
     before = named(variables["batch_stats"])
-    stages = {n.split("/")[0] for n, v in named(stats).items() if (v != before[n]).any()}
+    stages = {
+        n.split("/")[0] for n, v in named(stats).items() if (v != before[n]).any()
+    }
     return np.asarray(y), stages
 
 
@@ -108,7 +110,7 @@ def test_records_name_the_most_probable_classes():
         ("model.head.dropout", "1.0", "not in"),
         ("model.head.hidden", "(0,)", "widths"),
         ("model.head.activation", "rellu", "did you mean 'relu'"),
-        ("model.head.init", "zeroes", "did you mean 'zeros'"),
+        ("model.head.initialiser", "zeroes", "did you mean 'zeros'"),
     ],
 )
 def test_what_a_task_or_model_does_not_know_is_refused(key, text, message):

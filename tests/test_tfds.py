@@ -51,14 +51,3 @@ def test_a_data_set_that_is_not_prepared_says_what_to_do(tmp_path):
     for name in ("tfds:mnist", "tfds:nothing_of_this_name"):
         with pytest.raises(DataMissing, match="cannot be read|not prepared"):
             load_source(name, str(tmp_path))
-
-
-def test_images_are_read_from_mocked_data():
-    import tensorflow_datasets as tfds
-
-    with tfds.testing.mock_data(num_examples=8):
-        source = load_source("tfds:mnist", None)
-    assert set(source.splits) == {"train", "test"}
-    images = source.splits["train"].inputs(np.arange(3))
-    assert [image.shape for image in images] == [(28, 28, 1)] * 3
-    assert source.class_names == tuple("0123456789")

@@ -218,7 +218,11 @@ def _check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None
 
 def _overlaps(chosen: Mapping[str, np.ndarray]) -> list[str]:
     found = []
-    for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
+    for one, other in (
+        ("train", "test"),
+        ("train", "validation"),
+        ("validation", "test"),
+    ):
         if one in chosen and other in chosen:
             shared = len(np.intersect1d(chosen[one], chosen[other]))
             if shared:

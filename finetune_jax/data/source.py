@@ -11,17 +11,22 @@ from finetune_jax.errors import problems_error
 
 
 class Examples(Protocol):
-    """Random access to the examples of one split.
+    """Random access to the examples of one split."""
 
-    Attributes:
-        label: Class index of every example, int32.
-        shape: Of one example's inputs, (H, W, C) or (F,); None where they differ.
-        dtype: 'uint8' or 'float32'.
-    """
+    @property
+    def label(self) -> np.ndarray:
+        """Class index of every example, int32."""
+        ...
 
-    label: np.ndarray
-    shape: tuple[int, ...] | None
-    dtype: str
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one example's inputs, (H, W, C) or (F,); None where they differ."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the inputs: 'uint8' or 'float32'."""
+        ...
 
     def __len__(self) -> int:
         """Returns the number of examples."""

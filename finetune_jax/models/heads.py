@@ -27,14 +27,14 @@ class Head(nn.Module):
         hidden: Widths of the hidden layers; often none.
         activation: After each of them.
         dropout: Rate before the last layer.
-        init: Initialiser of the kernels.
+        initialiser: Of the kernels.
     """
 
     classes: int
     hidden: tuple[int, ...] = ()
     activation: str = "relu"
     dropout: float = 0.0
-    init: str = "lecun_normal"
+    initialiser: str = "lecun_normal"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -42,7 +42,7 @@ class Head(nn.Module):
     def __call__(self, x_BxF: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, K]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel_init = INITIALISERS[self.init]()
+        kernel_init = INITIALISERS[self.initialiser]()
         x_BxF = x_BxF.reshape(x_BxF.shape[0], -1)
         for index, width in enumerate(self.hidden):
             name = f"hidden{index + 1}"
@@ -65,7 +65,7 @@ def make_head(arguments: Mapping[str, Any], **given: Any) -> Head:
     """
     head = lookup.call(Head, arguments, "config.model.head", **given)
     lookup.choose(ACTIVATIONS, head.activation, "config.model.head.activation")
-    lookup.choose(INITIALISERS, head.init, "config.model.head.init")
+    lookup.choose(INITIALISERS, head.initialiser, "config.model.head.initialiser")
     if not 0 <= head.dropout < 1:
         raise UserError(f"config.model.head.dropout: {head.dropout} is not in [0, 1)")
     if any(not isinstance(width, int) or width < 1 for width in head.hidden):

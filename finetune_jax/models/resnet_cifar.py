@@ -143,9 +143,7 @@ def _resnet(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNetCifar:
-    return ResNetCifar(
-        blocks, classes, tuple(sorted(head.items())), dtype, param_dtype
-    )
+    return ResNetCifar(blocks, classes, tuple(sorted(head.items())), dtype, param_dtype)
 
 
 MODELS = {

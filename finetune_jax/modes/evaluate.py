@@ -1,8 +1,7 @@
 """`--mode=evaluate`: measures the best checkpoint of a run on its held-out splits."""
 
-import ml_collections
-
 from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.modes.options import Options
 from finetune_jax.run import make_evaluator, restore
@@ -11,7 +10,7 @@ from finetune_jax.state import Progress
 from finetune_jax.workdir import write_json
 
 
-def main(config: ml_collections.ConfigDict, options: Options) -> int:
+def main(config: Config, options: Options) -> int:
     """Prints the metrics and writes them to `evaluation.json`; returns the status."""
     workdir = options.workdir
     assert workdir is not None

@@ -6,13 +6,14 @@ Everything is built by shape. Where the data is not there, `data.image_size`,
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from rich.console import Console
 from rich.table import Table
 
+from finetune_jax.config import Config
 from finetune_jax.data.dataset import check_channels, make_data
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import DataMissing, problems_error
@@ -32,7 +33,7 @@ from finetune_jax.tasks.task import Task
 from finetune_jax.trees import count, named, nbytes, stage_of
 
 
-def main(config: ml_collections.ConfigDict, options: Options) -> int:
+def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
     plan = plan_from_config(config.plan)
@@ -66,7 +67,7 @@ def main(config: ml_collections.ConfigDict, options: Options) -> int:
     return 0
 
 
-def spec_of(config: ml_collections.ConfigDict) -> DataSpec:
+def spec_of(config: Config) -> DataSpec:
     """Returns what the data look like, from the data or else from the config.
 
     Raises:
@@ -116,6 +117,10 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     batch = _batch(task, (batch_size,))
     fixed = jax.eval_shape(task.fixed, state)
     lowered = jax.jit(step).lower(state.params, state.batch_stats, fixed, batch)
+    return _flops(lowered)
+
+
+def _flops(lowered: Any) -> float:
     return lowered.cost_analysis()["flops"]
 
 
@@ -140,7 +145,7 @@ def step_flops(
         number,
         number,
     )
-    return lowered.cost_analysis()["flops"]
+    return _flops(lowered)
 
 
 def _row(
@@ -152,7 +157,11 @@ def _row(
     rates = sorted(set(scales(parts, params).values()) - {0.0}, reverse=True)
     by_rate = {
         rate: sorted(
-            {stage_of(n, task.prefixes) for n, g in phase.groups.items() if g.scale == rate},
+            {
+                stage_of(n, task.prefixes)
+                for n, g in phase.groups.items()
+                if g.scale == rate
+            },
             key=task.stages.index,
         )
         for rate in rates

@@ -2,8 +2,7 @@
 
 import json
 
-import ml_collections
-
+from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
@@ -12,7 +11,7 @@ from finetune_jax.run import run
 from finetune_jax.workdir import check_same_run, new_workdir
 
 
-def main(config: ml_collections.ConfigDict, options: Options) -> int:
+def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
     workdir = options.workdir or new_workdir(options.config)
     print(f"workdir {workdir}", flush=True)

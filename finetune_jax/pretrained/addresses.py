@@ -62,9 +62,7 @@ def _file(address: str, place: str) -> Weights:
     if not path.is_file():
         raise UserError(f"config.init.pretrained: no file {place!r}")
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"config.init.pretrained: {place!r} is not a .safetensors file"
-        )
+        raise UserError(f"config.init.pretrained: {place!r} is not a .safetensors file")
     data = path.read_bytes()
     try:
         tensors = load(data)

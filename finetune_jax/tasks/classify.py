@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import losses, lookup, metrics
+from finetune_jax import lookup, losses, metrics
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
@@ -97,7 +97,10 @@ class Classify(Task):
         right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
         return (total, weight), (
             batch_stats,
-            {"loss": (total, weight), "accuracy": (jnp.sum(right_B * weight_B), weight)},
+            {
+                "loss": (total, weight),
+                "accuracy": (jnp.sum(right_B * weight_B), weight),
+            },
         )
 
     def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
@@ -135,9 +138,7 @@ class Classify(Task):
         return [
             {
                 "class": names[top[0]],
-                "top": [
-                    {"class": names[k], "probability": float(row[k])} for k in top
-                ],
+                "top": [{"class": names[k], "probability": float(row[k])} for k in top],
             }
             for row, top in zip(probability_BxK, top_BxK)
         ]

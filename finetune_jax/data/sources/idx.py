@@ -24,8 +24,10 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         UserError: Not an IDX file, or one cut short.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else (
-            path.read_bytes()
+        data = (
+            gzip.decompress(path.read_bytes())
+            if path.suffix == ".gz"
+            else (path.read_bytes())
         )
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
@@ -70,5 +72,8 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         )
     return array_source(
         f"idx {directory}",
-        {split: tuple(map(read_idx, paths)) for split, paths in splits.items()},
+        {
+            split: (read_idx(images), read_idx(labels))
+            for split, (images, labels) in splits.items()
+        },
     )

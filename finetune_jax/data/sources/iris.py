@@ -3,6 +3,8 @@
 Source: https://scikit-learn.org/stable/datasets/toy_dataset.html (Fisher 1936).
 """
 
+from typing import Any
+
 from finetune_jax.data.source import Source, array_source
 
 
@@ -11,6 +13,6 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     del directory, argument
     from sklearn import datasets
 
-    bunch = datasets.load_iris()
+    bunch: Any = datasets.load_iris()
     names = [str(name) for name in bunch.target_names]
     return array_source("iris", {"all": (bunch.data, bunch.target)}, names)

@@ -57,7 +57,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
 
     options: dict[str, Any] = {"data_dir": directory} if directory else {}
     try:
-        builder = tfds.builder(argument, **options)
+        builder: Any = tfds.builder(argument, **options)
         info = builder.info
         splits = list(info.splits)
         records = {split: builder.as_data_source(split=split) for split in splits}
@@ -103,11 +103,13 @@ def _keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     """Returns the names of the feature to classify and of the label."""
     kinds = (tfds.features.Image, tfds.features.Tensor)
     labels = [
-        key for key, feature in info.features.items()
+        key
+        for key, feature in info.features.items()
         if isinstance(feature, tfds.features.ClassLabel)
     ]
     inputs = [
-        key for key, feature in info.features.items()
+        key
+        for key, feature in info.features.items()
         if isinstance(feature, kinds) and key not in labels
     ]
     if info.supervised_keys and all(k in info.features for k in info.supervised_keys):
