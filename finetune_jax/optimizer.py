@@ -110,7 +110,7 @@ def _scale_by_rate(scale: float) -> optax.GradientTransformationExtraArgs:
 def _accumulated(tx: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` applied to the mean of `steps` gradients in a row."""
     # MultiSteps' own gradient_transformation() would drop the extra arguments.
-    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    dtype = jnp.result_type(float)  # MultiSteps' own default is float32.
     multi = optax.MultiSteps(tx, steps, accumulator_dtype=dtype)
     return optax.GradientTransformationExtraArgs(multi.init, multi.update)  # type: ignore
 

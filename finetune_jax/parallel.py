@@ -161,7 +161,7 @@ def run_once(function: Callable[[], Any]) -> Any:
     of optimisation that still vectorises, ResNet-20's take 2 s instead of 16 s, and are
     the same bits.
     """
-    options = {"xla_backend_optimization_level": 1}
+    options: Any = {"xla_backend_optimization_level": 1}
     compiled = jax.jit(function).lower().compile(compiler_options=options)
     return jax.tree.map(np.asarray, compiled())
 

@@ -157,6 +157,6 @@ def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
     digester = hashlib.sha256()
     for name, examples in sorted(splits.items()):
         digester.update(f"{name}{examples.values.shape}{examples.dtype}".encode())
-        digester.update(np.ascontiguousarray(examples.values))
-        digester.update(np.ascontiguousarray(examples.label))
+        digester.update(np.ascontiguousarray(examples.values).data)
+        digester.update(np.ascontiguousarray(examples.label).data)
     return digester.hexdigest()

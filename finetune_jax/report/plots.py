@@ -9,6 +9,12 @@ from matplotlib.ticker import MaxNLocator
 
 # Of Okabe & Ito 2008: told apart by colour-blind readers too.
 COLOURS = {"train": "#999999", "validation": "#0072B2", "test": "#D55E00"}
+# The test split is measured at the ends of phases only: points, not a curve.
+STYLES = {
+    "train": {"lw": 1},
+    "validation": {"lw": 1.8, "marker": "o", "ms": 3},
+    "test": {"ls": "", "marker": "D", "ms": 5},
+}
 
 
 def learning_curves(lines: Sequence[dict], path: pathlib.Path) -> None:
@@ -30,8 +36,7 @@ def learning_curves(lines: Sequence[dict], path: pathlib.Path) -> None:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 steps, values = zip(*points)
-                style = {"lw": 1} if split == "train" else {"lw": 1.8, "marker": "o"}
-                panel.plot(steps, values, color=colour, label=split, ms=3, **style)
+                panel.plot(steps, values, color=colour, label=split, **STYLES[split])
         for phase, step in starts.items():
             panel.axvline(step, color="#cccccc", lw=0.8, zorder=0)
             panel.text(
