@@ -4,7 +4,9 @@ Question:  What does a small ResNet reach, trained as He et al. 2016 do, but sho
 Command:   python -m finetune_jax.main --config=configs/pretrain_fashion_mnist.py \
                --config.data.dir=DIR --workdir=runs/pretrain_fashion_mnist
            DIR has the four IDX files of https://github.com/zalandoresearch/fashion-mnist
-Export:    python scripts/export_zoo.py runs/pretrain_fashion_mnist
+Expected:  test accuracy 0.934 (seed 0); two CPU cores, half an hour.
+Export:    python scripts/export_zoo.py runs/pretrain_fashion_mnist \
+               resnet20_fashion_mnist
 """
 
 import ml_collections

@@ -2,6 +2,10 @@
 
 Question:  How far do features learned on photos of clothes carry to digits?
 Command:   python -m finetune_jax.main --config=configs/resnet_head.py
+Expected:  test accuracy 0.921 over seeds 0 to 4 (0.919 to 0.925); with
+           --config.init.pretrained=None, a frozen random backbone, 0.812 (0.797 to
+           0.855). Two CPU cores, half a minute.
+Chosen:    size, normalisation and rate on the validation split; chosen by us.
 """
 
 import ml_collections

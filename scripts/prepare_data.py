@@ -25,6 +25,7 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
         folder: `data_dir` of TFDS.
     """
     import tensorflow_datasets as tfds
+    from etils import epath
 
     first: Any = next(iter(source.splits.values()))
     features = tfds.features.FeaturesDict(
@@ -38,6 +39,8 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
 
     class Arrays(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
+        # Where TFDS looks for a description; it cannot infer it for a script.
+        pkg_dir_path = epath.Path(__file__).parent
 
         def _info(self):
             return self.dataset_info_from_configs(
