@@ -47,7 +47,11 @@ class Classify(Task):
         """Returns random parameters and batch statistics."""
         x = jnp.zeros((1, *self.data.shape), jnp.float32)
         variables = self.models[""].init(rng, x, train=False)
-        return variables["params"], variables.get("batch_stats", {})
+        # Flax starts running averages in float32, whatever the parameters are.
+        batch_stats = jax.tree.map(
+            lambda leaf: leaf.astype(self._float()), variables.get("batch_stats", {})
+        )
+        return variables["params"], batch_stats
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch with inputs augmented (in training) and normalised."""
