@@ -42,10 +42,15 @@ def make_augment(
     """
     functions = []
     for step in steps:
-        name, *arguments = (step,) if isinstance(step, str) else step
+        step = (step,) if isinstance(step, str) else step
+        if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
+            raise UserError(
+                f"config.data.augment: {step!r} is not a step such as ('pad_crop', 2)"
+            )
+        name, *arguments = step
         function = lookup.choose(AUGMENTATIONS, name, "config.data.augment")
         if len(arguments) > function.__code__.co_argcount - 2 or not all(
-            isinstance(argument, int) and argument >= 0 for argument in arguments
+            type(argument) is int and argument >= 0 for argument in arguments
         ):
             raise UserError(
                 f"config.data.augment: {name!r} does not take {tuple(arguments)}"

@@ -15,13 +15,13 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from finetune_jax.errors import problems_error
+from finetune_jax.errors import TrainingError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.trees import leaf_digest, named
 
 
-class DamagedCheckpoint(Exception):
+class DamagedCheckpoint(TrainingError):
     """A checkpoint whose files are incomplete, unreadable or changed."""
 
 
@@ -87,9 +87,13 @@ class Checkpoints:
             meta = dict(self._manager.restore(step, args=args)["meta"])
             found = meta.pop("sha256")
         except Exception as error:  # Orbax raises whatever the damage leads to.
-            raise DamagedCheckpoint(f"its metadata cannot be read: {error}") from error
+            raise DamagedCheckpoint(
+                f"checkpoint {step}: its metadata cannot be read: {error}"
+            ) from error
         if _digest(meta) != found:
-            raise DamagedCheckpoint("its metadata has changed since it was written")
+            raise DamagedCheckpoint(
+                f"checkpoint {step}: its metadata has changed since it was written"
+            )
         return meta
 
     def restore(self, step: int, target: TrainState) -> TrainState:
@@ -119,11 +123,23 @@ class Checkpoints:
             state = self._manager.restore(step, args=args)["state"]
             leaves = named(state)
         except Exception as error:  # Orbax raises whatever the damage leads to.
-            raise DamagedCheckpoint(f"its state cannot be read: {error}") from error
+            raise DamagedCheckpoint(
+                f"checkpoint {step}: its state cannot be read: {error}"
+            ) from error
         changed = [n for n in leaves if leaf_digest(leaves[n]) != meta["leaves"].get(n)]
         if changed or set(leaves) != names:
             raise DamagedCheckpoint(
-                f"it has changed since it was written: {changed[:5]}"
+                f"checkpoint {step}: changed since it was written: {changed[:5]}"
+            )
+        shapes = named(wanted)
+        problems = [
+            f"{n}: model {shapes[n].shape}, checkpoint {leaves[n].shape}"
+            for n in sorted(names)
+            if (leaves[n].shape, leaves[n].dtype) != (shapes[n].shape, shapes[n].dtype)
+        ]
+        if problems:
+            raise problems_error(
+                f"Checkpoint {step} in {self.folder} is of another model:", problems
             )
         return TrainState(**state)
 
@@ -148,7 +164,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 shutil.move(self.folder / str(step), aside)
                 self._manager.reload()
-                warn(f"checkpoint {step} is damaged: {error}; moved to {aside}")
+                warn(f"damaged, moved to {aside}: {error}")
         return None
 
     def close(self) -> None:

@@ -146,7 +146,8 @@ def load(address: str) -> Config:
             "A config is a Python file with get_config()."
         )
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: {path!r} is not a Python file with get_config().")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -78,6 +79,24 @@ def call(function: Callable, arguments: Mapping[str, Any], where: str, **given) 
         for name in sorted(taken - set(arguments))
         if parameters[name].default is inspect.Parameter.empty
     ]
+    problems += [
+        f"{where}.{name}: {value!r}; {parameters[name].default!r} is such a value"
+        for name, value in arguments.items()
+        if name in taken and not _is_like(value, parameters[name].default)
+    ]
     if problems:
         raise problems_error(f"{where} does not fit:", problems)
     return function(**arguments, **given)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Returns whether a value is of the kind that an argument's default shows.
+
+    >>> _is_like(1, 0.5), _is_like(True, 0.5), _is_like((1, "a"), (1,))
+    (True, False, False)
+    """
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return not default or all(_is_like(part, default[0]) for part in value)
+    if type(default) is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(default) not in (int, bool, str, tuple) or type(value) is type(default)

@@ -95,9 +95,11 @@ def pin_host_threads(workdir: pathlib.Path | None) -> None:
     other bits. Takes effect if no computation has been made yet.
     """
     manifest = read_manifest(workdir) if workdir else None
+    if manifest and not str(manifest.get("nproc") or "1").isdigit():
+        raise UserError(f"{workdir}/manifest.json: nproc is {manifest['nproc']!r}")
     threads = str(len(os.sched_getaffinity(0)))
     if manifest and manifest.get("nproc"):
-        threads = manifest["nproc"]
+        threads = str(manifest["nproc"])
     elif "NPROC" in os.environ:
         return
     os.environ["NPROC"] = threads

@@ -14,15 +14,26 @@ import numpy as np
 import optax
 
 from finetune_jax import lookup
+from finetune_jax.errors import UserError
 from finetune_jax.plan import Group, Phase
 from finetune_jax.trees import like, name_of, named
 
 
+def _check_share(**values: float) -> None:
+    wrong = {name: value for name, value in values.items() if not 0 <= value < 1}
+    if wrong:
+        raise UserError(f"optimizer_args: {wrong}; 0 or more and less than 1 is needed")
+
+
 def _sgd(*, momentum: float = 0.0, nesterov: bool = False):
+    _check_share(momentum=momentum)
     return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
 def _adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
+    _check_share(b1=b1, b2=b2)
+    if eps <= 0:
+        raise UserError(f"optimizer_args: eps {eps}; more than 0 is needed")
     return optax.scale_by_adam(b1, b2, eps)
 
 

@@ -71,9 +71,9 @@ class Phase:
         at_least |= {"plateau_patience": 1, "plateau_min_change": 0}
         values = {name: getattr(self, name) for name in at_least}
         found = [
-            f"{name}: {values[name]!r}; at least {bound} is needed"
+            f"{name}: {values[name]!r}; at least {bound} and finite is needed"
             for name, bound in at_least.items()
-            if values[name] is not None and not values[name] >= bound
+            if values[name] is not None and not bound <= values[name] < 2**31
         ]
         if (self.steps is None) == (self.epochs is None):
             found.append(
@@ -81,7 +81,7 @@ class Phase:
             )
         for name in ("epochs", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 found.append(f"{name}: {value!r}; more than 0 is needed")
         if self.steps is not None and self.warmup_steps > self.steps:
             found.append(
@@ -114,7 +114,9 @@ def _rule_problems(rules: Any, decay: Any) -> list[str]:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            found.append(f"{pattern!r} is not a regular expression: {error}")
+            found.append(
+                f"rules, decay: {pattern!r} is not a regular expression: {error}"
+            )
     return found
 
 

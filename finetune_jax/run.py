@@ -17,7 +17,13 @@ from finetune_jax.report.terminal import Terminal
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.trees import digest
-from finetune_jax.workdir import check_same_run, write_json, write_text
+from finetune_jax.workdir import (
+    check_same_inputs,
+    check_same_run,
+    make_folder,
+    write_json,
+    write_text,
+)
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -38,19 +44,26 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     for text in setup.data.warnings:
         terminal.warn(text)
     start, weights = setup.start()
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        manifest = make_manifest(
-            seed=config.seed,
-            data_fingerprint=setup.data.fingerprint,
-            weights_sha256=weights.sha256 if weights else {},
-        )
+    inputs = {
+        "data_fingerprint": setup.data.fingerprint,
+        "weights_sha256": weights.sha256 if weights else {},
+    }
+    if resumed:
+        check_same_inputs(workdir, inputs)
+    else:
+        make_folder(workdir)
+        manifest = make_manifest(seed=config.seed, **inputs)
         write_json(workdir / "manifest.json", manifest)
         write_text(workdir / "config.json", configs.to_json(config))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     found = checkpoints.newest(setup.target, terminal.warn)
     state, progress = found or (start, Progress())
     if found:
+        if progress.best_step is not None and (
+            progress.best_step not in checkpoints.steps()
+        ):
+            terminal.warn(f"the best checkpoint, {progress.best_step}, is gone")
+            progress.best = progress.best_step = None
         # Later updates read what `fixed` takes from the start, not from a new one.
         start = checkpoints.restore(0, setup.target(Progress()))
         terminal.say(f"resumed at step {int(state.step)}")

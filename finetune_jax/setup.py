@@ -233,13 +233,13 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     metrics += [(f"phase {p.name!r}, plateau_metric", p.plateau_metric) for p in plan]
     known = [
         f"{split}/{name}"
-        for split in ("validation", "test")
+        for split in ("validation",)  # The test split chooses nothing.
         if config.data[split] is not None
         for name in HIGHER_IS_BETTER
     ]
     problems += [
-        f"{where}: {name!r} is not measured{lookup.closest(name, known)} "
-        f"Measured are {', '.join(known) or 'none: config.data.validation is None'}."
+        f"{where}: {name!r} cannot choose{lookup.closest(name, known)} "
+        f"There are {', '.join(known) or 'none: config.data.validation is None'}."
         for where, name in metrics
         if name is not None and name not in known
     ]

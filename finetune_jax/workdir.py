@@ -37,27 +37,69 @@ def new_workdir(config_address: str) -> pathlib.Path:
     return path
 
 
+def make_folder(workdir: pathlib.Path) -> None:
+    """Makes a workdir.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be made: {error}") from error
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """Returns the object in a JSON file of a run, or None where there is no file.
+
+    Raises:
+        UserError: The file cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
 def read_config(workdir: pathlib.Path) -> Config:
     """Returns the config of the run in a workdir.
 
     Raises:
         UserError: The folder holds no run.
     """
-    path = workdir / "config.json"
-    if not path.is_file():
+    found = read_json(workdir / "config.json")
+    if found is None:
         raise UserError(f"--workdir: {workdir} holds no run (no config.json in it)")
-    return configs.from_json(path.read_text(), str(path))
+    return configs.from_json(json.dumps(found), str(workdir / "config.json"))
 
 
 def read_manifest(workdir: pathlib.Path) -> dict | None:
     """Returns the manifest of the run in a workdir, or None where there is none yet."""
-    path = workdir / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not the manifest of a run: {error}") from error
+    return read_json(workdir / "manifest.json")
+
+
+def check_same_inputs(workdir: pathlib.Path, inputs: dict) -> None:
+    """Checks that a run taken up again reads what it began with.
+
+    Args:
+        workdir: Of the run.
+        inputs: What the manifest would say of data and weights today.
+
+    Raises:
+        UserError: Data or weights have changed since.
+    """
+    then = read_manifest(workdir) or {}
+    changed = [key for key in inputs if key in then and then[key] != inputs[key]]
+    if changed:
+        raise UserError(
+            f"--workdir: {workdir} began with other inputs ({', '.join(changed)} in "
+            "its manifest.json differ). Bring them back, or give another --workdir."
+        )
 
 
 def check_same_run(workdir: pathlib.Path, config: Config) -> bool:

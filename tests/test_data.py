@@ -23,6 +23,7 @@ SPLITS = {"train": np.arange(100), "test": np.arange(100, 150)}
         ("train[:80%]", range(80)),
         ("train[80%:]", range(80, 100)),
         ("train[-10%:]", range(90, 100)),
+        ("train[-0%:]", range(100)),
         ("train[10:20]", range(10, 20)),
         ("train[-5:]", range(95, 100)),
         ("test[:33%]", range(100, 116)),

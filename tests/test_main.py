@@ -51,6 +51,18 @@ def refused(*arguments):
         ([HEAD, "--config.init.fresh=()", "--config.model.classes=12"],
          "params/head/logits/bias: model (12,), weights (10,)"),
         ([HEAD, "--config.model.name=resnet32"], "not in the weights"),
+        ([IRIS, "--config.plan[0].optimizer_args.b1=abc"], "optimizer_args.b1: 'abc'"),
+        ([IRIS, "--config.plan[0].optimizer_args.b1=2"], "less than 1"),
+        ([IRIS, "--config.plan[0].steps=100000000000000000000"], "finite is needed"),
+        ([IRIS, "--config.plan[0].peak_lr=1e400"], "finite is needed"),
+        ([IRIS, "--config.plan[0].plateau_metric=test/loss"], "cannot choose"),
+        ([IRIS, "--config.evaluate.best=test/accuracy"], "cannot choose"),
+        ([IRIS, "--config.model.hidden=('a',)"], "config.model.hidden: ('a',)"),
+        ([IRIS, "--config.model.hidden=(0,)"], "widths are needed"),
+        ([IRIS, "--config.task.label_smoothing=abc"], "label_smoothing: 'abc'"),
+        ([HEAD, "--config.data.augment=(1,)", "--config.parallel.devices=1"],
+         "1 is not a step"),
+        (["--config=pyproject.toml"], "not a Python file"),
         (["--mode=evaluate"], "needs --workdir"),
         (["--mode=evaluate", "--workdir=none"], "holds no run"),
         (["--config"], "expected one argument"),
@@ -63,6 +75,37 @@ def test_a_mistake_is_one_message(arguments, message, tmp_path):
         arguments.insert(1, "--config.parallel.devices=1")
     assert message in refused(*arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[1]", "not a JSON object"),
+        ("config.json", "\xff", "cannot be read"),
+        ("config.json", '{"a": 1}', "config.a: unknown"),
+        ("manifest.json", "[1]", "not a JSON object"),
+        ("manifest.json", '{"nproc": "x"}', "nproc is 'x'"),
+        ("result.json", "{", "cannot be read"),
+        ("result.json", "{}", "not the result of a run"),
+    ],
+)
+def test_a_broken_file_in_a_workdir_is_named(tmp_path, name, text, message):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    config = main.resolved_config(IRIS.partition("=")[2], None, [])
+    (workdir / "config.json").write_text(main.configs.to_json(config))
+    (workdir / name).write_bytes(text.encode("latin-1"))
+    assert message in refused(IRIS, f"--workdir={workdir}")
+
+
+def test_a_workdir_that_is_no_folder_or_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        message = refused(
+            f"{IRIS}:tiny", f"--workdir={tmp_path / place}",
+            "--config.parallel.devices=1",
+        )  # fmt: skip
+        assert "file" in message
 
 
 def test_mistakes_of_one_kind_are_told_together():

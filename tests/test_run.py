@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,36 @@ def test_another_run_in_a_workdir_is_refused_and_nothing_changes(undisturbed, tm
     assert before == {
         p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()
     }
+
+
+def test_a_run_whose_weights_or_data_changed_is_not_taken_up(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[1], workdir)
+    (workdir / "result.json").unlink()
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    manifest["data_fingerprint"] = "other"
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="began with other inputs .data_fingerprint"):
+        run(config(), workdir)
+
+
+def test_a_damaged_first_checkpoint_stops_a_resume_with_a_message(
+    undisturbed, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[1], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    with pytest.raises(TrainingError, match="checkpoint 0"):
+        run(config(), workdir)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(undisturbed):
+    from finetune_jax import main
+
+    with pytest.raises(UserError, match="is of another model"):
+        main.run([
+            "--mode=evaluate", f"--workdir={undisturbed[1]}", "--config.model.dense=(9,)",
+        ])  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

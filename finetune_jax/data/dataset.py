@@ -92,7 +92,7 @@ class Data:
         spec: What the examples look like.
         train: The training split.
         held_out: 'validation' and 'test', where the config names them.
-        fingerprint: Of the source and of what was selected from it.
+        fingerprint: Of the source; the config says what was selected.
         warnings: What a reader of the result should know.
     """
 

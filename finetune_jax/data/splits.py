@@ -102,7 +102,7 @@ def _bound(text: str | None, size: int) -> int | None:
     percent = int(text[:-1])
     if not -100 <= percent <= 100:
         raise UserError(f"A split cannot begin or end at {percent}%.")
-    return round(percent * size / 100)
+    return round((percent + 100 * (percent < 0)) * size / 100)
 
 
 def per_class(

@@ -1,6 +1,6 @@
 """The head of every model: a stack of dense layers behind the last features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -68,6 +68,15 @@ def make_head(arguments: Mapping[str, Any], **given: Any) -> Head:
     lookup.choose(INITIALISERS, head.initialiser, "config.model.head.initialiser")
     if not 0 <= head.dropout < 1:
         raise UserError(f"config.model.head.dropout: {head.dropout} is not in [0, 1)")
-    if any(not isinstance(width, int) or width < 1 for width in head.hidden):
-        raise UserError(f"config.model.head.hidden: {head.hidden!r}; widths are needed")
+    check_widths("config.model.head.hidden", head.hidden)
     return head
+
+
+def check_widths(where: str, widths: Sequence[Any]) -> None:
+    """Checks that widths are positive integers.
+
+    Raises:
+        UserError: They are not.
+    """
+    if any(type(width) is not int or width < 1 for width in widths):
+        raise UserError(f"{where}: {tuple(widths)!r}; widths are needed")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.models.heads import make_head
+from finetune_jax.models.heads import check_widths, make_head
 from finetune_jax.models.stages import batch_norm, run_stages
 
 
@@ -101,6 +101,7 @@ def mlp(
     param_dtype: Any = jnp.float32,
 ) -> Sequence:
     """Returns dense layers of widths `hidden` with ReLU, then the head."""
+    check_widths("config.model.hidden", hidden)
     return Sequence(
         classes=classes,
         dense=tuple(hidden),
@@ -121,6 +122,9 @@ def cnn(
     param_dtype: Any = jnp.float32,
 ) -> Sequence:
     """Returns conv - BN - pool twice, a dense layer, then the head."""
+    check_widths("config.model.convolutions", convolutions)
+    check_widths("config.model.dense", dense)
+    check_widths("config.model.kernel_size", (kernel_size,))
     return Sequence(
         classes=classes,
         convolutions=tuple(convolutions),

@@ -18,6 +18,7 @@ def main(config: Config, options: Options) -> int:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     steps = checkpoints.steps()
     if not steps:
+        checkpoints.close()
         raise UserError(f"--workdir: {workdir} has no checkpoint yet")
     best = checkpoints.progress(steps[-1]).best_step
     step = steps[-1] if best is None else best

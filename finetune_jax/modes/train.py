@@ -1,34 +1,35 @@
 """`--mode=train`: trains, or goes on with a run that was stopped."""
 
-import json
-
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
 from finetune_jax.preemption import EXIT_STATUS
 from finetune_jax.run import run
-from finetune_jax.workdir import check_same_run, new_workdir
+from finetune_jax.workdir import check_same_run, new_workdir, read_json
 
 
 def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
     workdir = options.workdir or new_workdir(options.config)
     print(f"workdir {workdir}", flush=True)
-    status = 0
+    status, finished = 0, None
     result_file = workdir / "result.json"
     try:
-        if check_same_run(workdir, config) and result_file.is_file():
+        finished = read_json(result_file) if check_same_run(workdir, config) else None
+        if finished is not None:
             print("this run is finished")
-            show(json.loads(result_file.read_text()))
+            show(finished)
         else:
             show(run(config, workdir))
         print(f"report  {workdir / 'report'}")
     except Preempted as stop:
         print(f"{stop}; the same command goes on from there")
         status = EXIT_STATUS
-    except json.JSONDecodeError as error:
-        raise UserError(f"{result_file}: not a result: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError) or finished is None:
+            raise
+        raise UserError(f"{result_file}: not the result of a run") from error
     print(f"workdir {workdir}", flush=True)
     return status
 
