@@ -73,7 +73,8 @@ class Phase:
         found = [
             f"{name}: {values[name]!r}; at least {bound} and finite is needed"
             for name, bound in at_least.items()
-            if values[name] is not None and not bound <= values[name] < 2**31
+            if (value := values[name]) is not None
+            and not bound <= value < (2**31 if isinstance(value, int) else math.inf)
         ]
         if (self.steps is None) == (self.epochs is None):
             found.append(
