@@ -17,7 +17,7 @@ from finetune_jax.evaluation import Evaluator
 from finetune_jax.metrics import is_better
 from finetune_jax.optimizer import carried, learning_rates
 from finetune_jax.parallel import Compiled
-from finetune_jax.plan import carried_cohorts
+from finetune_jax.plan import carried_cohorts, phase_at
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.setup import PhaseSetup, Setup
@@ -129,11 +129,9 @@ class Loop:
 
     def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
         """Returns the state at the end of a phase, entered before or just now."""
-        config, ends = self.setup.config, self.progress.ends
-        first, start = (ends[-1] if ends else 0), int(state.step)
-        steps = phase.phase.steps
-        assert steps is not None
-        self.terminal.begin_phase(phase.phase.name, first, start, first + steps)
+        config, start = self.setup.config, int(state.step)
+        _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
+        self.terminal.begin_phase(phase.phase.name, first, start, end)
         placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
         batches = training_batches(
             self.setup.data.train,
@@ -141,14 +139,14 @@ class Loop:
             batch_size=config.data.batch_size,
             micro_batches=phase.phase.accumulate_steps,
             start=start,
-            stop=first + steps,
+            stop=end,
         )
         ended = None
-        for step in range(start, first + steps):
-            progress = np.float32((step - first) / steps)
+        for step in range(start, end):
+            progress = np.float32((step - first) / (end - first))
             rate = rates[step - first]
             placed = self._update(placed, phase, batches, step, rate, progress)
-            ended = self._after(placed, phase, step + 1, first + steps)
+            ended = self._after(placed, phase, step + 1, end)
             if ended is not None:
                 break
         self.terminal.end_phase()
