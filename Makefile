@@ -4,7 +4,7 @@ VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow test-3.12 check lock clean
+.PHONY: env demo test test-slow test-3.12 oracles check lock clean
 
 env: $(VENV)/.installed
 
@@ -22,6 +22,13 @@ test: env
 
 test-slow: env
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# torch, torchvision, timm and transformers, which some tests compare with; without them
+# those tests skip, saying so.
+oracles: env
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet tokenizers regex typer
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/oracles.txt
 
 # The same on the other Python that is supported, in an environment of its own.
 test-3.12:

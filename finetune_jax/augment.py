@@ -1,12 +1,24 @@
-"""Augmentation: pure functions of one image and one key, on the device."""
+"""Augmentation: pure functions of one image and one key, on the device.
 
+Images are floats in [0, 1]. `AUGMENTATIONS` lists the steps by the names that they have
+in `config.data.augment`.
+"""
+
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import dm_pix
 import jax
 import jax.numpy as jnp
 
 from finetune_jax import lookup
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, problems_error
+
+# Source: torchvision's RandomResizedCrop.
+MAX_ASPECT = 4 / 3
+TRIES = 10
 
 
 def flip(image_HxWxC: jax.Array, rng: jax.Array) -> jax.Array:
@@ -26,40 +38,313 @@ def pad_crop(image_HxWxC: jax.Array, rng: jax.Array, pixels: int = 4) -> jax.Arr
     return jax.lax.dynamic_slice(padded, start, image_HxWxC.shape)
 
 
-AUGMENTATIONS = {"flip": flip, "pad_crop": pad_crop}
+def random_crop(
+    image_HxWxC: jax.Array, rng: jax.Array, *, size: tuple[int, ...]
+) -> jax.Array:
+    """Returns a part of the image from a random place, `size` (height, width) large."""
+    height, width, channels = image_HxWxC.shape
+    room = jnp.array([height - size[0], width - size[1]])
+    corner = jax.random.randint(rng, (2,), 0, room + 1)
+    start = (corner[0], corner[1], 0)
+    return jax.lax.dynamic_slice(image_HxWxC, start, (*size, channels))
+
+
+def random_resized_crop(
+    image_HxWxC: jax.Array,
+    rng: jax.Array,
+    min_scale: float = 0.08,
+    *,
+    size: tuple[int, ...],
+) -> jax.Array:
+    """Returns a random part of the image (see `random_box`), resized to `size`.
+
+    Source: Szegedy et al. 2015, section 6, as torchvision's RandomResizedCrop.
+    """
+    corner, sides = random_box(rng, image_HxWxC.shape[:2], min_scale)
+    return resized_crop(image_HxWxC, corner, sides, size=size)
+
+
+def random_box(
+    rng: jax.Array, stored: tuple[int, ...], min_scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (top, left) and (height, width) of a random part of an image, in pixels.
+
+    The area is uniform between `min_scale` and 1 of the image's, width / height
+    log-uniform between 3/4 and 4/3. What does not fit is drawn again, as torchvision
+    does; where none of ten fits, it is the largest part between these ratios.
+
+    Args:
+        rng: A key.
+        stored: Height and width of the image.
+        min_scale: Above 0, at most 1.
+    """
+    height, width = stored
+    # One draw for all ten tries and the place: more draws take twice as long to
+    # compile, and a loop would run under vmap as long as its slowest image.
+    uniform = jax.random.uniform(rng, (TRIES + 1, 2))
+    area = height * width * (min_scale + (1 - min_scale) * uniform[:-1, 0])
+    aspect = jnp.exp(math.log(MAX_ASPECT) * (2 * uniform[:-1, 1] - 1))
+    drawn = jnp.stack([jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)], axis=1)
+    tallest = min(height, round(width * MAX_ASPECT))
+    widest = min(width, round(height * MAX_ASPECT))
+    # The first that fits is taken; the last always does.
+    last = jnp.array([[tallest, widest]])
+    sides = jnp.concatenate([jnp.round(drawn).astype(int), last])
+    whole = jnp.array([stored])
+    fits = jnp.all((sides >= 1) & (sides <= whole), axis=1)
+    chosen = sides[jnp.argmax(fits)]
+    places = whole[0] - chosen + 1
+    return jnp.floor(uniform[-1] * places).astype(int), chosen
+
+
+def resized_crop(
+    image_HxWxC: jax.Array,
+    corner: jax.Array,
+    sides: jax.Array,
+    *,
+    size: tuple[int, ...],
+) -> jax.Array:
+    """Returns a part of the image, resized bilinearly with antialiasing.
+
+    Args:
+        image_HxWxC: The image.
+        corner: Top and left of the part, in pixels; may be traced.
+        sides: Its height and width, in pixels; may be traced.
+        size: Height and width of what is returned.
+    """
+    corner, sides = jnp.asarray(corner), jnp.asarray(sides)
+    inside = [
+        (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
+        for length, first, side in zip(image_HxWxC.shape, corner, sides)
+    ]
+    mask_HxWx1 = jnp.outer(*inside)[..., None].astype(image_HxWxC.dtype)
+    scale = (jnp.array(size) / sides).astype(image_HxWxC.dtype)
+
+    def resample(x_HxWxC: jax.Array) -> jax.Array:
+        return jax.image.scale_and_translate(
+            x_HxWxC,
+            (*size, x_HxWxC.shape[-1]),
+            (0, 1),
+            scale,
+            -corner.astype(scale.dtype) * scale,
+            method="linear",
+        )
+
+    # The filter reaches over the edge of the part; what it finds there must not count.
+    return resample(image_HxWxC * mask_HxWx1) / resample(mask_HxWx1)
+
+
+def color_jitter(
+    image_HxWxC: jax.Array,
+    rng: jax.Array,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> jax.Array:
+    """Returns the image in changed colours, each change of a random strength.
+
+    Factors are uniform between max(0, 1 - strength) and 1 + strength, the shift of hue
+    between -hue and hue; 0 changes nothing. The order is that of the arguments, whereas
+    torchvision's ColorJitter, the source, draws it: under vmap that would compute every
+    change in every place, 16 instead of 4.
+    """
+    changes = (
+        (adjust_brightness, max(0.0, 1 - brightness), 1 + brightness),
+        (adjust_contrast, max(0.0, 1 - contrast), 1 + contrast),
+        (adjust_saturation, max(0.0, 1 - saturation), 1 + saturation),
+        (adjust_hue, -hue, hue),
+    )
+    for (adjust, low, high), own_rng in zip(changes, jax.random.split(rng, 4)):
+        if low < high:
+            amount = jax.random.uniform(own_rng, (), image_HxWxC.dtype, low, high)
+            image_HxWxC = adjust(image_HxWxC, amount)
+    return image_HxWxC
+
+
+def adjust_brightness(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns the image times `factor`, clipped."""
+    return jnp.clip(image_HxWxC * factor, 0, 1)
+
+
+def adjust_contrast(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns the image with distances from its mean grey times `factor`, clipped."""
+    mean = jnp.mean(_grey(image_HxWxC))
+    return jnp.clip(mean + factor * (image_HxWxC - mean), 0, 1)
+
+
+def adjust_saturation(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns the image with distances from its own grey times `factor`, clipped.
+
+    Without three channels there are no colours, and nothing changes.
+    """
+    grey_HxWx1 = _grey(image_HxWxC)
+    return jnp.clip(grey_HxWx1 + factor * (image_HxWxC - grey_HxWx1), 0, 1)
+
+
+def adjust_hue(image_HxWxC: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns the image, hues moved by `shift` of the colour circle, at most a half.
+
+    Without three channels there are no colours, and nothing changes.
+    """
+    if image_HxWxC.shape[-1] != 3:
+        return image_HxWxC
+    return jnp.asarray(dm_pix.adjust_hue(image_HxWxC, shift))
+
+
+def _grey(image_HxWxC: jax.Array) -> jax.Array:
+    """Returns the image's grey [H, W, 1]; without three channels, the image itself."""
+    if image_HxWxC.shape[-1] != 3:
+        return image_HxWxC
+    return jnp.asarray(dm_pix.rgb_to_grayscale(image_HxWxC))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Argument:
+    """A number that a step takes.
+
+    Attributes:
+        name: That of the function's argument.
+        low: The smallest that is allowed, unless `above`.
+        high: The largest that is allowed.
+        above: Whether it must be larger than `low`.
+        whole: Whether it must be an int.
+    """
+
+    name: str
+    low: float = 0.0
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Returns whether `value` is such a number."""
+        if type(value) not in ((int,) if self.whole else (int, float)):
+            return False
+        enough = value > self.low if self.above else value >= self.low
+        return enough and value <= self.high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        """Returns what is allowed.
+
+        >>> str(Argument(name="min_scale", high=1, above=True))
+        'a number above 0, up to 1'
+        """
+        kind = "a whole number" if self.whole else "a number"
+        start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+        end = "" if self.high == math.inf else f", up to {self.high:g}"
+        return f"{kind} {start}{end}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """A step that `config.data.augment` can name.
+
+    Attributes:
+        function: Of the image, the key and at most the arguments.
+        arguments: What the user may give, in this order; all have defaults.
+        resizes: Whether `function` takes `size` and returns images of that size.
+    """
+
+    function: Callable[..., jax.Array]
+    arguments: tuple[Argument, ...] = ()
+    resizes: bool = False
+
+
+AUGMENTATIONS = {
+    "flip": Augmentation(function=flip),
+    "pad_crop": Augmentation(
+        function=pad_crop, arguments=(Argument(name="pixels", whole=True),)
+    ),
+    "random_crop": Augmentation(function=random_crop, resizes=True),
+    "random_resized_crop": Augmentation(
+        function=random_resized_crop,
+        arguments=(Argument(name="min_scale", high=1, above=True),),
+        resizes=True,
+    ),
+    "color_jitter": Augmentation(
+        function=color_jitter,
+        arguments=(
+            Argument(name="brightness"),
+            Argument(name="contrast"),
+            Argument(name="saturation"),
+            Argument(name="hue", high=0.5),
+        ),
+    ),
+}
 
 
 def make_augment(
-    steps: Sequence[Sequence],
+    steps: Sequence[Any],
+    size: tuple[int, ...] | None = None,
+    stored: tuple[int, ...] | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (images [B, H, W, C], keys [B]) that applies steps in order.
 
     Args:
         steps: (name, *arguments) each, such as `("pad_crop", 2)`.
+        size: Height and width that the model takes; None keeps that of the images.
+        stored: Height and width of the images, to be checked; None checks nothing.
 
     Raises:
-        UserError: No such augmentation, or arguments that it does not take.
+        UserError: No such augmentation, or arguments that it does not take; names all.
+            Or images that do not come out in `size`.
     """
-    functions = []
-    for step in steps:
-        step = (step,) if isinstance(step, str) else step
-        if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
-            raise UserError(
-                f"config.data.augment: {step!r} is not a step such as ('pad_crop', 2)"
-            )
-        name, *arguments = step
-        function = lookup.choose(AUGMENTATIONS, name, "config.data.augment")
-        if len(arguments) > function.__code__.co_argcount - 2 or not all(
-            type(argument) is int and argument >= 0 for argument in arguments
-        ):
-            raise UserError(
-                f"config.data.augment: {name!r} does not take {tuple(arguments)}"
-            )
-        functions.append((function, arguments))
+    steps = [(step,) if isinstance(step, str) else step for step in steps]
+    problems = [p for i, step in enumerate(steps) for p in _step_problems(i, step)]
+    if problems:
+        raise problems_error("config.data.augment does not fit:", problems)
+    if size and stored:
+        _check_size([name for name, *_ in steps], size, stored)
 
-    def one(image, rng):
-        for index, (function, arguments) in enumerate(functions):
-            image = function(image, jax.random.fold_in(rng, index), *arguments)
-        return image
+    def one(image_HxWxC: jax.Array, rng: jax.Array) -> jax.Array:
+        for index, (name, *arguments) in enumerate(steps):
+            step = AUGMENTATIONS[name]
+            options = {"size": size or image_HxWxC.shape[:2]} if step.resizes else {}
+            image_HxWxC = step.function(
+                image_HxWxC, jax.random.fold_in(rng, index), *arguments, **options
+            )
+        return image_HxWxC
 
     return jax.vmap(one)
+
+
+def _step_problems(index: int, step: Any) -> list[str]:
+    """Returns what is wrong with one step, nothing if it can be run."""
+    where = f"config.data.augment[{index}]"
+    if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
+        return [f"{where}: {step!r} is not a step such as ('pad_crop', 2)"]
+    name, *values = step
+    try:
+        taken = lookup.choose(AUGMENTATIONS, name, where).arguments
+    except UserError as error:
+        return [str(error)]
+    problems = [
+        f"{where}: {name!r} with {argument.name} {value!r}; {argument} is needed"
+        for argument, value in zip(taken, values)
+        if not argument.accepts(value)
+    ]
+    if len(values) > len(taken):
+        names = ", ".join(argument.name for argument in taken) or "no argument"
+        problems.append(f"{where}: {name!r} with {len(values)} values; takes {names}")
+    return problems
+
+
+def _check_size(
+    names: Sequence[str], size: tuple[int, ...], stored: tuple[int, ...]
+) -> None:
+    """Raises a UserError unless images of `stored` leave the steps in `size`."""
+    shown, wanted = ("x".join(map(str, sides)) for sides in (stored, size))
+    where = f"config.data.train_size: {shown}, but the model takes {wanted}"
+    resizing = [name for name in names if AUGMENTATIONS[name].resizes]
+    if tuple(stored) != tuple(size) and not resizing:
+        known = [repr(n) for n, step in AUGMENTATIONS.items() if step.resizes]
+        raise UserError(
+            f"{where}, and no step of config.data.augment crops to that; add one of "
+            f"{', '.join(known)}, or store images in the model's size."
+        )
+    if resizing[:1] == ["random_crop"] and any(s < m for s, m in zip(stored, size)):
+        raise UserError(
+            f"{where}, and 'random_crop' cannot enlarge; at least {wanted} is needed, "
+            "or 'random_resized_crop' instead."
+        )

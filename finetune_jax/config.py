@@ -23,28 +23,23 @@ from finetune_jax.lookup import closest
 Config = Any
 
 # What a resumed run may change, since no result depends on it.
-NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep")
+NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep", "data.memory_gb")
 # Sections whose other keys belong to what `name` chooses; the constructor checks them.
 OPEN_SECTIONS = ("model", "task")
 CHOICES = {
     "precision": ("float32", "bfloat16", "float64"),
     "parallel.mode": ("jit", "pmap"),
     "data.channels": (1, 3),
+    "data.interpolation": ("bilinear", "bicubic"),
+    "data.sampling": ("uniform", "balanced"),
     "init.input_channels": ("strict", "adapt"),
 }
 POSITIVE = (
-    "data.batch_size",
-    "data.image_size",
-    "data.per_class",
-    "evaluate.batch_size",
-    "evaluate.every_steps",
-    "evaluate.every_epochs",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "parallel.devices",
-    "parallel.fsdp",
-    "report.every_steps",
-)
+    "data.batch_size", "data.image_size", "data.train_size", "data.resize",
+    "data.per_class", "evaluate.batch_size", "evaluate.every_steps",
+    "evaluate.every_epochs", "checkpoint.every_steps", "checkpoint.keep",
+    "parallel.devices", "parallel.fsdp", "report.every_steps",
+)  # fmt: skip
 
 # The fields of a phase (plan.Phase documents them); None is "not given".
 PHASE: dict[str, Any] = {
@@ -95,8 +90,13 @@ def default() -> Config:
     data.channels = optional(int)  # None keeps those of the data.
     data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
     data.std = (1.0,)
-    data.augment = ()  # Pairs such as ("flip",), ("pad_crop", 2).
+    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
+    data.interpolation = "bilinear"
+    data.train_size = optional(int)  # Of training images, before a crop.
+    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
+    data.sampling = "uniform"  # 'balanced' draws every class equally often.
     data.per_class = optional(int)  # Only so many training examples of each class.
+    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
     data.split_seed = 0  # Of the splits that a source without its own is cut into.
     config.model = ml_collections.ConfigDict()
     config.model.name = "resnet20"
@@ -125,6 +125,8 @@ def default() -> Config:
     config.parallel.fsdp = 1  # Devices over which parameters are sharded.
     config.report = ml_collections.ConfigDict()
     config.report.every_steps = 10  # Between two lines of training metrics.
+    config.report.tensorboard = False  # Event files in the workdir, too.
+    config.report.wandb = optional(str)  # A project of Weights & Biases to log to, too.
     config.lock()
     for section in OPEN_SECTIONS:
         config[section].unlock()
@@ -238,12 +240,9 @@ def _assign(section: Any, key: str, value: Any, name: str, problems: list) -> No
 
 
 _A_KIND = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    tuple: "a tuple",
+    int: "an integer", float: "a number", str: "a string", tuple: "a tuple",
     bool: "True or False",
-}
+}  # fmt: skip
 
 
 def _as_tuple(value: Any) -> Any:
@@ -310,6 +309,8 @@ def _range_problems(config: Config) -> list[str]:
         if value not in allowed and not (value is None and _is_optional(name)):
             hint = closest(str(value), map(str, allowed))
             problems.append(f"config.{name}: {value!r} is not one of {allowed}{hint}")
+    if not values["data.memory_gb"] >= 0:
+        problems.append("config.data.memory_gb: at least 0 is needed")
     if config.seed < 0 or config.data.split_seed < 0:
         problems.append("config.seed, config.data.split_seed: at least 0 is needed")
     for name in ("data.mean", "data.std"):

@@ -140,6 +140,7 @@ class Loop:
             micro_batches=phase.phase.accumulate_steps,
             start=start,
             stop=end,
+            sampling=config.data.sampling,
         )
         ended = None
         for step in range(start, end):

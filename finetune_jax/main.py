@@ -15,8 +15,12 @@ from finetune_jax.modes.options import Options
 from finetune_jax.plan import plan_problems
 from finetune_jax.workdir import read_config, read_manifest
 
-MODES = {mode: f"finetune_jax.modes.{mode}" for mode in ("train", "evaluate", "plan")}
-WORKDIR_HAS_CONFIG = ("evaluate",)
+MODES = {
+    mode: f"finetune_jax.modes.{mode}"
+    for mode in ("train", "evaluate", "predict", "plan")
+}
+WORKDIR_HAS_CONFIG = ("evaluate", "predict")
+FLAGS = ("--config", "--workdir", "--mode", "--inputs", "--output")
 EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
 or --config.plan[0].peak_lr=0.01.
@@ -46,13 +50,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     parser.add_argument("--config", default="", metavar="FILE[:ARG]")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-TIME")
     parser.add_argument("--mode", default="train", help=", ".join(MODES))
+    parser.add_argument(
+        "--inputs", metavar="PATH", nargs="+", action="extend", default=[],
+        help="files or folders to predict; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: predictions.jsonl in the workdir"
+    )
     found, rest = parser.parse_known_args(arguments)
     overrides, problems = [], []
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--config."):
-            known = ("--config", "--workdir", "--mode")
-            problems.append(f"{name}: unknown{closest(name, known)}")
+            problems.append(f"{name}: unknown{closest(name, FLAGS)}")
             continue
         if not equals and (not rest or rest[0].startswith("--")):
             problems.append(f"{name}: no value")
@@ -130,7 +140,12 @@ def run(arguments: Sequence[str]) -> int:
         config = resolved_config(flags.config, workdir, overrides)
     pin_host_threads(workdir)
     set_precision(config.precision)
-    options = Options(config=flags.config or "run", workdir=workdir)
+    options = Options(
+        config=flags.config or "run",
+        workdir=workdir,
+        inputs=tuple(flags.inputs),
+        output=flags.output,
+    )
     return importlib.import_module(MODES[flags.mode]).main(config, options)
 
 

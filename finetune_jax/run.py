@@ -1,5 +1,6 @@
 """The story of a training run."""
 
+import json
 import pathlib
 import time
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import Config
+from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.loop import Loop
-from finetune_jax.metrics import confusion_matrix
 from finetune_jax.preemption import asked_to_stop
-from finetune_jax.report.log import MetricsLog, read_metrics
+from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
+from finetune_jax.report.trackers import make_trackers
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import Progress, TrainState
+from finetune_jax.summary import write_report
 from finetune_jax.trees import digest
 from finetune_jax.workdir import (
     check_same_inputs,
@@ -40,19 +43,20 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """
     begin, terminal = time.perf_counter(), Terminal()
     resumed = check_same_run(workdir, config)
-    setup = make_setup(config)
+    setup = make_setup(config).in_memory()
     for text in setup.data.warnings:
         terminal.warn(text)
     start, weights = setup.start()
     inputs = {
-        "data_fingerprint": setup.data.fingerprint,
+        "data_fingerprint": setup.data.fingerprint(),
         "weights_sha256": weights.sha256 if weights else {},
     }
     if resumed:
         check_same_inputs(workdir, inputs)
     else:
         make_folder(workdir)
-        manifest = make_manifest(seed=config.seed, **inputs)
+        looks = setup.data.spec.to_json()
+        manifest = make_manifest(seed=config.seed, data=looks, **inputs)
         write_json(workdir / "manifest.json", manifest)
         write_text(workdir / "config.json", configs.to_json(config))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -67,11 +71,20 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         # Later updates read what `fixed` takes from the start, not from a new one.
         start = checkpoints.restore(0, setup.target(Progress()))
         terminal.say(f"resumed at step {int(state.step)}")
+    trackers = make_trackers(
+        config.report,
+        lambda: json.loads(configs.to_json(config)),
+        workdir=workdir,
+        first_step=int(state.step) + 1 if found else 0,
+    )
+    log = MetricsLog(
+        workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
+    )
     loop = Loop(
         setup=setup,
         evaluator=make_evaluator(setup, start),
         checkpoints=checkpoints,
-        log=MetricsLog(workdir / "metrics.jsonl", keep_lines=progress.log_lines),
+        log=log,
         terminal=terminal,
         progress=progress,
         stop_asked=lambda: False,
@@ -79,18 +92,19 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     with asked_to_stop() as loop.stop_asked:
         try:
             state = loop.run(state)
-            result = _result(loop, state, workdir)
+            result = _result(loop, state, begin, workdir)
         finally:
             terminal.end_phase()
             loop.log.close()
             checkpoints.close()
-    result["wall_s"] = time.perf_counter() - begin
     write_json(workdir / "result.json", result)
     return result
 
 
-def _result(loop: Loop, state: TrainState, workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns final and best metrics, digests and costs; draws the pictures."""
+def _result(
+    loop: Loop, state: TrainState, begin: float, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Returns final and best metrics, digests and costs; writes the report."""
     setup, progress, clock = loop.setup, loop.progress, loop.clock
     evaluator, held_out = loop.evaluator, setup.data.held_out
     placed = setup.devices.place(state)
@@ -99,9 +113,8 @@ def _result(loop: Loop, state: TrainState, workdir: pathlib.Path) -> dict[str, A
         chosen = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(chosen)
         best = evaluator.measure(placed, held_out)
-    _draw(loop, placed, workdir)
     trained = clock.updates * setup.config.data.batch_size
-    return {
+    result = {
         **final,
         "final": final,
         "best": best,
@@ -112,28 +125,10 @@ def _result(loop: Loop, state: TrainState, workdir: pathlib.Path) -> dict[str, A
         "frozen_sha256": progress.frozen_sha256,
         "examples_per_s": trained / clock.train_s if clock.train_s else None,
         "compile_s": clock.compile_s + evaluator.compile_s,
+        "wall_s": time.perf_counter() - begin,
     }
-
-
-def _draw(loop: Loop, placed: TrainState, workdir: pathlib.Path) -> None:
-    """Writes the pictures of `report/`; the confusion matrix is of the best state."""
-    from finetune_jax.report import plots
-
-    setup, folder = loop.setup, workdir / "report"
-    folder.mkdir(exist_ok=True)
-    lines = read_metrics(workdir / "metrics.jsonl")
-    plots.learning_curves(lines, folder / "learning_curves.png")
-    for split in ("test", "validation"):
-        if split in setup.data.held_out:
-            dataset = setup.data.held_out[split]
-            outputs = loop.evaluator.outputs(placed, dataset)
-            plots.confusion_matrix(
-                confusion_matrix(outputs["logits"], dataset.label),
-                setup.data.spec.class_names,
-                folder / "confusion_matrix.png",
-                f"{split}, {len(dataset):,} examples",
-            )
-            break
+    write_report(setup, evaluator, placed, progress, result, workdir)
+    return result
 
 
 def make_evaluator(setup: Setup, start: TrainState) -> Evaluator:
@@ -149,3 +144,28 @@ def make_evaluator(setup: Setup, start: TrainState) -> Evaluator:
 def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
     """Returns the state of a checkpoint of a run, on the host."""
     return checkpoints.restore(step, setup.target(checkpoints.progress(step)))
+
+
+def best_state(
+    setup: Setup, workdir: pathlib.Path
+) -> tuple[Evaluator, TrainState, int]:
+    """Returns an evaluator, the state of the run's best checkpoint, placed, and its step.
+
+    Where the config chooses none, it is the newest one.
+
+    Raises:
+        UserError: There is no checkpoint yet.
+    """
+    folder = workdir / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=setup.config.checkpoint.keep)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"--workdir: {workdir} has no checkpoint yet")
+        best = checkpoints.progress(steps[-1]).best_step
+        step = steps[-1] if best is None else best
+        state = restore(setup, checkpoints, step)
+        start = checkpoints.restore(0, setup.target(Progress()))
+    finally:
+        checkpoints.close()
+    return make_evaluator(setup, start), setup.devices.place(state), step

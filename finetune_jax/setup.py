@@ -148,6 +148,15 @@ class Setup:
             shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
+    def in_memory(self) -> "Setup":
+        """Returns the run with its examples decoded, if the config lets them be kept.
+
+        Raises:
+            UserError: Lists the examples that cannot be read.
+        """
+        data = self.data.in_memory(self.config.data.memory_gb * 1e9)
+        return dataclasses.replace(self, data=data)
+
     def start(self) -> tuple[TrainState, Weights | None]:
         """Returns the state before the first update, on the host, and its weights.
 
@@ -197,8 +206,12 @@ def make_task(config: Config, spec: DataSpec) -> Task:
     )
 
 
-def make_setup(config: Config) -> Setup:
+def make_setup(config: Config, data: Data | None = None) -> Setup:
     """Returns all that a run is. Nothing is compiled, and nothing written.
+
+    Args:
+        config: Resolved.
+        data: None reads what the config names.
 
     Raises:
         UserError: Anything in the config that does not fit anything else.
@@ -206,10 +219,11 @@ def make_setup(config: Config) -> Setup:
     plan = plan_from_config(config.plan)
     devices = make_devices(**config.parallel)
     check_phases(config, plan, devices.count)
-    data = make_data(config.data, seed=config.seed)
+    if data is None:
+        data = make_data(config.data, seed=config.seed)
     task = make_task(config, data.spec)
     shapes = jax.eval_shape(lambda: random_state(task, config.seed))
-    plan = durations(plan, len(data.train), config.data.batch_size)
+    plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     check_plan(plan, named(shapes.params))
     return Setup(
         config=config,

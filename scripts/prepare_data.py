@@ -57,9 +57,9 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
             }
 
         def _examples(self, part):
-            inputs = part.inputs(np.arange(len(part)))
-            for index, (values, label) in enumerate(zip(inputs, part.label)):
-                yield index, {"inputs": np.asarray(values), "label": int(label)}
+            for index, label in enumerate(part.label):
+                inputs = np.asarray(part.read(index))
+                yield index, {"inputs": inputs, "label": int(label)}
 
         def _generate_examples(self):
             raise NotImplementedError

@@ -35,9 +35,10 @@ def config(*, model="resnet20", plan=(), overrides=(), **model_arguments):
 def spec(shape=(12, 12, 1), classes=10, **fields):
     return DataSpec(
         shape=shape,
+        train_shape=shape,
         dtype="uint8",
         class_names=tuple(map(str, range(classes))),
-        train_examples=1000,
+        train_counts=(1000 // classes,) * classes,
         **fields,
     )
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+import pictures
 import pytest
 import test_data
 from recording import Recording
@@ -17,6 +18,7 @@ from finetune_jax.setup import make_setup
 ROOT = pathlib.Path(__file__).parents[1]
 VARIANTS = [
     "resnet_head.py:tiny",
+    "efficientnet_flowers.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
     "mnist_source.py:mlp,tiny",
@@ -40,6 +42,9 @@ def resolved(variant, tmp_path):
             test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
             test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
         overrides.append(("data.dir", str(tmp_path)))
+    if config.data.name == "folder":
+        folder = pictures.make_folder(tmp_path / "photos")
+        overrides += [("data.dir", str(folder)), ("data.image_size", "32")]
     if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
         source = variant.replace("target", "source")
         workdir = tmp_path / "source"

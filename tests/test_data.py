@@ -8,7 +8,8 @@ from PIL import Image
 
 from finetune_jax import config as configs
 from finetune_jax.data.batches import evaluation_batches, training_batches
-from finetune_jax.data.dataset import decode, load_source, make_data
+from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.images import Geometry, fit
 from finetune_jax.data.sources.idx import read_idx
 from finetune_jax.data.splits import named_splits, per_class, select, stratified_order
 from finetune_jax.errors import DataMissing, UserError
@@ -127,10 +128,17 @@ def test_iris_is_that_of_scikit_learn():
 def test_images_are_resized_as_pillow_does_and_change_channels():
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     wanted = Image.fromarray(image).resize((14, 14), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(decode(image, (14, 14, 3)), np.asarray(wanted))
+    np.testing.assert_array_equal(
+        fit(image, Geometry(shape=(14, 14, 3))), np.asarray(wanted)
+    )
     grey = np.asarray(Image.fromarray(image).convert("L"), np.int32)
-    assert np.abs(decode(image, (9, 7, 1))[..., 0].astype(np.int32) - grey).max() <= 1
-    assert (decode(image[..., :1], (9, 7, 3)) == image[..., :1]).all()
+    assert (
+        np.abs(
+            fit(image, Geometry(shape=(9, 7, 1)))[..., 0].astype(np.int32) - grey
+        ).max()
+        <= 1
+    )
+    assert (fit(image[..., :1], Geometry(shape=(9, 7, 3))) == image[..., :1]).all()
 
 
 def test_the_order_is_a_function_of_seed_and_position():

@@ -7,9 +7,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "finetune_jax"
 # From the top down; a module imports from its own row or below.
 LAYERS = (
     ("main",),
-    ("modes.train", "modes.evaluate", "modes.plan"),
+    ("modes.train", "modes.evaluate", "modes.predict", "modes.plan"),
     ("run",),
-    ("loop",),
+    ("loop", "summary"),
     ("setup", "evaluation", "report"),
     ("step", "checkpoint", "optimizer", "parallel", "preemption", "tasks"),
     ("data", "models", "pretrained", "workdir", "modes.options"),

@@ -9,18 +9,27 @@ import numpy as np
 from finetune_jax.data.dataset import Dataset
 
 
-def training_order(examples: int, seed: int) -> Any:
-    """Returns the endless order of training: each epoch is a new shuffle of all examples.
+def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> Any:
+    """Returns the endless order of training.
 
     Args:
-        examples: In the training split.
+        label: Class index of each training example.
         seed: Of the run.
+        sampling: 'uniform': each epoch is a new shuffle of all examples. 'balanced': the
+            classes take turns, and each goes through its own examples in such epochs.
 
     Returns:
         A `grain.MapDataset` of positions; update s of batch size B takes the stretch
         from s * B on, so nothing is dropped, repeated or padded at the end of an epoch.
     """
-    return grain.MapDataset.range(examples).shuffle(seed=seed).repeat()
+    if sampling == "uniform":
+        return grain.MapDataset.range(len(label)).shuffle(seed=seed).repeat()
+    members = [np.flatnonzero(label == value) for value in np.unique(label)]
+    classes = [
+        grain.MapDataset.source(positions).seed(seed).shuffle().repeat()
+        for positions in members
+    ]
+    return grain.MapDataset.mix(classes)
 
 
 def training_batches(
@@ -31,6 +40,7 @@ def training_batches(
     micro_batches: int,
     start: int,
     stop: int,
+    sampling: str = "uniform",
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches of updates `start` to `stop`, arrays [k, b, ...].
 
@@ -41,6 +51,7 @@ def training_batches(
         micro_batches: k, by which the batch is divided.
         start: First update, counted from the beginning of the run.
         stop: The update after the last.
+        sampling: 'uniform' or 'balanced'.
     """
 
     def load(positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,7 +63,8 @@ def training_batches(
             for name, array in batch.items()
         }
 
-    order = training_order(len(dataset), seed).batch(batch_size)[start:stop]
+    order = training_order(dataset.label, seed, sampling)
+    order = order.batch(batch_size)[start:stop]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     yield from order.map(load).to_iter_dataset(options)
 

@@ -1,21 +1,20 @@
 """The splits of a run, decoded: from `config.data` to arrays of examples."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
-from finetune_jax.data.source import Source
-from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.images import Geometry, fit
+from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.spec import PREPROCESSING, DataSpec
 from finetune_jax.data.splits import named_splits, per_class, select
+from finetune_jax.data.threads import in_threads
 from finetune_jax.errors import UserError, problems_error
-
-# Rec. 601, as Pillow converts colour to grey.
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,62 +25,86 @@ class Dataset:
         source: Where they come from.
         indices: Which they are, in the concatenation of the source's splits.
         label: Class index of each.
-        shape: Of one example's inputs after decoding.
+        geometry: How images become what batches hold; None for feature vectors.
+        shape: Of one example's inputs after that.
+        decoded: All inputs, where they are kept in memory.
     """
 
     source: Source
     indices: np.ndarray
     label: np.ndarray
+    geometry: Geometry | None
     shape: tuple[int, ...]
+    decoded: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Returns the number of examples."""
         return len(self.indices)
 
-    def take(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns 'inputs' and 'label' of the examples at some positions of the split."""
-        wanted = self.indices[positions]
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping all examples in memory takes; none where they are there."""
+        owners, _ = self._owners(self.indices)
         parts = list(self.source.splits.values())
-        ends = np.cumsum([len(part) for part in parts])
-        owner = np.searchsorted(ends, wanted, side="right")
-        dtype = np.dtype(parts[0].dtype)
-        inputs = np.empty((len(wanted), *self.shape), dtype)
-        for index in np.unique(owner):
-            rows = np.flatnonzero(owner == index)
-            start = ends[index] - len(parts[index])
-            values = parts[index].inputs(wanted[rows] - start)
-            if isinstance(values, np.ndarray) and values.shape[1:] == self.shape:
-                inputs[rows] = values
-            else:
-                for row, value in zip(rows, values):
-                    inputs[row] = decode(value, self.shape)
-        return {"inputs": inputs, "label": self.label[positions]}
+        are_ready = all(self._is_ready(parts[owner]) for owner in np.unique(owners))
+        if self.decoded is not None or are_ready:
+            return 0
+        return len(self) * math.prod(self.shape) * self._dtype.itemsize
 
+    def in_memory(self) -> "Dataset":
+        """Returns the split with all examples decoded.
 
-def decode(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an image resized (bilinear, antialiased) and with the channels wanted.
+        Raises:
+            UserError: Lists the examples that cannot be read.
+        """
+        if not self.nbytes:
+            return self
+        everything = self.take(np.arange(len(self)))["inputs"]
+        return dataclasses.replace(self, decoded=everything)
 
-    Args:
-        image: Bytes or float32, [H, W, C].
-        shape: (H, W, C) wanted; C is 1 or 3.
-    """
-    height, width, channels = shape
-    if image.shape[:2] != (height, width):
-        planes = [
-            np.asarray(
-                Image.fromarray(np.ascontiguousarray(image[..., plane])).resize(
-                    (width, height), Image.Resampling.BILINEAR
-                )
-            )
-            for plane in range(image.shape[-1])
-        ]
-        image = np.stack(planes, axis=-1)
-    if image.shape[-1] == channels:
-        return image
-    if channels == 3:
-        return np.repeat(image[..., :1], 3, axis=-1)
-    grey = (image[..., :3] @ _LUMINANCE)[..., None]
-    return np.round(grey).astype(image.dtype) if image.dtype == np.uint8 else grey
+    def take(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns 'inputs' and 'label' of the examples at some positions of the split.
+
+        Raises:
+            UserError: Lists the examples that cannot be read.
+        """
+        label = self.label[positions]
+        if self.decoded is not None:
+            return {"inputs": self.decoded[positions], "label": label}
+        owners, places = self._owners(self.indices[positions])
+        parts = list(self.source.splits.values())
+        ready = np.array([self._is_ready(part) for part in parts])[owners]
+        inputs = np.empty((len(places), *self.shape), self._dtype)
+        for owner in np.unique(owners[ready]):
+            rows = np.flatnonzero(owners == owner)
+            inputs[rows] = parts[owner].values[places[rows]]
+
+        def read(row):
+            image = parts[owners[row]].read(int(places[row]))
+            inputs[row] = image if self.geometry is None else fit(image, self.geometry)
+
+        in_threads(read, np.flatnonzero(~ready))
+        return {"inputs": inputs, "label": label}
+
+    def name(self, position: int) -> str:
+        """Returns what a person knows the example at a position by."""
+        owners, places = self._owners(self.indices[[position]])
+        return list(self.source.splits.values())[owners[0]].name(int(places[0]))
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return np.dtype(next(iter(self.source.splits.values())).dtype)
+
+    def _owners(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the split of the source that has each example, and its place there."""
+        sizes = [len(part) for part in self.source.splits.values()]
+        ends = np.cumsum(sizes)
+        owners = np.searchsorted(ends, wanted, side="right")
+        return owners, wanted - (ends - sizes)[owners]
+
+    def _is_ready(self, part: Any) -> bool:
+        """Returns whether a split's arrays are what batches hold, unchanged."""
+        return isinstance(part, ArrayExamples) and part.shape == self.shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +115,66 @@ class Data:
         spec: What the examples look like.
         train: The training split.
         held_out: 'validation' and 'test', where the config names them.
-        fingerprint: Of the source; the config says what was selected.
+        fingerprint: Returns that of the source; the config says what was selected.
         warnings: What a reader of the result should know.
     """
 
     spec: DataSpec
     train: Dataset
     held_out: Mapping[str, Dataset]
-    fingerprint: str
+    fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
+
+    def in_memory(self, limit: float) -> "Data":
+        """Returns the data decoded, if that takes no more than `limit` bytes.
+
+        Raises:
+            UserError: Lists the examples that cannot be read.
+        """
+        if sum(part.nbytes for part in (self.train, *self.held_out.values())) > limit:
+            return self
+        held_out = {name: part.in_memory() for name, part in self.held_out.items()}
+        return dataclasses.replace(
+            self, train=self.train.in_memory(), held_out=held_out
+        )
+
+
+def no_data(spec: DataSpec) -> Data:
+    """Returns data of which only the looks are known: no examples."""
+    nothing = Source(name="nothing", splits={}, class_names=(), fingerprint=str)
+    return Data(
+        spec=spec,
+        train=dataset_of(nothing, spec, np.arange(0), np.zeros(0, np.int32)),
+        held_out={},
+        fingerprint=nothing.fingerprint,
+        warnings=(),
+    )
+
+
+def dataset_of(
+    source: Source,
+    spec: DataSpec,
+    indices: np.ndarray,
+    label: np.ndarray,
+    *,
+    training: bool = False,
+) -> Dataset:
+    """Returns some examples of a source, preprocessed as a spec says.
+
+    Args:
+        source: Has the examples.
+        spec: What they become.
+        indices: Which, in the concatenation of the source's splits.
+        label: Class index of each.
+        training: Whether augmentation follows, which may take larger images.
+    """
+    return Dataset(
+        source=source,
+        indices=indices,
+        label=label,
+        geometry=spec.geometry(training),
+        shape=spec.train_shape if training else spec.shape,
+    )
 
 
 def load_source(name: str, directory: str | None) -> Source:
@@ -139,21 +213,23 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         )
     _check_classes(source, everything, chosen["train"])
     shape = _shape(source, config["image_size"], config["channels"])
+    label_counts = np.bincount(
+        everything[chosen["train"]], minlength=len(source.class_names)
+    )
+    spec = DataSpec(
+        shape=shape,
+        train_shape=train_shape(shape, config["train_size"]),
+        dtype=next(iter(source.splits.values())).dtype,
+        class_names=source.class_names,
+        train_counts=tuple(map(int, label_counts)),
+        **{key: config[key] for key in PREPROCESSING},
+    )
+    check_preprocessing(spec)
     made = {
-        key: Dataset(source=source, indices=i, label=everything[i], shape=shape)
+        key: dataset_of(source, spec, i, everything[i], training=key == "train")
         for key, i in chosen.items()
     }
     train = made.pop("train")
-    spec = DataSpec(
-        shape=shape,
-        dtype=next(iter(source.splits.values())).dtype,
-        class_names=source.class_names,
-        train_examples=len(train),
-        mean=config["mean"],
-        std=config["std"],
-        augment=config["augment"],
-    )
-    check_channels(spec)
     return Data(
         spec=spec,
         train=train,
@@ -184,12 +260,18 @@ def _shape(
     return height, width, channels or (shape[2] if shape else 3)
 
 
-def check_channels(spec: DataSpec) -> None:
+def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ...]:
+    """Returns the shape of training examples before augmentation."""
+    if train_size is None or len(shape) == 1:
+        return shape
+    return train_size, train_size, shape[2]
+
+
+def check_preprocessing(spec: DataSpec) -> None:
     """Checks that the preprocessing fits the inputs.
 
     Raises:
-        UserError: Mean or deviation of another number of channels; augmentation of what
-            is no image.
+        UserError: Lists all that does not.
     """
     problems = [
         f"config.data.{name}: {len(value)} numbers, but inputs have {spec.shape[-1]} "
@@ -197,8 +279,17 @@ def check_channels(spec: DataSpec) -> None:
         for name, value in (("mean", spec.mean), ("std", spec.std))
         if len(value) not in (1, spec.shape[-1])
     ]
-    if spec.augment and len(spec.shape) != 3:
-        problems.append("config.data.augment: the data has no images")
+    if len(spec.shape) != 3:
+        problems += [
+            f"config.data.{name}: the data has no images"
+            for name in ("augment", "resize")
+            if getattr(spec, name)
+        ]
+    elif spec.resize is not None and spec.resize < min(spec.shape[:2]):
+        problems.append(
+            f"config.data.resize: {spec.resize}, but {spec.shape[0]}x{spec.shape[1]} is "
+            "cut out of what is resized; make it at least as large, or None"
+        )
     if problems:
         raise problems_error("The preprocessing does not fit the data:", problems)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,8 +32,12 @@ class Examples(Protocol):
         """Returns the number of examples."""
         ...
 
-    def inputs(self, indices: np.ndarray) -> Sequence[np.ndarray] | np.ndarray:
-        """Returns the inputs of some examples, undecoded sizes and all."""
+    def read(self, index: int) -> np.ndarray:
+        """Returns the inputs of one example in their own size; called by many threads."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Returns what a person knows the example by."""
         ...
 
 
@@ -58,9 +62,13 @@ class ArrayExamples:
         """Returns the number of examples."""
         return len(self.values)
 
-    def inputs(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the inputs of some examples."""
-        return self.values[indices]
+    def read(self, index: int) -> np.ndarray:
+        """Returns the inputs of one example."""
+        return self.values[index]
+
+    def name(self, index: int) -> str:
+        """Returns the number of one example."""
+        return f"example {index}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +80,13 @@ class Source:
         splits: Examples by the name of their split; a source without splits of its own
             has the one split 'all'.
         class_names: In the order of the labels.
-        fingerprint: Changes when the content does.
+        fingerprint: Returns what changes when the content does; may read all of it.
     """
 
     name: str
     splits: Mapping[str, Examples]
     class_names: tuple[str, ...]
-    fingerprint: str
+    fingerprint: Callable[[], str]
 
 
 def array_source(
@@ -144,7 +152,7 @@ def array_source(
         name=name,
         splits=examples,
         class_names=tuple(class_names),
-        fingerprint=_fingerprint(examples),
+        fingerprint=lambda: _fingerprint(examples),
     )
 
 

@@ -1,7 +1,13 @@
 """What the rest of the program knows of the data without reading it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune_jax.data.images import Geometry
+
+# Keys of `config.data` that say what becomes of an example.
+PREPROCESSING = ("mean", "std", "augment", "resize", "interpolation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9,19 +15,60 @@ class DataSpec:
     """Shape, classes and preprocessing of the examples.
 
     Attributes:
-        shape: Of one example's inputs as batches hold it: (H, W, C) or (F,).
+        shape: Of one example's inputs as the model takes them: (H, W, C) or (F,).
+        train_shape: Of a training example before augmentation.
         dtype: 'uint8' for bytes, which the task scales to [0, 1], else 'float32'.
         class_names: In the order of the labels.
-        train_examples: In the training split; None where that is not known.
+        train_counts: Training examples of each class; empty where that is not known.
         mean: Subtracted from the inputs; one number or one a channel.
         std: The inputs are divided by it.
         augment: Steps of augmentation in training.
+        resize: Of an image's shorter side, before its centre is cut out; None stretches.
+        interpolation: 'bilinear' or 'bicubic'.
     """
 
     shape: tuple[int, ...]
+    train_shape: tuple[int, ...]
     dtype: str
     class_names: tuple[str, ...]
-    train_examples: int | None
+    train_counts: tuple[int, ...] = ()
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
     augment: tuple = ()
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    @property
+    def train_examples(self) -> int:
+        """Examples in the training split."""
+        return sum(self.train_counts)
+
+    def geometry(self, training: bool) -> Geometry | None:
+        """Returns how images become what batches hold; None for feature vectors.
+
+        Training images are larger by the same factor before and after the cut.
+        """
+        if len(self.shape) != 3:
+            return None
+        shape = self.train_shape if training else self.shape
+        resize = self.resize and round(self.resize * shape[0] / self.shape[0])
+        return Geometry(shape=shape, resize=resize, interpolation=self.interpolation)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what the config does not say, for a manifest."""
+        plain = dataclasses.asdict(self)
+        return {key: plain[key] for key in plain if key not in PREPROCESSING}
+
+
+def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpec:
+    """Returns the spec that `to_json` wrote.
+
+    Args:
+        plain: From the manifest.
+        data: The section `config.data`.
+    """
+    known = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in plain.items()
+    }
+    return DataSpec(**known, **{key: data[key] for key in PREPROCESSING})

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import batch_norm, run_stages
+from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
 
 
 def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Conv:
@@ -92,15 +92,6 @@ class Stage(nn.Module):
                 name=f"block{index + 1}",
             )(x_BxHxWxC, train=train)
         return x_BxHxWxC
-
-
-class GlobalPool(nn.Module):
-    """The mean over all places; a stage of its own, so that maps stay reachable."""
-
-    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
-        """Returns features [B, C]."""
-        del train
-        return x_BxHxWxC.mean(axis=(1, 2))
 
 
 class ResNetCifar(nn.Module):

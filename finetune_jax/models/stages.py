@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 
 def run_stages(
@@ -26,12 +27,32 @@ def run_stages(
     return x
 
 
-def batch_norm(dtype: Any, param_dtype: Any, name: str | None = None) -> nn.BatchNorm:
+class GlobalPool(nn.Module):
+    """The mean over all places; a stage of its own, so that maps stay reachable."""
+
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, C]."""
+        del train
+        return x_BxHxWxC.mean(axis=(1, 2))
+
+
+def batch_norm(
+    dtype: Any,
+    param_dtype: Any,
+    name: str | None = None,
+    *,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+) -> nn.BatchNorm:
     """Returns a BatchNorm whose mode is given at the call, as the policy of a phase needs.
 
     Momentum and epsilon are torch's (0.1 there is 0.9 here). The running variance is that
     of the batch without Bessel's correction, unlike torch's.
     """
     return nn.BatchNorm(
-        momentum=0.9, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, name=name
+        momentum=momentum,
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
     )

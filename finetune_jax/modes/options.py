@@ -11,7 +11,11 @@ class Options:
     Attributes:
         config: FILE[:ARG]; empty where the workdir has the config.
         workdir: None where none was given.
+        inputs: Files and folders to predict.
+        output: Where predictions go; None is a file in the workdir.
     """
 
     config: str
     workdir: pathlib.Path | None
+    inputs: tuple[str, ...] = ()
+    output: str | None = None

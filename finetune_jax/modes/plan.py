@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import check_channels, make_data
-from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.dataset import check_preprocessing, make_data, train_shape
+from finetune_jax.data.spec import PREPROCESSING, DataSpec
 from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.modes.options import Options
 from finetune_jax.parallel import make_devices
@@ -41,7 +41,7 @@ def main(config: Config, options: Options) -> int:
     spec = spec_of(config)
     task = make_task(config, spec)
     state = jax.eval_shape(lambda: random_state(task, config.seed))
-    if spec.train_examples is not None:
+    if spec.train_examples:
         plan = durations(plan, spec.train_examples, config.data.batch_size)
     names = tuple(named(state.params))
     check_plan(plan, names)
@@ -88,23 +88,22 @@ def spec_of(config: Config) -> DataSpec:
             raise problems_error(
                 f"{missing}\nWithout the data a plan needs:", problems
             ) from missing
+        shape = (data.image_size, data.image_size, data.channels)
         spec = DataSpec(
-            shape=(data.image_size, data.image_size, data.channels),
+            shape=shape,
+            train_shape=train_shape(shape, data.train_size),
             dtype="uint8",
             class_names=tuple(map(str, range(classes))),
-            train_examples=None,
-            mean=data.mean,
-            std=data.std,
-            augment=data.augment,
+            **{key: data[key] for key in PREPROCESSING},
         )
-        check_channels(spec)
+        check_preprocessing(spec)
         return spec
 
 
-def _batch(task: Task, leading: tuple[int, ...]) -> dict:
+def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
     shapes = {
         name: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype)
-        for name, leaf in task.batch_spec.items()
+        for name, leaf in spec.items()
     }
     shapes["weight"] = jax.ShapeDtypeStruct(leading, jnp.float32)
     shapes["position"] = jax.ShapeDtypeStruct(leading, jnp.int32)
@@ -114,7 +113,7 @@ def _batch(task: Task, leading: tuple[int, ...]) -> dict:
 def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns XLA's count for one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
-    batch = _batch(task, (batch_size,))
+    batch = _batch(task.batch_spec, (batch_size,))
     fixed = jax.eval_shape(task.fixed, state)
     lowered = jax.jit(step).lower(state.params, state.batch_stats, fixed, batch)
     return _flops(lowered)
@@ -141,7 +140,7 @@ def step_flops(
     lowered = jax.jit(step).lower(
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
         jax.eval_shape(task.fixed, state),
-        _batch(task, (micro, batch_size // micro)),
+        _batch(task.train_batch_spec, (micro, batch_size // micro)),
         number,
         number,
     )

@@ -22,7 +22,7 @@ def main(config: Config, options: Options) -> int:
             show(finished)
         else:
             show(run(config, workdir))
-        print(f"report  {workdir / 'report'}")
+        print(f"report  {workdir / 'report' / 'index.html'}")
     except Preempted as stop:
         print(f"{stop}; the same command goes on from there")
         status = EXIT_STATUS

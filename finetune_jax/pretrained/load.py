@@ -1,7 +1,7 @@
 """The strict merge of weights into a model: what does not fit is an error, all at once."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,11 @@ import numpy as np
 from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.layout import OURS, needed, recognise
 from finetune_jax.trees import like, named
+
+# Beyond so many problems the file is another model's, and near names say nothing.
+_HINTS = 20
 
 
 def load_weights(
@@ -25,7 +29,8 @@ def load_weights(
 
     Args:
         variables: 'params' and 'batch_stats' at their initial values.
-        weights: In this project's layout: `params/...` and `batch_stats/...`.
+        weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
+            a name table in `layouts` describes.
         fresh: Regexes of the names, without 'params/', that keep their initial value.
         adapt_input: Fits the kernels of stage `stem` to another number of channels:
             their mean over the channels, so that grey images give what they gave.
@@ -35,36 +40,41 @@ def load_weights(
         UserError: Lists every leaf that the weights lack or have in another shape, every
             tensor that is not used, and every regex in `fresh` that matches nothing.
     """
-    saved = weights.tensors
-    names = named(dict(variables))
-    problems, used = [], set()
+    saved, names = weights.tensors, named(dict(variables))
+    layout = recognise(names, saved, weights.address)
+    theirs = layout.names(names)
 
     def is_fresh(name: str) -> bool:
         short = name.partition("/")[2]
         return any(re.fullmatch(pattern, short) for pattern in fresh)
 
-    merged = {}
+    merged, missing, misfits, used = {}, [], [], set()
     for name, leaf in names.items():
         merged[name] = leaf
+        source = theirs.get(name, name)
         if is_fresh(name):
-            continue
-        if name not in saved:
-            near = closest(name, saved.keys() - names.keys())
-            problems.append(f"{name}: not in the weights{near}")
-            continue
-        used.add(name)
-        value = saved[name]
-        in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
-        if adapt_input and in_stem and value.shape != leaf.shape:
-            value = _other_channels(value, leaf.shape[2])
-        if value.shape != leaf.shape:
-            problems.append(f"{name}: model {leaf.shape}, weights {value.shape}")
-        merged[name] = np.asarray(value, leaf.dtype)
-    problems += [
-        f"{name}: in the weights, but not in the model{closest(name, names)}"
-        for name in sorted(saved.keys() - used)
-        if not is_fresh(name)
+            used.add(source)
+        elif source not in saved:
+            missing.append((name, source))
+        else:
+            used.add(source)
+            value = layout.value(name, saved[source])
+            in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
+            if adapt_input and in_stem and value.shape != leaf.shape:
+                value = _other_channels(value, leaf.shape[2])
+            if value.shape != leaf.shape:
+                misfits.append(
+                    f"{_both(name, source)}: model {leaf.shape}, weights {value.shape}"
+                )
+            merged[name] = np.asarray(value, leaf.dtype)
+    # In our own layout `fresh` also says which tensors of the file are not wanted.
+    unused = [
+        name
+        for name in sorted(needed(saved) - used)
+        if not (layout is OURS and is_fresh(name))
     ]
+    problems = [*_in_short(missing, unused), *misfits]
+    problems += _each(missing, unused, saved, names)
     everything = [name.partition("/")[2] for name in (*names, *saved)]
     problems += [
         f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, everything)}"
@@ -73,13 +83,48 @@ def load_weights(
     ]
     if problems:
         raise problems_error(
-            f"{weights.address} does not fit the model, {len(problems)} problems:",
+            f"{weights.address} (layout: {layout.name}) does not fit the model:",
             problems,
             "Name what should keep its initial value in config.init.fresh, such as "
             "('head/.*',); config.init.input_channels='adapt' fits a stem to other "
             "channels.",
         )
     return jax.tree.map(np.asarray, like(dict(variables), merged))
+
+
+def _both(ours: str, theirs: str) -> str:
+    return ours if ours == theirs else f"{ours} ({theirs})"
+
+
+def _each(
+    missing: Sequence[tuple[str, str]],
+    unused: Sequence[str],
+    saved: Iterable[str],
+    names: Iterable[str],
+) -> list[str]:
+    """Returns a line for every leaf that is missing, and every tensor that is left."""
+    hints = len(missing) + len(unused) <= _HINTS
+    left = set(saved) - set(names)
+    return [
+        f"{_both(name, source)}: not in the weights"
+        + (closest(source, left) if hints else "")
+        for name, source in missing
+    ] + [
+        f"{name}: in the weights, but not in the model"
+        + (closest(name, names) if hints else "")
+        for name in unused
+    ]
+
+
+def _in_short(missing: Sequence[tuple[str, str]], unused: Sequence[str]) -> list[str]:
+    """Returns what a long list comes down to."""
+    if len(missing) + len(unused) <= _HINTS:
+        return []
+    return [
+        f"{len(missing)} of the model's leaves are not in the weights, and {len(unused)} "
+        "tensors of the weights are not in the model: is config.model.name the model "
+        "that these weights were made for?"
+    ]
 
 
 def _other_channels(kernel: np.ndarray, channels: int) -> np.ndarray:

@@ -17,12 +17,13 @@ PACKAGES = (
 
 
 def make_manifest(
-    *, seed: int, data_fingerprint: str, weights_sha256: dict[str, str]
+    *, seed: int, data: dict, data_fingerprint: str, weights_sha256: dict[str, str]
 ) -> dict:
     """Returns what identifies a run: command, versions, commit, devices, inputs.
 
     Args:
         seed: Of the run.
+        data: What the data look like, of which predictions need to know.
         data_fingerprint: Of the data that was read.
         weights_sha256: Of every weight file that was read, by path.
     """
@@ -38,6 +39,7 @@ def make_manifest(
         "backend": jax.default_backend(),
         "nproc": os.environ.get("NPROC"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "data": data,
         "data_fingerprint": data_fingerprint,
         "weights_sha256": weights_sha256,
     }

@@ -17,6 +17,20 @@ from finetune_jax.models import make_model
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
 
 
+def _equal(data: DataSpec) -> tuple[float, ...]:
+    del data
+    return ()
+
+
+def _balanced(data: DataSpec) -> tuple[float, ...]:
+    """Source: scikit-learn's class_weight='balanced'."""
+    mean = data.train_examples / len(data.class_names)
+    return tuple(mean / count for count in data.train_counts)
+
+
+CLASS_WEIGHTS = {"none": _equal, "balanced": _balanced}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify(Task):
     """A classifier of images or feature vectors.
@@ -26,6 +40,7 @@ class Classify(Task):
         data: What the examples look like.
         loss_name: A name in `losses.LOSSES`.
         label_smoothing: In training only.
+        class_weights: Of the examples of each class in the training loss; empty is 1.
         top_k: Classes that a prediction names.
     """
 
@@ -33,6 +48,7 @@ class Classify(Task):
     data: DataSpec
     loss_name: str = "cross_entropy"
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
     top_k: int = 5
 
     @property
@@ -42,6 +58,13 @@ class Classify(Task):
             "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
             "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
         }
+
+    @property
+    def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same; images as large as augmentation takes them."""
+        inputs = self.batch_spec["inputs"]
+        shape = self.data.train_shape
+        return self.batch_spec | {"inputs": jax.ShapeDtypeStruct(shape, inputs.dtype)}
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
@@ -61,7 +84,8 @@ class Classify(Task):
         inputs = inputs.astype(self._float())
         if mode != EVALUATION and self.data.augment:
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            inputs = make_augment(self.data.augment)(inputs, keys(batch["position"]))
+            augment = make_augment(self.data.augment, self.data.shape[:2])
+            inputs = augment(inputs, keys(batch["position"]))
         last = (1,) * (inputs.ndim - 1) + (-1,)
         mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
         std = jnp.asarray(self.data.std, self._float()).reshape(last)
@@ -97,15 +121,12 @@ class Classify(Task):
         loss_B = losses.LOSSES[self.loss_name](
             logits_BxK, label_B, label_smoothing=self.label_smoothing
         )
-        total, weight = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
-        return (total, weight), (
-            batch_stats,
-            {
-                "loss": (total, weight),
-                "accuracy": (jnp.sum(right_B * weight_B), weight),
-            },
-        )
+        accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
+        if self.class_weights:
+            weight_B *= jnp.asarray(self.class_weights, weight_B.dtype)[label_B]
+        loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
+        return loss, (batch_stats, {"loss": loss, "accuracy": accuracy})
 
     def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
         """Returns the logits."""
@@ -155,6 +176,7 @@ def make(
     precision: str,
     loss: str = "cross_entropy",
     label_smoothing: float = 0.0,
+    class_weights: str = "none",
     top_k: int = 5,
 ) -> Classify:
     """Returns the task that `config.task` describes.
@@ -165,17 +187,20 @@ def make(
         precision: 'float32', 'bfloat16' or 'float64'.
         loss: A name in `losses.LOSSES`.
         label_smoothing: Share of the target spread over all classes.
+        class_weights: 'none', or 'balanced': the loss of an example counts N / (K n), n
+            of the N training examples being of its class, one of K.
         top_k: Classes that a prediction names.
 
     Raises:
         UserError: Something unknown or out of range, or too few logits for the data.
     """
     lookup.choose(losses.LOSSES, loss, "config.task.loss")
+    lookup.choose(CLASS_WEIGHTS, class_weights, "config.task.class_weights")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"config.task.label_smoothing: {label_smoothing}; 0 to 1")
     if top_k < 1:
         raise UserError(f"config.task.top_k: {top_k}; at least 1 is needed")
-    make_augment(data.augment)
+    make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     arguments = {**model}
     classes = arguments.pop("classes") or len(data.class_names)
     if classes < len(data.class_names):
@@ -195,5 +220,6 @@ def make(
         data=data,
         loss_name=loss,
         label_smoothing=label_smoothing,
+        class_weights=CLASS_WEIGHTS[class_weights](data),
         top_k=top_k,
     )

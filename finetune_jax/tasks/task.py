@@ -51,6 +51,11 @@ class Task(abc.ABC):
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each part of a batch, without the batch axis."""
 
+    @property
+    def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a training batch, which augmentation may still make smaller."""
+        return self.batch_spec
+
     @abc.abstractmethod
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""

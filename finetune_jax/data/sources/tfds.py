@@ -34,13 +34,14 @@ class TfdsExamples:
         """Returns the number of examples."""
         return len(self.label)
 
-    def inputs(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Returns the inputs of some examples, [H, W, C] or [F] each."""
-        values = [
-            np.asarray(self._records[int(index)][self._inputs_key], self.dtype)
-            for index in indices
-        ]
-        return [v[..., None] if v.ndim == 2 else v for v in values]
+    def read(self, index: int) -> np.ndarray:
+        """Returns the inputs of one example, [H, W, C] or [F]."""
+        value = np.asarray(self._records[int(index)][self._inputs_key], self.dtype)
+        return value[..., None] if value.ndim == 2 else value
+
+    def name(self, index: int) -> str:
+        """Returns the number of one example."""
+        return f"example {index}"
 
 
 def load(directory: str | None = None, argument: str | None = None) -> Source:
@@ -95,7 +96,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         name=f"tfds:{argument}",
         splits=examples,
         class_names=tuple(classes.names),
-        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        fingerprint=lambda: hashlib.sha256(content.encode()).hexdigest(),
     )
 
 

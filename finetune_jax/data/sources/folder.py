@@ -1,0 +1,175 @@
+"""`folder`: photos in folders, a folder a class, in split folders or not.
+
+DIR/daisy/1.jpg, DIR/rose/2.jpg            cut into splits here
+DIR/train/daisy/1.jpg, DIR/test/rose/2.jpg with splits of its own: train, validation
+                                           (or val, valid) and test
+"""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from finetune_jax.data.images import SUFFIXES, read_image
+from finetune_jax.data.source import Source
+from finetune_jax.data.threads import in_threads
+from finetune_jax.errors import DataMissing, problems_error
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+# What systems leave behind in folders.
+_LITTER = frozenset(("Thumbs.db", "desktop.ini"))
+
+
+class ImageFiles:
+    """The photos of one split; read when asked for."""
+
+    shape = None
+    dtype = "uint8"
+
+    def __init__(self, paths: Sequence[pathlib.Path], label: np.ndarray):
+        """Takes the files and the class index of each."""
+        self.paths, self.label = tuple(paths), label
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.paths)
+
+    def read(self, index: int) -> np.ndarray:
+        """Returns one photo, bytes [H, W, 1 or 3]."""
+        return read_image(self.paths[index])
+
+    def name(self, index: int) -> str:
+        """Returns the path of one photo."""
+        return str(self.paths[index])
+
+
+def load(directory: str | None = None, argument: str | None = None) -> Source:
+    """Returns the splits of the folder `config.data.dir`.
+
+    Raises:
+        UserError: Lists folders without images, files that are none, and a lack of
+            classes.
+    """
+    del argument
+    if directory is None:
+        raise DataMissing("config.data.dir: folder needs the folder of the photos")
+    root = pathlib.Path(directory).expanduser()
+    if not root.is_dir():
+        raise DataMissing(f"config.data.dir: no folder {directory!r}")
+    problems: list[str] = []
+    roots = _split_roots(root, problems)
+    found = {split: _classes(path, problems) for split, path in roots.items()}
+    names = sorted({name for classes in found.values() for name in classes})
+    if len(names) == 1:
+        problems.append(
+            f"{root}: one class, {names[0]!r}; two are needed to tell apart. Each class "
+            "is a folder of its own"
+        )
+    elif not names:
+        problems.append(f"{root}: no folders with images in them, one a class")
+    if problems:
+        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    splits = {split: _image_files(classes, names) for split, classes in found.items()}
+    return Source(
+        name=f"folder {directory}",
+        splits=splits,
+        class_names=tuple(names),
+        fingerprint=lambda: _fingerprint(root, splits),
+    )
+
+
+def _image_files(
+    classes: Mapping[str, Sequence[pathlib.Path]], names: Sequence[str]
+) -> ImageFiles:
+    pairs = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in classes.get(name, ())
+    ]
+    label = np.array([label for _, label in pairs], np.int32)
+    return ImageFiles([path for path, _ in pairs], label)
+
+
+def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.Path]:
+    """Returns the folder of each split; {'all': root} where there are none."""
+    folders = [path for path in _visible(root) if path.is_dir()]
+    splits = [
+        path
+        for path in folders
+        if path.name in SPLITS and any(inner.is_dir() for inner in _visible(path))
+    ]
+    if not any(SPLITS[path.name] == "train" for path in splits):
+        return {"all": root}
+    problems += [
+        f"{path}: neither a split nor in one; beside train there may be "
+        f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
+        for path in sorted(set(_visible(root)) - set(splits))
+    ]
+    found: dict[str, pathlib.Path] = {}
+    for path in splits:
+        if SPLITS[path.name] in found:
+            twice = found[SPLITS[path.name]]
+            problems.append(f"{path}: the same split as {twice}; have one of them")
+        found[SPLITS[path.name]] = path
+    return found
+
+
+def _classes(root: pathlib.Path, problems: list[str]) -> dict[str, list[pathlib.Path]]:
+    """Returns the images of each class folder, in an order that is always the same."""
+    classes = {}
+    for folder in _visible(root):
+        if not folder.is_dir():
+            problems.append(f"{folder}: not in the folder of a class")
+            continue
+        images = []
+        for path in _files(folder):
+            if path.suffix.lower() in SUFFIXES:
+                images.append(path)
+            else:
+                problems.append(f"{path}: not an image file; move it elsewhere")
+        if images:
+            classes[folder.name] = images
+        else:
+            problems.append(f"{folder}: no images in it")
+    return classes
+
+
+def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name not in _LITTER
+    )
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns all visible files below a folder; links are followed, circles are not."""
+    found, seen = [], set()
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        here = pathlib.Path(place)
+        if here.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for path in _visible(here) if not path.is_dir()]
+    return sorted(found)
+
+
+def _fingerprint(root: pathlib.Path, splits: Mapping[str, ImageFiles]) -> str:
+    paths = sorted(path for part in splits.values() for path in part.paths)
+    digests = in_threads(lambda p: hashlib.sha256(p.read_bytes()).hexdigest(), paths)
+    lines = [
+        f"{path.relative_to(root).as_posix()!a} {digest}"
+        for path, digest in zip(paths, digests)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

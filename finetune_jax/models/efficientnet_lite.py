@@ -1,0 +1,211 @@
+"""EfficientNet-Lite: `efficientnet_lite0` to `efficientnet_lite4`.
+
+EfficientNets without squeeze-and-excitation and with ReLU6, made for small devices; stem
+and head keep their width. Padding is TensorFlow's 'SAME', as in the published weights.
+
+Source: Tan & Le 2019, table 1; github.com/tensorflow/tpu, official/efficientnet/lite.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from finetune_jax.models.depthwise import DepthwiseConv
+from finetune_jax.models.heads import make_head
+from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+
+
+class Row(NamedTuple):
+    """A stage of the table: repeated blocks, the first of which has the stride."""
+
+    repeats: int
+    kernel_size: int
+    stride: int
+    expansion: int
+    width: int
+
+
+# Tan & Le 2019, table 1, stages 2 to 8.
+TABLE = (
+    Row(1, 3, 1, 1, 16),
+    Row(2, 3, 2, 6, 24),
+    Row(2, 5, 2, 6, 40),
+    Row(3, 3, 2, 6, 80),
+    Row(3, 5, 1, 6, 112),
+    Row(4, 5, 2, 6, 192),
+    Row(1, 3, 1, 6, 320),
+)
+
+
+def scaled(width: float, depth: float) -> tuple[Row, ...]:
+    """Returns the table with its widths and repeats multiplied.
+
+    Widths are rounded to multiples of 8, not down by more than a tenth; the first and
+    the last stage keep their repeats.
+    """
+    rows = []
+    for index, row in enumerate(TABLE):
+        wanted = row.width * width
+        rounded = max(8, int(wanted + 4) // 8 * 8)
+        rounded += 8 if rounded < 0.9 * wanted else 0
+        is_end = index in (0, len(TABLE) - 1)
+        repeats = row.repeats if is_end else math.ceil(row.repeats * depth)
+        rows.append(row._replace(width=rounded, repeats=repeats))
+    return tuple(rows)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm, with ReLU6 or not, as a stage.
+
+    Attributes:
+        width: Channels.
+        size: Of the kernel.
+        stride: Of the convolution.
+    """
+
+    width: int
+    size: int = 1
+    stride: int = 1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / stride, W / stride, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x_BxHxWxC = _conv(self.width, self.size, self.stride, "conv", kinds)(x_BxHxWxC)
+        return nn.relu6(_norm("bn", kinds)(x_BxHxWxC, use_running_average=not train))
+
+
+_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(
+    width: int, size: int, stride: int, name: str, kinds: dict[str, Any]
+) -> nn.Conv:
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=(stride, stride),
+        padding="SAME",
+        use_bias=False,
+        kernel_init=_kernel_init,
+        name=name,
+        **kinds,
+    )
+
+
+def _norm(name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
+    return batch_norm(name=name, momentum=0.99, epsilon=1e-3, **kinds)
+
+
+class Block(nn.Module):
+    """An inverted residual: expanded, convolved channel by channel, projected."""
+
+    row: Row
+    stride: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / stride, W / stride, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        row, y = self.row, x_BxHxWxC
+        inner = x_BxHxWxC.shape[-1] * row.expansion
+        if row.expansion != 1:
+            y = _conv(inner, 1, 1, "expand_conv", kinds)(y)
+            y = nn.relu6(_norm("expand_bn", kinds)(y, use_running_average=not train))
+        y = DepthwiseConv(
+            row.kernel_size, self.stride, _kernel_init, name="depthwise_conv", **kinds
+        )(y)
+        y = nn.relu6(_norm("depthwise_bn", kinds)(y, use_running_average=not train))
+        y = _conv(row.width, 1, 1, "project_conv", kinds)(y)
+        y = _norm("project_bn", kinds)(y, use_running_average=not train)
+        return y + x_BxHxWxC if y.shape == x_BxHxWxC.shape else y
+
+
+class Stage(nn.Module):
+    """Blocks of one width; the first may halve the size."""
+
+    row: Row
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / stride, W / stride, width]."""
+        for index in range(self.row.repeats):
+            x_BxHxWxC = Block(
+                self.row,
+                self.row.stride if index == 0 else 1,
+                self.dtype,
+                self.param_dtype,
+                name=f"block{index + 1}",
+            )(x_BxHxWxC, train=train)
+        return x_BxHxWxC
+
+
+class EfficientNetLite(nn.Module):
+    """An EfficientNet-Lite.
+
+    Attributes:
+        rows: Of the table, scaled.
+        classes: Logits.
+        head_arguments: Pairs of the head's arguments.
+    """
+
+    rows: tuple[Row, ...]
+    classes: int
+    head_arguments: Any = ()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    stages = (
+        "stem", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7",
+        "top", "pool", "head",
+    )  # fmt: skip
+
+    def setup(self):
+        """Makes a submodule a stage."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.stem = ConvNorm(32, 3, 2, **kinds)
+        for index, row in enumerate(self.rows, start=1):
+            setattr(self, f"stage{index}", Stage(row, **kinds))
+        self.top = ConvNorm(1280, **kinds)
+        self.pool = GlobalPool()
+        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
+
+    def __call__(self, x, *, first=None, last=None, train: bool):
+        """Returns the output of stage `last` for the input of stage `first`."""
+        return run_stages(self, x, first=first, last=last, train=train)
+
+
+def _efficientnet_lite(
+    width: float,
+    depth: float,
+    *,
+    classes: int,
+    head: Mapping[str, Any],
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> EfficientNetLite:
+    arguments = tuple(sorted(head.items()))
+    return EfficientNetLite(
+        scaled(width, depth), classes, arguments, dtype, param_dtype
+    )
+
+
+# Multipliers of width and depth.
+MODELS = {
+    "efficientnet_lite0": partial(_efficientnet_lite, 1.0, 1.0),
+    "efficientnet_lite1": partial(_efficientnet_lite, 1.0, 1.1),
+    "efficientnet_lite2": partial(_efficientnet_lite, 1.1, 1.2),
+    "efficientnet_lite3": partial(_efficientnet_lite, 1.2, 1.4),
+    "efficientnet_lite4": partial(_efficientnet_lite, 1.4, 1.8),
+}

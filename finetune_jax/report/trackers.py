@@ -1,0 +1,116 @@
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases."""
+
+import pathlib
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from finetune_jax.errors import UserError
+
+
+class Tracker(Protocol):
+    """Takes what is written to `metrics.jsonl`, line by line."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the numbers of one line."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        ...
+
+
+class TensorBoard:
+    """Event files that TensorBoard shows."""
+
+    def __init__(self, folder: pathlib.Path, *, first_step: int):
+        """Opens a file in a folder.
+
+        Args:
+            folder: Of the run's event files; each attempt of the run adds one.
+            first_step: What earlier attempts said of this step and later ones is void.
+        """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the numbers of one line."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; WANDB_MODE=offline needs no account."""
+
+    def __init__(self, project: str, workdir: pathlib.Path, config: Mapping[str, Any]):
+        """Begins the run, or goes on with it.
+
+        Args:
+            project: Its project.
+            workdir: Names the run, and keeps its files.
+            config: What the run's page shows of it.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
+        name_file = workdir / "wandb_id"
+        if not name_file.is_file():
+            name_file.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=name_file.read_text(),
+            resume="allow",
+            dir=str(workdir),
+            config=dict(config),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the numbers of one line."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        self._run.finish()
+
+
+def _missing(extra: str) -> UserError:
+    return UserError(
+        f"config.report.{extra} needs a package that is not installed: "
+        f"python -m pip install 'finetune_jax[{extra}]'"
+    )
+
+
+def make_trackers(
+    report: Mapping[str, Any],
+    config: Callable[[], Mapping[str, Any]],
+    *,
+    workdir: pathlib.Path,
+    first_step: int,
+) -> list[Tracker]:
+    """Returns the trackers that `config.report` asks for.
+
+    Args:
+        report: The section `config.report`.
+        config: Returns the whole config, plain.
+        workdir: Of the run.
+        first_step: The first step that has not been logged.
+
+    Raises:
+        UserError: A package is not installed.
+    """
+    trackers: list[Tracker] = []
+    if report["tensorboard"]:
+        folder = workdir / "tensorboard"
+        trackers.append(TensorBoard(folder, first_step=first_step))
+    if report["wandb"]:
+        trackers.append(WeightsAndBiases(report["wandb"], workdir, config()))
+    return trackers

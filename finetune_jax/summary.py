@@ -1,0 +1,154 @@
+"""What a finished run shows: its pictures and its page, in `report/`."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.dataset import Dataset
+from finetune_jax.evaluation import Evaluator
+from finetune_jax.metrics import confusion_matrix
+from finetune_jax.plan import scales
+from finetune_jax.report import plots
+from finetune_jax.report.log import read_metrics
+from finetune_jax.report.page import (
+    Page,
+    ParameterRow,
+    PhaseRow,
+    Prediction,
+    write_page,
+)
+from finetune_jax.setup import Setup
+from finetune_jax.state import Progress, TrainState
+from finetune_jax.trees import named, stage_of
+from finetune_jax.workdir import read_json, read_manifest
+
+# Predictions that the page shows of each kind.
+SHOWN = 10
+
+
+def write_report(
+    setup: Setup,
+    evaluator: Evaluator,
+    placed: TrainState,
+    progress: Progress,
+    result: Mapping[str, Any],
+    workdir: pathlib.Path,
+) -> None:
+    """Writes `report/`: learning curves, confusion matrix, and the page.
+
+    Args:
+        setup: Of the run.
+        evaluator: Measures states.
+        placed: The best state, on the devices.
+        progress: Where the run ended.
+        result: What `result.json` will hold.
+        workdir: Of the run, with all other files.
+    """
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    plots.learning_curves(lines, folder / "learning_curves.png")
+    confusion, right, wrong = None, [], []
+    held_out = setup.data.held_out
+    split = next((name for name in ("test", "validation") if name in held_out), None)
+    if split is not None:
+        dataset, names = held_out[split], setup.data.spec.class_names
+        outputs = evaluator.outputs(placed, dataset)
+        caption = f"{split}, {len(dataset):,} examples"
+        counts = confusion_matrix(outputs["logits"], dataset.label)
+        counts = counts[: len(names), : len(names)]
+        confusion = counts, names, caption
+        plots.confusion_matrix(counts, names, folder / "confusion_matrix.png", caption)
+        right, wrong = _predictions(setup, outputs, dataset)
+    config = read_json(workdir / "config.json") or {}
+    page = Page(
+        title=f"{config['model']['name']} on {config['data']['name']}",
+        result=result,
+        manifest=read_manifest(workdir) or {},
+        config=config,
+        lines=lines,
+        phases=_phases(setup, progress),
+        parameters=_parameters(setup),
+        confusion=confusion,
+        right=right,
+        wrong=wrong,
+    )
+    write_page(page, folder / "index.html")
+
+
+def _phases(setup: Setup, progress: Progress) -> list[PhaseRow]:
+    starts = [0, *progress.ends]
+    return [
+        PhaseRow(
+            name=phase.name,
+            first_step=start,
+            end_step=end,
+            optimizer=phase.optimizer,
+            schedule=phase.schedule,
+            peak_lr=phase.peak_lr,
+            batch_stats=phase.batch_stats,
+            warmup_steps=phase.warmup_steps,
+            clip_norm=phase.clip_norm,
+            accumulate_steps=phase.accumulate_steps,
+            weight_decay=phase.weight_decay,
+            optimizer_state=phase.optimizer_state,
+        )
+        for phase, start, end in zip(setup.plan, starts, progress.ends)
+    ]
+
+
+def _parameters(setup: Setup) -> list[ParameterRow]:
+    params = named(setup.shapes.params)
+    by_phase = [scales(phase, params) for phase in setup.plan]
+    rows = [
+        ParameterRow(
+            name=name,
+            stage=stage_of(name, setup.task.prefixes),
+            shape=tuple(leaf.shape),
+            scales=tuple(found[name] for found in by_phase),
+        )
+        for name, leaf in params.items()
+    ]
+    return sorted(rows, key=lambda row: setup.task.stages.index(row.stage))
+
+
+def _predictions(
+    setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
+) -> tuple[list[Prediction], list[Prediction]]:
+    """Returns a sample of the examples predicted rightly, and the worst mistakes."""
+    if len(dataset.shape) != 3:
+        return [], []
+    records = setup.task.records(outputs, {})
+    certain = np.array([record["top"][0]["probability"] for record in records])
+    is_right = np.argmax(outputs["logits"], axis=-1) == dataset.label
+    right, wrong = np.flatnonzero(is_right), np.flatnonzero(~is_right)
+    spread = np.linspace(0, len(right) - 1, min(SHOWN, len(right))).round().astype(int)
+    worst = wrong[np.argsort(-certain[wrong], kind="stable")][:SHOWN]
+
+    def shown(positions: np.ndarray) -> list[Prediction]:
+        if not len(positions):
+            return []
+        images = _as_bytes(dataset.take(positions)["inputs"])
+        return [
+            Prediction(
+                image=image,
+                truth=setup.data.spec.class_names[dataset.label[position]],
+                top=tuple(
+                    (entry["class"], entry["probability"])
+                    for entry in records[position]["top"][:3]
+                ),
+                name="/".join(pathlib.PurePath(dataset.name(position)).parts[-2:]),
+            )
+            for position, image in zip(positions, images)
+        ]
+
+    return shown(right[spread]), shown(worst)
+
+
+def _as_bytes(images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    return ((images - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)

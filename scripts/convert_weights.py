@@ -1,0 +1,79 @@
+"""Writes published weights as an orbax checkpoint in this project's names.
+
+python scripts/convert_weights.py ADDRESS --model=resnet50 --output=DIR
+
+ADDRESS is one of file:PATH, package:MODULE/PATH, hf:OWNER/REPO[/FILE]. What is written
+can be used as `--config.init.pretrained=orbax:DIR`, or by any program with orbax.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from finetune_jax.errors import UserError
+from finetune_jax.models import make_model
+from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.pretrained.layout import recognise
+from finetune_jax.pretrained.load import load_weights
+from finetune_jax.trees import count, named
+
+LAST_BIAS = "params/head/logits/bias"
+
+
+def converted(address: str, model: str, size: int) -> dict:
+    """Returns parameters and batch statistics of a model, with the weights' classes.
+
+    Args:
+        address: Of the weights.
+        model: Its name.
+        size: Of the images, where the model's shapes depend on it.
+
+    Raises:
+        UserError: The weights cannot be read, or do not fit the model.
+    """
+    weights = read_weights(address)
+
+    def shapes(classes: int) -> dict:
+        module = make_model(
+            model, {"head": {}}, classes=classes, dtype=jnp.float32,
+            param_dtype=jnp.float32,
+        )  # fmt: skip
+        image = jnp.zeros((1, size, size, 3))
+        return jax.eval_shape(
+            lambda: module.init(jax.random.key(0), image, train=False)
+        )
+
+    names = named(shapes(1))
+    layout = recognise(names, weights.tensors, address)
+    bias = weights.tensors.get(layout.names([LAST_BIAS]).get(LAST_BIAS, ""))
+    return load_weights(shapes(1 if bias is None else len(bias)), weights)
+
+
+def main() -> None:
+    """Reads, converts and writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("address")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--image_size", type=int, default=224)
+    arguments = parser.parse_args()
+    try:
+        if arguments.output.exists():
+            raise UserError(f"--output: {arguments.output} exists already")
+        variables = converted(arguments.address, arguments.model, arguments.image_size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(arguments.output.absolute(), variables)
+    print(f"{count(variables):,} values in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
