@@ -1,9 +1,10 @@
 """Claim: a step that trains only the head costs what a forward pass costs.
 
-python scripts/bench_head_only.py [--rounds=7]
+python scripts/bench_head_only.py [--config=FILE[:ARG]] [--batch_size=64] [--rounds=7]
 
 Runs forward pass, head-only step and full step of a config's model in turn, and prints the
 ratios to the forward pass of the same round, by the clock and by XLA's count of FLOPs.
+Weights are random and images noise: no cost depends on them.
 """
 
 import argparse
@@ -17,10 +18,13 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
+from finetune_jax.modes.plan import spec_of
+from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
-from finetune_jax.setup import make_setup, phase_setup
+from finetune_jax.setup import make_task, phase_setup, random_state
 from finetune_jax.step import eval_step, train_step
 from finetune_jax.strategies import EVERYTHING, HEAD_ONLY
+from finetune_jax.trees import named
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 PHASE = Phase(
@@ -29,29 +33,28 @@ PHASE = Phase(
 )  # fmt: skip
 
 
-def programs(batch_size: int) -> dict:
+def programs(address: str, batch_size: int) -> dict:
     """Returns (compiled program, arguments) by what it does."""
-    config, problems = configs.resolve(configs.load(str(CONFIG)))
+    config, problems = configs.resolve(configs.load(address))
     assert not problems
-    setup = make_setup(config)
-    state, _ = setup.start()
-    flat = setup.data.train.take(np.arange(batch_size))
-    flat["weight"] = np.ones(batch_size, np.float32)
-    flat["position"] = np.arange(batch_size, dtype=np.int32)
-    batch = jax.tree.map(lambda array: array[None], flat)
+    task = make_task(config, spec_of(config))
+    state = run_once(lambda: random_state(task, 0))
+    flat = _noise(task.batch_spec, batch_size)
+    batch = _noise(task.train_batch_spec, batch_size)
+    batch = jax.tree.map(lambda array: array[None], batch)
     made: dict[str, tuple] = {
         "forward": (
-            functools.partial(eval_step, task=setup.task),
+            functools.partial(eval_step, task=task),
             (state.params, state.batch_stats, {}, flat),
         )
     }
     for name, rules in (("head only", HEAD_ONLY), ("full", EVERYTHING)):
         stats = "hold" if name == "head only" else "update"
         phase = dataclasses.replace(PHASE, rules=rules, batch_stats=stats)
-        found = phase_setup((phase,), 0, setup.task, setup.names)
+        found = phase_setup((phase,), 0, task, tuple(named(state.params)))
         step = functools.partial(
             train_step,
-            task=setup.task,
+            task=task,
             optimizer=found.optimizer(),
             trained=found.trained(state.params),
             mode=found.mode,
@@ -64,18 +67,32 @@ def programs(batch_size: int) -> dict:
     }
 
 
+def _noise(spec: dict, batch_size: int) -> dict:
+    rng = np.random.default_rng(0)
+    batch = {
+        name: rng.integers(0, 200, (batch_size, *leaf.shape)).astype(leaf.dtype)
+        for name, leaf in spec.items()
+    }
+    batch["label"] %= 3
+    batch["weight"] = np.ones(batch_size, np.float32)
+    batch["position"] = np.arange(batch_size, dtype=np.int32)
+    return batch
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=10, help="in a round")
+    parser.add_argument("--config", default=str(CONFIG))
     arguments = parser.parse_args()
-    made = programs(arguments.batch_size)
+    made = programs(arguments.config, arguments.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(arguments.rounds + 1):
         for name, (program, values) in made.items():
             begin = time.perf_counter()
-            for _ in range(10):
+            for _ in range(arguments.repeats):
                 jax.block_until_ready(program(*values))
             seconds[name].append(time.perf_counter() - begin)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")

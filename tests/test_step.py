@@ -6,8 +6,10 @@ import optax
 import pytest
 import small
 
+from finetune_jax.modes.plan import forward_flops, step_flops
 from finetune_jax.optimizer import make_optimizer
 from finetune_jax.plan import Phase
+from finetune_jax.setup import phase_setup, random_state
 from finetune_jax.step import eval_step
 from finetune_jax.trees import digest, named, nbytes
 
@@ -83,6 +85,19 @@ def test_a_head_only_step_costs_a_forward_pass():
     assert 1.0 <= step / forward <= 1.05
     full = small.Trainer(task, Phase(name="all", **EVERYTHING_ON))
     assert flops(full.step, full.state, {}, batch, rate, rate) > 2.5 * forward
+
+
+def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
+    """By XLA's count of what is lowered: dead code is gone before it compiles."""
+    task = small.task("resnet50", shape=(64, 64, 3))
+    state = jax.eval_shape(lambda: random_state(task, 0))
+    names = tuple(named(state.params))
+    head = Phase(name="h", rules=small.HEAD, batch_stats="hold", **EVERYTHING_ON)
+    full = Phase(name="all", **EVERYTHING_ON)
+    forward = forward_flops(task, state, 32)
+    ours = step_flops(phase_setup((head,), 0, task, names), task, state, 32)
+    assert 1.0 <= ours / forward <= 1.05
+    assert step_flops(phase_setup((full,), 0, task, names), task, state, 32) > 2 * forward
 
 
 def parameters_after(task, phase, batches):

@@ -26,7 +26,7 @@ def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> A
         return grain.MapDataset.range(len(label)).shuffle(seed=seed).repeat()
     members = [np.flatnonzero(label == value) for value in np.unique(label)]
     classes = [
-        grain.MapDataset.source(positions).seed(seed).shuffle().repeat()
+        grain.MapDataset.source(positions.tolist()).seed(seed).shuffle().repeat()
         for positions in members
     ]
     return grain.MapDataset.mix(classes)

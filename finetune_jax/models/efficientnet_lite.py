@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.models.depthwise import DepthwiseConv
+from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
 
@@ -82,19 +82,23 @@ class ConvNorm(nn.Module):
         return nn.relu6(_norm("bn", kinds)(x_BxHxWxC, use_running_average=not train))
 
 
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
 def _conv(
-    width: int, size: int, stride: int, name: str, kinds: dict[str, Any]
+    width: int,
+    size: int,
+    stride: int,
+    name: str,
+    kinds: dict[str, Any],
+    groups: int = 1,
 ) -> nn.Conv:
     return nn.Conv(
         width,
         (size, size),
         strides=(stride, stride),
         padding="SAME",
+        feature_group_count=groups,
         use_bias=False,
-        kernel_init=_kernel_init,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=convolve,
         name=name,
         **kinds,
     )
@@ -121,8 +125,8 @@ class Block(nn.Module):
         if row.expansion != 1:
             y = _conv(inner, 1, 1, "expand_conv", kinds)(y)
             y = nn.relu6(_norm("expand_bn", kinds)(y, use_running_average=not train))
-        y = DepthwiseConv(
-            row.kernel_size, self.stride, _kernel_init, name="depthwise_conv", **kinds
+        y = _conv(
+            inner, row.kernel_size, self.stride, "depthwise_conv", kinds, groups=inner
         )(y)
         y = nn.relu6(_norm("depthwise_bn", kinds)(y, use_running_average=not train))
         y = _conv(row.width, 1, 1, "project_conv", kinds)(y)

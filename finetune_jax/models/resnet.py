@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
 
@@ -51,6 +52,7 @@ def _conv(
         feature_group_count=groups,
         use_bias=False,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=convolve,
         name=name,
         **kinds,
     )
