@@ -97,7 +97,9 @@ def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
     forward = forward_flops(task, state, 32)
     ours = step_flops(phase_setup((head,), 0, task, names), task, state, 32)
     assert 1.0 <= ours / forward <= 1.05
-    assert step_flops(phase_setup((full,), 0, task, names), task, state, 32) > 2 * forward
+    assert (
+        step_flops(phase_setup((full,), 0, task, names), task, state, 32) > 2 * forward
+    )
 
 
 def parameters_after(task, phase, batches):

@@ -57,7 +57,10 @@ def layout(name):
 
 def published(name, model, classes=7):
     """Returns the values by the names of a layout, as torch lays kernels."""
-    leaves = values(model, classes)
+    return renamed(name, values(model, classes))
+
+
+def renamed(name, leaves):
     if name == "finetune_jax":
         return dict(leaves)
     axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
@@ -323,17 +326,18 @@ def test_looking_into_a_package_does_not_run_it(tmp_path, monkeypatch):
 # hf:
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Returns a function that puts files of a repository into an empty cache."""
+def empty_hub(folder, monkeypatch):
+    """Returns a function that puts files of a repository into a cache, and its folder.
+
+    Until the test ends, that cache is all there is of the hub.
+    """
     from huggingface_hub import constants
 
-    folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    def put(*files, repository=REPOSITORY):
-        root = folder / f"models--{repository.replace('/', '--')}"
+    def put(*files):
+        root = folder / f"models--{REPOSITORY.replace('/', '--')}"
         snapshot = root / "snapshots" / ("a1" * 20)
         snapshot.mkdir(parents=True)
         (root / "refs").mkdir()
@@ -345,6 +349,11 @@ def hub(tmp_path, monkeypatch):
         return snapshot
 
     return put
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    return empty_hub(tmp_path / "hub", monkeypatch)
 
 
 def test_a_cached_repository_is_read_without_network(hub):
@@ -405,6 +414,8 @@ def test_without_network_and_cache_the_file_can_be_placed_by_hand(hub):
         "HF_HOME",
     ):
         assert part in text
+    # Nobody has looked into it.
+    assert "not in the repository" not in text
 
 
 def test_a_file_that_is_not_cached_is_asked_for_by_its_own_name(hub):

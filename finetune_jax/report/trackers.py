@@ -2,10 +2,12 @@
 
 import pathlib
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from finetune_jax.errors import UserError
+from finetune_jax.workdir import write_text
 
 
 class Tracker(Protocol):
@@ -31,19 +33,34 @@ class TensorBoard:
             first_step: What earlier attempts said of this step and later ones is void.
         """
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.summary_pb2 import Summary
         except ImportError as error:
             raise _missing("tensorboard") from error
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        folder.mkdir(exist_ok=True)
+        # Not its SummaryWriter, which keeps events back for two minutes; a kill would
+        # lose what the log has. The name tells attempts of one second apart.
+        self._file = EventsWriter(str(folder / "events"), f".{first_step:010}")
+        self._event, self._summary = Event, Summary
+        start = SessionLog(status=SessionLog.START)
+        self._write(step=first_step, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the numbers of one line."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        scalars = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+        ]
+        self._write(step=step, summary=self._summary(value=scalars))
+
+    def _write(self, **content: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), **content))
+        self._file.flush()
 
     def close(self) -> None:
         """Writes what is still to be written."""
-        self._writer.close()
+        self._file.close()
 
 
 class WeightsAndBiases:
@@ -63,15 +80,21 @@ class WeightsAndBiases:
             raise _missing("wandb") from error
         name_file = workdir / "wandb_id"
         if not name_file.is_file():
-            name_file.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
-            project=project,
-            name=workdir.name,
-            id=name_file.read_text(),
-            resume="allow",
-            dir=str(workdir),
-            config=dict(config),
-        )
+            write_text(name_file, secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.name,
+                id=name_file.read_text(),
+                resume="allow",
+                dir=str(workdir),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"config.report.wandb: {error}. `wandb login` gives a key; "
+                "WANDB_MODE=offline needs none."
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the numbers of one line."""
