@@ -34,28 +34,30 @@ class TensorBoard:
         """
         try:
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.proto import event_pb2, summary_pb2
         except ImportError as error:
             raise _missing("tensorboard") from error
         folder.mkdir(exist_ok=True)
         # Not its SummaryWriter, which keeps events back for two minutes; a kill would
         # lose what the log has. The name tells attempts of one second apart.
         self._file = EventsWriter(str(folder / "events"), f".{first_step:010}")
-        self._event, self._summary = Event, Summary
-        start = SessionLog(status=SessionLog.START)
+        # Generated modules, whose contents have no static types.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        log = self._events.SessionLog
+        start = log(status=log.START)
         self._write(step=first_step, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the numbers of one line."""
         scalars = [
-            self._summary.Value(tag=name, simple_value=value)
+            self._summaries.Summary.Value(tag=name, simple_value=value)
             for name, value in values.items()
         ]
-        self._write(step=step, summary=self._summary(value=scalars))
+        self._write(step=step, summary=self._summaries.Summary(value=scalars))
 
     def _write(self, **content: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), **content))
+        self._file.write_event(self._events.Event(wall_time=time.time(), **content))
         self._file.flush()
 
     def close(self) -> None:
