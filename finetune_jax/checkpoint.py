@@ -28,12 +28,14 @@ class DamagedCheckpoint(TrainingError):
 class Checkpoints:
     """The checkpoints of one run: the first, the best and the newest ones stay."""
 
-    def __init__(self, folder: pathlib.Path, *, keep: int):
-        """Opens a folder, which is made if need be; leftovers of killed saves go.
+    def __init__(self, folder: pathlib.Path, *, keep: int, read_only: bool = False):
+        """Opens a folder.
 
         Args:
             folder: `checkpoints/` of a workdir.
             keep: How many of the newest stay.
+            read_only: Whether it is left as it is. Otherwise it is made if need be, and
+                leftovers of killed saves go.
         """
         self.folder = folder.absolute()
         self._keep = keep
@@ -41,7 +43,7 @@ class Checkpoints:
             self.folder,
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
-                create=True, cleanup_tmp_directories=True
+                create=not read_only, cleanup_tmp_directories=not read_only
             ),
         )
 

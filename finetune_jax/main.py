@@ -20,6 +20,7 @@ MODES = {
     for mode in ("train", "evaluate", "predict", "plan")
 }
 WORKDIR_HAS_CONFIG = ("evaluate", "predict")
+PREDICTIONS_MAY_CHANGE = ("parallel", "evaluate.batch_size", "task.top_k")
 FLAGS = ("--config", "--workdir", "--mode", "--inputs", "--output")
 EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
@@ -123,6 +124,31 @@ def set_precision(precision: str) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
+def _check_flags(
+    flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]
+) -> None:
+    """Checks that the mode reads every flag.
+
+    Raises:
+        UserError: Lists those that it does not.
+    """
+    problems = []
+    if flags.mode in WORKDIR_HAS_CONFIG and flags.config:
+        problems.append(f"--config: --mode={flags.mode} takes that of the workdir")
+    if flags.mode != "predict":
+        given = {"--inputs": flags.inputs, "--output": flags.output}
+        problems += [f"{name}: only --mode=predict" for name in given if given[name]]
+    else:
+        problems += [
+            f"--config.{key}: predictions are made as the run was; there may be changed "
+            f"{', '.join(PREDICTIONS_MAY_CHANGE)}"
+            for key, _ in overrides
+            if not key.startswith(PREDICTIONS_MAY_CHANGE)
+        ]
+    if problems:
+        raise problems_error("The command line:", problems)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Does what the arguments ask for and returns the exit status.
 
@@ -131,6 +157,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     flags, overrides = parse(arguments)
     choose(MODES, flags.mode, "--mode")
+    _check_flags(flags, overrides)
     workdir = pathlib.Path(flags.workdir) if flags.workdir else None
     if flags.mode in WORKDIR_HAS_CONFIG:
         if workdir is None:

@@ -43,10 +43,11 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """
     begin, terminal = time.perf_counter(), Terminal()
     resumed = check_same_run(workdir, config)
-    setup = make_setup(config).in_memory()
+    setup = make_setup(config)
     for text in setup.data.warnings:
         terminal.warn(text)
     start, weights = setup.start()
+    setup = setup.in_memory()
     inputs = {
         "data_fingerprint": setup.data.fingerprint(),
         "weights_sha256": weights.sha256 if weights else {},
@@ -157,11 +158,12 @@ def best_state(
         UserError: There is no checkpoint yet.
     """
     folder = workdir / "checkpoints"
-    checkpoints = Checkpoints(folder, keep=setup.config.checkpoint.keep)
+    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+        raise UserError(f"--workdir: {workdir} has no checkpoint yet")
+    # The run may still be going on, and saving.
+    checkpoints = Checkpoints(folder, keep=setup.config.checkpoint.keep, read_only=True)
     try:
         steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"--workdir: {workdir} has no checkpoint yet")
         best = checkpoints.progress(steps[-1]).best_step
         step = steps[-1] if best is None else best
         state = restore(setup, checkpoints, step)

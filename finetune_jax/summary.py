@@ -118,7 +118,7 @@ def _predictions(
     setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
 ) -> tuple[list[Prediction], list[Prediction]]:
     """Returns a sample of the examples predicted rightly, and the worst mistakes."""
-    if len(dataset.shape) != 3:
+    if len(dataset.shape) != 3 or dataset.shape[2] not in (1, 3):
         return [], []
     records = setup.task.records(outputs, {})
     certain = np.array([record["top"][0]["probability"] for record in records])

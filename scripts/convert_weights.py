@@ -67,11 +67,11 @@ def main() -> None:
         if arguments.output.exists():
             raise UserError(f"--output: {arguments.output} exists already")
         variables = converted(arguments.address, arguments.model, arguments.image_size)
-    except UserError as error:
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save(arguments.output.absolute(), variables)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    with ocp.PyTreeCheckpointer() as writer:
-        writer.save(arguments.output.absolute(), variables)
     print(f"{count(variables):,} values in {arguments.output}")
 
 

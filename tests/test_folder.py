@@ -110,6 +110,45 @@ def test_a_folder_beside_the_splits_is_refused(tmp_path):
         data(tmp_path)
 
 
+def test_a_stretch_of_a_split_folder_has_all_classes(tmp_path):
+    pictures.make_folder(tmp_path, examples=10, splits=("train", "test"))
+    found = data(tmp_path, train="train[:80%]", validation="train[80%:]", test="test")
+    assert found.spec.train_counts == (8, 8, 8)
+    np.testing.assert_array_equal(np.bincount(found.held_out["validation"].label), 2)
+    with pytest.raises(UserError, match=r"no split 'validation'.*train\[:80%\]"):
+        data(tmp_path, validation="validation")
+
+
+def test_splits_are_known_with_capitals_and_not_without_train(tmp_path):
+    pictures.make_folder(tmp_path / "a", examples=2, splits=("Train", "Test"))
+    assert set(load_source("folder", str(tmp_path / "a")).splits) == {"train", "test"}
+    pictures.make_folder(tmp_path / "b", examples=2, splits=("val", "test"))
+    with pytest.raises(UserError, match="none is train"):
+        data(tmp_path / "b")
+
+
+def test_an_image_too_thin_to_be_cut_is_named(tmp_path):
+    pictures.make_folder(tmp_path, examples=2)
+    thin = np.zeros((1, 5000, 3), np.uint8)
+    Image.fromarray(thin).save(tmp_path / "red" / "thin.png")
+    with pytest.raises(UserError, match="thin.png: 5000x1 pixels; too thin"):
+        data(tmp_path, train="all", resize=16).in_memory(1e9)
+
+
+def test_arrays_are_resized_and_cut_as_photos_are(tmp_path):
+    values = np.stack(
+        [pictures.image((90, 120, 30), seed, (16, 16)) for seed in (0, 1)]
+    )
+    np.savez(tmp_path / "x.npz", x=np.repeat(values, 8, 0), y=np.arange(16) % 2)
+    config = configs.default().data
+    config.update(name="arrays", dir=str(tmp_path / "x.npz"), train="all")
+    config.update(image_size=16, resize=24)
+    train = make_data(config, seed=0).train
+    wanted = fit(values[0], Geometry(shape=(16, 16, 3), resize=24))
+    found = train.take(np.flatnonzero(train.indices < 8)[:1])["inputs"][0]
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_links_in_circles_end(tmp_path):
     pictures.make_folder(tmp_path, examples=2)
     (tmp_path / "red" / "loop").symlink_to(tmp_path / "red")

@@ -17,6 +17,7 @@ from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.errors import UserError
 from finetune_jax.models import make_model
+from finetune_jax.modes import predict as predict_mode
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.run import run
 from finetune_jax.strategies import HEAD_ONLY
@@ -128,6 +129,56 @@ def test_arrays_are_predicted_too(finished, tmp_path):
     np.save(tmp_path / "x.npy", values.astype(np.float32))
     with pytest.raises(UserError, match="x.npy: float32, but the model takes uint8"):
         predict(finished, tmp_path / "x.npy")
+
+
+def test_chunks_and_arrays_of_any_length_share_a_program(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict_mode, "CHUNK", 5)
+    new = pictures.make_folder(tmp_path / "new", examples=6)
+    assert len(predict(finished, new)) == 18
+    for rows in (20, 3):
+        values = [pictures.image((90, 9, 9), row, (12, 12)) for row in range(rows)]
+        np.save(tmp_path / f"x{rows}.npy", np.stack(values))
+    assert len(predict(finished, tmp_path / "x20.npy", tmp_path / "x3.npy")) == 23
+
+
+def test_an_output_that_is_no_plain_file_is_refused(finished, tmp_path):
+    new = pictures.make_folder(tmp_path / "new", examples=1)
+    with pytest.raises(UserError, match="not a plain file"):
+        predict(finished, new, output=tmp_path)
+    target = tmp_path / "out.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(target)
+    assert len(predict(finished, new, output=tmp_path / "link.jsonl")) == 3
+    assert (tmp_path / "link.jsonl").is_symlink() and target.is_file()
+
+
+def test_predicting_leaves_an_unfinished_save_alone(finished, tmp_path):
+    unfinished = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    predict(finished, pictures.make_folder(tmp_path / "new", examples=1))
+    assert unfinished.is_dir()
+    unfinished.rmdir()
+
+
+def test_flags_that_the_mode_does_not_read_are_refused(finished):
+    flags = ["--mode=predict", f"--workdir={finished}", "--inputs", "x"]
+    with pytest.raises(UserError, match="predictions are made as the run was"):
+        program.run([*flags, "--config.data.mean=(0.9,)"])
+    with pytest.raises(UserError, match="takes that of the workdir"):
+        program.run([*flags, "--config=configs/resnet_head.py"])
+    with pytest.raises(UserError, match="--output: only --mode=predict"):
+        program.run(["--mode=plan", "--output=x", "--config=configs/resnet_head.py"])
+
+
+def test_a_damaged_manifest_is_told(finished):
+    path = finished / "manifest.json"
+    whole = json.loads(path.read_text())
+    for key, value in (("shape", "abc"), ("dtype", "uint77"), ("class_names", None)):
+        path.write_text(json.dumps({**whole, "data": {**whole["data"], key: value}}))
+        with pytest.raises(UserError, match="manifest.json does not say"):
+            predict(finished, finished)
+    path.write_text(json.dumps(whole))
 
 
 def test_a_run_of_feature_vectors_predicts_arrays(tmp_path):

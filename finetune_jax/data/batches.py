@@ -69,6 +69,11 @@ def training_batches(
     yield from order.map(load).to_iter_dataset(options)
 
 
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """Returns the rows and copies of the first, `size` in all."""
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])
+
+
 def evaluation_batches(
     dataset: Dataset, *, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -81,7 +86,10 @@ def evaluation_batches(
     for start in range(0, len(dataset), batch_size):
         positions = np.arange(start, start + batch_size)
         real = positions < len(dataset)
-        batch = dataset.take(np.where(real, positions, 0))
+        batch = {
+            name: _padded(rows, batch_size)
+            for name, rows in dataset.take(positions[real]).items()
+        }
         batch["weight"] = real.astype(np.float32)
         batch["position"] = np.arange(batch_size, dtype=np.int32)
         yield batch

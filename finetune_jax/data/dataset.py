@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
-from finetune_jax.data.images import Geometry, fit
+from finetune_jax.data.images import Geometry, fit_named
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
 from finetune_jax.data.splits import named_splits, per_class, select
@@ -80,8 +80,11 @@ class Dataset:
             inputs[rows] = parts[owner].values[places[rows]]
 
         def read(row):
-            image = parts[owners[row]].read(int(places[row]))
-            inputs[row] = image if self.geometry is None else fit(image, self.geometry)
+            part, place = parts[owners[row]], int(places[row])
+            image = part.read(place)
+            if self.geometry is not None:
+                image = fit_named(image, self.geometry, part.name(place))
+            inputs[row] = image
 
         in_threads(read, np.flatnonzero(~ready))
         return {"inputs": inputs, "label": label}
@@ -104,7 +107,9 @@ class Dataset:
 
     def _is_ready(self, part: Any) -> bool:
         """Returns whether a split's arrays are what batches hold, unchanged."""
-        return isinstance(part, ArrayExamples) and part.shape == self.shape
+        resizes = self.geometry is not None and self.geometry.resize is not None
+        is_array = isinstance(part, ArrayExamples)
+        return is_array and part.shape == self.shape and not resizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,10 +138,15 @@ class Data:
         """
         if sum(part.nbytes for part in (self.train, *self.held_out.values())) > limit:
             return self
-        held_out = {name: part.in_memory() for name, part in self.held_out.items()}
-        return dataclasses.replace(
-            self, train=self.train.in_memory(), held_out=held_out
-        )
+        parts, problems = {"train": self.train, **self.held_out}, []
+        for name, part in parts.items():
+            try:
+                parts[name] = part.in_memory()
+            except UserError as error:
+                problems.append(f"config.data.{name}: {error}")
+        if problems:
+            raise UserError("\n".join(problems))
+        return dataclasses.replace(self, train=parts.pop("train"), held_out=parts)
 
 
 def no_data(spec: DataSpec) -> Data:
@@ -212,7 +222,7 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
             chosen["train"], everything[chosen["train"]], config["per_class"], seed
         )
     _check_classes(source, everything, chosen["train"])
-    shape = _shape(source, config["image_size"], config["channels"])
+    shape = _shape(source, config)
     label_counts = np.bincount(
         everything[chosen["train"]], minlength=len(source.class_names)
     )
@@ -239,18 +249,17 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
     )
 
 
-def _shape(
-    source: Source, image_size: int | None, channels: int | None
-) -> tuple[int, ...]:
+def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
     shapes = {part.shape for part in source.splits.values()}
     shape = shapes.pop() if len(shapes) == 1 else None
     if shape is not None and len(shape) == 1:
-        for key, value in (("image_size", image_size), ("channels", channels)):
-            if value is not None:
+        for key in ("image_size", "channels", "train_size"):
+            if config[key] is not None:
                 raise UserError(
-                    f"config.data.{key}: {value}, but {source.name} has no images"
+                    f"config.data.{key}: {config[key]}, but {source.name} has no images"
                 )
         return shape
+    image_size, channels = config["image_size"], config["channels"]
     if image_size is None and shape is None:
         raise UserError(
             f"config.data.image_size: the images of {source.name} differ in size; "
@@ -285,7 +294,12 @@ def check_preprocessing(spec: DataSpec) -> None:
             for name in ("augment", "resize")
             if getattr(spec, name)
         ]
-    elif spec.resize is not None and spec.resize < min(spec.shape[:2]):
+    elif spec.dtype != "uint8" and any("color_jitter" in step for step in spec.augment):
+        problems.append(
+            "config.data.augment: color_jitter needs bytes, whose range is known; the "
+            f"data is {spec.dtype}"
+        )
+    elif spec.resize is not None and spec.resize < max(spec.shape[:2]):
         problems.append(
             f"config.data.resize: {spec.resize}, but {spec.shape[0]}x{spec.shape[1]} is "
             "cut out of what is resized; make it at least as large, or None"

@@ -17,6 +17,9 @@ INTERPOLATIONS = {
 }
 # Rec. 601, as Pillow converts colour to grey.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+# Of the longer side to the shorter one; beyond it an image resized by its shorter side
+# could fill the memory.
+_THIN = 100
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -52,6 +55,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_bytes(image: Image.Image, path: pathlib.Path) -> np.ndarray:
+    if image.mode == "I" and image.format == "TIFF":
+        raise UserError(f"{path}: grey levels of 32 bits; save it with 8 or 16")
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
@@ -112,6 +117,20 @@ def fit(image: np.ndarray, geometry: Geometry) -> np.ndarray:
         return np.repeat(image[..., :1], 3, axis=-1)
     grey = (image[..., :3] @ _LUMINANCE)[..., None]
     return np.round(grey).astype(image.dtype) if image.dtype == np.uint8 else grey
+
+
+def fit_named(image: np.ndarray, geometry: Geometry, name: str) -> np.ndarray:
+    """Returns what `fit` does.
+
+    Raises:
+        UserError: Names the image, whose shape cannot be fitted.
+    """
+    rows, columns = image.shape[:2]
+    if geometry.resize is not None and max(rows, columns) > _THIN * min(rows, columns):
+        raise UserError(
+            f"{name}: {columns}x{rows} pixels; too thin to cut the centre out of"
+        )
+    return fit(image, geometry)
 
 
 def _resized(

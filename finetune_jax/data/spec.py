@@ -66,9 +66,24 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     Args:
         plain: From the manifest.
         data: The section `config.data`.
+
+    Raises:
+        ValueError, TypeError: It is not such a thing.
     """
     known = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in plain.items()
     }
-    return DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
+    spec = DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
+    shapes, names = (*spec.shape, *spec.train_shape), spec.class_names
+    if not (
+        all(type(size) is int and size > 0 for size in shapes)
+        and len(spec.shape) == len(spec.train_shape)
+        and len(spec.shape) in (1, 3)
+        and spec.dtype in ("uint8", "float32")
+        and isinstance(names, tuple)
+        and all(isinstance(name, str) for name in names)
+        and all(type(count) is int for count in spec.train_counts)
+    ):
+        raise ValueError("not what data look like")
+    return spec

@@ -81,6 +81,12 @@ def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarra
                 f"{where}: {part!r} is not a split; write train, train[:80%], "
                 "train[100:200] or several joined by +"
             )
+        if match["name"] not in splits and match["name"] in CUTS and "train" in splits:
+            raise UserError(
+                f"{where}: the data has no split {match['name']!r}, but "
+                f"{', '.join(sorted(splits))}. None goes without; or cut one off, as in "
+                "config.data.train='train[:80%]' and config.data.validation='train[80%:]'"
+            )
         indices = lookup.choose(splits, match["name"], where)
         start, stop = (_bound(bound, len(indices)) for bound in bounds)
         chosen.append(indices[start:stop])

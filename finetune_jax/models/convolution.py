@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -33,24 +34,22 @@ def convolve(
         padding: 'SAME', 'VALID', or numbers.
         feature_group_count: Groups of channels.
         precision: Of matrix products.
-        **options: Of `jax.lax.conv_general_dilated`; not read for kernels of one pixel
-            or one channel, which are not dilated in any model here.
+        **options: Of `jax.lax.conv_general_dilated`.
     """
     height, width, channels, filters = kernel.shape
-    on_cpu = jax.default_backend() == "cpu"
-    if (
-        on_cpu
-        and (height, width, *strides) == (1, 1, 1, 1)
-        and feature_group_count == 1
-    ):
-        return jnp.dot(x_BxHxWxC, kernel[0, 0], precision=precision)
-    if on_cpu and channels == 1 and feature_group_count == filters:
+    pads = padding
+    if isinstance(padding, str):
         sizes = x_BxHxWxC.shape[1:3]
-        if isinstance(padding, str):
-            window = (height, width)
-            padding = jax.lax.padtype_to_pads(sizes, window, strides, padding)
-        pads = tuple(map(tuple, padding))
-        return shifted_products(x_BxHxWxC, kernel, tuple(strides), pads)
+        pads = jax.lax.padtype_to_pads(sizes, (height, width), strides, padding)
+    pads = tuple(map(tuple, pads))
+    dilations = (options.get(f"{side}hs_dilation") or (1, 1) for side in "lr")
+    is_plain = all(tuple(dilation) == (1, 1) for dilation in dilations)
+    if jax.default_backend() == "cpu" and is_plain:
+        is_pixel = (height, width, *strides) == (1, 1, 1, 1) and not np.any(pads)
+        if is_pixel and feature_group_count == 1:
+            return jnp.dot(x_BxHxWxC, kernel[0, 0], precision=precision)
+        if channels == 1 and feature_group_count == filters == x_BxHxWxC.shape[-1]:
+            return shifted_products(x_BxHxWxC, kernel, tuple(strides), pads)
     return jax.lax.conv_general_dilated(
         x_BxHxWxC,
         kernel,
@@ -79,10 +78,15 @@ def shifted_products(
         pads: Before and after, of height and width.
     """
     products = (
-        window * _weight(kernel, row, column)
+        _exact(window) * _exact(_weight(kernel, row, column))
         for row, column, window in _windows(x_BxHxWxC, kernel, strides, pads)
     )
-    return sum(products)  # type: ignore[return-value]
+    return sum(products).astype(x_BxHxWxC.dtype)  # type: ignore[union-attr]
+
+
+def _exact(array: jax.Array) -> jax.Array:
+    """Returns the array in a type in which sums are not rounded much."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _weight(kernel: jax.Array, row: int, column: int) -> jax.Array:
@@ -116,10 +120,10 @@ def _forward(x_BxHxWxC, kernel, strides, pads):
 def _backward(strides, pads, saved, gradient):
     x_BxHxWxC, kernel = saved
     sums = [
-        jnp.sum(window * gradient, axis=(0, 1, 2))
+        jnp.sum(_exact(window) * _exact(gradient), axis=(0, 1, 2))
         for _, _, window in _windows(x_BxHxWxC, kernel, strides, pads)
     ]
-    of_kernel = jnp.stack(sums).reshape(kernel.shape)
+    of_kernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
     rows, columns = kernel.shape[:2]
     _, height, width, _ = x_BxHxWxC.shape
 
@@ -132,12 +136,12 @@ def _backward(strides, pads, saved, gradient):
     padding = (nothing, spread(height, rows, 0), spread(width, columns, 1), nothing)
     padded = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), padding)
     of_x = sum(
-        padded[:, row : row + height, column : column + width]
-        * _weight(kernel, rows - 1 - row, columns - 1 - column)
+        _exact(padded[:, row : row + height, column : column + width])
+        * _exact(_weight(kernel, rows - 1 - row, columns - 1 - column))
         for row in range(rows)
         for column in range(columns)
     )
-    return of_x, of_kernel
+    return of_x.astype(x_BxHxWxC.dtype), of_kernel  # type: ignore[union-attr]
 
 
 shifted_products.defvjp(_forward, _backward)

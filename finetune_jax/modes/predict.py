@@ -1,7 +1,9 @@
 """`--mode=predict`: what the best checkpoint of a run says of new files, as JSONL."""
 
+import dataclasses
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,8 +12,9 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
-from finetune_jax.data.images import SUFFIXES, fit, read_image
+from finetune_jax.data.images import SUFFIXES, fit_named, read_image
 from finetune_jax.data.source import array_source
+from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
@@ -36,17 +39,16 @@ def main(config: Config, options: Options) -> int:
     paths = find_inputs(options.inputs)
     spec = run_spec(config, workdir)
     _check_kinds(paths, spec)
-    output = pathlib.Path(options.output or workdir / "predictions.jsonl")
-    if not output.parent.is_dir():
-        raise UserError(f"--output: no folder {str(output.parent)!r}")
+    output = _output(options.output or str(workdir / "predictions.jsonl"))
     setup = make_setup(config, no_data(spec))
     evaluator, placed, step = best_state(setup, workdir)
     print(f"checkpoint of step {step}")
+    if not any(path.suffix in ARRAYS for path in paths):
+        evaluator.batch_size = min(evaluator.batch_size, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
     with part.open("w") as file:
         for names, dataset in _datasets(paths, spec, errors):
-            evaluator.batch_size = min(evaluator.batch_size, len(dataset))
             outputs = evaluator.outputs(placed, dataset)
             for name, record in zip(names, setup.task.records(outputs, {})):
                 file.write(json.dumps({"file": name, **record}) + "\n")
@@ -55,6 +57,22 @@ def main(config: Config, options: Options) -> int:
     print(f"{written:,} predictions in {output}")
     check_readable(errors, f"The other {written:,} are in {output}.")
     return 0
+
+
+def _output(text: str) -> pathlib.Path:
+    """Returns where predictions go.
+
+    Raises:
+        UserError: No file can be written there.
+    """
+    path = pathlib.Path(text).resolve()
+    if not path.parent.is_dir():
+        raise UserError(f"--output: no folder {str(path.parent)!r}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output: {text!r} is not a plain file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: {str(path.parent)!r} cannot be written to")
+    return path
 
 
 def find_inputs(inputs: Sequence[str]) -> list[pathlib.Path]:
@@ -68,17 +86,13 @@ def find_inputs(inputs: Sequence[str]) -> list[pathlib.Path]:
     found: list[pathlib.Path] = []
     problems = []
     for text in inputs:
-        path = pathlib.Path(text).expanduser()
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-            )
+        path = pathlib.Path(os.path.expanduser(text))
+        if text and path.is_dir():
+            inside = [p for p in files_below(path) if p.suffix.lower() in SUFFIXES]
             found += inside
             if not inside:
                 problems.append(f"--inputs: no images in {text!r}")
-        elif path.is_file():
+        elif text and path.is_file():
             found.append(path)
         else:
             problems.append(f"--inputs: no file or folder {text!r}")
@@ -96,7 +110,7 @@ def run_spec(config: Config, workdir: pathlib.Path) -> DataSpec:
     looks = (read_manifest(workdir) or {}).get("data")
     try:
         return spec_from_json(looks or {}, config.data)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"--workdir: {workdir}/manifest.json does not say what the data look like; "
             "it is of an older version, or damaged"
@@ -130,6 +144,8 @@ def _datasets(
         if error is None:
             names = [f"{path}#{row}" for row in range(len(array))]
             yield names, _dataset(array, spec)
+    # Photos are fitted here already.
+    fitted = dataclasses.replace(spec, resize=None)
     files = (path for path in paths if path.suffix not in ARRAYS)
     while chunk := list(itertools.islice(files, CHUNK)):
         found = attempts(lambda p: _read_photo(p, spec), chunk)
@@ -137,7 +153,7 @@ def _datasets(
         good = [row for row, (_, error) in enumerate(found) if error is None]
         if good:
             images = np.stack([found[row][0] for row in good])
-            yield [str(chunk[row]) for row in good], _dataset(images, spec)
+            yield [str(chunk[row]) for row in good], _dataset(images, fitted)
 
 
 def _dataset(inputs: np.ndarray, spec: DataSpec) -> Dataset:
@@ -149,7 +165,7 @@ def _dataset(inputs: np.ndarray, spec: DataSpec) -> Dataset:
 def _read_photo(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
     geometry = spec.geometry(training=False)
     assert geometry is not None
-    return fit(read_image(path), geometry)
+    return fit_named(read_image(path), geometry, str(path))
 
 
 def _read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import logging
 import pathlib
 import zipfile
 from collections.abc import Sequence
@@ -54,7 +55,15 @@ def read_weights(address: str) -> Weights:
             f"config.init.pretrained: {address!r} is not an address; "
             f"write {', '.join(f'{k}:...' for k in READERS)}"
         )
-    return lookup.choose(READERS, kind, "config.init.pretrained")(address, place)
+    reader = lookup.choose(READERS, kind, "config.init.pretrained")
+    try:
+        return reader(address, place)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"config.init.pretrained: {address!r} cannot be read: {error}"
+        ) from error
 
 
 def _zoo(address: str, name: str) -> Weights:
@@ -64,6 +73,8 @@ def _zoo(address: str, name: str) -> Weights:
 
 def _file(address: str, place: str) -> Weights:
     path = pathlib.Path(place).expanduser()
+    if path.is_dir():
+        raise UserError(f"config.init.pretrained: {place!r} is a folder, not a file")
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*") if p.suffix in FORMATS)
         raise UserError(
@@ -167,6 +178,8 @@ def _downloaded(repository: str, files: Sequence[str]) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
+    # It tells of every retry; what matters is said below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     found, offline = [], False
     for name in files:
         try:

@@ -155,7 +155,9 @@ class Classify(Task):
     ) -> list[dict]:
         """Returns the class names of the highest probabilities, best first."""
         del batch
-        logits_BxK = outputs["logits"].astype(np.float64)
+        # A model may have more logits than the data has classes.
+        logits_BxK = outputs["logits"][:, : len(self.data.class_names)]
+        logits_BxK = logits_BxK.astype(np.float64)
         probability_BxK = np.exp(logits_BxK - logits_BxK.max(axis=-1, keepdims=True))
         probability_BxK /= probability_BxK.sum(axis=-1, keepdims=True)
         top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]

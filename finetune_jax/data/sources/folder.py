@@ -14,8 +14,9 @@ import numpy as np
 
 from finetune_jax.data.images import SUFFIXES, read_image
 from finetune_jax.data.source import Source
+from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
-from finetune_jax.errors import DataMissing, problems_error
+from finetune_jax.errors import DataMissing, UserError, problems_error
 
 SPLITS = {
     "train": "train",
@@ -62,7 +63,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     del argument
     if directory is None:
         raise DataMissing("config.data.dir: folder needs the folder of the photos")
-    root = pathlib.Path(directory).expanduser()
+    root = pathlib.Path(os.path.expanduser(directory))
     if not root.is_dir():
         raise DataMissing(f"config.data.dir: no folder {directory!r}")
     problems: list[str] = []
@@ -79,6 +80,8 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     if problems:
         raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
     splits = {split: _image_files(classes, names) for split, classes in found.items()}
+    if "all" not in splits:  # Which is put in such an order where it is cut.
+        splits = {split: _mixed(files) for split, files in splits.items()}
     return Source(
         name=f"folder {directory}",
         splits=splits,
@@ -99,39 +102,51 @@ def _image_files(
     return ImageFiles([path for path, _ in pairs], label)
 
 
+def _mixed(files: ImageFiles) -> ImageFiles:
+    """Returns the files in an order of which every stretch has all classes."""
+    order = stratified_order(files.label, seed=0)
+    return ImageFiles([files.paths[i] for i in order], files.label[order])
+
+
 def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.Path]:
     """Returns the folder of each split; {'all': root} where there are none."""
-    folders = [path for path in _visible(root) if path.is_dir()]
+    visible = _visible(root, problems)
     splits = [
-        path
-        for path in folders
-        if path.name in SPLITS and any(inner.is_dir() for inner in _visible(path))
+        (SPLITS[path.name.lower()], path)
+        for path in visible
+        if path.name.lower() in SPLITS
+        and path.is_dir()
+        and any(inner.is_dir() for inner in _visible(path, problems))
     ]
-    if not any(SPLITS[path.name] == "train" for path in splits):
+    if not splits:
         return {"all": root}
+    if "train" not in dict(splits):
+        problems.append(f"{root}: there are splits, but none is train")
     problems += [
         f"{path}: neither a split nor in one; beside train there may be "
         f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
-        for path in sorted(set(_visible(root)) - set(splits))
+        for path in visible
+        if path not in [split for _, split in splits]
     ]
     found: dict[str, pathlib.Path] = {}
-    for path in splits:
-        if SPLITS[path.name] in found:
-            twice = found[SPLITS[path.name]]
-            problems.append(f"{path}: the same split as {twice}; have one of them")
-        found[SPLITS[path.name]] = path
+    for name, path in splits:
+        if name in found:
+            problems.append(
+                f"{path}: the same split as {found[name]}; have one of them"
+            )
+        found[name] = path
     return found
 
 
 def _classes(root: pathlib.Path, problems: list[str]) -> dict[str, list[pathlib.Path]]:
     """Returns the images of each class folder, in an order that is always the same."""
     classes = {}
-    for folder in _visible(root):
+    for folder in _visible(root, problems):
         if not folder.is_dir():
             problems.append(f"{folder}: not in the folder of a class")
             continue
         images = []
-        for path in _files(folder):
+        for path in files_below(folder, problems):
             if path.suffix.lower() in SUFFIXES:
                 images.append(path)
             else:
@@ -143,16 +158,29 @@ def _classes(root: pathlib.Path, problems: list[str]) -> dict[str, list[pathlib.
     return classes
 
 
-def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(
+def _visible(folder: pathlib.Path, problems: list[str]) -> list[pathlib.Path]:
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        problems.append(f"{folder}: cannot be opened: {error}")
+        return []
+    return [
         path
-        for path in folder.iterdir()
+        for path in inside
         if not path.name.startswith(".") and path.name not in _LITTER
-    )
+    ]
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns all visible files below a folder; links are followed, circles are not."""
+def files_below(
+    folder: pathlib.Path, problems: list[str] | None = None
+) -> list[pathlib.Path]:
+    """Returns all visible files below a folder; links are followed, circles are not.
+
+    Args:
+        folder: Where to look.
+        problems: Gets a line for every folder that cannot be opened.
+    """
+    told: list[str] = [] if problems is None else problems
     found, seen = [], set()
     for place, folders, _ in os.walk(folder, followlinks=True):
         here = pathlib.Path(place)
@@ -161,13 +189,23 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
             continue
         seen.add(here.resolve())
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for path in _visible(here) if not path.is_dir()]
+        for name in folders:
+            if not os.access(here / name, os.R_OK | os.X_OK):
+                told.append(f"{here / name}: cannot be opened")
+        found += [path for path in _visible(here, told) if not path.is_dir()]
     return sorted(found)
+
+
+def _digest_of(path: pathlib.Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _fingerprint(root: pathlib.Path, splits: Mapping[str, ImageFiles]) -> str:
     paths = sorted(path for part in splits.values() for path in part.paths)
-    digests = in_threads(lambda p: hashlib.sha256(p.read_bytes()).hexdigest(), paths)
+    digests = in_threads(_digest_of, paths)
     lines = [
         f"{path.relative_to(root).as_posix()!a} {digest}"
         for path, digest in zip(paths, digests)
