@@ -64,7 +64,7 @@ def write_report(
         right, wrong = _predictions(setup, outputs, dataset)
     config = read_json(workdir / "config.json") or {}
     page = Page(
-        title=f"{config['model']['name']} on {config['data']['name']}",
+        title=_title(config),
         result=result,
         manifest=read_manifest(workdir) or {},
         config=config,
@@ -76,6 +76,12 @@ def write_report(
         wrong=wrong,
     )
     write_page(page, folder / "index.html")
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    data = config["data"]
+    place = pathlib.PurePath(data["dir"] or "").name
+    return f"{config['model']['name']} on {place or data['name']}"
 
 
 def _phases(setup: Setup, progress: Progress) -> list[PhaseRow]:
