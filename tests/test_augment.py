@@ -14,6 +14,8 @@ from finetune_jax import augment
 from finetune_jax.augment import make_augment
 from finetune_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 JITTER = ("color_jitter", 0.4, 0.4, 0.4, 0.1)
 # Together they contain each augmentation; (20, 24) become (16, 12).
 PIPELINES = (

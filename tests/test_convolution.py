@@ -8,6 +8,8 @@ import pytest
 
 from finetune_jax.models.convolution import convolve
 
+pytestmark = pytest.mark.slow
+
 # Odd and even, not square, smaller than a kernel, and a single place.
 SIZES = ((8, 8), (7, 7), (9, 6), (1, 5), (2, 2), (1, 1))
 # Kernel, strides, padding, size; as TensorFlow pads, as torch does, and lopsidedly.

@@ -115,7 +115,7 @@ def test_damaged_files_are_refused(tmp_path):
             read_weights(f"file:{path}")
     (tmp_path / "w.h5").write_bytes(whole)
     with pytest.raises(UserError, match="w.h5.* is none of .safetensors, .npz"):
-        read_weights(f"file:{tmp_path / 'w.bin'}")
+        read_weights(f"file:{tmp_path / 'w.h5'}")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="not an orbax checkpoint"):
         read_weights(f"orbax:{tmp_path / 'folder'}")

@@ -18,6 +18,8 @@ from finetune_jax.pretrained.load import load_weights
 from finetune_jax.report.log import read_metrics
 from finetune_jax.trees import named
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 ADDRESS = str(ROOT / "configs" / "resnet_head.py:stanford_dogs")
 CLASSES = 120

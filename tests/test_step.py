@@ -167,7 +167,8 @@ def test_the_update_is_that_of_optax_alone():
     for ours, theirs in zip(
         jax.tree.leaves(trainer.state.params["head"]), jax.tree.leaves(head)
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+        # Adam's first steps are about 0.1 whatever the gradient: 1e-5 of that is 1e-6.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_augmentation_depends_on_seed_step_and_place_alone():
