@@ -137,8 +137,6 @@ import test_trackers as tests
 from finetune_jax.loop import Loop
 from finetune_jax.run import run
 
-pytestmark = pytest.mark.slow
-
 update = Loop._update
 
 def dies(self, placed, phase, batches, number, *rest):
