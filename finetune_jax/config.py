@@ -1,4 +1,4 @@
-"""The configuration: every key with its default, filled, overridden and checked.
+"""The configuration: filled with defaults, overridden and checked.
 
 A config file has `get_config(arg="")` that returns a ConfigDict; it names what differs
 from `default()`. Numbers, strings and tuples only.
@@ -16,121 +16,18 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from finetune_jax.defaults import (
+    CHOICES,
+    ENTRIES,
+    NO_RESULT_DEPENDS_ON,
+    OPEN_SECTIONS,
+    OPTIONAL,
+    POSITIVE,
+    Config,
+    default,
+)
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
-
-# An ml_collections.ConfigDict: its values have no static types.
-Config = Any
-
-# What a resumed run may change, since no result depends on it.
-NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep", "data.memory_gb")
-# Sections whose other keys belong to what `name` chooses; the constructor checks them.
-OPEN_SECTIONS = ("model", "task")
-CHOICES = {
-    "precision": ("float32", "bfloat16", "float64"),
-    "parallel.mode": ("jit", "pmap"),
-    "data.channels": (1, 3),
-    "data.interpolation": ("bilinear", "bicubic"),
-    "data.sampling": ("uniform", "balanced"),
-    "init.input_channels": ("strict", "adapt"),
-}
-POSITIVE = (
-    "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "evaluate.batch_size", "evaluate.every_steps",
-    "evaluate.every_epochs", "checkpoint.every_steps", "checkpoint.keep",
-    "parallel.devices", "parallel.fsdp", "report.every_steps",
-)  # fmt: skip
-
-# The fields of a phase (plan.Phase documents them); None is "not given".
-PHASE: dict[str, Any] = {
-    "name": "train",
-    "steps": None,
-    "epochs": None,
-    "optimizer": "adamw",
-    "optimizer_args": {},
-    "peak_lr": 1e-3,
-    "schedule": "cosine",
-    "warmup_steps": 0,
-    "end_lr_scale": 0.0,
-    "clip_norm": None,
-    "accumulate_steps": 1,
-    "weight_decay": 0.0,
-    "decay": (r"(?!.*(bias|scale)$).*",),
-    "rules": ((".*", 1.0),),
-    "batch_stats": "update",
-    "optimizer_state": "reset",
-    "plateau_metric": None,
-    "plateau_patience": 3,
-    "plateau_min_change": 0.0,
-}
-PHASE_OPTIONAL = {
-    "steps": int,
-    "epochs": float,
-    "clip_norm": float,
-    "plateau_metric": str,
-}
-
-
-def default() -> Config:
-    """Returns a config with every key at its default; a config file starts from it."""
-    optional = config_dict.placeholder
-    config: Any = ml_collections.ConfigDict()
-    config.seed = 0
-    config.precision = "float32"  # Of the computation; parameters stay float32.
-    config.task = dict(name="classify")
-    config.data = ml_collections.ConfigDict()
-    data = config.data
-    data.name = "digits"  # A module in data/sources, or tfds:NAME.
-    data.dir = optional(str)  # Folder or file; embedded sources need none.
-    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
-    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
-    data.test = optional(str)
-    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
-    data.image_size = optional(int)  # None keeps the size of the data.
-    data.channels = optional(int)  # None keeps those of the data.
-    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
-    data.std = (1.0,)
-    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
-    data.interpolation = "bilinear"
-    data.train_size = optional(int)  # Of training images, before a crop.
-    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
-    data.sampling = "uniform"  # 'balanced' draws every class equally often.
-    data.per_class = optional(int)  # Only so many training examples of each class.
-    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
-    data.split_seed = 0  # Of the splits that a source without its own is cut into.
-    config.model = ml_collections.ConfigDict()
-    config.model.name = "resnet20"
-    config.model.classes = optional(int)  # None: as many as the data has.
-    config.model.head = ml_collections.ConfigDict()
-    config.model.head.hidden = ()
-    config.model.head.activation = "relu"
-    config.model.head.dropout = 0.0
-    config.model.head.initialiser = "lecun_normal"
-    config.init = ml_collections.ConfigDict()
-    config.init.pretrained = optional(str)  # A weights address; None starts at random.
-    config.init.fresh = ()  # Regexes of the names that keep their initial value.
-    config.init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
-    config.plan = ()
-    config.evaluate = ml_collections.ConfigDict()
-    config.evaluate.every_steps = optional(int)  # None, None: at the ends of phases.
-    config.evaluate.every_epochs = optional(float)
-    config.evaluate.batch_size = 256
-    config.evaluate.best = optional(str)  # Such as validation/accuracy.
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_steps = optional(int)  # None: at evaluations only.
-    config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
-    config.parallel = ml_collections.ConfigDict()
-    config.parallel.mode = "jit"
-    config.parallel.devices = optional(int)  # None: all.
-    config.parallel.fsdp = 1  # Devices over which parameters are sharded.
-    config.report = ml_collections.ConfigDict()
-    config.report.every_steps = 10  # Between two lines of training metrics.
-    config.report.tensorboard = False  # Event files in the workdir, too.
-    config.report.wandb = optional(str)  # A project of Weights & Biases to log to, too.
-    config.lock()
-    for section in OPEN_SECTIONS:
-        config[section].unlock()
-    return config
 
 
 def load(address: str) -> Config:
@@ -192,9 +89,9 @@ def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
                 full[key] = _as_tuple(value)
             else:
                 problems.append(f"config.{name}: unknown{closest(key, full)}")
-        elif name == "plan":
-            full.plan = tuple(
-                phase_entry(entry, f"plan[{index}].", problems)
+        elif name in ENTRIES:
+            full[key] = tuple(
+                entry_of(name, entry, f"{name}[{index}].", problems)
                 for index, entry in enumerate(value)
             )
         elif isinstance(full[key], ml_collections.ConfigDict):
@@ -206,20 +103,29 @@ def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
             _assign(full, key, value, name, problems)
 
 
-def phase_entry(
-    entry: Mapping[str, Any], path: str = "", problems: list[str] | None = None
+def entry_of(
+    table: str,
+    entry: Mapping[str, Any],
+    path: str = "",
+    problems: list[str] | None = None,
 ) -> Config:
-    """Returns one entry of `plan` with every field; optional ones are placeholders."""
+    """Returns one entry of a table with every field; optional ones are placeholders.
+
+    Args:
+        table: A key of `ENTRIES`.
+        entry: What the config says.
+        path: Stands before the names in the messages.
+        problems: Takes them.
+    """
     found: list[str] = [] if problems is None else problems
-    full = ml_collections.ConfigDict(
-        {key: value for key, value in PHASE.items() if key not in PHASE_OPTIONAL}
-    )
-    for key, kind in PHASE_OPTIONAL.items():
-        full[key] = config_dict.placeholder(kind)
+    full = ml_collections.ConfigDict()
+    for key, value in ENTRIES[table].items():
+        kind = OPTIONAL[table].get(key)
+        full[key] = value if kind is None else config_dict.placeholder(kind)
     for key in entry:
         if key not in full:
             found.append(f"config.{path}{key}: unknown{closest(key, full)}")
-        elif key == "optimizer_args":
+        elif isinstance(full[key], ml_collections.ConfigDict):
             full[key] = ml_collections.ConfigDict(dict(entry[key]))
         else:
             _assign(full, key, entry[key], f"{path}{key}", found)
@@ -250,8 +156,9 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _is_optional(name: str) -> bool:
-    if name.startswith("plan["):
-        return name.rpartition(".")[2] in PHASE_OPTIONAL
+    table, inside, key = name.partition("[")
+    if inside:
+        return key.rpartition(".")[2] in OPTIONAL[table]
     return name in flat(default()) and flat(default())[name] is None
 
 
@@ -271,14 +178,14 @@ def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
             return
         seen += part if inside or not seen else f".{part}"
     name = parts[-1] if parts else ""
-    is_open = seen in OPEN_SECTIONS or seen.endswith(".optimizer_args")
+    is_open = seen in OPEN_SECTIONS or seen.endswith("_args")
     if name and is_open and name not in section:
         with section.unlocked():
             section[name] = _as_tuple(_parse(text, object))
     elif not hasattr(section, "keys") or name not in section:
         names = list(section) if hasattr(section, "keys") else []
         problems.append(f"--config.{key}: unknown{closest(name, names)}")
-    elif isinstance(section[name], ml_collections.ConfigDict) or key == "plan":
+    elif isinstance(section[name], ml_collections.ConfigDict) or key in ENTRIES:
         problems.append(f"--config.{key}: a section; set one of its keys")
     else:
         value = _parse(text, section.get_type(name))
@@ -349,9 +256,9 @@ def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         value = config[key]
         if hasattr(value, "keys"):
             values |= flat(value, f"{path}{key}.")
-        elif path == "" and key == "plan":
+        elif f"{path}{key}" in ENTRIES:
             for index, entry in enumerate(value):
-                values |= flat(entry, f"plan[{index}].")
+                values |= flat(entry, f"{path}{key}[{index}].")
         else:
             values[f"{path}{key}"] = value
     return values
@@ -361,6 +268,7 @@ def to_json(config: Config) -> str:
     """Returns the config as JSON text; tuples become lists."""
     plain = config.to_dict()
     plain["plan"] = [entry.to_dict() for entry in config.plan]
+    plain["evaluate"]["also"] = [entry.to_dict() for entry in config.evaluate.also]
     return json.dumps(plain, indent=2) + "\n"
 
 

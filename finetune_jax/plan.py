@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune_jax import lookup
-from finetune_jax.config import PHASE, Config, phase_entry
+from finetune_jax.config import Config, entry_of
+from finetune_jax.defaults import PHASE
 from finetune_jax.errors import problems_error
 
 BATCH_STATS = ("hold", "update", "update_all")
@@ -25,13 +26,19 @@ class Phase:
         optimizer: A name in `optimizer.OPTIMIZERS`.
         optimizer_args: Its arguments, such as `{"b1": 0.9}`.
         peak_lr: The highest learning rate, reached at the end of the warm-up.
-        schedule: A name in `optimizer.SCHEDULES`.
+        schedule: A name in `schedules.SCHEDULES`.
+        schedule_args: Its arguments, such as `{"power": 2.0}`.
         warmup_steps: Updates over which the rate rises linearly to `peak_lr`.
         end_lr_scale: The last rate as a share of `peak_lr`, where the schedule has one.
         clip_norm: Bound of the global norm of the trained parameters' gradient.
+        clip_value: Bound of each value of the gradient.
+        clip_adaptive: Bound of a unit's gradient as a share of the norm of its weights.
+        fixed_batch: Whether every update sees the phase's first batch, as line searches
+            need; with `data.batch_size` that of the training split it is all of it.
         accumulate_steps: Micro-batches that an update is cut into; divides the batch.
         weight_decay: Decoupled for adamw, added to the gradient for the others.
         decay: Regexes of the names that decay; by default no bias and no scale.
+        regularise: (name in `regularisers.REGULARISERS`, strength, regex) each.
         rules: (regex over the full name, scale of the rate); first match wins, and a
             scale of 0.0 freezes.
         batch_stats: 'hold' moves no running average of BatchNorm, 'update' those of
@@ -42,6 +49,8 @@ class Phase:
             'validation/loss', stops improving; None never does.
         plateau_patience: Evaluations without improvement until then.
         plateau_min_change: A smaller change is no improvement.
+        plateau_restore: Whether the phase leaves the parameters, running averages and
+            optimizer state of its best evaluation of `plateau_metric` behind.
     """
 
     name: str = PHASE["name"]
@@ -51,18 +60,24 @@ class Phase:
     optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peak_lr: float = PHASE["peak_lr"]
     schedule: str = PHASE["schedule"]
+    schedule_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warmup_steps: int = PHASE["warmup_steps"]
     end_lr_scale: float = PHASE["end_lr_scale"]
     clip_norm: float | None = PHASE["clip_norm"]
+    clip_value: float | None = PHASE["clip_value"]
+    clip_adaptive: float | None = PHASE["clip_adaptive"]
+    fixed_batch: bool = PHASE["fixed_batch"]
     accumulate_steps: int = PHASE["accumulate_steps"]
     weight_decay: float = PHASE["weight_decay"]
     decay: tuple[str, ...] = PHASE["decay"]
+    regularise: tuple[tuple[Any, ...], ...] = PHASE["regularise"]
     rules: tuple[tuple[str, float], ...] = PHASE["rules"]
     batch_stats: str = PHASE["batch_stats"]
     optimizer_state: str = PHASE["optimizer_state"]
     plateau_metric: str | None = PHASE["plateau_metric"]
     plateau_patience: int = PHASE["plateau_patience"]
     plateau_min_change: float = PHASE["plateau_min_change"]
+    plateau_restore: bool = PHASE["plateau_restore"]
 
     def problems(self) -> list[str]:
         """Returns what is wrong with this phase by itself, a line each."""
@@ -80,7 +95,7 @@ class Phase:
             found.append(
                 f"steps: {self.steps}, epochs: {self.epochs}; give exactly one of them"
             )
-        for name in ("epochs", "clip_norm"):
+        for name in ("epochs", "clip_norm", "clip_value", "clip_adaptive"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 found.append(f"{name}: {value!r}; more than 0 is needed")
@@ -153,8 +168,9 @@ def plan_from_config(entries: Iterable[Mapping[str, Any]]) -> tuple[Phase, ...]:
 
 def _phase(entry: Mapping[str, Any]) -> Phase:
     fields = {name: entry[name] for name in entry}
-    if "optimizer_args" in fields:
-        fields["optimizer_args"] = dict(fields["optimizer_args"])
+    for name in ("optimizer_args", "schedule_args"):
+        if name in fields:
+            fields[name] = dict(fields[name])
     return Phase(**fields)
 
 
@@ -184,7 +200,7 @@ def plan_problems(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def as_config(plan: Iterable[Phase]) -> tuple[Config, ...]:
     """Returns a plan as `config.plan` holds it: a tuple of ConfigDicts."""
-    return tuple(phase_entry(dataclasses.asdict(phase)) for phase in plan)
+    return tuple(entry_of("plan", dataclasses.asdict(phase)) for phase in plan)
 
 
 def durations(

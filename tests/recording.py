@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from finetune_jax.defaults import ENTRIES
+
 
 class Recording:
     """Reads through to a ConfigDict and remembers the key of every value read.
@@ -17,9 +19,9 @@ class Recording:
         value, path = self._config[key], f"{self._path}{key}"
         if isinstance(value, ml_collections.ConfigDict):
             return Recording(value, f"{path}.", self.read)
-        if path == "plan":
+        if path in ENTRIES:
             return tuple(
-                Recording(entry, f"plan[{index}].", self.read)
+                Recording(entry, f"{path}[{index}].", self.read)
                 for index, entry in enumerate(value)
             )
         self.read.add(path)

@@ -15,6 +15,7 @@ LAYERS = (
     ("data", "models", "pretrained", "workdir", "modes.options"),
     ("plan", "strategies", "state"),
     ("augment", "losses", "metrics", "config", "trees"),
+    ("defaults",),
     ("lookup",),
     ("errors",),
 )

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from finetune_jax.config import PHASE, phase_entry
+from finetune_jax.config import entry_of
+from finetune_jax.defaults import PHASE
 from finetune_jax.errors import UserError
 from finetune_jax.plan import (
     Phase,
@@ -74,7 +75,7 @@ def test_a_plan_survives_its_config():
 
 def test_every_field_of_a_phase_has_its_default_in_the_config():
     assert {field.name for field in dataclasses.fields(Phase)} == set(PHASE)
-    assert set(phase_entry({})) == set(PHASE)
+    assert set(entry_of("plan", {})) == set(PHASE)
 
 
 @pytest.mark.parametrize(

@@ -31,4 +31,5 @@ def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Modu
         for model, constructor in getattr(module, "MODELS", {}).items()
     }
     constructor = lookup.choose(constructors, name, "config.model.name")
+    arguments = {k: v for k, v in arguments.items() if not k.startswith("lora_")}
     return lookup.call(constructor, arguments, "config.model", **given)

@@ -1,0 +1,163 @@
+"""Every key of a config with its default, and what may stand in it."""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+# An ml_collections.ConfigDict: its values have no static types.
+Config = Any
+
+# What a resumed run may change, since no result depends on it.
+NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep", "data.memory_gb")
+# Sections whose other keys belong to what `name` chooses; the constructor checks them.
+OPEN_SECTIONS = ("model", "task")
+CHOICES = {
+    "precision": ("float32", "bfloat16", "float64"),
+    "parallel.mode": ("jit", "pmap"),
+    "data.channels": (1, 3),
+    "data.interpolation": ("bilinear", "bicubic"),
+    "data.sampling": ("uniform", "balanced"),
+    "init.input_channels": ("strict", "adapt"),
+}
+POSITIVE = (
+    "data.batch_size", "data.image_size", "data.train_size", "data.resize",
+    "data.per_class", "evaluate.batch_size", "evaluate.every_steps",
+    "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
+    "checkpoint.every_steps", "checkpoint.keep",
+    "parallel.devices", "parallel.fsdp", "report.every_steps",
+)  # fmt: skip
+
+# The fields of a phase (plan.Phase documents them); None is "not given".
+PHASE: dict[str, Any] = {
+    "name": "train",
+    "steps": None,
+    "epochs": None,
+    "optimizer": "adamw",
+    "optimizer_args": {},
+    "peak_lr": 1e-3,
+    "schedule": "cosine",
+    "schedule_args": {},
+    "warmup_steps": 0,
+    "end_lr_scale": 0.0,
+    "clip_norm": None,
+    "clip_value": None,
+    "clip_adaptive": None,
+    "fixed_batch": False,
+    "accumulate_steps": 1,
+    "weight_decay": 0.0,
+    "decay": (r"(?!.*(bias|scale)$).*",),
+    "regularise": (),
+    "rules": ((".*", 1.0),),
+    "batch_stats": "update",
+    "optimizer_state": "reset",
+    "plateau_metric": None,
+    "plateau_patience": 3,
+    "plateau_min_change": 0.0,
+    "plateau_restore": False,
+}
+# An entry of `evaluate.also`: data on which a run is measured besides. What is None is
+# that of `data`.
+ALSO: dict[str, Any] = {
+    "label": "source",
+    "head": "current",
+    "name": "digits",
+    "dir": None,
+    "train": None,
+    "test": "test",
+    "mean": None,
+    "std": None,
+    "resize": None,
+    "split_seed": 0,
+}
+ENTRIES: dict[str, dict[str, Any]] = {"plan": PHASE, "evaluate.also": ALSO}
+OPTIONAL: dict[str, dict[str, type]] = {
+    "plan": {
+        "steps": int,
+        "epochs": float,
+        "clip_norm": float,
+        "clip_value": float,
+        "clip_adaptive": float,
+        "plateau_metric": str,
+    },
+    "evaluate.also": {
+        "dir": str,
+        "train": str,
+        "mean": tuple,
+        "std": tuple,
+        "resize": int,
+    },
+}
+
+
+def default() -> Config:
+    """Returns a config with every key at its default; a config file starts from it."""
+    optional = config_dict.placeholder
+    config: Any = ml_collections.ConfigDict()
+    config.seed = 0
+    config.precision = "float32"  # Of the computation; parameters stay float32.
+    config.task = dict(name="classify")
+    config.data = ml_collections.ConfigDict()
+    data = config.data
+    data.name = "digits"  # A module in data/sources, or tfds:NAME.
+    data.dir = optional(str)  # Folder or file; embedded sources need none.
+    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
+    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
+    data.test = optional(str)
+    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
+    data.image_size = optional(int)  # None keeps the size of the data.
+    data.channels = optional(int)  # None keeps those of the data.
+    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
+    data.std = (1.0,)
+    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
+    data.interpolation = "bilinear"
+    data.train_size = optional(int)  # Of training images, before a crop.
+    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
+    data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.
+    data.sampling = "uniform"  # 'balanced' draws every class equally often.
+    data.per_class = optional(int)  # Only so many training examples of each class.
+    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
+    data.split_seed = 0  # Of the splits that a source without its own is cut into.
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "resnet20"
+    config.model.classes = optional(int)  # None: as many as the data has.
+    config.model.head = ml_collections.ConfigDict()
+    config.model.head.hidden = ()
+    config.model.head.activation = "relu"
+    config.model.head.dropout = 0.0
+    config.model.head.initialiser = "lecun_normal"
+    config.model.lora_rank = 0  # Of the low-rank updates; 0 has none.
+    config.model.lora_alpha = 1.0  # Their product is scaled by alpha / rank.
+    config.model.lora_targets = (r"(?!head/).*",)  # Regexes of the kernels.
+    config.init = ml_collections.ConfigDict()
+    config.init.pretrained = optional(str)  # A weights address; None starts at random.
+    config.init.fresh = ()  # Regexes of the names that keep their initial value.
+    config.init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
+    config.init.schemes = ()  # (regex, scheme, *arguments) of what starts otherwise.
+    config.init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
+    config.init.fisher_examples = 1000
+    config.plan = ()
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.every_steps = optional(int)  # None, None: at the ends of phases.
+    config.evaluate.every_epochs = optional(float)
+    config.evaluate.batch_size = 256
+    config.evaluate.best = optional(str)  # Such as validation/accuracy.
+    config.evaluate.also = ()  # Other domains, such as the source: see ALSO.
+    config.evaluate.ema_decay = optional(float)  # Also measures averaged weights.
+    config.evaluate.distance = False  # Of each stage's parameters from the start.
+    config.evaluate.cka = optional(int)  # Examples whose features are compared.
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = optional(int)  # None: at evaluations only.
+    config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
+    config.parallel = ml_collections.ConfigDict()
+    config.parallel.mode = "jit"
+    config.parallel.devices = optional(int)  # None: all.
+    config.parallel.fsdp = 1  # Devices over which parameters are sharded.
+    config.report = ml_collections.ConfigDict()
+    config.report.every_steps = 10  # Between two lines of training metrics.
+    config.report.tensorboard = False  # Event files in the workdir, too.
+    config.report.wandb = optional(str)  # A project of Weights & Biases to log to, too.
+    config.lock()
+    for section in OPEN_SECTIONS:
+        config[section].unlock()
+    return config
