@@ -97,27 +97,7 @@ def default() -> Config:
     config.seed = 0
     config.precision = "float32"  # Of the computation; parameters stay float32.
     config.task = dict(name="classify")
-    config.data = ml_collections.ConfigDict()
-    data = config.data
-    data.name = "digits"  # A module in data/sources, or tfds:NAME.
-    data.dir = optional(str)  # Folder or file; embedded sources need none.
-    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
-    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
-    data.test = optional(str)
-    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
-    data.image_size = optional(int)  # None keeps the size of the data.
-    data.channels = optional(int)  # None keeps those of the data.
-    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
-    data.std = (1.0,)
-    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
-    data.interpolation = "bilinear"
-    data.train_size = optional(int)  # Of training images, before a crop.
-    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
-    data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.
-    data.sampling = "uniform"  # 'balanced' draws every class equally often.
-    data.per_class = optional(int)  # Only so many training examples of each class.
-    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
-    data.split_seed = 0  # Of the splits that a source without its own is cut into.
+    config.data = _data()
     config.model = ml_collections.ConfigDict()
     config.model.name = "resnet20"
     config.model.classes = optional(int)  # None: as many as the data has.
@@ -161,3 +141,28 @@ def default() -> Config:
     for section in OPEN_SECTIONS:
         config[section].unlock()
     return config
+
+
+def _data() -> Any:
+    optional = config_dict.placeholder
+    data: Any = ml_collections.ConfigDict()
+    data.name = "digits"  # A module in data/sources, or tfds:NAME.
+    data.dir = optional(str)  # Folder or file; embedded sources need none.
+    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
+    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
+    data.test = optional(str)
+    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
+    data.image_size = optional(int)  # None keeps the size of the data.
+    data.channels = optional(int)  # None keeps those of the data.
+    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
+    data.std = (1.0,)
+    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
+    data.interpolation = "bilinear"
+    data.train_size = optional(int)  # Of training images, before a crop.
+    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
+    data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.
+    data.sampling = "uniform"  # 'balanced' draws every class equally often.
+    data.per_class = optional(int)  # Only so many training examples of each class.
+    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
+    data.split_seed = 0  # Of the splits that a source without its own is cut into.
+    return data
