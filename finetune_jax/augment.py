@@ -6,19 +6,22 @@ in `config.data.augment`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 
 from finetune_jax import lookup
+from finetune_jax.colours import color_jitter
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.rand_augment import MAX_MAGNITUDE, rand_augment
 
 # Source: torchvision's RandomResizedCrop.
 MAX_ASPECT = 4 / 3
 TRIES = 10
+# Source: torchvision's RandomErasing.
+ERASED_ASPECTS = (0.3, 3.3)
 
 
 def flip(image_HxWxC: jax.Array, rng: jax.Array) -> jax.Array:
@@ -97,6 +100,23 @@ def random_box(
     return jnp.floor(uniform[-1] * places).astype(int), chosen
 
 
+def inside_box(
+    stored: tuple[int, ...], corner: jax.Array, sides: jax.Array
+) -> jax.Array:
+    """Returns which pixels of an image lie in a box, bools [H, W].
+
+    Args:
+        stored: Height and width of the image.
+        corner: Top and left of the box.
+        sides: Its height and width.
+    """
+    rows, columns = (
+        (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
+        for length, first, side in zip(stored, corner, sides)
+    )
+    return jnp.outer(rows, columns)
+
+
 def resized_crop(
     image_HxWxC: jax.Array,
     corner: jax.Array,
@@ -113,11 +133,8 @@ def resized_crop(
         size: Height and width of what is returned.
     """
     corner, sides = jnp.asarray(corner), jnp.asarray(sides)
-    inside = [
-        (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
-        for length, first, side in zip(image_HxWxC.shape, corner, sides)
-    ]
-    mask_HxWx1 = jnp.outer(*inside)[..., None].astype(image_HxWxC.dtype)
+    mask_HxW = inside_box(image_HxWxC.shape[:2], corner, sides)
+    mask_HxWx1 = mask_HxW[..., None].astype(image_HxWxC.dtype)
     scale = (jnp.array(size) / sides).astype(image_HxWxC.dtype)
 
     def resample(x_HxWxC: jax.Array) -> jax.Array:
@@ -134,69 +151,49 @@ def resized_crop(
     return resample(image_HxWxC * mask_HxWx1) / resample(mask_HxWx1)
 
 
-def color_jitter(
+def random_erasing(
     image_HxWxC: jax.Array,
     rng: jax.Array,
-    brightness: float = 0.0,
-    contrast: float = 0.0,
-    saturation: float = 0.0,
-    hue: float = 0.0,
+    probability: float = 0.5,
+    min_area: float = 0.02,
+    max_area: float = 0.33,
+    *,
+    fill: Sequence[float] = (0.0,),
 ) -> jax.Array:
-    """Returns the image in changed colours, each change of a random strength.
+    """Returns the image, with that probability a random box of it replaced by `fill`.
 
-    Factors are uniform between max(0, 1 - strength) and 1 + strength, the shift of hue
-    between -hue and hue; 0 changes nothing. The order is that of the arguments, whereas
-    torchvision's ColorJitter, the source, draws it: under vmap that would compute every
-    change in every place, 16 instead of 4.
+    The box is of a share of the image's area that is uniform between `min_area` and
+    `max_area`, height / width log-uniform between 0.3 and 3.3. What does not fit is
+    drawn again; where none of ten fits, nothing is erased.
+
+    Source: Zhong et al. 2020, as torchvision's RandomErasing. That one erases with 0
+    after normalising; with the data's mean as `fill`, so does this one before it.
     """
-    changes = (
-        (adjust_brightness, max(0.0, 1 - brightness), 1 + brightness),
-        (adjust_contrast, max(0.0, 1 - contrast), 1 + contrast),
-        (adjust_saturation, max(0.0, 1 - saturation), 1 + saturation),
-        (adjust_hue, -hue, hue),
-    )
-    for (adjust, low, high), own_rng in zip(changes, jax.random.split(rng, 4)):
-        if low < high:
-            amount = jax.random.uniform(own_rng, (), image_HxWxC.dtype, low, high)
-            image_HxWxC = adjust(image_HxWxC, amount)
-    return image_HxWxC
+    stored_1x2 = jnp.array([image_HxWxC.shape[:2]])
+    # One draw for all ten tries, the place and whether to erase: see `random_box`.
+    uniform = jax.random.uniform(rng, (TRIES + 2, 2))
+    share = min_area + (max_area - min_area) * uniform[:TRIES, 0]
+    area = image_HxWxC.shape[0] * image_HxWxC.shape[1] * share
+    low, high = map(math.log, ERASED_ASPECTS)
+    aspect = jnp.exp(low + (high - low) * uniform[:TRIES, 1])
+    drawn = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)], axis=1)
+    sides = jnp.round(drawn).astype(int)
+    fits = jnp.all(sides < stored_1x2, axis=1)
+    chosen = sides[jnp.argmax(fits)]
+    corner = jnp.floor(uniform[TRIES] * (stored_1x2[0] - chosen + 1)).astype(int)
+    box_HxW = inside_box(image_HxWxC.shape[:2], corner, chosen)
+    erased_HxWx1 = (box_HxW & fits.any() & (uniform[-1, 0] < probability))[..., None]
+    fill_1x1xC = jnp.asarray(fill, image_HxWxC.dtype).reshape(1, 1, -1)
+    return jnp.where(erased_HxWx1, fill_1x1xC, image_HxWxC)
 
 
-def adjust_brightness(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
-    """Returns the image times `factor`, clipped."""
-    return jnp.clip(image_HxWxC * factor, 0, 1)
-
-
-def adjust_contrast(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
-    """Returns the image with distances from its mean grey times `factor`, clipped."""
-    mean = jnp.mean(_grey(image_HxWxC))
-    return jnp.clip(mean + factor * (image_HxWxC - mean), 0, 1)
-
-
-def adjust_saturation(image_HxWxC: jax.Array, factor: jax.Array) -> jax.Array:
-    """Returns the image with distances from its own grey times `factor`, clipped.
-
-    Without three channels there are no colours, and nothing changes.
-    """
-    grey_HxWx1 = _grey(image_HxWxC)
-    return jnp.clip(grey_HxWx1 + factor * (image_HxWxC - grey_HxWx1), 0, 1)
-
-
-def adjust_hue(image_HxWxC: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns the image, hues moved by `shift` of the colour circle, at most a half.
-
-    Without three channels there are no colours, and nothing changes.
-    """
-    if image_HxWxC.shape[-1] != 3:
-        return image_HxWxC
-    return jnp.asarray(dm_pix.adjust_hue(image_HxWxC, shift))
-
-
-def _grey(image_HxWxC: jax.Array) -> jax.Array:
-    """Returns the image's grey [H, W, 1]; without three channels, the image itself."""
-    if image_HxWxC.shape[-1] != 3:
-        return image_HxWxC
-    return jnp.asarray(dm_pix.rgb_to_grayscale(image_HxWxC))
+def _check_areas(
+    probability: float = 0.5, min_area: float = 0.02, max_area: float = 0.33
+) -> str | None:
+    del probability
+    if min_area <= max_area:
+        return None
+    return f"min_area {min_area} is above max_area {max_area}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,11 +241,15 @@ class Augmentation:
         function: Of the image, the key and at most the arguments.
         arguments: What the user may give, in this order; all have defaults.
         resizes: Whether `function` takes `size` and returns images of that size.
+        fills: Whether it takes `fill`, the value of what it blots out.
+        check: Of the arguments: what is wrong with them together, or None.
     """
 
     function: Callable[..., jax.Array]
     arguments: tuple[Argument, ...] = ()
     resizes: bool = False
+    fills: bool = False
+    check: Callable[..., str | None] = lambda *arguments: None
 
 
 AUGMENTATIONS = {
@@ -271,6 +272,23 @@ AUGMENTATIONS = {
             Argument(name="hue", high=0.5),
         ),
     ),
+    "random_erasing": Augmentation(
+        function=random_erasing,
+        arguments=(
+            Argument(name="probability", high=1),
+            Argument(name="min_area", high=1, above=True),
+            Argument(name="max_area", high=1, above=True),
+        ),
+        fills=True,
+        check=_check_areas,
+    ),
+    "rand_augment": Augmentation(
+        function=rand_augment,
+        arguments=(
+            Argument(name="num_ops", low=1, whole=True),
+            Argument(name="magnitude", high=MAX_MAGNITUDE, whole=True),
+        ),
+    ),
 }
 
 
@@ -278,6 +296,7 @@ def make_augment(
     steps: Sequence[Any],
     size: tuple[int, ...] | None = None,
     stored: tuple[int, ...] | None = None,
+    fill: Sequence[float] = (0.0,),
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (images [B, H, W, C], keys [B]) that applies steps in order.
 
@@ -285,13 +304,20 @@ def make_augment(
         steps: (name, *arguments) each, such as `("pad_crop", 2)`.
         size: Height and width that the model takes; None keeps that of the images.
         stored: Height and width of the images, to be checked; None checks nothing.
+        fill: The value, one or a channel's, of what is blotted out.
 
     Raises:
         UserError: No such augmentation, or arguments that it does not take; names all.
             Or images that do not come out in `size`.
     """
     steps = [(step,) if isinstance(step, str) else step for step in steps]
-    problems = [p for i, step in enumerate(steps) for p in _step_problems(i, step)]
+    problems = [
+        problem
+        for index, step in enumerate(steps)
+        for problem in step_problems(
+            f"config.data.augment[{index}]", step, AUGMENTATIONS, ("pad_crop", 2)
+        )
+    ]
     if problems:
         raise problems_error("config.data.augment does not fit:", problems)
     if size and stored:
@@ -300,7 +326,9 @@ def make_augment(
     def one(image_HxWxC: jax.Array, rng: jax.Array) -> jax.Array:
         for index, (name, *arguments) in enumerate(steps):
             step = AUGMENTATIONS[name]
-            options = {"size": size or image_HxWxC.shape[:2]} if step.resizes else {}
+            options: dict[str, Any] = {"fill": fill} if step.fills else {}
+            if step.resizes:
+                options["size"] = size or image_HxWxC.shape[:2]
             image_HxWxC = step.function(
                 image_HxWxC, jax.random.fold_in(rng, index), *arguments, **options
             )
@@ -309,16 +337,25 @@ def make_augment(
     return jax.vmap(one)
 
 
-def _step_problems(index: int, step: Any) -> list[str]:
-    """Returns what is wrong with one step, nothing if it can be run."""
-    where = f"config.data.augment[{index}]"
+def step_problems(
+    where: str, step: Any, known: Mapping[str, Any], example: tuple
+) -> list[str]:
+    """Returns what is wrong with one step, nothing if it can be run.
+
+    Args:
+        where: The config key.
+        step: (name, *arguments), as the user wrote it.
+        known: What has `arguments` and `check`, by name.
+        example: A right one.
+    """
     if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
-        return [f"{where}: {step!r} is not a step such as ('pad_crop', 2)"]
+        return [f"{where}: {step!r} is not a step such as {example}"]
     name, *values = step
     try:
-        taken = lookup.choose(AUGMENTATIONS, name, where).arguments
+        found = lookup.choose(known, name, where)
     except UserError as error:
         return [str(error)]
+    taken = found.arguments
     problems = [
         f"{where}: {name!r} with {argument.name} {value!r}; {argument} is needed"
         for argument, value in zip(taken, values)
@@ -327,6 +364,8 @@ def _step_problems(index: int, step: Any) -> list[str]:
     if len(values) > len(taken):
         names = ", ".join(argument.name for argument in taken) or "no argument"
         problems.append(f"{where}: {name!r} with {len(values)} values; takes {names}")
+    if not problems and (together := found.check(*values)):
+        problems.append(f"{where}: {name!r} with {together}")
     return problems
 
 

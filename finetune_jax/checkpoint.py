@@ -70,7 +70,8 @@ class Checkpoints:
         )
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
-        kept = {0, progress.best_step, *self.steps()[-self._keep :]}
+        kept = {0, progress.best_step, progress.plateau_best_step}
+        kept |= set(self.steps()[-self._keep :])
         for old in self.steps():
             if old not in kept:
                 self._manager.delete(old)

@@ -168,6 +168,8 @@ def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
     section, seen = config, ""
     for part in parts[:-1]:
         inside = part.startswith("[")
+        if seen in OPEN_SECTIONS and part.endswith("_args") and part not in section:
+            section[part] = ml_collections.ConfigDict()
         position: Any = int(part[1:-1]) if inside else part
         try:
             section = section[position]

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from finetune_jax.data.batches import evaluation_batches
@@ -22,9 +23,12 @@ class Evaluator:
     Attributes:
         task: Has outputs and metrics.
         devices: Where batches go.
-        fixed: What the task reads and nobody updates, placed.
+        fixed: What updates read and nobody updates, placed; 'task' is the task's part.
+        ema: Whether averaged weights are measured too.
+        chosen_ema: Whether they are what predictions are made with.
         batch_size: Rounded up to a multiple of the number of devices; no result depends
             on it, since padding is cut off.
+        extras: What is measured besides the splits.
         compile_s: Seconds that compiling has taken.
     """
 
@@ -32,35 +36,78 @@ class Evaluator:
     devices: Devices
     fixed: Any
     batch_size: int
+    ema: bool = False
+    chosen_ema: bool = False
+    extras: tuple["Extra", ...] = ()
     compile_s: float = 0.0
-    _program: Compiled | None = None
+    _programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
+
+    def weights(self, placed: TrainState) -> dict[str, Any]:
+        """Returns the parameters that are measured, by what metrics' names begin with."""
+        kinds = {"": False, "ema_": True} if self.ema else {"": False}
+        return {kind: eval_params(placed, ema=ema) for kind, ema in kinds.items()}
+
+    def chosen(self, placed: TrainState) -> Any:
+        """Returns the parameters that predictions are made with."""
+        return eval_params(placed, ema=self.chosen_ema)
 
     def outputs(self, placed: TrainState, dataset: Dataset) -> dict[str, np.ndarray]:
         """Returns the outputs of a placed state, a row an example in their order."""
+        return self._outputs(self.chosen(placed), placed.batch_stats, dataset)
+
+    def _outputs(
+        self, params: Any, batch_stats: Any, dataset: Dataset
+    ) -> dict[str, np.ndarray]:
+        step = functools.partial(eval_step, task=self.task)
+        arguments = params, batch_stats, self.fixed["task"]
+        return self.rows("outputs", step, arguments, dataset)
+
+    def rows(
+        self, name: str, step: Callable, arguments: tuple, dataset: Dataset
+    ) -> dict[str, np.ndarray]:
+        """Returns what a step gives for a split, a row an example in their order.
+
+        Args:
+            name: Of the step, which is compiled once under it.
+            step: Takes `arguments` and a batch; returns a dict of arrays [B, ...].
+            arguments: Placed.
+            dataset: The examples.
+        """
         count = self.devices.count
         size = -(-self.batch_size // count) * count
-        rows = []
+        rows, parts = [], []
         for batch in evaluation_batches(dataset, batch_size=size):
             batch = self.devices.place_batch(batch, batch_axis=0)
-            arguments = (eval_params(placed), placed.batch_stats, self.fixed, batch)
-            if self._program is None:
-                step = functools.partial(eval_step, task=self.task)
-                self._program = self.devices.compile_eval(step, *arguments)
-                self.compile_s += self._program.compile_s
-            rows.append(self._program.call(*arguments))
-        parts = [self.devices.rows_to_host(row) for row in rows]
-        return {
-            name: np.concatenate([part[name] for part in parts])[: len(dataset)]
-            for name in parts[0]
-        }
+            if name not in self._programs:
+                program = self.devices.compile_eval(step, *arguments, batch)
+                self._programs[name] = program
+                self.compile_s += program.compile_s
+            rows.append(self._programs[name].call(*arguments, batch))
+            # One batch late, so that the device need not wait, nor keep more than two.
+            parts += [self.devices.rows_to_host(row) for row in rows[:-1]]
+            rows = rows[-1:]
+        parts += [self.devices.rows_to_host(row) for row in rows]
+        return jax.tree.map(
+            lambda *leaves: np.concatenate(leaves)[: len(dataset)], *parts
+        )
 
     def measure(
         self, placed: TrainState, splits: Mapping[str, Dataset]
     ) -> dict[str, float]:
-        """Returns the metrics of a placed state on some splits, as `split/name`."""
+        """Returns the metrics of a placed state on some splits, as `split/name`.
+
+        What `extras` measure is among them, under names of its own.
+        """
         found = {}
         for split, dataset in splits.items():
-            outputs = self.outputs(placed, dataset)
-            metrics = self.task.metrics(outputs, {"label": dataset.label})
-            found |= {f"{split}/{name}": value for name, value in metrics.items()}
+            for kind, params in self.weights(placed).items():
+                outputs = self._outputs(params, placed.batch_stats, dataset)
+                metrics = self.task.metrics(outputs, {"label": dataset.label})
+                found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
+        for extra in self.extras:
+            found |= extra(self, placed)
         return found
+
+
+# Returns metrics of a placed state by their full names.
+Extra = Callable[[Evaluator, TrainState], dict[str, float]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +16,19 @@ from finetune_jax.data.batches import training_batches
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.metrics import is_better
-from finetune_jax.optimizer import carried, learning_rates
+from finetune_jax.optimizer import carried
 from finetune_jax.parallel import Compiled
-from finetune_jax.plan import carried_cohorts, phase_at
+from finetune_jax.plan import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
+from finetune_jax.schedules import (
+    learning_rates,
+    plateau_metric,
+    plateau_scale,
+    plateau_step,
+)
 from finetune_jax.setup import PhaseSetup, Setup
-from finetune_jax.state import Progress, TrainState
+from finetune_jax.state import Progress, TrainState, eval_params
 from finetune_jax.step import train_step
 from finetune_jax.trees import digest
 
@@ -116,14 +123,20 @@ class Loop:
 
     def _enter(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
         """Returns the state with the optimizer state that the phase begins with."""
+        setup, progress = self.setup, self.progress
+        carries = phase.phase.optimizer_state == "carry"
+        if not carries:
+            # The iterate of a schedule-free optimizer means nothing to another one.
+            state = state.replace(params=eval_params(state))
         fresh = jax.jit(phase.optimizer().init)(state.params)
-        if phase.phase.optimizer_state == "carry":
-            setup = self.setup
+        if carries:
             cohorts = carried_cohorts(setup.plan, index, setup.names)
             fresh = carried(state.opt_state, fresh, cohorts)
-        progress = self.progress
-        progress.phase = index
-        progress.plateau_best, progress.plateau_bad = None, 0
+        if index:
+            moves = optimizer_state_moves(setup.plan, index, setup.names)
+            counts = ", ".join(f"{key} {len(names)}" for key, names in moves.items())
+            self.terminal.say(f"phase {phase.phase.name!r}: optimizer state {counts}")
+        progress.enter(index)
         progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(state))
         return state.replace(opt_state=jax.tree.map(np.asarray, fresh))
 
@@ -133,20 +146,26 @@ class Loop:
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
         self.terminal.begin_phase(phase.phase.name, first, start, end)
         placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
+        fixed = phase.phase.fixed_batch
         batches = training_batches(
             self.setup.data.train,
             seed=config.seed,
             batch_size=config.data.batch_size,
             micro_batches=phase.phase.accumulate_steps,
-            start=start,
-            stop=end,
+            start=first if fixed else start,
+            stop=first + 1 if fixed else end,
             sampling=config.data.sampling,
         )
+        if fixed:
+            batches = itertools.repeat(next(batches))
         ended = None
         for step in range(start, end):
             progress = np.float32((step - first) / (end - first))
             rate = rates[step - first]
-            placed = self._update(placed, phase, batches, step, rate, progress)
+            scale = plateau_scale(phase.phase, self.progress.rate_drops)
+            placed = self._update(
+                placed, phase, batches, step, np.float32(rate * scale), progress
+            )
             ended = self._after(placed, phase, step + 1, end)
             if ended is not None:
                 break
@@ -170,7 +189,7 @@ class Loop:
         arguments = (placed, self.evaluator.fixed, batch, rate, progress)
         compile_s = 0.0
         if phase.program not in self.programs:
-            step_of_phase = self._train_step(phase, placed)
+            step_of_phase = self._train_step(phase)
             program = devices.compile_train(step_of_phase, *arguments)
             self.programs[phase.program] = program
             compile_s = program.compile_s
@@ -185,14 +204,10 @@ class Loop:
         self.terminal.advance(examples / self.clock.train_s)
         return placed
 
-    def _train_step(self, phase: PhaseSetup, placed: TrainState) -> Callable:
-        return functools.partial(
-            train_step,
-            task=self.setup.task,
-            optimizer=phase.optimizer(),
-            trained=phase.trained(placed.params),
-            mode=phase.mode,
-        )
+    def _train_step(self, phase: PhaseSetup) -> Callable:
+        ema_decay = self.setup.config.evaluate.ema_decay
+        static = phase.update(self.setup.task, ema_decay)
+        return functools.partial(train_step, static=static)
 
     def read(self) -> None:
         """Reads the metrics of the last update, and logs them where that is due.
@@ -229,14 +244,19 @@ class Loop:
         begin = time.perf_counter()
         self.read()
         self.clock.train_s += time.perf_counter() - begin
-        splits = tuple(data.held_out) if over else ("validation",)
+        name, restores = phase.phase.name, phase.phase.plateau_restore
         if over or due:
-            self._measure(placed, phase.phase.name, step, splits)
-            if not over and self._plateau_is_reached(phase):
-                over = True
-                self._measure(placed, phase.phase.name, step, ("test",))
+            at_once = tuple(data.held_out) if over and not restores else ("validation",)
+            self._measure(placed, name, step, at_once)
+            self._lower_rate_on_plateau(phase)
+            over = self._plateau_is_reached(phase, step) or over
         state = self.setup.devices.to_host(placed)
         if over:
+            if restores and self.progress.plateau_best_step != step:
+                state = self._best_of_phase(state)
+                placed = self.setup.devices.place(state)
+            if at_once == ("validation",):
+                self._measure(placed, name, step, ("test",))
             self._check_frozen(state, phase)
             self.progress.ends.append(step)
         self._save(state)
@@ -267,7 +287,25 @@ class Loop:
         if name in found and is_better(name, found[name], self.progress.best):
             self.progress.best, self.progress.best_step = found[name], step
 
-    def _plateau_is_reached(self, phase: PhaseSetup) -> bool:
+    def _best_of_phase(self, state: TrainState) -> TrainState:
+        """Returns the state as it was at the phase's best evaluation, but for the step."""
+        best_step = self.progress.plateau_best_step
+        if best_step is None:
+            return state
+        best = self.checkpoints.restore(best_step, self.setup.target(self.progress))
+        self.terminal.say(
+            f"the state of step {best_step} is the phase's best, restored"
+        )
+        return best.replace(step=state.step)
+
+    def _lower_rate_on_plateau(self, phase: PhaseSetup) -> None:
+        progress, name = self.progress, plateau_metric(phase.phase)
+        if name in self.measured:
+            before = progress.rate_best, progress.rate_bad, progress.rate_drops
+            after = plateau_step(phase.phase, *before, self.measured[name])
+            progress.rate_best, progress.rate_bad, progress.rate_drops = after
+
+    def _plateau_is_reached(self, phase: PhaseSetup, step: int) -> bool:
         name, progress = phase.phase.plateau_metric, self.progress
         if name is None or name not in self.measured:
             return False
@@ -275,6 +313,7 @@ class Loop:
         change = phase.phase.plateau_min_change
         if is_better(name, value, progress.plateau_best, change):
             progress.plateau_best, progress.plateau_bad = value, 0
+            progress.plateau_best_step = step
         else:
             progress.plateau_bad += 1
         return progress.plateau_bad >= phase.phase.plateau_patience

@@ -1,81 +1,23 @@
-"""Learning-rate schedules, optimizers by name, and the one transformation of a phase.
+"""Optimizers by name, and the one transformation of a phase.
 
 All of it is optax. The learning rate is an argument of `update`, not of the factory, so
 that phases which differ in rate, schedule or length share one compiled step.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from finetune_jax import lookup
-from finetune_jax.errors import UserError
+from finetune_jax.algorithms import OPTIMIZERS, Algorithm
 from finetune_jax.plan import Group, Phase
+from finetune_jax.regularisers import PROXIMAL, proximal
 from finetune_jax.trees import like, name_of, named
-
-
-def _check_share(**values: float) -> None:
-    wrong = {name: value for name, value in values.items() if not 0 <= value < 1}
-    if wrong:
-        raise UserError(f"optimizer_args: {wrong}; 0 or more and less than 1 is needed")
-
-
-def _sgd(*, momentum: float = 0.0, nesterov: bool = False):
-    _check_share(momentum=momentum)
-    return optax.trace(momentum, nesterov) if momentum else optax.identity()
-
-
-def _adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
-    _check_share(b1=b1, b2=b2)
-    if eps <= 0:
-        raise UserError(f"optimizer_args: eps {eps}; more than 0 is needed")
-    return optax.scale_by_adam(b1, b2, eps)
-
-
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam}
-# For the others the decay is added to the gradient, as in torch.
-DECOUPLED_DECAY = ("adamw",)
-
-
-def _constant(*, peak: float, steps: int, end: float):
-    del steps, end
-    return optax.constant_schedule(peak)
-
-
-def _linear(*, peak: float, steps: int, end: float):
-    return optax.linear_schedule(peak, peak * end, steps)
-
-
-def _cosine(*, peak: float, steps: int, end: float):
-    return optax.cosine_decay_schedule(peak, max(steps, 1), end)
-
-
-SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _cosine}
-
-
-def learning_rates(phase: Phase) -> np.ndarray:
-    """Returns the learning rate of every update of a phase, float32 [steps].
-
-    The warm-up rises from `peak_lr / warmup_steps` to `peak_lr`, then the schedule runs
-    over the rest.
-    """
-    assert phase.steps is not None
-    where = f"config.plan, phase {phase.name!r}, schedule"
-    warmup = phase.warmup_steps
-    rest = lookup.choose(SCHEDULES, phase.schedule, where)(
-        peak=phase.peak_lr, steps=phase.steps - warmup, end=phase.end_lr_scale
-    )
-    if warmup:
-        start = phase.peak_lr / warmup
-        rise = optax.linear_schedule(start, phase.peak_lr, warmup - 1)
-        rest = optax.join_schedules([rise, rest], [warmup])
-    rates = jax.vmap(lambda step: jnp.asarray(rest(step), jnp.float32))
-    return np.asarray(rates(jnp.arange(phase.steps)))
 
 
 def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
@@ -84,8 +26,9 @@ def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
     optax marks what a mask hides by nodes without leaves. A state that holds them can be
     restored from that of another mask without an error; a state of names cannot. What
     `init` returns is copied, because some states alias the parameters and could not be
-    donated. A `value_fn` among the extra arguments is given a tree like the parameters,
-    with a node without leaves for each that the mask hides.
+    donated. A `value_fn` or `grad_fn` among the extra arguments is given a tree like the
+    parameters, with a node without leaves for each that the mask hides; a `grad_fn`
+    returns such a tree.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -98,6 +41,11 @@ def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
             value_fn, whole = extra["value_fn"], named(extra["grad"])
             extra["value_fn"] = lambda leaves: value_fn(like(updates, leaves))
             extra["grad"] = {name: whole[name] for name in gradient}
+        if "grad_fn" in extra:
+            grad_fn = extra["grad_fn"]
+            extra["grad_fn"] = lambda leaves, i: named(
+                grad_fn(like(updates, leaves), i)
+            )
         new, state = tx.update(gradient, state, flat, **extra)
         return like(updates, new), state
 
@@ -126,24 +74,35 @@ def _accumulated(tx: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(multi.init, multi.update)  # type: ignore
 
 
-def _group_transformation(phase: Phase, scale: float):
-    where = f"config.plan, phase {phase.name!r}"
-    core = lookup.call(
-        lookup.choose(OPTIMIZERS, phase.optimizer, f"{where}, optimizer"),
-        phase.optimizer_args,
-        f"{where}, optimizer_args",
-    )
+def _algorithm(phase: Phase) -> Algorithm:
+    where = f"config.plan, phase {phase.name!r}, optimizer"
+    return lookup.choose(OPTIMIZERS, phase.optimizer, where)
 
+
+def _arguments(phase: Phase) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the phase's arguments for the algorithm's groups, and for what is around."""
+    outer = _algorithm(phase).around
+    names = inspect.signature(outer).parameters if outer else ()
+    inside = {k: v for k, v in phase.optimizer_args.items() if k not in names}
+    return inside, {k: v for k, v in phase.optimizer_args.items() if k in names}
+
+
+def _group_transformation(phase: Phase, scale: float):
     def decaying(leaves: Any) -> dict[str, bool]:
         return {name: decays(phase, name) for name in leaves}
 
-    # Always three links: state is carried between phases by its place in the chain.
+    # Always the same links: state is carried between phases by its place in the chain.
     decay: Any = optax.identity()
     if phase.weight_decay:
         decay = optax.add_decayed_weights(phase.weight_decay, mask=decaying)
-    decoupled = phase.optimizer in DECOUPLED_DECAY
-    links = (core, decay) if decoupled else (decay, core)
-    return by_name(optax.chain(*links, _scale_by_rate(scale)))
+    core = lookup.call(
+        _algorithm(phase).make,
+        _arguments(phase)[0],
+        f"config.plan, phase {phase.name!r}, optimizer_args",
+        decay=decay,
+        rate=_scale_by_rate(scale),
+    )
+    return by_name(optax.chain(core, proximal(phase.regularise, scale)))
 
 
 def decays(phase: Phase, name: str) -> bool:
@@ -174,9 +133,11 @@ def make_optimizer(
         },
         lambda leaves: {name: groups[name].label for name in leaves},
     )
-    if phase.clip_norm is not None:
-        inner = optax.chain(optax.clip_by_global_norm(phase.clip_norm), inner)
-    if phase.accumulate_steps > 1:
+    inner = optax.chain(_clip(phase), inner)
+    if around := _algorithm(phase).around:
+        where = f"config.plan, phase {phase.name!r}, optimizer_args"
+        inner = lookup.call(around, _arguments(phase)[1], where, inner=inner)
+    if accumulates(phase):
         inner = _accumulated(inner, phase.accumulate_steps)
 
     def labels(tree):
@@ -189,20 +150,75 @@ def make_optimizer(
     )
 
 
+def _clip(phase: Phase) -> Any:
+    """Returns the clipping of the whole gradient of what learns."""
+    if phase.clip_norm is not None:
+        return optax.clip_by_global_norm(phase.clip_norm)
+    if phase.clip_value is not None:
+        return optax.clip(phase.clip_value)
+    if phase.clip_adaptive is not None:
+        # Source: Brock et al. 2021.
+        return optax.adaptive_grad_clip(phase.clip_adaptive)
+    return optax.identity()
+
+
+def evaluates(phase: Phase) -> str:
+    """Returns what the optimizer computes at other points: see `Algorithm`."""
+    return _algorithm(phase).evaluates
+
+
+def accumulates(phase: Phase) -> bool:
+    """Returns whether the optimizer takes one micro-batch after the other.
+
+    One that looks at other points takes the gradient of the whole update at once.
+    """
+    return phase.accumulate_steps > 1 and evaluates(phase) == "nothing"
+
+
 def check_optimizer(phase: Phase) -> list[str]:
     """Returns what is wrong with a phase's optimizer and schedule, a line each."""
-    problems = []
-    for check in (
-        lambda: _group_transformation(phase, 1.0),
-        lambda: lookup.choose(
-            SCHEDULES, phase.schedule, f"config.plan, phase {phase.name!r}, schedule"
+    try:
+        make_optimizer(phase, {"": Group(1.0, 0)})
+    except ValueError as error:
+        return [str(error)]
+    if evaluates(phase) != "value":
+        return []
+    searches = f"phase {phase.name!r}: {phase.optimizer} searches along a line"
+    wanted = {
+        "peak_lr": (1.0, "the length of a step is its own"),
+        "schedule": ("constant", "the length of a step is its own"),
+        "warmup_steps": (0, "the length of a step is its own"),
+        "weight_decay": (
+            0.0,
+            "regularise=(('l2', strength, '.*kernel'),) is in the loss",
         ),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            problems.append(str(error))
+        "clip_norm": (None, "a clipped gradient is not that of the loss"),
+        "clip_value": (None, "a clipped gradient is not that of the loss"),
+        "clip_adaptive": (None, "a clipped gradient is not that of the loss"),
+        "fixed_batch": (True, "the loss must not change from step to step"),
+    }
+    problems = [
+        f"{searches}, and needs {name}={value!r}: {reason}"
+        for name, (value, reason) in wanted.items()
+        if getattr(phase, name) != value
+    ]
+    if any(name == PROXIMAL for name, *_ in phase.regularise):
+        problems.append(f"{searches}, and a proximal step (l1) would leave it")
     return problems
+
+
+def check_groups(phase: Phase, groups: Mapping[str, Group]) -> list[str]:
+    """Returns what is wrong with a phase's rate groups for its optimizer, a line each."""
+    found = set(groups.values())
+    if evaluates(phase) == "value" and found != {Group(1.0, 0)}:
+        rates = sorted({group.scale for group in found})
+        return [
+            f"phase {phase.name!r}: {phase.optimizer} searches along one line for all "
+            f"that learns, but its rules give {rates} and its state is of "
+            f"{len({g.cohort for g in found})} ages; scales of 1.0 and "
+            "optimizer_state='reset' are needed"
+        ]
+    return []
 
 
 def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:

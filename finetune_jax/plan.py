@@ -99,6 +99,12 @@ class Phase:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 found.append(f"{name}: {value!r}; more than 0 is needed")
+        clips = ("clip_norm", "clip_value", "clip_adaptive")
+        given = [name for name in clips if getattr(self, name) is not None]
+        if len(given) > 1:
+            found.append(f"{given[0]}: {', '.join(given)} are given; at most one is")
+        if self.plateau_restore and self.plateau_metric is None:
+            found.append("plateau_restore: without plateau_metric there is no best")
         if self.steps is not None and self.warmup_steps > self.steps:
             found.append(
                 f"warmup_steps: {self.warmup_steps} is more than steps: {self.steps}"
@@ -321,6 +327,20 @@ def carried_cohorts(
         sorted(set(joined(plan, i, names).values())) for i in (index - 1, index)
     )
     return {new.index(phase): old.index(phase) for phase in new if phase in old}
+
+
+def optimizer_state_moves(
+    plan: Sequence[Phase], index: int, names: Iterable[str]
+) -> dict[str, list[str]]:
+    """Returns whose optimizer state is 'kept', 'new' or 'dropped' on entering a phase."""
+    names = tuple(names)
+    before, now = joined(plan, index - 1, names), joined(plan, index, names)
+    kept = [name for name in now if now[name] < index]
+    return {
+        "kept": kept,
+        "new": [name for name in now if now[name] == index],
+        "dropped": [name for name in before if name not in kept],
+    }
 
 
 def check_plan(plan: Sequence[Phase], names: Iterable[str]) -> None:

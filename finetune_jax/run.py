@@ -8,10 +8,19 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import Config
+from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.forgetting import (
+    domain_fisher,
+    domain_named,
+    make_extras,
+    open_domains,
+)
 from finetune_jax.loop import Loop
+from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import asked_to_stop
+from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
@@ -19,7 +28,7 @@ from finetune_jax.report.trackers import make_trackers
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
-from finetune_jax.trees import digest
+from finetune_jax.trees import digest, named
 from finetune_jax.workdir import (
     check_same_inputs,
     check_same_run,
@@ -44,6 +53,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     begin, terminal = time.perf_counter(), Terminal()
     resumed = check_same_run(workdir, config)
     setup = make_setup(config)
+    domains = open_domains(setup)
     for text in setup.data.warnings:
         terminal.warn(text)
     start, weights = setup.start()
@@ -62,7 +72,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         write_text(workdir / "config.json", configs.to_json(config))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     found = checkpoints.newest(setup.target, terminal.warn)
-    state, progress = found or (start, Progress())
+    state, progress = found or (setup.with_ema(start), Progress())
     if found:
         if progress.best_step is not None and (
             progress.best_step not in checkpoints.steps()
@@ -81,9 +91,19 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     log = MetricsLog(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
+    evaluator = make_evaluator(setup, start, domains)
+    examples = config.init.fisher_examples
+    if setup.regularisers & set(READS_FISHER):
+        fisher = domain_fisher(
+            domain_named(domains, config.init.fisher),
+            start,
+            examples=examples,
+            seed=config.seed,
+        )
+        evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))
     loop = Loop(
         setup=setup,
-        evaluator=make_evaluator(setup, start),
+        evaluator=evaluator,
         checkpoints=checkpoints,
         log=log,
         terminal=terminal,
@@ -124,6 +144,11 @@ def _result(
         "params_sha256": digest(state.params),
         "state_sha256": digest(state),
         "frozen_sha256": progress.frozen_sha256,
+        "optimizer_state": {
+            phase.name: optimizer_state_moves(setup.plan, index, setup.names)
+            for index, phase in enumerate(setup.plan)
+            if index
+        },
         "examples_per_s": trained / clock.train_s if clock.train_s else None,
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
@@ -132,13 +157,25 @@ def _result(
     return result
 
 
-def make_evaluator(setup: Setup, start: TrainState) -> Evaluator:
-    """Returns what measures states of a run that began with `start`."""
+def make_evaluator(
+    setup: Setup, start: TrainState, domains: tuple[Domain, ...] = ()
+) -> Evaluator:
+    """Returns what measures states of a run that began with `start`.
+
+    Args:
+        setup: Of the run.
+        start: The state before the first update, on the host.
+        domains: Others, on which states are measured too.
+    """
+    evaluate = setup.config.evaluate
     return Evaluator(
         task=setup.task,
         devices=setup.devices,
-        fixed=setup.devices.place(setup.task.fixed(start)),
-        batch_size=setup.config.evaluate.batch_size,
+        fixed=setup.devices.place(setup.fixed(start)),
+        batch_size=evaluate.batch_size,
+        ema=evaluate.ema_decay is not None,
+        chosen_ema="/ema_" in (evaluate.best or ""),
+        extras=make_extras(setup, start, domains),
     )
 
 
@@ -148,11 +185,16 @@ def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
 
 
 def best_state(
-    setup: Setup, workdir: pathlib.Path
+    setup: Setup, workdir: pathlib.Path, domains: tuple[Domain, ...] = ()
 ) -> tuple[Evaluator, TrainState, int]:
     """Returns an evaluator, the state of the run's best checkpoint, placed, and its step.
 
     Where the config chooses none, it is the newest one.
+
+    Args:
+        setup: Of the run.
+        workdir: The run's.
+        domains: Others, on which the evaluator measures too.
 
     Raises:
         UserError: There is no checkpoint yet.
@@ -170,4 +212,4 @@ def best_state(
         start = checkpoints.restore(0, setup.target(Progress()))
     finally:
         checkpoints.close()
-    return make_evaluator(setup, start), setup.devices.place(state), step
+    return make_evaluator(setup, start, domains), setup.devices.place(state), step

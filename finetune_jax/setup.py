@@ -12,9 +12,15 @@ from finetune_jax import lookup, tasks
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import problems_error
-from finetune_jax.metrics import HIGHER_IS_BETTER
-from finetune_jax.optimizer import check_optimizer, make_optimizer
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.initialise import check_rules, initialise, make_rules
+from finetune_jax.lsuv import first_examples
+from finetune_jax.optimizer import (
+    check_groups,
+    check_optimizer,
+    evaluates,
+    make_optimizer,
+)
 from finetune_jax.parallel import Devices, check_batch, make_devices, run_once
 from finetune_jax.plan import (
     Group,
@@ -26,9 +32,17 @@ from finetune_jax.plan import (
 )
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.regularisers import (
+    READS_FISHER,
+    READS_START,
+    entry_problems,
+    match_problems,
+)
+from finetune_jax.schedules import check_schedule, plateau_metric
 from finetune_jax.state import Progress, TrainState
+from finetune_jax.step import Update
 from finetune_jax.tasks.task import Mode, Task
-from finetune_jax.trees import name_of, named, stage_of
+from finetune_jax.trees import named, stage_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +71,29 @@ class PhaseSetup:
             phase.optimizer,
             tuple(sorted(phase.optimizer_args.items())),
             phase.clip_norm,
+            phase.clip_value,
+            phase.clip_adaptive,
+            phase.regularise,
             phase.accumulate_steps,
             phase.weight_decay,
             phase.decay,
         )
 
-    def trained(self, params: Any) -> Any:
-        """Returns a tree of bools shaped like the parameters."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: name_of(path) in self.groups, params
-        )
-
     def optimizer(self) -> Any:
         """Returns the transformation of the phase."""
         return make_optimizer(self.phase, self.groups)
+
+    def update(self, task: Task, ema_decay: float | None = None) -> Update:
+        """Returns what is static about an update of the phase."""
+        return Update(
+            task=task,
+            optimizer=self.optimizer(),
+            trained=frozenset(self.groups),
+            mode=self.mode,
+            evaluates=evaluates(self.phase),
+            regularise=self.phase.regularise,
+            ema_decay=ema_decay,
+        )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:
         """Returns what the phase must leave as it is, to the bit."""
@@ -142,11 +165,36 @@ class Setup:
 
     def target(self, progress: Progress) -> TrainState:
         """Returns a state of zeros with the structure that some progress implies."""
-        shapes = self.shapes
+        shapes = self.with_ema(self.shapes)
         if progress.phase >= 0:
             init = self.phase(progress.phase).optimizer().init
             shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def fixed(self, start: TrainState) -> dict[str, Any]:
+        """Returns what updates read and nobody updates, for their `fixed`.
+
+        Args:
+            start: The state before the first update.
+        """
+        found = {"task": self.task.fixed(start)}
+        if self.regularisers & set(READS_START):
+            found["start"] = dict(named(start.params))
+        return found
+
+    @property
+    def regularisers(self) -> set[str]:
+        """Names of the regularisers of all phases."""
+        return {name for phase in self.plan for name, *_ in phase.regularise}
+
+    def with_ema(self, state: TrainState) -> TrainState:
+        """Returns a state whose averaged weights, where the config wants any, begin."""
+        if self.config.evaluate.ema_decay is None:
+            return state
+        indices = range(len(self.plan))
+        learns = {name for index in indices for name in self.phase(index).groups}
+        leaves = named(state.params)
+        return state.replace(ema={name: leaves[name] for name in sorted(learns)})
 
     def in_memory(self) -> "Setup":
         """Returns the run with its examples decoded, if the config lets them be kept.
@@ -157,25 +205,39 @@ class Setup:
         data = self.data.in_memory(self.config.data.memory_gb * 1e9)
         return dataclasses.replace(self, data=data)
 
-    def start(self) -> tuple[TrainState, Weights | None]:
+    def start(self, *, measure: bool = True) -> tuple[TrainState, Weights | None]:
         """Returns the state before the first update, on the host, and its weights.
 
+        Args:
+            measure: Whether schemes that run the model on examples do so. A run that
+                goes on takes its start from checkpoint 0 and need not.
+
         Raises:
-            UserError: The weights cannot be read or do not fit.
+            UserError: The weights cannot be read or do not fit, or a scheme fails.
         """
-        state = run_once(lambda: random_state(self.task, self.config.seed))
-        init = self.config.init
-        if init.pretrained is None:
-            return state, None
-        weights = read_weights(init.pretrained)
-        variables = load_weights(
-            {"params": state.params, "batch_stats": state.batch_stats},
-            weights,
-            fresh=init.fresh,
-            adapt_input=init.input_channels == "adapt",
-            stem=self.task.stages[0],
+        own = run_once(lambda: random_state(self.task, self.config.seed))
+        state, weights, init = own, None, self.config.init
+        if init.pretrained is not None:
+            weights = read_weights(init.pretrained)
+            variables = load_weights(
+                {"params": own.params, "batch_stats": own.batch_stats},
+                weights,
+                fresh=init.fresh,
+                adapt_input=init.input_channels == "adapt",
+                stem=self.task.stages[0],
+            )
+            state = own.replace(**variables)
+        batch = functools.partial(first_examples, self.data, self.config)
+        state = initialise(
+            own,
+            state,
+            make_rules(init.schemes, init.pretrained),
+            task=self.task,
+            spec=self.data.spec,
+            seed=self.config.seed,
+            first_batch=batch if measure else None,
         )
-        return state.replace(**variables), weights
+        return state, weights
 
 
 def random_state(task: Task, seed: int) -> TrainState:
@@ -192,18 +254,37 @@ def make_task(config: Config, spec: DataSpec) -> Task:
         UserError: Unknown names or arguments in `config.task` or `config.model`.
     """
     arguments = dict(config.task)
-    name = arguments.pop("name")
-    module = lookup.module(tasks, name, "config.task.name")
-    if not hasattr(module, "make"):
-        lookup.choose({}, name, "config.task.name")
     return lookup.call(
-        module.make,
+        _task_module(arguments.pop("name")).make,
         arguments,
         "config.task",
         data=spec,
         model=dict(config.model),
         precision=config.precision,
     )
+
+
+def _task_module(name: str) -> Any:
+    module = lookup.module(tasks, name, "config.task.name")
+    if not hasattr(module, "make"):
+        lookup.choose({}, name, "config.task.name")
+    return module
+
+
+def metric_names(config: Config) -> tuple[str, ...]:
+    """Returns what is measured on each split, 'ema_' before what averaged weights give.
+
+    Raises:
+        UserError: No such task, or `config.task.metrics` is no tuple.
+    """
+    arguments = dict(config.task)
+    names = _task_module(arguments["name"]).METRICS
+    names = arguments["metrics"] if "metrics" in arguments else names
+    if not isinstance(names, tuple):
+        raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")
+    names = tuple(dict.fromkeys((*names, "loss")))
+    has_ema = config.evaluate.ema_decay is not None
+    return names + tuple(f"ema_{name}" for name in names if has_ema)
 
 
 def make_setup(config: Config, data: Data | None = None) -> Setup:
@@ -217,14 +298,27 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
         UserError: Anything in the config that does not fit anything else.
     """
     plan = plan_from_config(config.plan)
+    rules = make_rules(config.init.schemes, config.init.pretrained)
     devices = make_devices(**config.parallel)
     check_phases(config, plan, devices.count)
     if data is None:
         data = make_data(config.data, seed=config.seed)
     task = make_task(config, data.spec)
+    splits = {name: part.label for name, part in data.held_out.items()}
+    if problems := task.check_splits(splits):
+        raise problems_error("What is to be measured cannot be:", problems)
     shapes = jax.eval_shape(lambda: random_state(task, config.seed))
     plan = durations(plan, data.spec.train_examples, config.data.batch_size)
-    check_plan(plan, named(shapes.params))
+    names = tuple(named(shapes.params))
+    check_plan(plan, names)
+    check_groups_of(plan, names)
+    check_rules(
+        rules,
+        named(shapes.params),
+        task=task,
+        spec=data.spec,
+        fresh=config.init.fresh,
+    )
     return Setup(
         config=config,
         devices=devices,
@@ -235,6 +329,22 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
     )
 
 
+def check_groups_of(plan: tuple[Phase, ...], names: tuple[str, ...]) -> None:
+    """Checks what the phases do with the parameters that learn in them.
+
+    Raises:
+        UserError: Regularisers of what does not learn, a line search along many lines.
+    """
+    problems = []
+    for index, phase in enumerate(plan):
+        learns = groups(plan, index, names)
+        where = f"phase {phase.name!r}, regularise"
+        problems += match_problems(phase.regularise, learns, where)
+        problems += check_groups(phase, learns)
+    if problems:
+        raise problems_error("The plan cannot be run:", problems)
+
+
 def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     """Checks what can be checked of a plan before the data is opened.
 
@@ -243,13 +353,27 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
             not divide.
     """
     problems = [text for phase in plan for text in check_optimizer(phase)]
+    problems += [text for phase in plan for text in check_schedule(phase)]
+    for phase in plan:
+        where = f"phase {phase.name!r}, regularise"
+        problems += entry_problems(phase.regularise, where)
+        asked = {name for name, *_ in phase.regularise if isinstance(name, str)}
+        if asked & set(READS_FISHER) and config.init.fisher is None:
+            problems.append(
+                f"{where}: ewc needs config.init.fisher, the label of a domain in "
+                "config.evaluate.also whose `train` split gives the Fisher information"
+            )
     metrics = [("config.evaluate.best", config.evaluate.best)]
-    metrics += [(f"phase {p.name!r}, plateau_metric", p.plateau_metric) for p in plan]
+    for phase in plan:
+        where = f"phase {phase.name!r}"
+        metrics.append((f"{where}, plateau_metric", phase.plateau_metric))
+        if phase.schedule == "plateau" and not check_schedule(phase):
+            metrics.append((f"{where}, schedule_args.metric", plateau_metric(phase)))
     known = [
         f"{split}/{name}"
         for split in ("validation",)  # The test split chooses nothing.
         if config.data[split] is not None
-        for name in HIGHER_IS_BETTER
+        for name in metric_names(config)
     ]
     problems += [
         f"{where}: {name!r} cannot choose{lookup.closest(name, known)} "
@@ -258,7 +382,8 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         if name is not None and name not in known
     ]
     often = config.evaluate.every_steps or config.evaluate.every_epochs
-    if any(phase.plateau_metric for phase in plan) and not often:
+    plateaus = any(p.plateau_metric or p.schedule == "plateau" for p in plan)
+    if plateaus and not often:
         problems.append(
             "config.evaluate: a plateau needs every_steps or every_epochs to be seen"
         )

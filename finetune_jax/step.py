@@ -1,13 +1,50 @@
 """One update and one evaluation: pure functions of (state, fixed, batch)."""
 
-from typing import Any
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from finetune_jax.state import TrainState
+from finetune_jax.regularisers import PENALTIES, penalty
+from finetune_jax.state import TrainState, averaged
 from finetune_jax.tasks.task import EVALUATION, Mode, Task
+from finetune_jax.trees import like, name_of, named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """What is static about an update.
+
+    Attributes:
+        task: Has the loss.
+        optimizer: Of the phase, from `make_optimizer`.
+        trained: Names of the parameters that learn.
+        mode: How the stages run.
+        evaluates: What the optimizer computes at other points: see `Algorithm`.
+        regularise: (name, strength, regex) of what is added to the loss.
+        ema_decay: Of the averaged weights; None has none.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformationExtraArgs
+    trained: frozenset[str]
+    mode: Mode
+    evaluates: str = "nothing"
+    regularise: tuple[tuple[str, float, str], ...] = ()
+    ema_decay: float | None = None
+
+    def over_devices(self, tree: Any) -> Any:
+        """Returns the sum over devices, where it is not taken by itself."""
+        axis_name = self.mode.axis_name
+        return jax.lax.psum(tree, axis_name) if axis_name else tree
+
+    def learns(self, params: Any) -> Any:
+        """Returns a tree of bools shaped like the parameters."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: name_of(path) in self.trained, params
+        )
 
 
 def train_step(
@@ -17,10 +54,7 @@ def train_step(
     learning_rate: jax.Array,
     progress: jax.Array,
     *,
-    task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
-    trained: Any,
-    mode: Mode,
+    static: Update,
 ) -> tuple[TrainState, dict]:
     """Returns the state after one update and the metrics of the *old* parameters.
 
@@ -33,86 +67,173 @@ def train_step(
         batch: Arrays [k, b, ...]: k micro-batches of b examples.
         learning_rate: Of this update.
         progress: Share of the phase that is over, in [0, 1).
-        task: Has the loss.
-        optimizer: Of the phase, from `make_optimizer`.
-        trained: Tree of bools shaped like the parameters.
-        mode: How the stages run.
+        static: The rest.
     """
-    gradients, weights, sums, batch_stats = _micro_gradients(
-        state, fixed, batch, progress, task=task, trained=trained, mode=mode
+    over_devices, trained = static.over_devices, static.learns(state.params)
+    objective = _Objective(static, state, fixed, batch, progress)
+    gradients, parts = objective.gradients(state.params)
+    weight = over_devices(sum(part.weight for part in parts))
+    share = len(parts) / weight
+    # Only what learns is scaled and summed: the rest are zeros that nobody reads.
+    gradients = [
+        jax.tree.map(lambda g, t: over_devices(g) * share if t else g, g, trained)
+        for g in gradients
+    ]
+    total = functools.reduce(
+        lambda one, other: jax.tree.map(
+            lambda a, b, t: a + b if t else a, one, other, trained
+        ),
+        gradients,
     )
-
-    def over_devices(tree):
-        return jax.lax.psum(tree, mode.axis_name) if mode.axis_name else tree
-
-    share = len(gradients) / over_devices(sum(weights))
-    opt_state, total, updates = state.opt_state, None, None
-    for gradient in gradients:
-        # Only what learns is scaled and summed: the rest are zeros that nobody reads.
-        gradient = jax.tree.map(
-            lambda g, t: over_devices(g) * share if t else g, gradient, trained
+    mean = jax.tree.map(lambda g, t: g / len(parts) if t else g, total, trained)
+    updates, opt_state = None, state.opt_state
+    if static.evaluates == "nothing":
+        for gradient in gradients:
+            updates, opt_state = static.optimizer.update(
+                gradient, opt_state, state.params, learning_rate=learning_rate
+            )
+    else:
+        extra = objective.elsewhere(mean, parts, weight)
+        updates, opt_state = static.optimizer.update(
+            mean, opt_state, state.params, learning_rate=learning_rate, **extra
         )
-        updates, opt_state = optimizer.update(
-            gradient, opt_state, state.params, learning_rate=learning_rate
-        )
-        part = [
-            g for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(trained)) if t
-        ]
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
     # Frozen leaves are not added to, not even zero: that could change their bits.
     params = jax.tree.map(
         lambda p, u, t: p + u if t else p, state.params, updates, trained
     )
     metrics = {
-        name: over_devices(sum(s[name][0] for s in sums))
-        / over_devices(sum(s[name][1] for s in sums))
-        for name in sums[0]
+        name: over_devices(sum(part.metrics[name][0] for part in parts))
+        / over_devices(sum(part.metrics[name][1] for part in parts))
+        for name in parts[0].metrics
     }
-    metrics["grad_norm"] = optax.tree.norm(total) / len(gradients)
+    leaves = zip(jax.tree.leaves(mean), jax.tree.leaves(trained))
+    metrics["grad_norm"] = optax.tree.norm([g for g, t in leaves if t])
     state = state.replace(
         step=state.step + 1,
         params=params,
-        batch_stats=batch_stats,
+        batch_stats=parts[-1].batch_stats,
         opt_state=opt_state,
     )
-    return state, metrics
+    return state.replace(ema=averaged(state, static.ema_decay)), metrics
 
 
-def _micro_gradients(
-    state: TrainState, fixed: Any, batch: dict, progress: jax.Array, *,
-    task: Task, trained: Any, mode: Mode,
-) -> tuple[list, list, list, Any]:  # fmt: skip
-    """Returns (gradients of the totals, weights, metrics, batch statistics after).
+class _Part(NamedTuple):
+    """What one micro-batch gives besides a gradient; nothing is summed over devices.
 
-    The lists have an entry a micro-batch; nothing is summed over devices yet.
+    Attributes:
+        total: The loss is the sum of totals / the sum of weights.
+        weight: See `total`.
+        metrics: (total, weight) pairs.
+        batch_stats: After the micro-batch.
     """
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    augment_rng, loss_rng = jax.random.split(rng)
-    if mode.axis_name:
-        loss_rng = jax.random.fold_in(loss_rng, jax.lax.axis_index(mode.axis_name))
 
-    def objective(params, batch_stats, micro, rng):
+    total: jax.Array
+    weight: jax.Array
+    metrics: dict
+    batch_stats: Any
+
+
+class _Objective:
+    """The loss of one update as a function of the parameters."""
+
+    def __init__(
+        self, static: Update, state: TrainState, fixed: Any, batch: dict, progress: Any
+    ):
+        """Prepares the micro-batches; they are the same at whatever point."""
+        self.static, self.state, self.fixed = static, state, fixed
+        self.progress = progress
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        augment_rng, self.rng = jax.random.split(rng)
+        if axis_name := static.mode.axis_name:
+            self.rng = jax.random.fold_in(self.rng, jax.lax.axis_index(axis_name))
+        self.micro_batches = [
+            static.task.prepare(
+                jax.tree.map(lambda array, i=index: array[i], batch),
+                augment_rng,
+                static.mode,
+            )
+            for index in range(jax.tree.leaves(batch)[0].shape[0])
+        ]
+
+    def total(
+        self, params: Any, batch_stats: Any, index: int
+    ) -> tuple[jax.Array, _Part]:
+        """Returns the total of a micro-batch, for differentiation, and all of it."""
+        static = self.static
         # Freezing in the loss, not in the gradient, lets XLA drop the backward pass.
         params = jax.tree.map(
-            lambda p, t: p if t else jax.lax.stop_gradient(p), params, trained
+            lambda p, t: p if t else jax.lax.stop_gradient(p),
+            params,
+            static.learns(params),
         )
-        (total, weight), (batch_stats, metrics) = task.loss(
-            params, batch_stats, fixed, micro, rng=rng, progress=progress, mode=mode
+        (total, weight), (batch_stats, metrics) = static.task.loss(
+            params,
+            batch_stats,
+            self.fixed["task"],
+            self.micro_batches[index],
+            rng=jax.random.fold_in(self.rng, index),
+            progress=self.progress,
+            mode=static.mode,
         )
-        return total, (weight, batch_stats, metrics)
+        if any(name in PENALTIES for name, *_ in static.regularise):
+            added = penalty(static.regularise, params, self.fixed, static.trained)
+            total += weight * added
+            metrics = {**metrics, "penalty": (weight * added, weight)}
+        return total, _Part(total, weight, metrics, batch_stats)
 
-    gradients, weights, sums = [], [], []
-    batch_stats = state.batch_stats
-    for index in range(jax.tree.leaves(batch)[0].shape[0]):
-        micro = jax.tree.map(lambda array, i=index: array[i], batch)
-        micro = task.prepare(micro, augment_rng, mode)
-        gradient, (weight, batch_stats, metrics) = jax.grad(objective, has_aux=True)(
-            state.params, batch_stats, micro, jax.random.fold_in(loss_rng, index)
+    def gradients(self, params: Any) -> tuple[list, list[_Part]]:
+        """Returns the gradient of the total of each micro-batch, and what else it gave."""
+        gradients, parts = [], []
+        batch_stats = self.state.batch_stats
+        for index in range(len(self.micro_batches)):
+            gradient, part = jax.grad(self.total, has_aux=True)(
+                params, batch_stats, index
+            )
+            batch_stats = part.batch_stats
+            gradients.append(gradient)
+            parts.append(part)
+        return gradients, parts
+
+    def elsewhere(
+        self, gradient: Any, parts: list[_Part], weight: jax.Array
+    ) -> dict[str, Any]:
+        """Returns the extra arguments of an optimizer that looks at other points.
+
+        Args:
+            gradient: Of the loss at the parameters of the state.
+            parts: What the micro-batches gave there.
+            weight: Of the update, over devices.
+        """
+        over_devices, params = self.static.over_devices, self.state.params
+
+        def loss_and_gradient(leaves):
+            def local(leaves):
+                filled = like(params, named(params) | named(leaves))
+                batch_stats = self.state.batch_stats
+                return sum(
+                    self.total(filled, batch_stats, index)[0]
+                    for index in range(len(self.micro_batches))
+                )
+
+            found = jax.value_and_grad(local)(leaves)
+            return jax.tree.map(lambda x: over_devices(x) / weight, found)
+
+        if self.static.evaluates == "gradient":
+            return {"grad_fn": lambda leaves, step: loss_and_gradient(leaves)[1]}
+
+        # A sum over devices cannot be differentiated on each of them.
+        @jax.custom_vjp
+        def value_fn(leaves):
+            return loss_and_gradient(leaves)[0]
+
+        value_fn.defvjp(
+            loss_and_gradient,
+            lambda gradient, cotangent: (
+                jax.tree.map(lambda g: cotangent * g, gradient),
+            ),
         )
-        gradients.append(gradient)
-        weights.append(weight)
-        sums.append(metrics)
-    return gradients, weights, sums, batch_stats
+        value = over_devices(sum(part.total for part in parts)) / weight
+        return {"value": value, "grad": gradient, "value_fn": value_fn}
 
 
 def eval_step(

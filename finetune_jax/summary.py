@@ -36,7 +36,7 @@ def write_report(
     result: Mapping[str, Any],
     workdir: pathlib.Path,
 ) -> None:
-    """Writes `report/`: learning curves, confusion matrix, and the page.
+    """Writes `report/`: learning curves, confusion matrix or predictions, and the page.
 
     Args:
         setup: Of the run.
@@ -54,14 +54,19 @@ def write_report(
     held_out = setup.data.held_out
     split = next((name for name in ("test", "validation") if name in held_out), None)
     if split is not None:
-        dataset, names = held_out[split], setup.data.spec.class_names
-        outputs = evaluator.outputs(placed, dataset)
+        dataset, spec = held_out[split], setup.data.spec
+        names, outputs = spec.class_names, evaluator.outputs(placed, dataset)
         caption = f"{split}, {len(dataset):,} examples"
-        counts = confusion_matrix(outputs["logits"], dataset.label)
-        counts = counts[: len(names), : len(names)]
-        confusion = counts, names, caption
-        plots.confusion_matrix(counts, names, folder / "confusion_matrix.png", caption)
-        right, wrong = _predictions(setup, outputs, dataset)
+        if spec.targets:
+            found, path = outputs["prediction"], folder / "predicted.png"
+            plots.predicted(found, dataset.label, spec.targets, path, caption)
+        else:
+            # A model may have more logits than the data has classes.
+            outputs["logits"] = outputs["logits"][:, : len(names)]
+            counts = confusion_matrix(outputs["logits"], dataset.label)
+            confusion, path = (counts, names, caption), folder / "confusion_matrix.png"
+            plots.confusion_matrix(counts, names, path, caption)
+            right, wrong = _predictions(setup, outputs, dataset)
     config = read_json(workdir / "config.json") or {}
     page = Page(
         title=_title(config),

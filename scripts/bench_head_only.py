@@ -52,15 +52,9 @@ def programs(address: str, batch_size: int) -> dict:
         stats = "hold" if name == "head only" else "update"
         phase = dataclasses.replace(PHASE, rules=rules, batch_stats=stats)
         found = phase_setup((phase,), 0, task, tuple(named(state.params)))
-        step = functools.partial(
-            train_step,
-            task=task,
-            optimizer=found.optimizer(),
-            trained=found.trained(state.params),
-            mode=found.mode,
-        )
+        step = functools.partial(train_step, static=found.update(task))
         ready = state.replace(opt_state=found.optimizer().init(state.params))
-        made[name] = step, (ready, {}, batch, np.float32(1e-3), np.float32(0))
+        made[name] = step, (ready, {"task": {}}, batch, np.float32(1e-3), np.float32(0))
     return {
         name: (jax.jit(function).lower(*arguments).compile(), arguments)
         for name, (function, arguments) in made.items()

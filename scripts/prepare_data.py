@@ -14,6 +14,7 @@ import numpy as np
 
 from finetune_jax.data.dataset import load_source
 from finetune_jax.data.source import Source
+from finetune_jax.errors import UserError
 
 
 def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
@@ -24,6 +25,8 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
         name: Of the data set.
         folder: `data_dir` of TFDS.
     """
+    if source.targets:
+        raise UserError(f"{name}: its labels are not classes, which this script writes")
     import tensorflow_datasets as tfds
     from etils import epath
 

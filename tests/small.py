@@ -11,6 +11,7 @@ from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.setup import make_task, phase_setup, random_state
 from finetune_jax.step import train_step
+from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.trees import named
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
@@ -67,7 +68,7 @@ def batch(examples=32, shape=(12, 12, 1), micro_batches=1, seed=0):
 class Trainer:
     """One phase of a task, without data, loop or files."""
 
-    def __init__(self, task, phase, *, jit=True, seed=0, state=None):
+    def __init__(self, task, phase, *, jit=True, seed=0, state=None, ema_decay=None):
         self.task = task
         self.state = state or run_once(lambda: random_state(task, seed))
         names = tuple(named(self.state.params))
@@ -75,17 +76,23 @@ class Trainer:
         optimizer = self.phase.optimizer()
         opt_state = jax.jit(optimizer.init)(self.state.params)
         self.state = self.state.replace(opt_state=opt_state)
-        step = functools.partial(
-            train_step,
-            task=task,
-            optimizer=optimizer,
-            trained=self.phase.trained(self.state.params),
-            mode=self.phase.mode,
-        )
+        self.fixed = {"task": {}, "start": dict(named(self.state.params))}
+        step = functools.partial(train_step, static=self.phase.update(task, ema_decay))
         self.step = jax.jit(step) if jit else step
 
     def update(self, batch, rate=0.1):
         self.state, metrics = self.step(
-            self.state, {}, batch, np.float32(rate), np.float32(0)
+            self.state, self.fixed, batch, np.float32(rate), np.float32(0)
         )
         return metrics
+
+    def features(self, micro):
+        """Returns what the head sees of a batch [b, ...], as a numpy array [b, F]."""
+        micro = self.task.prepare(micro, jax.random.key(0), EVALUATION)
+        state = self.state
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        last = self.task.stages[-2]
+        maps, _ = apply(
+            self.task, "", variables, micro["inputs"], mode=EVALUATION, last=last
+        )
+        return np.asarray(maps).reshape(len(maps), -1)

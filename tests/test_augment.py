@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.stats
+import small
+from sklearn.datasets import load_sample_images
 
-from finetune_jax import augment
+from finetune_jax import augment, colours, rand_augment
 from finetune_jax.augment import make_augment
 from finetune_jax.errors import UserError
+from finetune_jax.tasks.task import Mode
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +25,14 @@ JITTER = ("color_jitter", 0.4, 0.4, 0.4, 0.1)
 PIPELINES = (
     ("flip", ("pad_crop", 2), "random_crop"),
     (("random_resized_crop", 0.3), "flip", JITTER),
+    ("random_crop", ("rand_augment", 2, 15), ("random_erasing", 0.8)),
 )
 SIZE = (16, 12)
 CHANGES = {
-    "brightness": (augment.adjust_brightness, (0.0, 0.4, 1.0, 1.7)),
-    "contrast": (augment.adjust_contrast, (0.0, 0.4, 1.0, 1.7)),
-    "saturation": (augment.adjust_saturation, (0.0, 0.4, 1.0, 1.7)),
-    "hue": (augment.adjust_hue, (-0.5, -0.21, 0.0, 0.1, 0.5)),
+    "brightness": (colours.adjust_brightness, (0.0, 0.4, 1.0, 1.7)),
+    "contrast": (colours.adjust_contrast, (0.0, 0.4, 1.0, 1.7)),
+    "saturation": (colours.adjust_saturation, (0.0, 0.4, 1.0, 1.7)),
+    "hue": (colours.adjust_hue, (-0.5, -0.21, 0.0, 0.1, 0.5)),
 }
 
 
@@ -167,6 +172,186 @@ def test_random_boxes_have_the_distribution_of_torchvision():
     assert close(np.prod(place - 0.5, axis=1), 0, 1 / 12)
 
 
+def erased(count, *arguments, shape=(20, 24, 3), fill=(0.0,)):
+    """Returns which pixels of equal images are erased, bools [N, H, W]."""
+    image = np.ones((count, *shape), np.float32)
+    step = ("random_erasing", *arguments)
+    function = jax.jit(make_augment((step,), fill=fill))
+    found = np.asarray(function(image, keys(count)))
+    blank = (found == np.asarray(fill, np.float32)).all(axis=-1)
+    assert (blank | (found == 1).all(axis=-1)).all()
+    return blank
+
+
+def test_erasing_fills_one_box_with_the_mean_of_every_channel():
+    blank = erased(200, 1.0, fill=(0.1, 0.2, 0.3))
+    assert blank.any(axis=(1, 2)).all()
+    for box in blank:
+        rows, columns = box.any(axis=1), box.any(axis=0)
+        assert (box == np.outer(rows, columns)).all()
+        for line in (rows, columns):
+            assert np.abs(np.diff(line.astype(int))).sum() <= 2
+
+
+def test_what_is_erased_is_0_after_normalisation():
+    fields = {"augment": (("random_erasing", 1.0),)}
+    fields |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.7)}
+    task = small.task("resnet20", (12, 12, 3), fields=fields)
+    rows = {k: v[0] for k, v in small.batch(8, (12, 12, 3)).items()}
+    mode = Mode(learning=frozenset({"head"}))
+    found = task.prepare(rows, jax.random.key(0), mode)["inputs"]
+    blank = np.asarray(found == 0).all(axis=-1).sum(axis=(1, 2))
+    assert (blank >= 2).all() and (blank <= 0.4 * 144).all()
+
+
+def test_erasing_has_its_probability():
+    assert not erased(200, 0.0).any()
+    share = erased(2000, 0.3).any(axis=(1, 2)).mean()
+    assert abs(share - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+def test_areas_that_never_fit_erase_nothing():
+    assert not erased(50, 1.0, 1.0, 1.0).any()
+
+
+def test_erased_boxes_have_the_distribution_of_torchvision():
+    """Two samples of each figure, by the test of Kolmogorov and Smirnov."""
+    oracles.import_torchvision()
+    import torch
+    from torchvision.transforms import RandomErasing
+
+    stored, count = (200, 240), 2000
+    blank = erased(count, 1.0, 0.02, 0.5, shape=(*stored, 1))
+    torch.manual_seed(0)
+    image = torch.ones(1, *stored)
+    theirs = [
+        RandomErasing.get_params(image, (0.02, 0.5), (0.3, 3.3), [0.0])[:4]
+        for _ in range(count)
+    ]
+    rows, columns = blank.any(axis=2), blank.any(axis=1)
+    corner = rows.argmax(axis=1), columns.argmax(axis=1)
+    ours = np.stack([*corner, rows.sum(axis=1), columns.sum(axis=1)], axis=1)
+
+    def figures(boxes):
+        top, left, tall, wide = np.asarray(boxes, float).T
+        return top, left, tall * wide, tall / wide, top + tall / 2, left + wide / 2
+
+    for one, other in zip(figures(ours), figures(theirs)):
+        assert scipy.stats.ks_2samp(one, other).pvalue > 0.01
+
+
+def photographs():
+    """Returns real images [H, W, 3] of bytes, odd and even in size."""
+    first, second = load_sample_images().images
+    return first[::7, ::8][:61, :79], second[::9, ::9][:44, :64]
+
+
+def midway(shape, name, strength):
+    """Returns which pixels are taken from midway between two others, to 1e-4."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    if name == "ShearX":
+        x = x + strength * y
+    elif name == "ShearY":
+        y = y + strength * x
+    elif name == "Rotate":
+        turn = np.exp(1j * np.deg2rad(strength))
+        place = (x - shape[1] / 2 + 1j * (y - shape[0] / 2)) * turn
+        x, y = place.real + shape[1] / 2, place.imag + shape[0] / 2
+    return (np.abs(x - np.round(x)) < 1e-4) | (np.abs(y - np.round(y)) < 1e-4)
+
+
+def is_whole(image):
+    """Returns which stretched values are whole, float32 dropping some to one less."""
+    low, high = (f(image.astype(int), axis=(0, 1)) for f in (np.min, np.max))
+    return ((image - low) * 255 % (high - low) == 0) & (image > low)
+
+
+@pytest.mark.parametrize("magnitude", [0, 4, 9, 17, 30])
+def test_an_operation_is_that_of_torchvision(magnitude):
+    """To the byte, if it blends nothing, but for ties of float32.
+
+    A blend of bytes drops fractions, at its end and in the grey or blurred image that
+    it moves away from: less than a level, and a level times that move. Of floats it is
+    the same.
+    """
+    oracles.import_torchvision()
+    import torch
+    from torchvision.transforms import InterpolationMode, RandAugment
+    from torchvision.transforms.autoaugment import _apply_op
+
+    operate = jax.jit(functools.partial(rand_augment.operate, magnitude=magnitude))
+
+    def theirs(tensor, name, strength):
+        found = _apply_op(tensor, name, strength, InterpolationMode.NEAREST, None)
+        return found.numpy().transpose(1, 2, 0)
+
+    def compare(image, name, strength):
+        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        index = rand_augment.OPERATIONS.index(name)
+        ours = np.asarray(operate(np.float32(image / 255), index, int(strength < 0)))
+        error = np.abs(ours - theirs(tensor, name, strength) / 255)
+        bound = 1e-6
+        if name in rand_augment.BLENDS:
+            bound += (1 + abs(strength)) / 255
+            wanted = theirs(tensor / 255, name, strength)
+            np.testing.assert_allclose(ours, wanted, atol=1e-6, err_msg=name)
+        tie = midway(image.shape, name, strength)
+        if name == "AutoContrast":
+            tie = is_whole(image)
+            assert error.max() < 1.01 / 255
+        assert tie.mean() < 0.1
+        assert error[~tie].max() <= bound, name
+
+    for image in photographs():
+        space = RandAugment()._augmentation_space(31, image.shape[:2])
+        assert tuple(space) == rand_augment.OPERATIONS
+        for name, (strengths, signed) in space.items():
+            strength = float(strengths[magnitude]) if strengths.ndim else 0.0
+            for sign in (1, -1) if signed else (1,):
+                compare(image, name, sign * strength)
+
+
+def test_every_operation_is_drawn_equally_often_both_ways():
+    """Bounds are five standard deviations."""
+    image = photographs()[1][:, :, :1][::2, ::2].astype(np.float32) / 255
+    image[0, 0], image[0, 1] = 0.05, 0.9  # Not the full range: AutoContrast shows.
+    count = 2800
+    found = augmented((("rand_augment", 1, 20),), np.repeat(image[None], count, axis=0))
+    operate = jax.jit(functools.partial(rand_augment.operate, magnitude=20))
+    ways = list(itertools.product(range(len(rand_augment.OPERATIONS)), (0, 1)))
+    outcomes = np.stack([operate(image, *way) for way in ways])
+    same = np.abs(outcomes[:, None] - outcomes).max(axis=(2, 3, 4)) < 1e-5
+    is_outcome = np.array(
+        [np.abs(found - outcome).max(axis=(1, 2, 3)) < 1e-5 for outcome in outcomes]
+    )
+    assert is_outcome.any(axis=0).all()
+    for ours, seen in zip(same, is_outcome):
+        share = ours.mean()
+        deviation = (share * (1 - share) / count) ** 0.5
+        assert abs(seen.mean() - share) < 5 * deviation
+    # A grey image has no colour, and signs do not matter to five of the operations.
+    assert len(np.unique(same, axis=0)) == len(ways) - 7
+
+
+def test_flat_and_tiny_images_pass_every_operation():
+    for image in (np.full((6, 5, 3), np.float32(0.3)), images(shape=(2, 1, 3))[0]):
+        operate = jax.jit(functools.partial(rand_augment.operate, magnitude=9))
+        for index in range(len(rand_augment.OPERATIONS)):
+            found = np.asarray(operate(image, index, 0))
+            assert np.isfinite(found).all() and found.min() >= 0 and found.max() <= 1
+
+
+def test_two_operations_are_done_one_after_the_other():
+    image, rng = jnp.asarray(photographs()[1] / 255), jax.random.key(3)
+    limits = jnp.array([[len(rand_augment.OPERATIONS), 2]])
+    draws = jax.random.randint(rng, (2, 2), 0, limits)
+    wanted = image
+    for operation, negative in draws:
+        wanted = rand_augment.operate(wanted, operation, negative, magnitude=9)
+    found = rand_augment.rand_augment(image, rng, 2, 9)
+    assert (found == wanted).all() and (found != image).any()
+
+
 def test_random_crops_are_windows_and_every_window_occurs():
     image = images(shape=(6, 7, 1))[0]
     crops = augmented(("random_crop",), np.repeat(image[None], 200, axis=0), (4, 6))
@@ -297,6 +482,12 @@ def test_without_a_size_every_step_keeps_that_of_the_images():
         (("random_resized_crop", 1.1), "min_scale 1.1"),
         (("pad_crop", 1.0), "pixels 1.0; a whole number from 0 is needed"),
         (("pad_crop", -1), "pixels -1"),
+        (("random_erasing", 1.1), "probability 1.1; a number from 0, up to 1"),
+        (("random_erasing", 1, 0), "min_area 0; a number above 0, up to 1"),
+        (("random_erasing", 1, 0.5), "min_area 0.5 is above max_area 0.33"),
+        (("rand_augment", 0), "num_ops 0; a whole number from 1"),
+        (("rand_augment", 2, 31), "magnitude 31; a whole number from 0, up to 30"),
+        (("rand_augment", 2, 9.0), "magnitude 9.0"),
         (("flip", 1), "'flip' with 1 values; takes no argument"),
         (("random_crop", 8), "takes no argument"),
         (("random_crap",), "did you mean 'random_crop'"),
@@ -313,7 +504,13 @@ def test_a_step_that_cannot_be_run_is_refused_by_name(step, message):
 
 def test_limits_themselves_are_allowed():
     make_augment(
-        (("random_resized_crop", 1), ("color_jitter", 3, 0, 0, 0.5), ("pad_crop", 0))
+        (
+            ("random_resized_crop", 1),
+            ("color_jitter", 3, 0, 0, 0.5),
+            ("pad_crop", 0),
+            ("random_erasing", 1, 1, 1),
+            ("rand_augment", 1, 30),
+        )
     )
 
 

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 VARIANTS = [
     "resnet_head.py:tiny",
     "efficientnet_flowers.py:tiny",
+    "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
     "mnist_source.py:mlp,tiny",

@@ -21,6 +21,8 @@ KINDS = {
     "pmap": dict(mode="pmap", devices=8, fsdp=1),
 }
 
+FIXED = {"task": {}}
+
 
 def trained(kind, task, phase, batches):
     """Returns (state on the host, losses, logits) after an update on each batch."""
@@ -30,18 +32,12 @@ def trained(kind, task, phase, batches):
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)
     optimizer = setup.optimizer()
     opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(state.params))
-    step = functools.partial(
-        train_step,
-        task=task,
-        optimizer=optimizer,
-        trained=setup.trained(state.params),
-        mode=setup.mode,
-    )
+    step = functools.partial(train_step, static=setup.update(task))
     placed = devices.place(state.replace(opt_state=opt_state))
     program, losses = None, []
     for batch in batches:
         batch = devices.place_batch(batch, batch_axis=1)
-        arguments = (placed, {}, batch, np.float32(0.01), np.float32(0))
+        arguments = (placed, FIXED, batch, np.float32(0.01), np.float32(0))
         program = program or devices.compile_train(step, *arguments)
         placed, metrics = program.call(*arguments)
         losses.append({name: float(value) for name, value in metrics.items()})

@@ -78,13 +78,13 @@ def test_a_head_only_step_costs_a_forward_pass():
     phase = Phase(name="head", rules=small.HEAD, batch_stats="hold", **EVERYTHING_ON)
     trainer = small.Trainer(task, phase)
     state, rate = trainer.state, np.float32(0.1)
-    step = flops(trainer.step, state, {}, batch, rate, rate)
+    step = flops(trainer.step, state, {"task": {}}, batch, rate, rate)
     whole = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), batch)
     predict = functools.partial(eval_step, task=task)
     forward = flops(predict, state.params, state.batch_stats, {}, whole)
     assert 1.0 <= step / forward <= 1.05
     full = small.Trainer(task, Phase(name="all", **EVERYTHING_ON))
-    assert flops(full.step, full.state, {}, batch, rate, rate) > 2.5 * forward
+    assert flops(full.step, full.state, {"task": {}}, batch, rate, rate) > 2.5 * forward
 
 
 def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
@@ -221,5 +221,5 @@ def test_a_wrong_nesting_would_be_seen():
             jax.grad(loss)(params), state.opt_state, params, learning_rate=rate
         )[0]
 
-    right = flops(trainer.step, trainer.state, {}, batch, rate, rate)
+    right = flops(trainer.step, trainer.state, {"task": {}}, batch, rate, rate)
     assert flops(wrong, state.params) > 2 * right

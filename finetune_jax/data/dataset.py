@@ -24,7 +24,7 @@ class Dataset:
     Attributes:
         source: Where they come from.
         indices: Which they are, in the concatenation of the source's splits.
-        label: Class index of each.
+        label: Class index of each, int32 [N]; or its targets, float32 [N, T].
         geometry: How images become what batches hold; None for feature vectors.
         shape: Of one example's inputs after that.
         decoded: All inputs, where they are kept in memory.
@@ -175,7 +175,7 @@ def dataset_of(
         source: Has the examples.
         spec: What they become.
         indices: Which, in the concatenation of the source's splits.
-        label: Class index of each.
+        label: Class index, or targets, of each.
         training: Whether augmentation follows, which may take larger images.
     """
     return Dataset(
@@ -206,12 +206,17 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         seed: Of the run; draws the examples of `per_class`.
 
     Raises:
-        UserError: A split that is wrong or empty, a class absent from training.
+        UserError: A split that is wrong or empty, a class absent from training, what
+            classes are needed for where there are none.
     """
     source = load_source(config["name"], config["dir"])
+    if source.targets:
+        _check_no_classes(source, config)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
-    splits = named_splits(label, config["split_seed"])
+    # Numbers are cut at random, as if all were of one class.
+    strata = {k: v if v.ndim == 1 else np.zeros(len(v)) for k, v in label.items()}
+    splits = named_splits(strata, config["split_seed"])
     chosen = {
         key: select(splits, config[key], f"config.data.{key}")
         for key in ("train", "validation", "test")
@@ -223,14 +228,17 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         )
     _check_classes(source, everything, chosen["train"])
     shape = _shape(source, config)
-    label_counts = np.bincount(
-        everything[chosen["train"]], minlength=len(source.class_names)
-    )
+    label_counts = [len(chosen["train"])]
+    if not source.targets:
+        label_counts = np.bincount(
+            everything[chosen["train"]], minlength=len(source.class_names)
+        )
     spec = DataSpec(
         shape=shape,
         train_shape=train_shape(shape, config["train_size"]),
         dtype=next(iter(source.splits.values())).dtype,
         class_names=source.class_names,
+        targets=source.targets,
         train_counts=tuple(map(int, label_counts)),
         **{key: config[key] for key in PREPROCESSING},
     )
@@ -308,8 +316,18 @@ def check_preprocessing(spec: DataSpec) -> None:
         raise problems_error("The preprocessing does not fit the data:", problems)
 
 
+def _check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
+    problems = [
+        f"config.data.{key}: {config[key]!r} needs classes; leave it at {default!r}"
+        for key, default in (("per_class", None), ("sampling", "uniform"), ("mix", ()))
+        if config[key] != default
+    ]
+    if problems:
+        raise problems_error(f"The labels of {source.name} are numbers:", problems)
+
+
 def _check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
-    seen = set(np.unique(label[train]).tolist())
+    seen = set(np.unique(label[train]).tolist()) if source.class_names else set()
     absent = [
         name for index, name in enumerate(source.class_names) if index not in seen
     ]

@@ -15,7 +15,7 @@ class Examples(Protocol):
 
     @property
     def label(self) -> np.ndarray:
-        """Class index of every example, int32."""
+        """Class index of every example, int32 [N]; or its targets, float32 [N, T]."""
         ...
 
     @property
@@ -79,7 +79,8 @@ class Source:
         name: For messages.
         splits: Examples by the name of their split; a source without splits of its own
             has the one split 'all'.
-        class_names: In the order of the labels.
+        class_names: In the order of the labels; empty where the labels are numbers.
+        targets: Names of these numbers.
         fingerprint: Returns what changes when the content does; may read all of it.
     """
 
@@ -87,33 +88,38 @@ class Source:
     splits: Mapping[str, Examples]
     class_names: tuple[str, ...]
     fingerprint: Callable[[], str]
+    targets: tuple[str, ...] = ()
 
 
 def array_source(
     name: str,
     splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
     class_names: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> Source:
     """Returns a source of arrays, checked.
 
     Args:
         name: For messages.
         splits: (inputs, labels) by split: inputs [N, H, W], [N, H, W, C] or [N, F]; bytes
-            stay bytes, all other numbers become float32. Labels are integers or strings.
+            stay bytes, all other numbers become float32. Labels are integers or strings
+            [N], which are classes, or floating-point numbers [N] or [N, T] to predict.
         class_names: In the order of the labels; by default the labels that occur.
+        targets: Names of the T numbers.
 
     Raises:
         UserError: Lists all that does not fit together.
     """
-    problems = []
+    problems = _target_problems(splits, class_names, targets)
     for split, (inputs, label) in splits.items():
         where = f"split {split!r}"
         if len(inputs) != len(label):
             problems.append(f"{where}: {len(inputs)} inputs, {len(label)} labels")
-        if inputs.ndim not in (2, 3, 4) or label.ndim != 1:
+        ranks = (1, 2) if label.dtype.kind == "f" else (1,)
+        if inputs.ndim not in (2, 3, 4) or label.ndim not in ranks:
             problems.append(
-                f"{where}: inputs {inputs.shape}, labels {label.shape}; needed are "
-                "inputs [N, F], [N, H, W] or [N, H, W, C] and labels [N]"
+                f"{where}: inputs {inputs.shape}, labels {label.shape}; needed are inputs "
+                "[N, F], [N, H, W] or [N, H, W, C] and labels [N], or numbers [N, T]"
             )
         if inputs.dtype.kind not in "uifb":
             problems.append(f"{where}: inputs are {inputs.dtype}, not numbers")
@@ -123,13 +129,15 @@ def array_source(
                 f"{where}: {len(bad)} examples have NaN or infinity, "
                 f"the first is number {int(bad[0, 0])}"
             )
-        if label.dtype.kind not in "uiUS":
-            problems.append(f"{where}: labels are {label.dtype}, not integers or text")
+        if label.dtype.kind not in "uiUSf":
+            problems.append(f"{where}: labels are {label.dtype}, not numbers or text")
     if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
         shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
         problems.append(f"the splits differ in shape: {shapes}")
     if problems:
         raise problems_error(f"The data {name} cannot be used:", problems)
+    if any(label.dtype.kind == "f" for _, label in splits.values()):
+        return _source_of_numbers(name, splits, targets)
     values = np.unique(np.concatenate([label for _, label in splits.values()]))
     if class_names is None or values.dtype.kind in "US":
         class_names = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
@@ -152,6 +160,64 @@ def array_source(
         name=name,
         splits=examples,
         class_names=tuple(class_names),
+        fingerprint=lambda: _fingerprint(examples),
+    )
+
+
+def _target_problems(
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    class_names: Sequence[str] | None,
+    targets: Sequence[str] | None,
+) -> list[str]:
+    """Returns what does not fit about labels that are floating-point numbers."""
+    label = {split: label for split, (_, label) in splits.items()}
+    kinds = {split: str(values.dtype) for split, values in label.items()}
+    if all(values.dtype.kind != "f" for values in label.values()):
+        return [] if targets is None else [f"names of targets, but labels are {kinds}"]
+    problems = []
+    if class_names is not None:
+        problems.append(
+            f"names of classes, but labels are {kinds}: integers are classes"
+        )
+    if any(values.dtype.kind != "f" for values in label.values()):
+        problems.append(f"the splits differ in what labels are: {kinds}")
+    widths = {values.shape[1:] or (1,) for values in label.values()}
+    if len(widths) > 1:
+        problems.append(f"the splits differ in the shape of labels: {sorted(widths)}")
+    elif targets is not None and (len(targets),) not in widths:
+        problems.append(f"{len(targets)} names of targets, but labels have {widths}")
+    for split, values in label.items():
+        if values.dtype.kind == "f":
+            is_right = np.abs(values) <= np.finfo(np.float32).max
+            bad = np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
+            if len(bad):
+                problems.append(
+                    f"split {split!r}: {len(bad)} examples have labels that are NaN or "
+                    f"infinite, the first is number {int(bad[0])}"
+                )
+    return problems
+
+
+def _source_of_numbers(
+    name: str,
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    targets: Sequence[str] | None,
+) -> Source:
+    examples = {
+        split: ArrayExamples(
+            values=_numbers(inputs),
+            label=label.reshape(len(label), -1).astype(np.float32),
+        )
+        for split, (inputs, label) in splits.items()
+    }
+    width = next(iter(examples.values())).label.shape[1]
+    if targets is None:
+        targets = [f"target{i + 1}" for i in range(width)] if width > 1 else ["target"]
+    return Source(
+        name=name,
+        splits=examples,
+        class_names=(),
+        targets=tuple(targets),
         fingerprint=lambda: _fingerprint(examples),
     )
 

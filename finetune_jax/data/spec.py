@@ -7,7 +7,7 @@ from typing import Any
 from finetune_jax.data.images import Geometry
 
 # Keys of `config.data` that say what becomes of an example.
-PREPROCESSING = ("mean", "std", "augment", "resize", "interpolation")
+PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,13 @@ class DataSpec:
         train_shape: Of a training example before augmentation.
         dtype: 'uint8' for bytes, which the task scales to [0, 1], else 'float32'.
         class_names: In the order of the labels.
-        train_counts: Training examples of each class; empty where that is not known.
+        targets: Names of the numbers that are to be predicted, where there are no classes.
+        train_counts: Training examples of each class, one number where there are no
+            classes; empty where that is not known.
         mean: Subtracted from the inputs; one number or one a channel.
         std: The inputs are divided by it.
         augment: Steps of augmentation in training.
+        mix: Ways of mixing examples in training.
         resize: Of an image's shorter side, before its centre is cut out; None stretches.
         interpolation: 'bilinear' or 'bicubic'.
     """
@@ -31,10 +34,12 @@ class DataSpec:
     train_shape: tuple[int, ...]
     dtype: str
     class_names: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     train_counts: tuple[int, ...] = ()
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
     augment: tuple = ()
+    mix: tuple = ()
     resize: int | None = None
     interpolation: str = "bilinear"
 
@@ -75,14 +80,16 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
         for key, value in plain.items()
     }
     spec = DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
-    shapes, names = (*spec.shape, *spec.train_shape), spec.class_names
+    shapes = (*spec.shape, *spec.train_shape)
     if not (
         all(type(size) is int and size > 0 for size in shapes)
         and len(spec.shape) == len(spec.train_shape)
         and len(spec.shape) in (1, 3)
         and spec.dtype in ("uint8", "float32")
-        and isinstance(names, tuple)
-        and all(isinstance(name, str) for name in names)
+        and all(
+            isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+            for names in (spec.class_names, spec.targets)
+        )
         and all(type(count) is int for count in spec.train_counts)
     ):
         raise ValueError("not what data look like")

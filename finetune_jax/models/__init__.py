@@ -12,6 +12,8 @@ from typing import Any
 import flax.linen as nn
 
 from finetune_jax import lookup
+from finetune_jax.models.lora import with_lora
+from finetune_jax.models.stages import GlobalPool
 
 
 def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Module:
@@ -31,5 +33,36 @@ def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Modu
         for model, constructor in getattr(module, "MODELS", {}).items()
     }
     constructor = lookup.choose(constructors, name, "config.model.name")
-    arguments = {k: v for k, v in arguments.items() if not k.startswith("lora_")}
-    return lookup.call(constructor, arguments, "config.model", **given)
+    lora = {k: v for k, v in arguments.items() if k.startswith("lora_")}
+    arguments = {k: v for k, v in arguments.items() if k not in lora}
+    module = lookup.call(constructor, arguments, "config.model", **given)
+    return lookup.call(with_lora, lora, "config.model", module=module)
+
+
+def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Returns the stages of a model that have parameters, in order: the last is the head.
+
+    Args:
+        name: As `make_model` takes it.
+        arguments: What `config.model` says besides; None is nothing.
+
+    Raises:
+        UserError: No such model, or arguments that it does not take.
+
+    >>> stages_of("mlp", {"hidden": (8, 8)})
+    ('stage1', 'stage2', 'head')
+    """
+    apart = ("name", "classes", "head")
+    own = {
+        key: value
+        for key, value in dict(arguments or {}).items()
+        if key not in apart and not key.startswith("lora_")
+    }
+    # A config file asks for this. Its initialisation by shape would tell as well, but
+    # starts jax, and the number of host threads is set only once the config is known.
+    model: Any = make_model(name, {**own, "head": {}}, classes=1).bind({})
+    return tuple(
+        stage
+        for stage in model.stages
+        if not isinstance(getattr(model, stage), GlobalPool)
+    )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 
 class Row(NamedTuple):
@@ -109,10 +110,18 @@ def _norm(name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
 
 
 class Block(nn.Module):
-    """An inverted residual: expanded, convolved channel by channel, projected."""
+    """An inverted residual: expanded, convolved channel by channel, projected.
+
+    Attributes:
+        row: Of the table.
+        stride: Of the block.
+        rate: Of the examples for which only the shortcut counts in training; nothing is
+            dropped where there is no shortcut.
+    """
 
     row: Row
     stride: int
+    rate: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -131,23 +140,32 @@ class Block(nn.Module):
         y = nn.relu6(_norm("depthwise_bn", kinds)(y, use_running_average=not train))
         y = _conv(row.width, 1, 1, "project_conv", kinds)(y)
         y = _norm("project_bn", kinds)(y, use_running_average=not train)
-        return y + x_BxHxWxC if y.shape == x_BxHxWxC.shape else y
+        if y.shape != x_BxHxWxC.shape:
+            return y
+        return drop_residual(y, self.rate, train=train) + x_BxHxWxC
 
 
 class Stage(nn.Module):
-    """Blocks of one width; the first may halve the size."""
+    """Blocks of one width; the first may halve the size.
+
+    Attributes:
+        row: Of the table.
+        rates: Of stochastic depth in each block.
+    """
 
     row: Row
+    rates: tuple[float, ...]
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
-        for index in range(self.row.repeats):
+        for index, rate in enumerate(self.rates):
             x_BxHxWxC = Block(
                 self.row,
                 self.row.stride if index == 0 else 1,
+                rate,
                 self.dtype,
                 self.param_dtype,
                 name=f"block{index + 1}",
@@ -162,11 +180,13 @@ class EfficientNetLite(nn.Module):
         rows: Of the table, scaled.
         classes: Logits.
         head_arguments: Pairs of the head's arguments.
+        stochastic_depth: Rate of the last block.
     """
 
     rows: tuple[Row, ...]
     classes: int
     head_arguments: Any = ()
+    stochastic_depth: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -178,9 +198,10 @@ class EfficientNetLite(nn.Module):
     def setup(self):
         """Makes a submodule a stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        rates = stage_rates(self.stochastic_depth, [row.repeats for row in self.rows])
         self.stem = ConvNorm(32, 3, 2, **kinds)
-        for index, row in enumerate(self.rows, start=1):
-            setattr(self, f"stage{index}", Stage(row, **kinds))
+        for index, row in enumerate(self.rows):
+            setattr(self, f"stage{index + 1}", Stage(row, rates[index], **kinds))
         self.top = ConvNorm(1280, **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
@@ -196,12 +217,16 @@ def _efficientnet_lite(
     *,
     classes: int,
     head: Mapping[str, Any],
+    stochastic_depth: float = 0.0,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> EfficientNetLite:
+    rows = scaled(width, depth)
+    # Refused here, not at the first use.
+    stage_rates(stochastic_depth, [row.repeats for row in rows])
     arguments = tuple(sorted(head.items()))
     return EfficientNetLite(
-        scaled(width, depth), classes, arguments, dtype, param_dtype
+        rows, classes, arguments, stochastic_depth, dtype, param_dtype
     )
 
 

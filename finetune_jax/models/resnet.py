@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +83,13 @@ class Block(nn.Module):
         shape: Of the network.
         width: Channels of the stage, before a bottleneck's factor of 4.
         stride: Of the block.
+        rate: Of the examples for which only the shortcut counts in training.
     """
 
     shape: Shape
     width: int
     stride: int
+    rate: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -114,25 +117,34 @@ class Block(nn.Module):
             x_BxHxWxC = _conv(out, 1, self.stride, "shortcut_conv", kinds)(x_BxHxWxC)
             norm = batch_norm(name="shortcut_bn", **kinds)
             x_BxHxWxC = norm(x_BxHxWxC, use_running_average=not train)
+        y_BxHxWxC = drop_residual(y_BxHxWxC, self.rate, train=train)
         return nn.relu(y_BxHxWxC + x_BxHxWxC)
 
 
 class Stage(nn.Module):
-    """Blocks of one width; the first may halve the size."""
+    """Blocks of one width; the first may halve the size.
+
+    Attributes:
+        shape: Of the network.
+        index: Of the stage.
+        rates: Of stochastic depth in each block.
+    """
 
     shape: Shape
     index: int
+    rates: tuple[float, ...]
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns the features of the stage."""
-        for number in range(self.shape.blocks[self.index]):
+        for number, rate in enumerate(self.rates):
             x_BxHxWxC = Block(
                 self.shape,
                 64 * 2**self.index,
                 2 if self.index and number == 0 else 1,
+                rate,
                 self.dtype,
                 self.param_dtype,
                 name=f"block{number + 1}",
@@ -147,11 +159,13 @@ class ResNet(nn.Module):
         shape: Which one.
         classes: Logits.
         head_arguments: Pairs of the head's arguments.
+        stochastic_depth: Rate of the last block.
     """
 
     shape: Shape
     classes: int
     head_arguments: Any = ()
+    stochastic_depth: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -160,11 +174,12 @@ class ResNet(nn.Module):
     def setup(self):
         """Makes a submodule a stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        rates = stage_rates(self.stochastic_depth, self.shape.blocks)
         self.stem = Stem(**kinds)
-        self.stage1 = Stage(self.shape, 0, **kinds)
-        self.stage2 = Stage(self.shape, 1, **kinds)
-        self.stage3 = Stage(self.shape, 2, **kinds)
-        self.stage4 = Stage(self.shape, 3, **kinds)
+        self.stage1 = Stage(self.shape, 0, rates[0], **kinds)
+        self.stage2 = Stage(self.shape, 1, rates[1], **kinds)
+        self.stage3 = Stage(self.shape, 2, rates[2], **kinds)
+        self.stage4 = Stage(self.shape, 3, rates[3], **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
 
@@ -178,10 +193,13 @@ def _resnet(
     *,
     classes: int,
     head: Mapping[str, Any],
+    stochastic_depth: float = 0.0,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNet:
-    return ResNet(shape, classes, tuple(sorted(head.items())), dtype, param_dtype)
+    stage_rates(stochastic_depth, shape.blocks)  # Refused here, not at the first use.
+    arguments = tuple(sorted(head.items()))
+    return ResNet(shape, classes, arguments, stochastic_depth, dtype, param_dtype)
 
 
 MODELS = {

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 
 def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Conv:
@@ -46,10 +47,17 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut that subsamples and pads channels with zeros."""
+    """Two convolutions and a shortcut that subsamples and pads channels with zeros.
+
+    Attributes:
+        width: Channels.
+        stride: Of the block.
+        rate: Of the examples for which only the shortcut counts in training.
+    """
 
     width: int
     stride: int
+    rate: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -68,13 +76,20 @@ class Block(nn.Module):
         shortcut = jnp.pad(
             shortcut, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
         )
+        y_BxHxWxC = drop_residual(y_BxHxWxC, self.rate, train=train)
         return nn.relu(y_BxHxWxC + shortcut)
 
 
 class Stage(nn.Module):
-    """Blocks of one width; the first may halve the size."""
+    """Blocks of one width; the first may halve the size.
 
-    blocks: int
+    Attributes:
+        rates: Of stochastic depth in each block.
+        width: Channels.
+        stride: Of the first block.
+    """
+
+    rates: tuple[float, ...]
     width: int
     stride: int
     dtype: Any = None
@@ -83,10 +98,11 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
-        for index in range(self.blocks):
+        for index, rate in enumerate(self.rates):
             x_BxHxWxC = Block(
                 self.width,
                 self.stride if index == 0 else 1,
+                rate,
                 self.dtype,
                 self.param_dtype,
                 name=f"block{index + 1}",
@@ -101,11 +117,13 @@ class ResNetCifar(nn.Module):
         blocks: Of each of the three stages.
         classes: Logits.
         head_arguments: Pairs of the head's arguments.
+        stochastic_depth: Rate of the last block.
     """
 
     blocks: int
     classes: int
     head_arguments: Any = ()
+    stochastic_depth: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -114,10 +132,11 @@ class ResNetCifar(nn.Module):
     def setup(self):
         """Makes a submodule a stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        rates = stage_rates(self.stochastic_depth, (self.blocks,) * 3)
         self.stem = Stem(16, **kinds)
-        self.stage1 = Stage(self.blocks, 16, 1, **kinds)
-        self.stage2 = Stage(self.blocks, 32, 2, **kinds)
-        self.stage3 = Stage(self.blocks, 64, 2, **kinds)
+        self.stage1 = Stage(rates[0], 16, 1, **kinds)
+        self.stage2 = Stage(rates[1], 32, 2, **kinds)
+        self.stage3 = Stage(rates[2], 64, 2, **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
 
@@ -131,10 +150,13 @@ def _resnet(
     *,
     classes: int,
     head: Mapping[str, Any],
+    stochastic_depth: float = 0.0,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNetCifar:
-    return ResNetCifar(blocks, classes, tuple(sorted(head.items())), dtype, param_dtype)
+    stage_rates(stochastic_depth, (blocks,))  # Refused here, not at the first use.
+    arguments = tuple(sorted(head.items()))
+    return ResNetCifar(blocks, classes, arguments, stochastic_depth, dtype, param_dtype)
 
 
 MODELS = {

@@ -1,6 +1,7 @@
 """`--mode=evaluate`: measures the best checkpoint of a run on its held-out splits."""
 
 from finetune_jax.config import Config
+from finetune_jax.forgetting import open_domains
 from finetune_jax.modes.options import Options
 from finetune_jax.run import best_state
 from finetune_jax.setup import make_setup
@@ -12,7 +13,7 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     setup = make_setup(config)
-    evaluator, placed, step = best_state(setup, workdir)
+    evaluator, placed, step = best_state(setup, workdir, open_domains(setup))
     found = evaluator.measure(placed, setup.data.held_out)
     print(f"checkpoint of step {step}")
     for name, value in found.items():

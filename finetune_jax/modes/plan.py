@@ -22,6 +22,7 @@ from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
 from finetune_jax.setup import (
     PhaseSetup,
+    check_groups_of,
     check_phases,
     make_task,
     phase_setup,
@@ -45,12 +46,16 @@ def main(config: Config, options: Options) -> int:
         plan = durations(plan, spec.train_examples, config.data.batch_size)
     names = tuple(named(state.params))
     check_plan(plan, names)
+    check_groups_of(plan, names)
     forward = forward_flops(task, state, config.data.batch_size)
+    outputs = f"{len(spec.class_names)} classes"
+    if spec.targets:
+        outputs = f"{len(spec.targets)} targets"
     console = Console(soft_wrap=True)
     console.print(
         f"{config.model.name}: {count(state.params):,} parameters in "
         f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
-        f"{'x'.join(map(str, spec.shape))}, {len(spec.class_names)} classes; "
+        f"{'x'.join(map(str, spec.shape))}, {outputs}; "
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
         highlight=False,
     )
@@ -128,18 +133,15 @@ def step_flops(
 ) -> float:
     """Returns XLA's count for one update of a phase, by shapes only."""
     optimizer = phase.optimizer()
-    step = functools.partial(
-        train_step,
-        task=task,
-        optimizer=optimizer,
-        trained=phase.trained(state.params),
-        mode=phase.mode,
-    )
+    step = functools.partial(train_step, static=phase.update(task))
     micro = phase.phase.accumulate_steps
     number = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = jax.jit(step).lower(
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
-        jax.eval_shape(task.fixed, state),
+        {
+            "task": jax.eval_shape(task.fixed, state),
+            **dict.fromkeys(("start", "fisher"), named(state.params)),
+        },
         _batch(task.train_batch_spec, (micro, batch_size // micro)),
         number,
         number,

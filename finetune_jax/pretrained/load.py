@@ -9,6 +9,7 @@ import numpy as np
 
 from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
+from finetune_jax.models.lora import is_lora
 from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.layout import OURS, needed, recognise
 from finetune_jax.trees import like, named
@@ -30,7 +31,8 @@ def load_weights(
     Args:
         variables: 'params' and 'batch_stats' at their initial values.
         weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
-            a name table in `layouts` describes.
+            a name table in `layouts` describes. Where they have no low-rank updates,
+            those of the model keep their initial value.
         fresh: Regexes of the names, without 'params/', that keep their initial value.
         adapt_input: Fits the kernels of stage `stem` to another number of channels:
             their mean over the channels, so that grey images give what they gave.
@@ -44,8 +46,12 @@ def load_weights(
     layout = recognise(names, saved, weights.address)
     theirs = layout.names(names)
 
+    has_lora = any(map(is_lora, saved))
+
     def is_fresh(name: str) -> bool:
         short = name.partition("/")[2]
+        if is_lora(name) and not has_lora:
+            return True
         return any(re.fullmatch(pattern, short) for pattern in fresh)
 
     merged, missing, misfits, used = {}, [], [], set()

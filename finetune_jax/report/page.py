@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from finetune_jax.metrics import HIGHER_IS_BETTER
+from finetune_jax.metrics import higher_is_better
 from finetune_jax.report import plots
 from finetune_jax.workdir import write_text
 
@@ -266,8 +266,7 @@ def _results(page: Page) -> dict[str, Any] | None:
     if not splits:
         return None
     chosen = page.config.get("evaluate", {}).get("best")
-    higher = HIGHER_IS_BETTER.get((chosen or "").rpartition("/")[2])
-    way = {True: "highest ", False: "lowest ", None: "best "}[higher]
+    way = "highest " if chosen and higher_is_better(chosen) else "lowest "
     by = way + chosen.replace("/", " ") if best_step is not None and chosen else None
     return {"columns": columns, "splits": splits, "chosen_by": by}
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves and the confusion matrix."""
+"""Pictures of a run: learning curves, the confusion matrix, predicted numbers."""
 
 import base64
 import io
@@ -311,6 +311,37 @@ def confusion_matrix(
         title: Above it.
     """
     _save(confusion_figure(counts, class_names, title), path, dpi=120)
+
+
+def predicted(
+    prediction: np.ndarray,
+    target: np.ndarray,
+    names: Sequence[str],
+    path: pathlib.Path,
+    title: str,
+) -> None:
+    """Draws what was predicted over what is true, a panel a target.
+
+    Args:
+        prediction: [N, T].
+        target: [N, T].
+        names: Of the targets; of many, the first are drawn.
+        path: Of the picture.
+        title: Above it.
+    """
+    panels = min(len(names), 4)
+    figure = Figure(figsize=(4.0 * panels, 4.0), layout="constrained")
+    for index, panel in enumerate(figure.subplots(1, panels, squeeze=False)[0]):
+        x, y = target[:, index], prediction[:, index]
+        panel.axline((x.mean(), x.mean()), slope=1, color="#999999", lw=1)
+        panel.plot(x, y, ".", color=COLOURS["validation"], ms=4, alpha=0.6)
+        panel.set_xlabel("true")
+        panel.set_ylabel("predicted")
+        name = shortened(names[index], 30)
+        panel.set_title(name, fontsize=9, parse_math=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path, dpi=120)
 
 
 def _save(figure: Figure, target: pathlib.Path | io.BytesIO, **options: Any) -> None:

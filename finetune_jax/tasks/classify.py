@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ from finetune_jax import lookup, losses, metrics
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
+from finetune_jax.metrics import check_metrics
+from finetune_jax.mix import check_mix, mixed
 from finetune_jax.models import make_model
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
 
@@ -28,7 +31,18 @@ def _balanced(data: DataSpec) -> tuple[float, ...]:
     return tuple(mean / count for count in data.train_counts)
 
 
+METRICS = ("accuracy", "loss")
 CLASS_WEIGHTS = {"none": _equal, "balanced": _balanced}
+
+
+def _target(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
+    """Returns the shares of the classes: of a mixture, or all of it the label's."""
+    classes, dtype = logits_BxK.shape[-1], logits_BxK.dtype
+    if "target" not in batch:
+        return losses.one_hot(batch["label"], classes, dtype)
+    # A model may have more logits than the data has classes.
+    absent = classes - batch["target"].shape[-1]
+    return jnp.pad(batch["target"], ((0, 0), (0, absent))).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +52,22 @@ class Classify(Task):
     Attributes:
         models: The one model, under ''.
         data: What the examples look like.
-        loss_name: A name in `losses.LOSSES`.
+        loss_name: A name in `losses.CLASSIFICATION`.
+        loss_args: Its arguments.
         label_smoothing: In training only.
         class_weights: Of the examples of each class in the training loss; empty is 1.
         top_k: Classes that a prediction names.
+        metric_names: What is measured on a split; 'loss' always is.
     """
 
     models: Mapping[str, nn.Module]
     data: DataSpec
     loss_name: str = "cross_entropy"
+    loss_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
     top_k: int = 5
+    metric_names: tuple[str, ...] = METRICS
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -77,19 +95,35 @@ class Classify(Task):
         return variables["params"], batch_stats
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch with inputs augmented (in training) and normalised."""
+        """Returns the batch with inputs augmented (in training) and normalised.
+
+        Where examples are mixed, 'target' [B, K] has the shares of the classes.
+        """
         inputs = batch["inputs"]
         if jnp.issubdtype(inputs.dtype, jnp.integer):
             inputs = inputs / jnp.asarray(255, self._float())
         inputs = inputs.astype(self._float())
         if mode != EVALUATION and self.data.augment:
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            augment = make_augment(self.data.augment, self.data.shape[:2])
+            augment = make_augment(
+                self.data.augment, self.data.shape[:2], fill=self.data.mean
+            )
             inputs = augment(inputs, keys(batch["position"]))
         last = (1,) * (inputs.ndim - 1) + (-1,)
         mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
         std = jnp.asarray(self.data.std, self._float()).reshape(last)
-        return {**batch, "inputs": (inputs - mean) / std}
+        batch = {**batch, "inputs": (inputs - mean) / std}
+        if mode != EVALUATION and self.data.mix:
+            classes = len(self.data.class_names)
+            target_BxK = losses.one_hot(batch["label"], classes, self._float())
+            batch["inputs"], batch["target"] = mixed(
+                batch["inputs"],
+                target_BxK,
+                batch["position"],
+                rng,
+                entries=self.data.mix,
+            )
+        return batch
 
     def _float(self) -> Any:
         return self.models[""].param_dtype  # type: ignore[attr-defined]
@@ -106,7 +140,7 @@ class Classify(Task):
         mode: Mode,
         first: str | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
-        """Returns the weighed cross entropy and accuracy as (total, weight) pairs."""
+        """Returns the weighed loss and accuracy as (total, weight) pairs."""
         del fixed, progress
         logits_BxK, batch_stats = apply(
             self,
@@ -118,13 +152,18 @@ class Classify(Task):
             rng=rng,
         )
         weight_B, label_B = batch["weight"], batch["label"]
-        loss_B = losses.LOSSES[self.loss_name](
-            logits_BxK, label_B, label_smoothing=self.label_smoothing
+        target_BxK = _target(batch, logits_BxK)
+        loss_B = losses.CLASSIFICATION[self.loss_name](
+            logits_BxK,
+            losses.smoothed(target_BxK, self.label_smoothing),
+            **self.loss_args,
         )
         right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
         accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
         if self.class_weights:
-            weight_B *= jnp.asarray(self.class_weights, weight_B.dtype)[label_B]
+            class_weight_1xK = jnp.asarray(self.class_weights, weight_B.dtype)[None]
+            target_BxK = target_BxK[:, : len(self.class_weights)]
+            weight_B *= jnp.sum(target_BxK * class_weight_1xK, axis=-1)
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         return loss, (batch_stats, {"loss": loss, "accuracy": accuracy})
 
@@ -143,23 +182,39 @@ class Classify(Task):
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
-        """Returns accuracy and the mean cross entropy of the labels (unsmoothed)."""
-        logits_BxK, label_B = outputs["logits"], batch["label"]
+        """Returns what is to be measured; 'loss' is the unsmoothed cross entropy."""
+        logits_BxK, label_B = self._known(outputs["logits"]), batch["label"]
         return {
-            "accuracy": metrics.accuracy(logits_BxK, label_B),
-            "loss": metrics.log_loss(logits_BxK, label_B),
+            name: metrics.metric(name)(logits_BxK, label_B)
+            for name in dict.fromkeys((*self.metric_names, "loss"))
         }
+
+    def _known(self, logits_BxK: np.ndarray) -> np.ndarray:
+        """Returns the logits of the data's classes; a model may have more."""
+        return logits_BxK[:, : len(self.data.class_names)]
+
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Returns the splits that lack a class without which a metric has no value."""
+        ranking = [name for name in self.metric_names if name in metrics.RANKING]
+        problems = []
+        for split, label in labels.items():
+            there = set(label.tolist())
+            absent = [n for k, n in enumerate(self.data.class_names) if k not in there]
+            problems += [
+                f"config.task.metrics: {name!r} needs examples of every class, but "
+                f"the split {split!r} has none of {', '.join(absent[:20])}; choose "
+                "another split, or leave the metric out"
+                for name in ranking
+                if absent
+            ]
+        return problems
 
     def records(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
         """Returns the class names of the highest probabilities, best first."""
         del batch
-        # A model may have more logits than the data has classes.
-        logits_BxK = outputs["logits"][:, : len(self.data.class_names)]
-        logits_BxK = logits_BxK.astype(np.float64)
-        probability_BxK = np.exp(logits_BxK - logits_BxK.max(axis=-1, keepdims=True))
-        probability_BxK /= probability_BxK.sum(axis=-1, keepdims=True)
+        probability_BxK = metrics.probabilities(self._known(outputs["logits"]))
         top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
         names = self.data.class_names
         return [
@@ -177,9 +232,11 @@ def make(
     model: Mapping[str, Any],
     precision: str,
     loss: str = "cross_entropy",
+    loss_args: Mapping[str, Any] = MappingProxyType({}),
     label_smoothing: float = 0.0,
     class_weights: str = "none",
     top_k: int = 5,
+    metrics: tuple[str, ...] = METRICS,
 ) -> Classify:
     """Returns the task that `config.task` describes.
 
@@ -187,22 +244,31 @@ def make(
         data: What the examples look like.
         model: The section `config.model`.
         precision: 'float32', 'bfloat16' or 'float64'.
-        loss: A name in `losses.LOSSES`.
+        loss: A name in `losses.CLASSIFICATION`.
+        loss_args: Its arguments by name.
         label_smoothing: Share of the target spread over all classes.
         class_weights: 'none', or 'balanced': the loss of an example counts N / (K n), n
             of the N training examples being of its class, one of K.
         top_k: Classes that a prediction names.
+        metrics: Names in `metrics.CLASSIFICATION`, or top_K_accuracy with any number.
 
     Raises:
         UserError: Something unknown or out of range, or too few logits for the data.
     """
-    lookup.choose(losses.LOSSES, loss, "config.task.loss")
+    if data.targets:
+        raise UserError(
+            f"config.task.name: 'classify', but the data's labels are not classes but "
+            f"numbers ({', '.join(data.targets[:20])}): use task.name='regress'"
+        )
+    bound = losses.make_loss("classification", loss, loss_args)
+    check_metrics("classification", metrics, len(data.class_names))
     lookup.choose(CLASS_WEIGHTS, class_weights, "config.task.class_weights")
     if not 0 <= label_smoothing < 1:
         raise UserError(f"config.task.label_smoothing: {label_smoothing}; 0 to 1")
     if top_k < 1:
         raise UserError(f"config.task.top_k: {top_k}; at least 1 is needed")
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
+    check_mix(data.mix, data.shape)
     arguments = {**model}
     classes = arguments.pop("classes") or len(data.class_names)
     if classes < len(data.class_names):
@@ -221,7 +287,9 @@ def make(
         models={"": module},
         data=data,
         loss_name=loss,
+        loss_args=bound.keywords,
         label_smoothing=label_smoothing,
         class_weights=CLASS_WEIGHTS[class_weights](data),
         top_k=top_k,
+        metric_names=metrics,
     )

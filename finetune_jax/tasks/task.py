@@ -1,4 +1,8 @@
-"""The contract of a task, and the one way in which tasks apply their models."""
+"""The contract of a task, and the one way in which tasks apply their models.
+
+The module of a task has `make`, which returns it, and `METRICS`, the names of what it
+measures where the config does not say.
+"""
 
 import abc
 import dataclasses
@@ -110,6 +114,11 @@ class Task(abc.ABC):
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
         """Returns the metrics of a split from the rows of all its examples."""
+
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Returns what cannot be measured on some splits, given their labels by name."""
+        del labels
+        return []
 
     @abc.abstractmethod
     def records(

@@ -1,7 +1,9 @@
 """`arrays`: an `.npz` file of inputs and labels.
 
 It holds `x` and `y`, to be cut into splits here, or `x_train`, `y_train`, `x_test`, ...
-for each split that it has. `class_names` may stand beside them.
+for each split that it has. Integers and text in `y` are classes, whose `class_names` may
+stand beside them; floating-point numbers [N] or [N, T] are what regression predicts, and
+`target_names` may stand beside them.
 """
 
 import pathlib
@@ -38,7 +40,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
 
 
 def _splits(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> tuple:
-    names = arrays.pop("class_names", None)
+    names = [arrays.pop(key, None) for key in ("class_names", "target_names")]
     inputs: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -61,4 +63,4 @@ def _splits(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> tuple:
     if problems:
         raise problems_error(f"{path} cannot be used:", problems)
     splits = {split: (inputs[split], labels[split]) for split in inputs}
-    return splits, None if names is None else [str(name) for name in names]
+    return splits, *(None if n is None else [str(name) for name in n] for n in names)
