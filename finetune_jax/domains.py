@@ -173,7 +173,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
     given = {
         key: data[key] if entry[key] is None else entry[key]
         for key in ("dir", "mean", "std", "resize")
-    } | {"mean": (0.0,)}
+    }
     source = load_source(entry.name, given.pop("dir"))
     if source.targets:
         raise UserError(f"{where}name: the labels of {entry.name} are not classes")

@@ -37,6 +37,7 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.lsuv import scale_layers
+from finetune_jax.models.lora import is_lora
 from finetune_jax.parallel import run_once
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
@@ -318,6 +319,7 @@ def initialise(
     scaled = {
         name: _lsuv(*rule.arguments)
         for name, rule in chosen.items()
+        # Low-rank updates start at zero, or the model would not start at its weights.
         if rule.name == "lsuv" and name in drawn
     }
     if scaled and first_batch is not None:
@@ -334,7 +336,7 @@ def draw(
     def is_drawn(name: str, rule: Rule) -> bool:
         if rule.name == "lsuv" and not name.endswith("/kernel"):
             return False  # Its layers are found by their kernels.
-        is_kernel = len(shapes[name].shape) >= 2
+        is_kernel = len(shapes[name].shape) >= 2 and not is_lora(name)
         return bool(rule.scheme.draw) and (is_kernel or not rule.scheme.kernels_only)
 
     wanted = {name: rule for name, rule in chosen.items() if is_drawn(name, rule)}

@@ -148,7 +148,7 @@ def _look_up(image_HxWxC: jax.Array, which: jax.Array, magnitude: int) -> jax.Ar
     channels = image_HxWxC.shape[-1]
     level_HxWxC = jnp.round(image_HxWxC * (LEVELS - 1)).astype(int)
     level_HxWxC = jnp.clip(level_HxWxC, 0, LEVELS - 1)
-    # Tables are addressed as vectors: two indices, checked, take three times as long on a CPU.
+    # Tables are addressed as vectors: two indices, checked, take three times as long.
     place_HxWxC = level_HxWxC * channels + jnp.arange(channels)[None, None]
     count = jnp.zeros(LEVELS * channels, int)
     count = count.at[place_HxWxC].add(1, mode="promise_in_bounds")

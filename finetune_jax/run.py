@@ -56,10 +56,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     domains = open_domains(setup)
     for text in setup.data.warnings:
         terminal.warn(text)
-    start, weights = setup.start()
+    begun = (workdir / "checkpoints" / "0").is_dir()
+    start, weights = setup.start(measure=not begun)
     setup = setup.in_memory()
     inputs = {
         "data_fingerprint": setup.data.fingerprint(),
+        "also_fingerprint": {d.label: d.fingerprint() for d in domains},
         "weights_sha256": weights.sha256 if weights else {},
     }
     if resumed:
@@ -72,6 +74,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         write_text(workdir / "config.json", configs.to_json(config))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     found = checkpoints.newest(setup.target, terminal.warn)
+    if begun and not found:  # Every checkpoint was damaged.
+        start, _ = setup.start()
     state, progress = found or (setup.with_ema(start), Progress())
     if found:
         if progress.best_step is not None and (

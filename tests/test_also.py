@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ def other(tmp_path_factory):
     """Digits 0 to 4 of another size, as bytes that are 100 too high at most."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     few = bunch.target < 5
     images = np.repeat(np.repeat(bunch.images[few] * 9, 2, axis=1), 2, axis=2) + 100
     path = tmp_path_factory.mktemp("other") / "other.npz"

@@ -296,10 +296,10 @@ def test_an_operation_is_that_of_torchvision(magnitude):
             wanted = theirs(tensor / 255, name, strength)
             np.testing.assert_allclose(ours, wanted, atol=1e-6, err_msg=name)
         tie = midway(image.shape, name, strength)
+        assert tie.mean() < 0.1
         if name == "AutoContrast":
             tie = is_whole(image)
             assert error.max() < 1.01 / 255
-        assert tie.mean() < 0.1
         assert error[~tie].max() <= bound, name
 
     for image in photographs():
@@ -342,7 +342,7 @@ def test_flat_and_tiny_images_pass_every_operation():
 
 
 def test_two_operations_are_done_one_after_the_other():
-    image, rng = jnp.asarray(photographs()[1] / 255), jax.random.key(3)
+    image, rng = jnp.asarray(photographs()[1] / 255), jax.random.key(8)
     limits = jnp.array([[len(rand_augment.OPERATIONS), 2]])
     draws = jax.random.randint(rng, (2, 2), 0, limits)
     wanted = image

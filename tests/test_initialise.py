@@ -39,9 +39,9 @@ DENSE = (300, 100)
 
 
 @functools.cache
-def model(name="cnn", **arguments):
+def model():
     """Returns a task, its own initial state, and one as if weights had been loaded."""
-    task = small.task(name, **({k: CNN[k] for k in CNN if k != "model"} | arguments))
+    task = small.task(**CNN)
     own = run_once(lambda: random_state(task, 0))
     rng = np.random.default_rng(7)
 
@@ -119,7 +119,7 @@ def test_plain_distributions_have_the_arguments_that_rules_give():
     assert (drawn("constant", -2.5) == -2.5).all()
 
 
-@pytest.mark.parametrize("shape", [DENSE, DENSE[::-1], (3, 3, 4, 50), (1, 1, 8, 4)])
+@pytest.mark.parametrize("shape", [DENSE[::-1], (3, 3, 4, 20)])
 def test_orthogonal_kernels_are_orthogonal_matrices_times_the_gain(shape):
     matrix = drawn("orthogonal", 3.0, shape=shape).reshape(-1, shape[-1])
     matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
@@ -452,7 +452,7 @@ def test_rules_that_do_not_fit_the_model_are_all_refused():
         ("stage2/conv/kernal", "initial"),
         ("head/.*", "class_frequencies"),
         ("stage1/.*", "pretrained"),
-        ("stage1/conv/.*", "initial"),
+        ("stage1/conv/.*", "pretrained"),
     )
     given = config(
         ("init.schemes", str(rules)), ("init.pretrained", "zoo:nothing"),
@@ -473,11 +473,12 @@ def test_rules_that_do_not_fit_the_model_are_all_refused():
 
 
 def test_class_frequencies_need_classes_and_the_last_layers_bias():
-    task, own, _ = model(dense=(10,))
+    task = small.task("cnn", convolutions=(4,), dense=(10,))
+    shapes = named(jax.eval_shape(lambda: random_state(task, 0)).params)
     rules = make_rules(((".*dense/bias", "class_frequencies"),), None)
-    check = functools.partial(check_rules, rules, named(own.params), task=task)
+    check = functools.partial(check_rules, rules, shapes, task=task)
     # As many values as there are classes, but in a layer before.
-    with pytest.raises(UserError, match=r"stage3/dense/bias \(10,\) is not the last"):
+    with pytest.raises(UserError, match=r"stage2/dense/bias \(10,\) is not the last"):
         check(spec=small.spec())
     with pytest.raises(UserError, match="the data has no classes"):
         check(spec=dataclasses.replace(small.spec(), class_names=()))

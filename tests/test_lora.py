@@ -115,7 +115,8 @@ def test_a_model_starts_as_it_would_without_and_a_as_torch_starts_a_dense_layer(
             assert 0.98 * bound < np.abs(leaf).max() <= bound
             assert leaf.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
     a1, a2 = (after["params"][f"stage{i}"]["dense"]["lora_a"] for i in (1, 2))
-    assert (a1.ravel()[:100] != a2.ravel()[:100]).all()
+    # In units of their bounds, 1/16 and 1/8; one in a hundred may agree by chance.
+    assert (a1.ravel()[:100] * 16 != a2.ravel()[:100] * 8).mean() > 0.98
     assert same(merge(after["params"], alpha=1.0), before["params"])
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     assert same(run_once(lambda: model.init(rngs, x, train=False)), after)

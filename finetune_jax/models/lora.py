@@ -27,6 +27,7 @@ from finetune_jax.lookup import closest
 from finetune_jax.trees import named
 
 LEAVES = ("lora_a", "lora_b")
+UPDATES = "(.*/)?lora_[ab]"  # A regex of their full names.
 # Dense layers of attention with one axis of inputs and several of outputs: [D, N, H].
 # Elsewhere the last axis is that of the outputs.
 _SPLIT = ("query", "key", "value", "qkv")
@@ -182,7 +183,7 @@ def is_lora(name: str) -> bool:
     >>> is_lora("params/stage1/dense/lora_a"), is_lora("params/stage1/dense/kernel")
     (True, False)
     """
-    return name.rpartition("/")[2] in LEAVES
+    return re.fullmatch(UPDATES, name) is not None
 
 
 def _split(name: str, shape: tuple[int, ...]) -> tuple[tuple, tuple]:

@@ -1,11 +1,14 @@
 """`--mode=plan`: what each phase trains and costs; no data, no accelerator, no compiling.
 
-Everything is built by shape. Where the data is not there, `data.image_size`,
-`data.channels` and `model.classes` stand for it, and lengths stay in epochs.
+Everything is built by shape, and phases that would share a program are traced once.
+Where the data is not there, `data.image_size`, `data.channels` and `model.classes` stand
+for it, and lengths stay in epochs.
 """
 
 import functools
+import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +20,8 @@ from finetune_jax.config import Config
 from finetune_jax.data.dataset import check_preprocessing, make_data, train_shape
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
 from finetune_jax.errors import DataMissing, problems_error
+from finetune_jax.flops import count_flops
+from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.modes.options import Options
 from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
@@ -38,6 +43,7 @@ def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
     plan = plan_from_config(config.plan)
+    rules = make_rules(config.init.schemes, config.init.pretrained)
     check_phases(config, plan, make_devices(**config.parallel).count)
     spec = spec_of(config)
     task = make_task(config, spec)
@@ -47,6 +53,8 @@ def main(config: Config, options: Options) -> int:
     names = tuple(named(state.params))
     check_plan(plan, names)
     check_groups_of(plan, names)
+    shapes, fresh = named(state.params), config.init.fresh
+    check_rules(rules, shapes, task=task, spec=spec, fresh=fresh)
     forward = forward_flops(task, state, config.data.batch_size)
     outputs = f"{len(spec.class_names)} classes"
     if spec.targets:
@@ -65,9 +73,14 @@ def main(config: Config, options: Options) -> int:
         "FLOPs a step", "learning rate", "batch_stats",
     ):  # fmt: skip
         table.add_column(title, overflow="fold")
+    costs: dict[Any, tuple[float, int]] = {}
     for index in range(len(plan)):
         phase = phase_setup(plan, index, task, names)
-        table.add_row(*_row(phase, task, state, config.data.batch_size, forward))
+        if phase.program not in costs:
+            opt_state = jax.eval_shape(phase.optimizer().init, state.params)
+            flops = step_flops(phase, task, state, config.data.batch_size)
+            costs[phase.program] = flops, nbytes(opt_state)
+        table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
     Console(width=None if console.is_terminal else 160).print(table)
     return 0
 
@@ -116,27 +129,34 @@ def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
 
 
 def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
-    """Returns XLA's count for one evaluation step, by shapes only."""
+    """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
     batch = _batch(task.batch_spec, (batch_size,))
     fixed = jax.eval_shape(task.fixed, state)
-    lowered = jax.jit(step).lower(state.params, state.batch_stats, fixed, batch)
-    return _flops(lowered)
+    return _flops(step, state.params, state.batch_stats, fixed, batch)
 
 
-def _flops(lowered: Any) -> float:
-    return lowered.cost_analysis()["flops"]
+def _flops(function: Callable, *arguments: Any) -> float:
+    """Returns the operations of a function of arrays of these shapes."""
+    # Tracing makes many objects and no garbage; looking for it takes a sixth longer.
+    gc.disable()
+    try:
+        traced = jax.jit(function).trace(*arguments)
+    finally:
+        gc.enable()
+    return count_flops(traced.jaxpr.jaxpr)
 
 
 def step_flops(
     phase: PhaseSetup, task: Task, state: TrainState, batch_size: int
 ) -> float:
-    """Returns XLA's count for one update of a phase, by shapes only."""
+    """Returns the operations of one update of a phase, by shapes only."""
     optimizer = phase.optimizer()
     step = functools.partial(train_step, static=phase.update(task))
     micro = phase.phase.accumulate_steps
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = jax.jit(step).lower(
+    return _flops(
+        step,
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
         {
             "task": jax.eval_shape(task.fixed, state),
@@ -146,11 +166,15 @@ def step_flops(
         number,
         number,
     )
-    return _flops(lowered)
 
 
 def _row(
-    phase: PhaseSetup, task: Task, state: TrainState, batch_size: int, forward: float
+    phase: PhaseSetup,
+    task: Task,
+    state: TrainState,
+    flops: float,
+    opt_state_bytes: int,
+    forward: float,
 ) -> list[str]:
     parts, params = phase.phase, named(state.params)
     trained = {name: params[name] for name in phase.groups}
@@ -169,15 +193,13 @@ def _row(
     }
     if len(rates) > 1:
         learning = [f"{', '.join(by_rate[rate])} (x{rate:g})" for rate in rates]
-    opt_state = jax.eval_shape(phase.optimizer().init, state.params)
-    flops = step_flops(phase, task, state, batch_size)
     return [
         parts.name,
         _length(parts),
         "\n".join(learning) if len(rates) > 1 else ", ".join(learning) or "none",
         f"{count(trained):,}",
         f"{count(state.params) - count(trained):,}",
-        f"{nbytes(opt_state):,} bytes",
+        f"{opt_state_bytes:,} bytes",
         f"{flops / 1e9:.3f} G = {flops / forward:.2f} forward",
         f"{parts.schedule} {parts.peak_lr:g}"
         + (f", warm-up {parts.warmup_steps}" if parts.warmup_steps else ""),

@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
-from finetune_jax.models.lora import is_lora
+from finetune_jax.models.lora import UPDATES, is_lora
 from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.layout import OURS, needed, recognise
 from finetune_jax.trees import like, named
@@ -45,14 +45,11 @@ def load_weights(
     saved, names = weights.tensors, named(dict(variables))
     layout = recognise(names, saved, weights.address)
     theirs = layout.names(names)
-
-    has_lora = any(map(is_lora, saved))
+    kept = fresh if any(map(is_lora, saved)) else (*fresh, UPDATES)
 
     def is_fresh(name: str) -> bool:
         short = name.partition("/")[2]
-        if is_lora(name) and not has_lora:
-            return True
-        return any(re.fullmatch(pattern, short) for pattern in fresh)
+        return any(re.fullmatch(pattern, short) for pattern in kept)
 
     merged, missing, misfits, used = {}, [], [], set()
     for name, leaf in names.items():

@@ -17,7 +17,12 @@ PACKAGES = (
 
 
 def make_manifest(
-    *, seed: int, data: dict, data_fingerprint: str, weights_sha256: dict[str, str]
+    *,
+    seed: int,
+    data: dict,
+    data_fingerprint: str,
+    also_fingerprint: dict[str, str],
+    weights_sha256: dict[str, str],
 ) -> dict:
     """Returns what identifies a run: command, versions, commit, devices, inputs.
 
@@ -25,6 +30,7 @@ def make_manifest(
         seed: Of the run.
         data: What the data look like, of which predictions need to know.
         data_fingerprint: Of the data that was read.
+        also_fingerprint: Of the data of other domains, by label.
         weights_sha256: Of every weight file that was read, by path.
     """
     return {
@@ -41,6 +47,7 @@ def make_manifest(
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "data": data,
         "data_fingerprint": data_fingerprint,
+        "also_fingerprint": also_fingerprint,
         "weights_sha256": weights_sha256,
     }
 
