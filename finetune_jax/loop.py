@@ -245,9 +245,11 @@ class Loop:
         self.read()
         self.clock.train_s += time.perf_counter() - begin
         name, restores = phase.phase.name, phase.phase.plateau_restore
+        # Where the phase's best is to be restored, the other splits wait for it.
+        at_once = over and not restores
         if over or due:
-            at_once = tuple(data.held_out) if over and not restores else ("validation",)
-            self._measure(placed, name, step, at_once)
+            splits = tuple(data.held_out) if at_once else ("validation",)
+            self._measure(placed, name, step, splits)
             self._lower_rate_on_plateau(phase)
             over = self._plateau_is_reached(phase, step) or over
         state = self.setup.devices.to_host(placed)
@@ -255,7 +257,7 @@ class Loop:
             if restores and self.progress.plateau_best_step != step:
                 state = self._best_of_phase(state)
                 placed = self.setup.devices.place(state)
-            if at_once == ("validation",):
+            if not at_once:
                 self._measure(placed, name, step, ("test",))
             self._check_frozen(state, phase)
             self.progress.ends.append(step)

@@ -15,6 +15,7 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, initialise, make_rules
 from finetune_jax.lsuv import first_examples
+from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
     check_groups,
     check_optimizer,
@@ -390,3 +391,4 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     if problems:
         raise problems_error("The plan cannot be run:", problems)
     check_batch(config.data.batch_size, plan, devices)
+    check_pairs(config.data.mix, config.data.batch_size, plan, devices)

@@ -95,7 +95,10 @@ def digits_config(labels: int, folder: str) -> dict[str, Any]:
         "evaluate": dict(
             distance=True,
             also=(
-                dict(label="source", name="idx", dir=folder, head="pretrained"),
+                dict(
+                    label="source", name="idx", dir=folder, test="test[:2000]",
+                    head="pretrained",
+                ),
             ),
         ),
     }  # fmt: skip
@@ -149,11 +152,9 @@ def pretrain(folder: str, workdir: pathlib.Path) -> None:
         run(config, workdir / "source")
 
 
-def make_config(
-    transfer: str, folder: str, arm: str, rate: float, labels: int, seed: int,
-    workdir: pathlib.Path,
-):  # fmt: skip
-    """Returns the resolved config of one run."""
+def make_config(job: tuple, workdir: pathlib.Path):
+    """Returns the resolved config of (transfer, folder, arm, rate, labels, seed)."""
+    transfer, folder, arm, rate, labels, seed = job
     from finetune_jax import config as configs
     from finetune_jax.plan import as_config
 
@@ -189,7 +190,7 @@ def one_run(job: tuple, workdir: pathlib.Path) -> tuple[tuple, Mapping[str, Any]
     summary = folder / "summary.json"
     if summary.is_file():
         return job, json.loads(summary.read_text())
-    config = make_config(*job, workdir)
+    config = make_config(job, workdir)
     result = run(config, folder)
     setup = make_setup(config)
     size, params = config.data.batch_size, named(setup.shapes.params)

@@ -284,6 +284,12 @@ def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ..
     return train_size, train_size, shape[2]
 
 
+def _need_bytes(augment: tuple) -> list[str]:
+    """Returns the steps of augmentation that need to know the range of the values."""
+    names = [step if isinstance(step, str) else step[0] for step in augment if step]
+    return [name for name in names if name in ("color_jitter", "rand_augment")]
+
+
 def check_preprocessing(spec: DataSpec) -> None:
     """Checks that the preprocessing fits the inputs.
 
@@ -302,10 +308,10 @@ def check_preprocessing(spec: DataSpec) -> None:
             for name in ("augment", "resize")
             if getattr(spec, name)
         ]
-    elif spec.dtype != "uint8" and any("color_jitter" in step for step in spec.augment):
+    elif spec.dtype != "uint8" and (named := _need_bytes(spec.augment)):
         problems.append(
-            "config.data.augment: color_jitter needs bytes, whose range is known; the "
-            f"data is {spec.dtype}"
+            f"config.data.augment: {', '.join(named)} needs bytes, whose range is known; "
+            f"the data is {spec.dtype}"
         )
     elif spec.resize is not None and spec.resize < max(spec.shape[:2]):
         problems.append(
