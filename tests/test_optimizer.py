@@ -169,3 +169,40 @@ def test_unknown_optimizers_and_arguments_are_refused_with_close_matches():
 
 def test_groups_are_labelled_by_scale_and_cohort():
     assert Group(0.1, 2).label == "scale=0.1,cohort=2"
+
+
+def clipped(gradients, **fields):
+    phase = Phase(steps=1, optimizer="sgd", **fields)
+    _, updates = state_and_updates(phase, gradients=gradients)
+    return named(jax.tree.map(lambda u: -10 * np.asarray(u), updates))  # Rate 0.1.
+
+
+def test_clip_value_bounds_each_value():
+    gradients = jax.tree.map(lambda p: 3 * p, PARAMS)
+    for name, found in clipped(gradients, clip_value=2.0).items():
+        wanted = np.minimum(named(gradients)[name], 2.0)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_adaptive_clipping_bounds_a_unit_by_the_norm_of_its_weights():
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(
+        lambda p: rng.normal(size=p.shape).astype(np.float32), PARAMS
+    )
+    found = clipped(gradients, clip_adaptive=0.5)
+    for name, gradient in named(gradients).items():
+        weights = named(PARAMS)[name]
+        # A unit is a column of a kernel; a bias is one unit (Brock et al. 2021).
+        axis = 0 if weights.ndim > 1 else None
+        norm = np.sqrt(np.sum(gradient**2, axis=axis, keepdims=True))
+        most = 0.5 * np.maximum(
+            np.sqrt(np.sum(weights**2, axis=axis, keepdims=True)), 1e-3
+        )
+        wanted = np.where(norm > most, gradient * most / norm, gradient)
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5)
+    assert any(np.abs(found[n] - g).max() > 0.1 for n, g in named(gradients).items())
+
+
+def test_at_most_one_clipping_is_taken():
+    phase = Phase(steps=1, clip_norm=1.0, clip_value=1.0)
+    assert any("at most one" in problem for problem in phase.problems())

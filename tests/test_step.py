@@ -88,7 +88,7 @@ def test_a_head_only_step_costs_a_forward_pass():
 
 
 def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
-    """By XLA's count of what is lowered: dead code is gone before it compiles."""
+    """By the count on the trace, where what nobody reads is not computed."""
     task = small.task("resnet50", shape=(64, 64, 3))
     state = jax.eval_shape(lambda: random_state(task, 0))
     names = tuple(named(state.params))

@@ -1,5 +1,6 @@
 """What learns in each phase of each strategy, at which rate, and what keeps its bits."""
 
+import functools
 import inspect
 import os
 import pathlib
@@ -111,6 +112,11 @@ def task_of(row):
 
 
 def state_of(row):
+    return start("lora" if row == "lora" else "full")
+
+
+@functools.cache
+def start(row):
     return jax.jit(lambda: random_state(task_of(row), 0))()
 
 
