@@ -42,6 +42,7 @@ def test_every_optimizer_lowers_the_loss_and_leaves_the_frozen_to_the_bit(name):
         assert key.startswith("head/") or value.tobytes() == before[key].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sam", "lbfgs"])
 def test_micro_batches_are_the_whole_batch_for_what_looks_at_other_points(name):
     line = LINE if name == "lbfgs" else {"optimizer": name}
@@ -54,6 +55,7 @@ def test_micro_batches_are_the_whole_batch_for_what_looks_at_other_points(name):
         np.testing.assert_allclose(value, params_of(other)[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sam_takes_the_gradient_at_the_neighbour():
     with jax.enable_x64(True):
         task = small.task("mlp", hidden=(8,), overrides=[("precision", "float64")])
@@ -80,6 +82,7 @@ def test_sam_takes_the_gradient_at_the_neighbour():
             np.testing.assert_allclose(value, wanted[name], rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_schedule_free_evaluates_the_average_that_optax_defines():
     found = trainer(optimizer="schedule_free_adamw")
     start = params_of(found)
@@ -116,6 +119,7 @@ def test_averaged_weights_are_a_warmed_up_running_mean():
         np.testing.assert_allclose(value, mean[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, rtol", [("float64", 1e-6), ("float32", 1e-6)])
 def test_lbfgs_reaches_the_optimum_of_logistic_regression(precision, rtol):
     strength, batch = 1e-2, small.batch(examples=256)

@@ -18,6 +18,7 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_worked_example_trains_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setitem(algorithms.OPTIMIZERS, "signs", None)
     monkeypatch.setitem(losses.CLASSIFICATION, "brier", None)

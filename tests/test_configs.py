@@ -29,6 +29,9 @@ VARIANTS = [
 ]
 
 
+QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
+
+
 def resolved(variant, tmp_path):
     """Returns a variant on one device, with data and weights that it can find."""
     overrides = [("parallel.devices", "1"), ("data.batch_size", "10")]
@@ -64,7 +67,10 @@ def test_every_config_has_a_variant_here():
         assert len(text.splitlines()) <= 60 and "Command:" in text
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS],
+)
 def test_a_config_runs_and_every_key_is_read(variant, tmp_path):
     config = resolved(variant, tmp_path)
     recorded = Recording(config)

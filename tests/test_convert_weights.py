@@ -51,6 +51,7 @@ def test_converted_weights_are_those_of_the_file(weights, tmp_path):
     assert layout("finetune_jax").names(converted.tensors).keys() == named(ours).keys()
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused_and_nothing_is_written(weights, tmp_path):
     for model, message in (
         ("resnet34", "(layer1.2.conv1.weight): not in the weights"),

@@ -44,6 +44,7 @@ def undisturbed(tmp_path_factory):
     return run(config(), workdir), workdir
 
 
+@pytest.mark.slow
 def test_a_phase_leaves_its_best_evaluation_behind(tmp_path):
     plan = (WILD,)
     found = run(config(plan, **{"evaluate.best": "None"}), tmp_path / "run")
@@ -84,6 +85,7 @@ def test_averaged_weights_are_measured_beside_the_others(undisturbed):
     assert undisturbed[0]["best_step"] == best["step"]
 
 
+@pytest.mark.slow
 def test_a_schedule_free_phase_hands_on_what_was_evaluated(tmp_path):
     still = Phase(name="still", steps=2, optimizer="sgd", peak_lr=0.0)
     run(config((CALM, still)), tmp_path / "run")
@@ -95,6 +97,7 @@ def test_a_schedule_free_phase_hands_on_what_was_evaluated(tmp_path):
     assert log[-1]["phase"] == "still"
 
 
+@pytest.mark.slow
 def test_stopped_after_every_update_it_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch
 ):

@@ -34,6 +34,7 @@ def config(strength, also=True, **overrides):
     return resolved
 
 
+@pytest.mark.slow
 def test_what_the_source_needs_moves_less_the_stronger_it_is_held(tmp_path):
     moved = [
         run(config(strength), tmp_path / str(strength))["distance/stage1"]
@@ -42,6 +43,7 @@ def test_what_the_source_needs_moves_less_the_stronger_it_is_held(tmp_path):
     assert moved[0] > 1.05 * moved[1] > 1.05**2 * moved[2] > 0, moved
 
 
+@pytest.mark.slow
 def test_a_killed_run_finds_the_same_fisher_information_again(tmp_path, monkeypatch):
     whole = run(config(10.0), tmp_path / "one")
     update = Loop._update

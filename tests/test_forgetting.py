@@ -164,6 +164,7 @@ def measured(workdir, kind):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_has_moved_and_what_has_not(tmp_path):
     result = run(config(**KEYS), tmp_path / "run")
     far, like_start = (measured(tmp_path / "run", k) for k in ("distance", "cka"))
@@ -237,6 +238,7 @@ def regression(features=3, classes=3, examples=40):
     return task, params, dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [40, 7])
 def test_fisher_information_is_the_mean_of_squares_of_gradients(monkeypatch, examples):
     """Example by example with `jax.grad`, for the labels that are drawn there."""

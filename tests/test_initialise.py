@@ -496,6 +496,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing below catches it."""
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_takes_its_start_from_checkpoint_0(tmp_path, monkeypatch):
     given = config(
         ("init.schemes", "(('.*', 'lsuv'),)"), ("checkpoint.every_steps", "1"),

@@ -98,6 +98,7 @@ def test_every_kernel_outside_the_head_gets_an_update_in_every_family(name):
     )
 
 
+@pytest.mark.slow
 def test_a_model_starts_as_it_would_without_and_a_as_torch_starts_a_dense_layer():
     x = inputs((16, 16, 1))
     plain, model = (made("mlp", hidden=(64, 32), lora_rank=rank) for rank in (0, 8))

@@ -203,6 +203,7 @@ def test_evaluation_and_a_run_without_mix_have_no_soft_target():
     assert (found["inputs"] != plain["inputs"]).any()
 
 
+@pytest.mark.slow
 def test_images_are_mixed_after_each_was_augmented():
     augment = (("flip",),)
     rows, alone = prepared(task((), augment=augment))

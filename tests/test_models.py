@@ -104,6 +104,7 @@ def norm(x, params, stats):
     return (x - stats["mean"]) * scale + params["bias"]
 
 
+@pytest.mark.slow
 def test_resnet20_is_that_of_the_paper():
     """Against a rewrite in numpy, with statistics and scales at random."""
     model = made("resnet20")
@@ -147,6 +148,7 @@ def test_the_head_is_a_stack():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(params["head"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20"])
 def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32(name):
     shape = (12, 12, 1)
@@ -167,6 +169,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32(name
     assert 0 < np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains():
     from finetune_jax.plan import Phase
 

@@ -85,6 +85,7 @@ def test_devices_agree_in_float64_after_twenty_steps_of_resnet20():
             assert mine == pytest.approx(other, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jit", "fsdp", "pmap"])
 def test_the_first_loss_agrees_in_float32(kind):
     task = small.task("cnn", shape=(8, 8, 1), convolutions=(4, 8), dense=(64,))

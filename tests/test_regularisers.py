@@ -37,6 +37,7 @@ def test_l2_moves_weights_as_coupled_weight_decay_does():
     assert metrics["penalty"] > 0
 
 
+@pytest.mark.slow
 def test_a_penalty_counts_once_however_many_micro_batches_there_are():
     entries = (("l2", 0.3, ".*kernel"), ("l2_sp", 0.2, ".*"))
     one, whole = after(trainer(regularise=entries))

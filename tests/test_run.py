@@ -114,6 +114,7 @@ def test_the_log_has_a_line_for_every_measurement_in_order(undisturbed):
     assert steps == {0, best["step"], 16}
 
 
+@pytest.mark.slow
 def test_a_finished_run_run_again_gives_the_same_bits(undisturbed, tmp_path):
     again = run(config(), tmp_path / "again")
     assert same_result(again, undisturbed[0])
@@ -126,7 +127,14 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing below catches it."""
 
 
-@pytest.mark.parametrize("step", [1, 6, 13])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        6,
+        pytest.param(13, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch, step
 ):
@@ -167,6 +175,7 @@ def test_a_run_stopped_after_every_update_ends_in_the_same_bits(
     assert lines(tmp_path / "run") == lines(undisturbed[1])
 
 
+@pytest.mark.slow
 def test_a_log_cut_short_by_a_kill_is_mended(undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
 
@@ -185,6 +194,7 @@ def test_a_log_cut_short_by_a_kill_is_mended(undisturbed, tmp_path, monkeypatch)
     assert lines(tmp_path / "run") == lines(undisturbed[1])
 
 
+@pytest.mark.slow
 def test_a_plateau_ends_a_phase_and_a_resume_knows_it(tmp_path, monkeypatch):
     plan = (
         Phase(
@@ -214,6 +224,7 @@ def test_a_plateau_ends_a_phase_and_a_resume_knows_it(tmp_path, monkeypatch):
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_phases_that_differ_in_rate_or_length_share_a_program(tmp_path, monkeypatch):
     compiled = []
     compile_train = finetune_jax.parallel.Devices.compile_train
@@ -278,6 +289,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(undisturbed):
         ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     plan = (Phase(name="all", steps=9, optimizer="sgd", peak_lr=1e30),)
     with pytest.raises(TrainingError, match="step [2-9], phase 'all'"):
@@ -297,6 +309,7 @@ def test_what_is_frozen_and_moves_stops_the_run(tmp_path, monkeypatch):
         run(config(), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
 def test_eight_devices_run_the_whole_story(undisturbed, tmp_path, mode):
     found = config(**{"parallel.mode": mode, "parallel.devices": 8})

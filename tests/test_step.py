@@ -72,6 +72,7 @@ def flops(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_a_head_only_step_costs_a_forward_pass():
     task = small.task(shape=(28, 28, 1))
     batch = small.batch(32, (28, 28, 1), micro_batches=2)
@@ -112,7 +113,7 @@ def distance(ours, theirs):
     return optax.tree.norm(jax.tree.map(lambda a, b: a - b, ours, theirs))
 
 
-@pytest.mark.parametrize("last", [8, 3])
+@pytest.mark.parametrize("last", [pytest.param(8, marks=pytest.mark.slow), 3])
 def test_four_micro_batches_equal_one_batch(last):
     """Also with weights 8, 8, 8, 3: the last examples are padding of weight 0."""
     task = small.task()
@@ -171,6 +172,7 @@ def test_the_update_is_that_of_optax_alone():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_step_and_place_alone():
     """Cutting the update into micro-batches changes no example's augmentation."""
     fields = {"augment": (("flip",), ("pad_crop", 2))}
@@ -196,6 +198,7 @@ def test_a_phase_that_trains_nothing_moves_statistics_only():
     assert digest(trainer.state.batch_stats) != stats
 
 
+@pytest.mark.slow
 def test_a_wrong_nesting_would_be_seen():
     """The count of FLOPs tells a clip outside from one inside: the test can fail."""
     task = small.task(shape=(28, 28, 1))

@@ -91,6 +91,7 @@ def test_every_strategy_is_here():
     assert set(PLANS) <= named and len(PLANS) == 13
 
 
+@pytest.mark.slow
 def test_a_strategy_stopped_twice_ends_in_the_same_bits(
     tmp_path, monkeypatch, no_report
 ):

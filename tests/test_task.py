@@ -26,6 +26,7 @@ def moved(batch_stats, rules=TWO):
     return {n.split("/")[0] for n in before if (before[n] != after[n]).any()}
 
 
+@pytest.mark.slow
 def test_hold_moves_nothing_update_what_learns_update_all_everything():
     assert moved("hold") == set()
     assert moved("update") == {"stage2"}

@@ -123,6 +123,7 @@ def test_a_resumed_run_shows_every_number_once(tmp_path, monkeypatch):
     assert len({one[:2] for one in found}) == len(found)
 
 
+@pytest.mark.slow
 def test_a_finished_run_run_again_shows_the_same(tmp_path):
     run(config(tensorboard=True), tmp_path / "run")
     before = shown(tmp_path / "run")
@@ -235,6 +236,7 @@ def test_wandb_is_told_every_number_at_its_step(wandb, tmp_path):
     assert made.options["config"] == written
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_run_of_wandb(wandb, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying_at(patch, 5)

@@ -241,13 +241,13 @@ def main() -> None:
         return dict(job.result() for job in concurrent.futures.as_completed(waiting))
 
     if given.fashion:
-        source = str(pathlib.Path(given.fashion).absolute())
+        source = str(pathlib.Path(given.fashion).resolve())
         workers.submit(pretrain, source, given.workdir.absolute()).result()
     rows = []
     for transfer, folder in folders.items():
         if folder is None:
             continue
-        parts, folder = TRANSFERS[transfer], str(pathlib.Path(folder).absolute())
+        parts, folder = TRANSFERS[transfer], str(pathlib.Path(folder).resolve())
         arms = list(parts["arms"](parts["updates"]))
         tried = all_of(
             [
