@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from finetune_jax.errors import problems_error
+from finetune_jax.errors import UserError, problems_error
 
 Link = Any  # An optax transformation; those with extra arguments are of another type.
 
@@ -41,6 +41,8 @@ def _sgd(
 ) -> Link:
     """Source: Sutskever et al. 2013, with torch's momentum: the rate comes after it."""
     _check(shares={"momentum": momentum})
+    if nesterov and not momentum:
+        raise UserError("optimizer_args: nesterov=True needs a momentum above 0")
     core = optax.trace(momentum, nesterov) if momentum else optax.identity()
     return optax.chain(decay, core, rate)
 
@@ -50,6 +52,8 @@ def _adagrad(
 ) -> Link:
     """Source: Duchi et al. 2011. `eps` is added under the root, in torch after it."""
     _check(eps=eps)
+    if not 0 <= initial < float("inf"):
+        raise UserError(f"optimizer_args: initial {initial}; at least 0 is needed")
     return optax.chain(decay, optax.scale_by_rss(initial, eps), rate)
 
 
@@ -250,7 +254,7 @@ def _schedule_free_adamw(
     That has the correction of the second moment in the rate, this in the denominator.
     What is evaluated is `state.eval_params`.
     """
-    _check(shares={"b2": b2}, eps=eps, b1=b1)
+    _check(shares={"b1": b1, "b2": b2}, eps=eps, b1=b1)
     base = optax.chain(optax.scale_by_adam(0.0, b2, eps), decay, rate)
 
     def averaged(learning_rate):

@@ -90,6 +90,9 @@ def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
             else:
                 problems.append(f"config.{name}: unknown{closest(key, full)}")
         elif name in ENTRIES:
+            if not isinstance(value, tuple | list):
+                problems.append(f"config.{name}: {value!r} is not a tuple")
+                continue
             full[key] = tuple(
                 entry_of(name, entry, f"{name}[{index}].", problems)
                 for index, entry in enumerate(value)
@@ -122,10 +125,19 @@ def entry_of(
     for key, value in ENTRIES[table].items():
         kind = OPTIONAL[table].get(key)
         full[key] = value if kind is None else config_dict.placeholder(kind)
+    if not hasattr(entry, "keys"):
+        found.append(
+            f"config.{path[:-1]}: a {type(entry).__name__}, not a ConfigDict; "
+            "plan.as_config makes a plan of phases"
+        )
+        entry = {}
     for key in entry:
         if key not in full:
             found.append(f"config.{path}{key}: unknown{closest(key, full)}")
         elif isinstance(full[key], ml_collections.ConfigDict):
+            if not hasattr(entry[key], "keys"):
+                found.append(f"config.{path}{key}: {entry[key]!r} is not a dict")
+                continue
             full[key] = ml_collections.ConfigDict(dict(entry[key]))
         else:
             _assign(full, key, entry[key], f"{path}{key}", found)
@@ -218,6 +230,11 @@ def _range_problems(config: Config) -> list[str]:
         if value not in allowed and not (value is None and _is_optional(name)):
             hint = closest(str(value), map(str, allowed))
             problems.append(f"config.{name}: {value!r} is not one of {allowed}{hint}")
+    decay = values["evaluate.ema_decay"]
+    if decay is not None and not 0 <= decay < 1:
+        problems.append(
+            f"config.evaluate.ema_decay: {decay}; 0 or more and less than 1 is needed"
+        )
     if not values["data.memory_gb"] >= 0:
         problems.append("config.data.memory_gb: at least 0 is needed")
     if config.seed < 0 or config.data.split_seed < 0:

@@ -152,7 +152,7 @@ def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
         if value is not None and (
             not value
             or any(type(v) not in (int, float) for v in value)
-            or (key == "std" and min(value) <= 0)
+            or (key == "std" and not all(v > 0 for v in value))
         ):
             more = " above 0" if key == "std" else ""
             problems.append(f"{where}{key}: {value!r}; numbers{more} are needed")

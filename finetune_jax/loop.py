@@ -30,7 +30,7 @@ from finetune_jax.schedules import (
 from finetune_jax.setup import PhaseSetup, Setup
 from finetune_jax.state import Progress, TrainState, eval_params
 from finetune_jax.step import train_step
-from finetune_jax.trees import digest
+from finetune_jax.trees import digest, like, named
 
 
 class Preempted(Exception):
@@ -125,15 +125,17 @@ class Loop:
         """Returns the state with the optimizer state that the phase begins with."""
         setup, progress = self.setup, self.progress
         carries = phase.phase.optimizer_state == "carry"
-        if not carries:
-            # The iterate of a schedule-free optimizer means nothing to another one.
-            state = state.replace(params=eval_params(state))
+        moves = optimizer_state_moves(setup.plan, index, setup.names) if index else {}
+        # Where the state of a schedule-free optimizer goes, its iterate means nothing.
+        evaluated, leaves = named(eval_params(state)), named(state.params)
+        goes = moves.get("dropped", ()) if carries else leaves
+        params = leaves | {name: evaluated[name] for name in goes}
+        state = state.replace(params=like(state.params, params))
         fresh = jax.jit(phase.optimizer().init)(state.params)
         if carries:
             cohorts = carried_cohorts(setup.plan, index, setup.names)
             fresh = carried(state.opt_state, fresh, cohorts)
         if index:
-            moves = optimizer_state_moves(setup.plan, index, setup.names)
             counts = ", ".join(f"{key} {len(names)}" for key, names in moves.items())
             self.terminal.say(f"phase {phase.phase.name!r}: optimizer state {counts}")
         progress.enter(index)
@@ -245,6 +247,7 @@ class Loop:
         self.read()
         self.clock.train_s += time.perf_counter() - begin
         name, restores = phase.phase.name, phase.phase.plateau_restore
+        best = self.progress.best, self.progress.best_step
         # Where the phase's best is to be restored, the other splits wait for it.
         at_once = over and not restores
         if over or due:
@@ -254,9 +257,11 @@ class Loop:
             over = self._plateau_is_reached(phase, step) or over
         state = self.setup.devices.to_host(placed)
         if over:
-            if restores and self.progress.plateau_best_step != step:
+            if restores and self.progress.plateau_best_step not in (None, step):
                 state = self._best_of_phase(state)
                 placed = self.setup.devices.place(state)
+                if self.progress.best_step == step:  # Which is not what is saved.
+                    self.progress.best, self.progress.best_step = best
             if not at_once:
                 self._measure(placed, name, step, ("test",))
             self._check_frozen(state, phase)
@@ -292,8 +297,7 @@ class Loop:
     def _best_of_phase(self, state: TrainState) -> TrainState:
         """Returns the state as it was at the phase's best evaluation, but for the step."""
         best_step = self.progress.plateau_best_step
-        if best_step is None:
-            return state
+        assert best_step is not None
         best = self.checkpoints.restore(best_step, self.setup.target(self.progress))
         self.terminal.say(
             f"the state of step {best_step} is the phase's best, restored"

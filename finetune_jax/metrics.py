@@ -196,6 +196,8 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
             problems.append(
                 f"{name!r} needs 2 classes, the data has {classes}: use {', '.join(ways)}"
             )
+        elif (top := _TOP.fullmatch(name)) and 0 < classes <= int(top[1]):
+            problems.append(f"{name!r} is always 1, the data has {classes} classes")
         elif name in RANKING and classes < 2:
             problems.append(f"{name!r} needs 2 classes, the data has {classes}")
     if problems:

@@ -181,6 +181,12 @@ def check_optimizer(phase: Phase) -> list[str]:
         make_optimizer(phase, {"": Group(1.0, 0)})
     except ValueError as error:
         return [str(error)]
+    proximal = any(name == PROXIMAL for name, *_ in phase.regularise)
+    if proximal and phase.optimizer == "schedule_free_adamw":
+        return [
+            f"phase {phase.name!r}: l1 makes zeros of what is trained, but "
+            "schedule_free_adamw evaluates an average of it; choose another optimizer"
+        ]
     if evaluates(phase) != "value":
         return []
     searches = f"phase {phase.name!r}: {phase.optimizer} searches along a line"
@@ -202,7 +208,7 @@ def check_optimizer(phase: Phase) -> list[str]:
         for name, (value, reason) in wanted.items()
         if getattr(phase, name) != value
     ]
-    if any(name == PROXIMAL for name, *_ in phase.regularise):
+    if proximal:
         problems.append(f"{searches}, and a proximal step (l1) would leave it")
     return problems
 

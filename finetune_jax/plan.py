@@ -38,7 +38,7 @@ class Phase:
         accumulate_steps: Micro-batches that an update is cut into; divides the batch.
         weight_decay: Decoupled for adamw, added to the gradient for the others.
         decay: Regexes of the names that decay; by default no bias and no scale.
-        regularise: (name in `regularisers.REGULARISERS`, strength, regex) each.
+        regularise: (name in `regularisers.PENALTIES` or 'l1', strength, regex) each.
         rules: (regex over the full name, scale of the rate); first match wins, and a
             scale of 0.0 freezes.
         batch_stats: 'hold' moves no running average of BatchNorm, 'update' those of
@@ -91,6 +91,8 @@ class Phase:
             if (value := values[name]) is not None
             and not bound <= value < (2**31 if isinstance(value, int) else math.inf)
         ]
+        if self.end_lr_scale > 1:
+            found.append(f"end_lr_scale: {self.end_lr_scale!r}; at most 1 is needed")
         if (self.steps is None) == (self.epochs is None):
             found.append(
                 f"steps: {self.steps}, epochs: {self.epochs}; give exactly one of them"
@@ -227,7 +229,12 @@ def durations(
     for phase in plan:
         if phase.steps is None:
             assert phase.epochs is not None
-            steps = math.ceil(phase.epochs * examples / batch_size)
+            updates = phase.epochs * examples / batch_size
+            steps = math.ceil(updates) if updates < 2**31 else 2**31
+            if steps >= 2**31:
+                problems.append(
+                    f"phase {phase.name!r}: {phase.epochs} epochs are too many"
+                )
             phase = dataclasses.replace(phase, steps=steps)
             if phase.warmup_steps > steps:
                 problems.append(
@@ -236,7 +243,7 @@ def durations(
                 )
         phases.append(phase)
     if problems:
-        raise problems_error("The warm-up does not fit:", problems)
+        raise problems_error("The plan cannot be run:", problems)
     return tuple(phases)
 
 

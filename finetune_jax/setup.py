@@ -76,6 +76,7 @@ class PhaseSetup:
             phase.clip_adaptive,
             phase.regularise,
             phase.accumulate_steps,
+            phase.fixed_batch,
             phase.weight_decay,
             phase.decay,
         )
@@ -92,6 +93,7 @@ class PhaseSetup:
             trained=frozenset(self.groups),
             mode=self.mode,
             evaluates=evaluates(self.phase),
+            repeats=self.phase.fixed_batch,
             regularise=self.phase.regularise,
             ema_decay=ema_decay,
         )
@@ -353,11 +355,13 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         UserError: Optimizers, schedules or metrics that there are not; a batch that does
             not divide.
     """
-    problems = [text for phase in plan for text in check_optimizer(phase)]
-    problems += [text for phase in plan for text in check_schedule(phase)]
+    problems = [text for phase in plan for text in check_schedule(phase)]
     for phase in plan:
         where = f"phase {phase.name!r}, regularise"
-        problems += entry_problems(phase.regularise, where)
+        if wrong := entry_problems(phase.regularise, where):
+            problems += wrong
+            continue
+        problems += check_optimizer(phase)
         asked = {name for name, *_ in phase.regularise if isinstance(name, str)}
         if asked & set(READS_FISHER) and config.init.fisher is None:
             problems.append(

@@ -23,6 +23,7 @@ class Update:
         trained: Names of the parameters that learn.
         mode: How the stages run.
         evaluates: What the optimizer computes at other points: see `Algorithm`.
+        repeats: Whether every update draws the same, so that the loss stays the same.
         regularise: (name, strength, regex) of what is added to the loss.
         ema_decay: Of the averaged weights; None has none.
     """
@@ -32,6 +33,7 @@ class Update:
     trained: frozenset[str]
     mode: Mode
     evaluates: str = "nothing"
+    repeats: bool = False
     regularise: tuple[tuple[str, float, str], ...] = ()
     ema_decay: float | None = None
 
@@ -142,7 +144,8 @@ class _Objective:
         """Prepares the micro-batches; they are the same at whatever point."""
         self.static, self.state, self.fixed = static, state, fixed
         self.progress = progress
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        rng = jax.random.wrap_key_data(state.rng)
+        rng = jax.random.fold_in(rng, 0 if static.repeats else state.step)
         augment_rng, self.rng = jax.random.split(rng)
         if axis_name := static.mode.axis_name:
             self.rng = jax.random.fold_in(self.rng, jax.lax.axis_index(axis_name))

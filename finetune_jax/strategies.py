@@ -159,6 +159,8 @@ def gradual(
     """
     _check(stages, "gradual")
     slanted = {"schedule": "linear", "end_lr_scale": 1 / 32}
+    if "schedule" in fields:
+        slanted = {}
     parts = _unfreezing(stages, decay, "gradual")
     phases = _sequence(parts, {**slanted, **fields}, "gradual")
     if "warmup_steps" in fields:

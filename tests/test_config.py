@@ -1,3 +1,4 @@
+import ml_collections
 import pytest
 
 from finetune_jax import config as configs
@@ -96,6 +97,20 @@ def test_an_override_leaves_the_given_config_alone():
     config = given()
     configs.resolve(config, [("plan[0].steps", "9"), ("seed", "9")])
     assert config.plan[0].steps == 3 and config.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("plan", (5,), "config.plan[0]: a int, not a ConfigDict"),
+        ("plan", (Phase(steps=3),), "plan.as_config makes a plan of phases"),
+        ("plan", ({"optimizer_args": 5},), "plan[0].optimizer_args: 5 is not a dict"),
+        ("plan", ({"schedule_args": (1,)},), "schedule_args: (1,) is not a dict"),
+    ],
+)
+def test_an_entry_that_is_none_is_told(section, value, message):
+    config = ml_collections.ConfigDict({section: value})
+    assert any(message in text for text in configs.resolve(config)[1])
 
 
 def test_what_changes_no_result_is_no_difference():

@@ -1,6 +1,7 @@
 """Plateaus that restore the best, lower the rate, and survive being stopped anywhere."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import finetune_jax.run
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.loop import Preempted
 from finetune_jax.plan import Phase, optimizer_state_moves
-from finetune_jax.run import run
+from finetune_jax.run import restore, run
 from finetune_jax.setup import make_setup
-from finetune_jax.trees import digest
+from finetune_jax.state import eval_params
+from finetune_jax.trees import digest, named
 
 # So high a rate that the validation loss soon rises.
 WILD = Phase(
@@ -129,3 +131,33 @@ def test_what_happens_to_optimizer_state_is_told():
     moves = optimizer_state_moves(plan, 2, names)
     assert moves["kept"] == [] and moves["new"] == ["stem/kernel"]
     assert moves["dropped"] == list(names)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_what_was_measured(tmp_path):
+    """The end of a phase that goes back to its best does not pass for another's best."""
+    name = "validation/accuracy"  # Still rises where the loss does.
+    found = run(config((WILD,), **{"evaluate.best": name}), tmp_path / "run")
+    log = {x["step"]: x[name] for x in lines(tmp_path / "run") if name in x}
+    assert max(log, key=lambda step: log[step]) == found["steps"] != found["best_step"]
+    np.testing.assert_allclose(found["best"][name], log[found["best_step"]], rtol=1e-6)
+
+
+def test_what_leaves_a_carried_schedule_free_phase_is_what_was_evaluated(tmp_path):
+    every = dataclasses.replace(
+        CALM, steps=6, schedule="constant", schedule_args={}, rules=((".*", 1.0),)
+    )
+    head = dataclasses.replace(
+        every, name="head", rules=small.HEAD, optimizer_state="carry"
+    )
+    keys = {"evaluate.every_steps": "6", "checkpoint.keep": "9"}
+    run(config((every, head), **keys), tmp_path / "run")
+    setup = make_setup(config((every, head), **keys))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=9, read_only=True)
+    before, after = (restore(setup, checkpoints, step) for step in (6, 12))
+    checkpoints.close()
+    evaluated = named(eval_params(before))
+    for name, leaf in named(after.params).items():
+        if not name.startswith("head/"):
+            assert not np.array_equal(leaf, named(before.params)[name])
+            np.testing.assert_array_equal(leaf, evaluated[name])

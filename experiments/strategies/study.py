@@ -6,9 +6,9 @@ Two transfers. A small convolutional network that knows clothes (Fashion-MNIST, 
 IDX files; it is trained first) learns handwritten digits with 5, 20 and 100 labels a class;
 an EfficientNet-Lite0 that knows ImageNet learns flowers (DIR has a folder a class) with 20.
 All arms make equally many updates, divided among their phases. The learning rate of an arm
-is the better of two on the validation split, with seed 0 and 20 labels; then every seed
-draws other labels, another order and another head. Writes results.json, table.md and
-table.png beside itself. What is finished in --workdir is not run again.
+is the best of two (photos: three) on the validation split, with seed 0 and 20 labels; then
+every seed draws other labels, another order and another head. Writes results.json, table.md
+and table.png beside itself. What is finished in --workdir is not run again.
 """
 
 import argparse
@@ -128,7 +128,7 @@ TRANSFERS: dict[str, dict[str, Any]] = {
         labels=(5, 20, 100), seeds=5,
     ),
     "flowers": dict(
-        arms=flowers_arms, config=flowers_config, updates=40, rates=(1e-3, 1e-2),
+        arms=flowers_arms, config=flowers_config, updates=40, rates=(1e-4, 1e-3, 1e-2),
         labels=(20,), seeds=3,
     ),
 }  # fmt: skip

@@ -286,7 +286,7 @@ def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ..
 
 def _need_bytes(augment: tuple) -> list[str]:
     """Returns the steps of augmentation that need to know the range of the values."""
-    names = [step if isinstance(step, str) else step[0] for step in augment if step]
+    names = [step[0] for step in augment if isinstance(step, tuple) and step]
     return [name for name in names if name in ("color_jitter", "rand_augment")]
 
 

@@ -74,7 +74,9 @@ class Regress(Task):
         inputs = inputs.astype(self._float())
         if mode != EVALUATION and self.data.augment:
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            augment = make_augment(self.data.augment, self.data.shape[:2])
+            augment = make_augment(
+                self.data.augment, self.data.shape[:2], fill=self.data.mean
+            )
             inputs = augment(inputs, keys(batch["position"]))
         last = (1,) * (inputs.ndim - 1) + (-1,)
         mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
