@@ -66,6 +66,7 @@ def test_a_phase_leaves_its_best_evaluation_behind(tmp_path):
     np.testing.assert_allclose(tested["test/loss"], found["test/loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_plateau_halves_the_rate_at_every_evaluation_without_improvement(undisturbed):
     rates = [
         line["train/learning_rate"]
@@ -78,6 +79,7 @@ def test_a_plateau_halves_the_rate_at_every_evaluation_without_improvement(undis
     assert all(0 <= b - a <= 1 for a, b in zip(where, where[1:]))
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_measured_beside_the_others(undisturbed):
     measured = [x for x in lines(undisturbed[1]) if "validation/loss" in x]
     assert all("validation/ema_accuracy" in line for line in measured)
@@ -143,6 +145,7 @@ def test_the_best_checkpoint_is_what_was_measured(tmp_path):
     np.testing.assert_allclose(found["best"][name], log[found["best_step"]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_leaves_a_carried_schedule_free_phase_is_what_was_evaluated(tmp_path):
     every = dataclasses.replace(
         CALM, steps=6, schedule="constant", schedule_args={}, rules=((".*", 1.0),)

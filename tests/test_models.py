@@ -53,7 +53,10 @@ def randomised(tree, seed=0):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "resnet" in n else ()) for n in MODELS],
+)
 def test_a_model_has_its_size_and_runs_from_stage_to_stage(name):
     shape, parameters, stages = MODELS[name]
     model = made(name)

@@ -113,7 +113,8 @@ def distance(ours, theirs):
     return optax.tree.norm(jax.tree.map(lambda a, b: a - b, ours, theirs))
 
 
-@pytest.mark.parametrize("last", [pytest.param(8, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [8, 3])
 def test_four_micro_batches_equal_one_batch(last):
     """Also with weights 8, 8, 8, 3: the last examples are padding of weight 0."""
     task = small.task()

@@ -145,7 +145,13 @@ def test_the_table_has_every_strategy():
     assert public == {row.partition(" ")[0] for row in TABLE}
 
 
-@pytest.mark.parametrize("row", TABLE)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(r, marks=pytest.mark.slow if r in ("lora", "surgical") else ())
+        for r in TABLE
+    ],
+)
 def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
     task, state = task_of(row), state_of(row)
     plan = plan_of(row, optimizer="sgd")
