@@ -70,7 +70,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
-        kept = {0, progress.best_step, progress.plateau_best_step}
+        kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
         kept |= set(self.steps()[-self._keep :])
         for old in self.steps():
             if old not in kept:

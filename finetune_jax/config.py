@@ -23,6 +23,7 @@ from finetune_jax.defaults import (
     OPEN_SECTIONS,
     OPTIONAL,
     POSITIVE,
+    SEEDS,
     Config,
     default,
 )
@@ -84,6 +85,8 @@ def resolve(
 def _fill(full: Any, given: Mapping, path: str, problems: list[str]) -> None:
     for key in given:
         name, value = f"{path}{key}", given[key]
+        if name == "seed":
+            _divide_seed(full, hasattr(value, "keys"))
         if key not in full:
             if path[:-1] in OPEN_SECTIONS:
                 full[key] = _as_tuple(value)
@@ -174,8 +177,28 @@ def _is_optional(name: str) -> bool:
     return name in flat(default()) and flat(default())[name] is None
 
 
+def _divide_seed(config: Any, divided: bool) -> None:
+    """Makes `seed` a section with a seed for each source, or one number."""
+    if divided == hasattr(config.seed, "keys"):
+        return
+    before = config.seed
+    del config["seed"]
+    config.seed = (
+        ml_collections.ConfigDict(dict.fromkeys(SEEDS, before)) if divided else 0
+    )
+
+
+def seeds(config: Config) -> dict[str, int]:
+    """Returns the seed of each source of randomness."""
+    if hasattr(config.seed, "keys"):
+        return config.seed.to_dict()
+    return dict.fromkeys(SEEDS, config.seed)
+
+
 def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
     """Sets what `--config.KEY=TEXT` names; `plan[0].steps` reaches into the plan."""
+    if key.partition(".")[0] == "seed":
+        _divide_seed(config, "." in key)
     parts = re.findall(r"[^.\[\]]+|\[\d+\]", key)
     section, seen = config, ""
     for part in parts[:-1]:
@@ -237,8 +260,10 @@ def _range_problems(config: Config) -> list[str]:
         )
     if not values["data.memory_gb"] >= 0:
         problems.append("config.data.memory_gb: at least 0 is needed")
-    if config.seed < 0 or config.data.split_seed < 0:
-        problems.append("config.seed, config.data.split_seed: at least 0 is needed")
+    for name in ("data.split_seed", *(k for k in values if k.startswith("seed"))):
+        if not 0 <= values[name] < 2**32:
+            found = values[name]
+            problems.append(f"config.{name}: {found}; 0 to 2**32 - 1 is needed")
     for name in ("data.mean", "data.std"):
         if not values[name] or any(type(v) not in (int, float) for v in values[name]):
             problems.append(f"config.{name}: {values[name]!r}; numbers are needed")

@@ -9,12 +9,18 @@ from ml_collections import config_dict
 Config = Any
 
 # What a resumed run may change, since no result depends on it.
-NO_RESULT_DEPENDS_ON = ("report", "checkpoint.keep", "data.memory_gb")
+NO_RESULT_DEPENDS_ON = (
+    "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
+)  # fmt: skip
 # Sections whose other keys belong to what `name` chooses; the constructor checks them.
 OPEN_SECTIONS = ("model", "task")
+# What `seed` may be divided into, so that variance can be attributed: the start, the
+# draw and order of examples, and what is random in updates.
+SEEDS = ("init", "order", "augmentation", "dropout")
 CHOICES = {
     "precision": ("float32", "bfloat16", "float64"),
     "parallel.mode": ("jit", "pmap"),
+    "nonfinite.policy": ("stop", "skip", "rollback"),
     "data.channels": (1, 3),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.sampling": ("uniform", "balanced"),
@@ -24,8 +30,8 @@ POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
     "data.per_class", "evaluate.batch_size", "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
-    "checkpoint.every_steps", "checkpoint.keep",
-    "parallel.devices", "parallel.fsdp", "report.every_steps",
+    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
+    "parallel.devices", "parallel.fsdp", "report.every_steps", "nonfinite.limit",
 )  # fmt: skip
 
 # The fields of a phase (plan.Phase documents them); None is "not given".
@@ -94,7 +100,7 @@ def default() -> Config:
     """Returns a config with every key at its default; a config file starts from it."""
     optional = config_dict.placeholder
     config: Any = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # Or a section with one for each of SEEDS.
     config.precision = "float32"  # Of the computation; parameters stay float32.
     config.task = dict(name="classify")
     config.data = _data()
@@ -129,6 +135,12 @@ def default() -> Config:
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = optional(int)  # None: at evaluations only.
     config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
+    config.checkpoint.grace_s = 30.0  # To save in, after a signal to stop.
+    config.nonfinite = ml_collections.ConfigDict()
+    config.nonfinite.policy = (
+        "stop"  # 'skip' the update, or 'rollback': see nonfinite.py.
+    )
+    config.nonfinite.limit = 10  # So many updates at most; then the run stops.
     config.parallel = ml_collections.ConfigDict()
     config.parallel.mode = "jit"
     config.parallel.devices = optional(int)  # None: all.

@@ -11,14 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.data.batches import training_batches
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.metrics import is_better
+from finetune_jax.nonfinite import Made, refuse
 from finetune_jax.optimizer import carried
 from finetune_jax.parallel import Compiled
 from finetune_jax.plan import carried_cohorts, optimizer_state_moves, phase_at
+from finetune_jax.preemption import Stop
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.schedules import (
@@ -74,7 +77,7 @@ class Loop:
         log: Where metrics are written.
         terminal: Where a person is told.
         progress: Where the run stands.
-        stop_asked: Tells whether the run shall save and stop.
+        stop: Tells whether the run shall save and stop.
         clock: Counts seconds.
         programs: Compiled steps by what they depend on.
         measured: The metrics of the last evaluation.
@@ -86,11 +89,11 @@ class Loop:
     log: MetricsLog
     terminal: Terminal
     progress: Progress
-    stop_asked: Callable[[], bool]
+    stop: Stop
     clock: Clock = dataclasses.field(default_factory=Clock)
     programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-    _unread: tuple | None = None
+    _unread: Made | None = None
     _logged: Clock = dataclasses.field(default_factory=Clock)
 
     # The order of what happens at step s is part of the contract. Update s is made; its
@@ -105,7 +108,7 @@ class Loop:
             state: On the host, as `progress` says.
 
         Raises:
-            TrainingError: The loss is not finite, or what is frozen has moved.
+            TrainingError: An update is not finite, or what is frozen has moved.
             Preempted: The run was asked to stop, and has saved.
         """
         if not self.checkpoints.steps():
@@ -122,10 +125,22 @@ class Loop:
         return state
 
     def _enter(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
-        """Returns the state with the optimizer state that the phase begins with."""
+        """Returns the state that the phase begins with, and notes that it does."""
         setup, progress = self.setup, self.progress
+        if index:
+            moves = optimizer_state_moves(setup.plan, index, setup.names)
+            counts = ", ".join(f"{key} {len(names)}" for key, names in moves.items())
+            self.terminal.say(f"phase {phase.phase.name!r}: optimizer state {counts}")
+        state = self._begun(state, index, phase)
+        progress.enter(index)
+        progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(state))
+        return state
+
+    def _begun(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
+        """Returns the end of the phase before as what phase `index` begins with."""
+        plan, names = self.setup.plan, self.setup.names
         carries = phase.phase.optimizer_state == "carry"
-        moves = optimizer_state_moves(setup.plan, index, setup.names) if index else {}
+        moves = optimizer_state_moves(plan, index, names) if index else {}
         # Where the state of a schedule-free optimizer goes, its iterate means nothing.
         evaluated, leaves = named(eval_params(state)), named(state.params)
         goes = moves.get("dropped", ()) if carries else leaves
@@ -133,13 +148,7 @@ class Loop:
         state = state.replace(params=like(state.params, params))
         fresh = jax.jit(phase.optimizer().init)(state.params)
         if carries:
-            cohorts = carried_cohorts(setup.plan, index, setup.names)
-            fresh = carried(state.opt_state, fresh, cohorts)
-        if index:
-            counts = ", ".join(f"{key} {len(names)}" for key, names in moves.items())
-            self.terminal.say(f"phase {phase.phase.name!r}: optimizer state {counts}")
-        progress.enter(index)
-        progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(state))
+            fresh = carried(state.opt_state, fresh, carried_cohorts(plan, index, names))
         return state.replace(opt_state=jax.tree.map(np.asarray, fresh))
 
     def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
@@ -151,7 +160,7 @@ class Loop:
         fixed = phase.phase.fixed_batch
         batches = training_batches(
             self.setup.data.train,
-            seed=config.seed,
+            seed=configs.seeds(config)["order"],
             batch_size=config.data.batch_size,
             micro_batches=phase.phase.accumulate_steps,
             start=first if fixed else start,
@@ -186,18 +195,25 @@ class Loop:
     ) -> TrainState:
         """Returns the placed state after update `step`; reads the metrics before it."""
         begin, devices = time.perf_counter(), self.setup.devices
-        batch = devices.place_batch(next(batches), batch_axis=1)
+        read = next(batches)
+        batch = devices.place_batch(read, batch_axis=1)
         waited = time.perf_counter() - begin
-        arguments = (placed, self.evaluator.fixed, batch, rate, progress)
+        rest = (self.evaluator.fixed, batch, rate, progress)
         compile_s = 0.0
         if phase.program not in self.programs:
             step_of_phase = self._train_step(phase)
-            program = devices.compile_train(step_of_phase, *arguments)
+            program = devices.compile_train(step_of_phase, placed, *rest)
             self.programs[phase.program] = program
             compile_s = program.compile_s
-        placed, metrics = self.programs[phase.program].call(*arguments)
-        self.read()
-        self._unread = (step + 1, phase.phase.name, metrics, rate)
+        self.stop.at_risk = True
+        call = self.programs[phase.program].call
+        placed, metrics = call(placed, *rest)
+        if self.read():
+            placed, metrics = call(self._gone_back(phase, step), *rest)
+        self._unread = Made(
+            step=step + 1, phase=phase.phase.name, metrics=metrics, rate=rate, batch=read,
+            update=self._first_step() if phase.phase.fixed_batch else step,
+        )  # fmt: skip
         self.clock.updates += 1
         self.clock.compile_s += compile_s
         self.clock.wait_s += waited
@@ -206,45 +222,64 @@ class Loop:
         self.terminal.advance(examples / self.clock.train_s)
         return placed
 
+    def _first_step(self) -> int:
+        """Returns the first update of the phase."""
+        return self.progress.ends[-1] if self.progress.ends else 0
+
     def _train_step(self, phase: PhaseSetup) -> Callable:
         ema_decay = self.setup.config.evaluate.ema_decay
-        static = phase.update(self.setup.task, ema_decay)
+        guarded = self.setup.config.nonfinite.policy != "stop"
+        static = phase.update(self.setup.task, ema_decay, guarded=guarded)
         return functools.partial(train_step, static=static)
 
-    def read(self) -> None:
-        """Reads the metrics of the last update, and logs them where that is due.
+    def read(self) -> bool:
+        """Reads the last update's metrics; returns whether the state is to go back.
 
         Raises:
-            TrainingError: The loss is not finite.
+            TrainingError: Loss or gradient is not finite, and that is not passed over.
         """
         if self._unread is None:
-            return
-        (step, phase, metrics, rate), self._unread = self._unread, None
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss} at step {step}, phase {phase!r}. The last "
-                f"checkpoint is that of step {self.checkpoints.steps()[-1]}. Lower "
-                "peak_lr, or set clip_norm, in a new workdir."
+            return False
+        made, self._unread = self._unread, None
+        config = self.setup.config
+        if not made.is_finite():
+            refuse(
+                made,
+                config=config,
+                dataset=self.setup.data.train,
+                progress=self.progress,
+                log=self.log,
+                terminal=self.terminal,
+                folder=self.log.path.parent / "nonfinite",
             )
-        if step % self.setup.config.report.every_steps == 0:
-            line = {"step": step, "phase": phase}
-            line |= {f"train/{name}": float(value) for name, value in metrics.items()}
-            line["train/learning_rate"] = float(rate)
-            self.log.write(line | self.clock.since(self._logged))
+            return config.nonfinite.policy == "rollback"
+        if made.step % config.report.every_steps == 0:
+            self.log.write(made.line() | self.clock.since(self._logged))
             self._logged = dataclasses.replace(self.clock)
+        return False
+
+    def _gone_back(self, phase: PhaseSetup, step: int) -> TrainState:
+        """Returns the placed state of the last checkpoint that was due, as of `step`."""
+        progress = self.checkpoints.progress(self.progress.anchor)
+        target = self.setup.target(progress)
+        state = self.checkpoints.restore(self.progress.anchor, target)
+        if progress.phase < self.progress.phase:
+            state = self._begun(state, self.progress.phase, phase)
+        return self.setup.devices.place(state.replace(step=np.int32(step)))
 
     def _after(
         self, placed: TrainState, phase: PhaseSetup, step: int, end: int
     ) -> TrainState | None:
         """Measures and saves where that is due; returns the state if the phase is over."""
         config, data = self.setup.config, self.setup.data
-        over, due, stop = step == end, self._evaluation_is_due(step), self.stop_asked()
+        over, due = step == end, self._evaluation_is_due(step)
+        stop = self.stop.asked()
         every = config.checkpoint.every_steps
         if not (over or due or stop or (every and step % every == 0)):
             return None
         begin = time.perf_counter()
-        self.read()
+        if self.read():
+            placed = self._gone_back(phase, step)
         self.clock.train_s += time.perf_counter() - begin
         name, restores = phase.phase.name, phase.phase.plateau_restore
         best = self.progress.best, self.progress.best_step
@@ -266,7 +301,7 @@ class Loop:
                 self._measure(placed, name, step, ("test",))
             self._check_frozen(state, phase)
             self.progress.ends.append(step)
-        self._save(state)
+        self._save(state, due=over or due or bool(every and step % every == 0))
         if stop:
             raise Preempted(f"stopped and saved at step {step}")
         return state if over else None
@@ -333,6 +368,9 @@ class Loop:
                 f"{after} at step {int(state.step)}. This is a defect of the program."
             )
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self, state: TrainState, *, due: bool = True) -> None:
+        if due:  # Whether the run was stopped here must change nothing later.
+            self.progress.anchor = int(state.step)
         self.progress.log_lines = self.log.lines
         self.checkpoints.save(state, self.progress)
+        self.stop.at_risk = False

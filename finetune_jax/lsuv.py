@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.config import Config
+from finetune_jax.config import Config, seeds
 from finetune_jax.data.batches import training_batches
 from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
@@ -120,7 +120,7 @@ def first_examples(data: Data, config: Config) -> dict[str, np.ndarray]:
     )
     batches = training_batches(
         train,
-        seed=config.seed,
+        seed=seeds(config)["order"],
         batch_size=config.data.batch_size,
         micro_batches=1,
         start=0,

@@ -3,34 +3,94 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STATUS = 75
 
 
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether a signal has come.
+class Stop:
+    """Whether a run was asked to stop, and whether it would lose something by it.
 
-    A second signal ends the program at once with status 75; what was saved stays.
-    Outside the main thread no signal can be caught and the answer stays no.
+    Attributes:
+        at_risk: Whether updates were made that no checkpoint has yet.
     """
-    asked = threading.Event()
 
-    def note(number, frame):
-        del number, frame
-        if asked.is_set():
-            os._exit(EXIT_STATUS)
-        asked.set()
+    def __init__(self) -> None:
+        """Nobody has asked."""
+        self.at_risk = False
+        self._asked = threading.Event()
 
+    def ask(self) -> None:
+        """Asks the run to save and stop."""
+        self._asked.set()
+
+    def asked(self) -> bool:
+        """Returns whether the run was asked to stop."""
+        return self._asked.is_set()
+
+
+@contextlib.contextmanager
+def stop_on_signals(grace_s: float) -> Iterator[Stop]:
+    """Yields what says whether a signal has come.
+
+    Where nothing is at risk, as in starting, compiling and reporting, a signal ends the
+    program at once with status 75; so does a second signal, and the end of the grace
+    period, at the cost of the updates since the last checkpoint. A thread sees to that,
+    since handlers in Python wait while the main thread compiles. Outside the main thread
+    no signal can be caught.
+
+    Args:
+        grace_s: Seconds in which the run may save after it was asked to stop.
+    """
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stop
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # The handler does nothing: the number of each signal is written to the pipe.
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(
+        target=_watch, args=(reader, stop, grace_s), name="signals", daemon=True
+    )
+    watcher.start()
     try:
-        yield asked.is_set
+        yield stop
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _watch(reader: int, stop: Stop, grace_s: float) -> None:
+    """Acts on the signals whose numbers come; returns when the pipe is closed."""
+    timer = None
+    while numbers := os.read(reader, 1):
+        if numbers[0] not in SIGNALS:
+            continue
+        if stop.asked():
+            _leave("a second signal")
+        if not stop.at_risk:
+            _leave(signal.Signals(numbers[0]).name)
+        stop.ask()
+        timer = threading.Timer(
+            grace_s, _leave, [f"no checkpoint within {grace_s:g} s of the signal"]
+        )
+        timer.daemon = True
+        timer.start()
+    if timer is not None:
+        timer.cancel()
+
+
+def _leave(why: str) -> None:
+    """Ends the program; what was saved stays, since it may be killed at any moment."""
+    print(f"\nstopped: {why}; the same command goes on from the last checkpoint",
+          file=sys.stderr, flush=True)  # fmt: skip
+    os._exit(EXIT_STATUS)

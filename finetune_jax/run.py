@@ -19,7 +19,7 @@ from finetune_jax.forgetting import (
 )
 from finetune_jax.loop import Loop
 from finetune_jax.plan import optimizer_state_moves
-from finetune_jax.preemption import asked_to_stop
+from finetune_jax.preemption import Stop
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
@@ -38,12 +38,15 @@ from finetune_jax.workdir import (
 )
 
 
-def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def run(
+    config: Config, workdir: pathlib.Path, stop: Stop | None = None
+) -> dict[str, Any]:
     """Trains, or goes on training, and returns what `result.json` holds.
 
     Args:
         config: Resolved.
         workdir: Made if need be; a run in it is taken up where it stopped.
+        stop: Asked after every update; None is never.
 
     Raises:
         UserError: The config cannot be run, or the workdir holds another run.
@@ -102,7 +105,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             domain_named(domains, config.init.fisher),
             start,
             examples=examples,
-            seed=config.seed,
+            seed=configs.seeds(config)["order"],
         )
         evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))
     loop = Loop(
@@ -112,16 +115,15 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         log=log,
         terminal=terminal,
         progress=progress,
-        stop_asked=lambda: False,
+        stop=stop or Stop(),
     )
-    with asked_to_stop() as loop.stop_asked:
-        try:
-            state = loop.run(state)
-            result = _result(loop, state, begin, workdir)
-        finally:
-            terminal.end_phase()
-            loop.log.close()
-            checkpoints.close()
+    try:
+        state = loop.run(state)
+        result = _result(loop, state, begin, workdir)
+    finally:
+        terminal.end_phase()
+        loop.log.close()
+        checkpoints.close()
     write_json(workdir / "result.json", result)
     return result
 

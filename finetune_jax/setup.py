@@ -8,12 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from finetune_jax import config as configs
 from finetune_jax import lookup, tasks
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.initialise import check_rules, initialise, make_rules
+from finetune_jax.initialise import (
+    check_rules,
+    initialise,
+    make_rules,
+    random_seeds,
+    random_state,
+)
 from finetune_jax.lsuv import first_examples
 from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
@@ -85,7 +92,9 @@ class PhaseSetup:
         """Returns the transformation of the phase."""
         return make_optimizer(self.phase, self.groups)
 
-    def update(self, task: Task, ema_decay: float | None = None) -> Update:
+    def update(
+        self, task: Task, ema_decay: float | None = None, *, guarded: bool = False
+    ) -> Update:
         """Returns what is static about an update of the phase."""
         return Update(
             task=task,
@@ -96,6 +105,7 @@ class PhaseSetup:
             repeats=self.phase.fixed_batch,
             regularise=self.phase.regularise,
             ema_decay=ema_decay,
+            guarded=guarded,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:
@@ -218,7 +228,7 @@ class Setup:
         Raises:
             UserError: The weights cannot be read or do not fit, or a scheme fails.
         """
-        own = run_once(lambda: random_state(self.task, self.config.seed))
+        own = run_once(lambda: random_state(self.task, **random_seeds(self.config)))
         state, weights, init = own, None, self.config.init
         if init.pretrained is not None:
             weights = read_weights(init.pretrained)
@@ -237,17 +247,10 @@ class Setup:
             make_rules(init.schemes, init.pretrained),
             task=self.task,
             spec=self.data.spec,
-            seed=self.config.seed,
+            seed=configs.seeds(self.config)["init"],
             first_batch=batch if measure else None,
         )
         return state, weights
-
-
-def random_state(task: Task, seed: int) -> TrainState:
-    """Returns the state of a task before the first update, at random."""
-    init_rng, train_rng = jax.random.split(jax.random.key(seed))
-    params, batch_stats = task.init(init_rng)
-    return TrainState.create(params, batch_stats, train_rng)
 
 
 def make_task(config: Config, spec: DataSpec) -> Task:
@@ -305,12 +308,12 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
     devices = make_devices(**config.parallel)
     check_phases(config, plan, devices.count)
     if data is None:
-        data = make_data(config.data, seed=config.seed)
+        data = make_data(config.data, seed=configs.seeds(config)["order"])
     task = make_task(config, data.spec)
     splits = {name: part.label for name, part in data.held_out.items()}
     if problems := task.check_splits(splits):
         raise problems_error("What is to be measured cannot be:", problems)
-    shapes = jax.eval_shape(lambda: random_state(task, config.seed))
+    shapes = jax.eval_shape(lambda: random_state(task, 0))
     plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     names = tuple(named(shapes.params))
     check_plan(plan, names)

@@ -19,7 +19,8 @@ class TrainState(flax.struct.PyTreeNode):
         params: Parameters by stage.
         batch_stats: Running averages of BatchNorm by stage; empty where there is none.
         opt_state: Of the optimizer of the phase.
-        rng: Key data of the run's key, never changed; draws fold `step` into it.
+        rng: Data of two keys, of augmentation and of all else that updates draw; never
+            changed, draws fold `step` into them.
         ema: Averaged weights by name, of what learns in any phase; empty without them.
     """
 
@@ -107,6 +108,8 @@ class Progress:
         rate_best: Best value of the metric of the phase's 'plateau' schedule.
         rate_bad: Evaluations since without improvement.
         rate_drops: How often that schedule has lowered the rate.
+        nonfinite: Updates so far that were not finite.
+        anchor: Step of the last checkpoint that was due, to which a rollback goes.
         log_lines: Lines of `metrics.jsonl` up to this step.
     """
 
@@ -121,6 +124,8 @@ class Progress:
     rate_best: float | None = None
     rate_bad: int = 0
     rate_drops: int = 0
+    nonfinite: int = 0
+    anchor: int = 0
     log_lines: int = 0
 
     def enter(self, phase: int) -> None:

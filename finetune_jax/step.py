@@ -5,12 +5,16 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from finetune_jax.regularisers import PENALTIES, penalty
 from finetune_jax.state import TrainState, averaged
 from finetune_jax.tasks.task import EVALUATION, Mode, Task
-from finetune_jax.trees import like, name_of, named
+from finetune_jax.trees import like, name_of, named, stage_of
+
+# Where the metrics of an update have norms of what learns, by stage; not logged.
+NORMS = "norms"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Update:
         repeats: Whether every update draws the same, so that the loss stays the same.
         regularise: (name, strength, regex) of what is added to the loss.
         ema_decay: Of the averaged weights; None has none.
+        guarded: Whether an update that is not finite leaves all but the step as it was.
     """
 
     task: Task
@@ -36,11 +41,21 @@ class Update:
     repeats: bool = False
     regularise: tuple[tuple[str, float, str], ...] = ()
     ema_decay: float | None = None
+    guarded: bool = False
 
     def over_devices(self, tree: Any) -> Any:
         """Returns the sum over devices, where it is not taken by itself."""
         axis_name = self.mode.axis_name
         return jax.lax.psum(tree, axis_name) if axis_name else tree
+
+    def squares_by_stage(self, tree: Any) -> dict[str, jax.Array]:
+        """Returns the sums of squares of what learns, by stage."""
+        found: dict[str, jax.Array] = {}
+        for name, leaf in named(tree).items():
+            if name in self.trained:
+                stage = stage_of(name, self.task.prefixes)
+                found[stage] = found.get(stage, 0.0) + jnp.sum(jnp.square(leaf))
+        return found
 
     def learns(self, params: Any) -> Any:
         """Returns a tree of bools shaped like the parameters."""
@@ -108,15 +123,45 @@ def train_step(
         / over_devices(sum(part.metrics[name][1] for part in parts))
         for name in parts[0].metrics
     }
-    leaves = zip(jax.tree.leaves(mean), jax.tree.leaves(trained))
-    metrics["grad_norm"] = optax.tree.norm([g for g, t in leaves if t])
-    state = state.replace(
+    squares = static.squares_by_stage(mean)
+    metrics["grad_norm"] = jnp.sqrt(sum(squares.values(), jnp.zeros(())))
+    norms = {
+        "gradient": jax.tree.map(jnp.sqrt, squares),
+        "parameters": jax.tree.map(jnp.sqrt, static.squares_by_stage(state.params)),
+    }
+    new = state.replace(
         step=state.step + 1,
         params=params,
         batch_stats=parts[-1].batch_stats,
         opt_state=opt_state,
     )
-    return state.replace(ema=averaged(state, static.ema_decay)), metrics
+    new = new.replace(ema=averaged(new, static.ema_decay))
+    if static.guarded:
+        new = _if_finite(metrics, new, state, trained)
+    return new, {**metrics, NORMS: norms}
+
+
+def _if_finite(
+    metrics: dict, new: TrainState, old: TrainState, trained: Any
+) -> TrainState:
+    """Returns the new state, or the old one if loss or gradient are not finite."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+    def chosen(one: Any, other: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), one, other)
+
+    params = jax.tree.map(
+        lambda n, o, t: jnp.where(finite, n, o) if t else o,
+        new.params,
+        old.params,
+        trained,
+    )
+    return new.replace(
+        params=params,
+        batch_stats=chosen(new.batch_stats, old.batch_stats),
+        opt_state=chosen(new.opt_state, old.opt_state),
+        ema=chosen(new.ema, old.ema),
+    )
 
 
 class _Part(NamedTuple):
@@ -144,9 +189,10 @@ class _Objective:
         """Prepares the micro-batches; they are the same at whatever point."""
         self.static, self.state, self.fixed = static, state, fixed
         self.progress = progress
-        rng = jax.random.wrap_key_data(state.rng)
-        rng = jax.random.fold_in(rng, 0 if static.repeats else state.step)
-        augment_rng, self.rng = jax.random.split(rng)
+        number = 0 if static.repeats else state.step
+        for_images, for_rest = jax.random.wrap_key_data(state.rng)
+        augment_rng = jax.random.split(jax.random.fold_in(for_images, number))[0]
+        self.rng = jax.random.split(jax.random.fold_in(for_rest, number))[1]
         if axis_name := static.mode.axis_name:
             self.rng = jax.random.fold_in(self.rng, jax.lax.axis_index(axis_name))
         self.micro_batches = [

@@ -9,12 +9,20 @@ from finetune_jax import config as configs
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
+from finetune_jax.preemption import Stop
 from finetune_jax.setup import make_task, phase_setup, random_state
 from finetune_jax.step import train_step
 from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.trees import named
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
+
+
+def stop_at_once():
+    """Returns what makes a run save and stop after its next update."""
+    stop = Stop()
+    stop.ask()
+    return stop
 
 
 def config(*, model="resnet20", plan=(), overrides=(), **model_arguments):

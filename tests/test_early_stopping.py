@@ -1,6 +1,5 @@
 """Plateaus that restore the best, lower the rate, and survive being stopped anywhere."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import small
 from test_run import lines, same_result
 
-import finetune_jax.run
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.loop import Preempted
 from finetune_jax.plan import Phase, optimizer_state_moves
@@ -102,17 +100,10 @@ def test_a_schedule_free_phase_hands_on_what_was_evaluated(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_after_every_update_it_ends_in_the_same_bits(
-    undisturbed, tmp_path, monkeypatch
-):
-    @contextlib.contextmanager
-    def always():
-        yield lambda: True
-
-    monkeypatch.setattr(finetune_jax.run, "asked_to_stop", always)
+def test_stopped_after_every_update_it_ends_in_the_same_bits(undisturbed, tmp_path):
     for _ in range(60):
         try:
-            result = run(config(), tmp_path / "run")
+            result = run(config(), tmp_path / "run", small.stop_at_once())
             break
         except Preempted:
             pass

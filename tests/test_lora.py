@@ -1,6 +1,5 @@
 """Low-rank updates: what they compute, what they leave alone, what is refused."""
 
-import contextlib
 import functools
 
 import flax.linen as nn
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import small
 
-import finetune_jax.run
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
@@ -339,14 +337,8 @@ def test_a_run_moves_updates_and_head_alone_and_can_be_stopped(tmp_path, monkeyp
         learns = is_lora(name) or name.startswith("head/")
         assert same({name: first[name]}, {name: last[name]}) != learns, name
 
-    @contextlib.contextmanager
-    def always():
-        yield lambda: True
-
-    monkeypatch.setattr(finetune_jax.run, "asked_to_stop", always)
     with pytest.raises(Preempted):
-        run(config, tmp_path / "stopped")
-    monkeypatch.undo()
+        run(config, tmp_path / "stopped", small.stop_at_once())
     again = run(config, tmp_path / "stopped")
     keys = ("params_sha256", "state_sha256", "frozen_sha256")
     assert [again[key] for key in keys] == [result[key] for key in keys]

@@ -1,6 +1,5 @@
 """Whole runs: what they write, and that stopping and going on changes no bit."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -155,18 +154,11 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_run_stopped_after_every_update_ends_in_the_same_bits(
-    undisturbed, tmp_path, monkeypatch
-):
-    @contextlib.contextmanager
-    def always():
-        yield lambda: True
-
-    monkeypatch.setattr(finetune_jax.run, "asked_to_stop", always)
+def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp_path):
     stops = 0
     while stops < 20:
         try:
-            result = run(config(), tmp_path / "run")
+            result = run(config(), tmp_path / "run", small.stop_at_once())
             break
         except Preempted:
             stops += 1

@@ -16,6 +16,7 @@ from test_run import lines, same_result
 import finetune_jax.run
 from finetune_jax import strategies
 from finetune_jax.loop import Preempted
+from finetune_jax.preemption import Stop
 from finetune_jax.run import run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,26 +64,25 @@ def no_report(monkeypatch):
     monkeypatch.setattr(finetune_jax.run, "write_report", lambda *_: None)
 
 
-def run_with_stops(name, workdir, monkeypatch, updates):
+def run_with_stops(name, workdir, updates):
     """Returns the result of a run that is stopped again and again, and how often.
 
     Args:
         name: Of the plan.
         workdir: Of the run.
-        monkeypatch: Undone by the test.
         updates: How many each attempt makes before it is stopped.
     """
-    made = []
 
-    @contextlib.contextmanager
-    def asked():
-        made.clear()
-        yield lambda: made.append(1) or len(made) == updates
+    class After(Stop):
+        made = 0
 
-    monkeypatch.setattr(finetune_jax.run, "asked_to_stop", asked)
+        def asked(self):
+            self.made += 1
+            return self.made == updates
+
     for stops in range(100):
         with contextlib.suppress(Preempted):
-            return run(config(name), workdir), stops
+            return run(config(name), workdir, After()), stops
     raise AssertionError("The run never ends.")
 
 
@@ -92,12 +92,10 @@ def test_every_strategy_is_here():
 
 
 @pytest.mark.slow
-def test_a_strategy_stopped_twice_ends_in_the_same_bits(
-    tmp_path, monkeypatch, no_report
-):
+def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_report):
     whole = run(config("layerwise"), tmp_path / "whole")
     workdir = tmp_path / "stopped"
-    result, stops = run_with_stops("layerwise", workdir, monkeypatch, updates=3)
+    result, stops = run_with_stops("layerwise", workdir, updates=3)
     # After update 3, inside the second phase, and after 6, at the end of the last.
     assert stops == 2 and same_result(result, whole)
     assert lines(workdir) == lines(tmp_path / "whole")
@@ -106,11 +104,11 @@ def test_a_strategy_stopped_twice_ends_in_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_every_strategy_stopped_after_every_update_ends_in_the_same_bits(
-    name, tmp_path, monkeypatch, no_report
+    name, tmp_path, no_report
 ):
     whole = run(config(name), tmp_path / "whole")
     workdir = tmp_path / "stopped"
-    result, stops = run_with_stops(name, workdir, monkeypatch, updates=1)
+    result, stops = run_with_stops(name, workdir, updates=1)
     assert stops == whole["steps"] == 2 * len(PLANS[name][1])
     assert same_result(result, whole)
     assert lines(workdir) == lines(tmp_path / "whole")

@@ -32,6 +32,21 @@ def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> A
     return grain.MapDataset.mix(classes)
 
 
+def training_positions(
+    label: np.ndarray, *, seed: int, batch_size: int, update: int, sampling: str
+) -> np.ndarray:
+    """Returns which examples of the training split an update takes, int [batch_size].
+
+    Args:
+        label: Class index of each training example.
+        seed: Of the order.
+        batch_size: Examples in one update.
+        update: Counted from the beginning of the run.
+        sampling: 'uniform' or 'balanced'.
+    """
+    return np.asarray(training_order(label, seed, sampling).batch(batch_size)[update])
+
+
 def training_batches(
     dataset: Dataset,
     *,

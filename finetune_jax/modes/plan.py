@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import check_preprocessing, make_data, train_shape
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
@@ -47,7 +48,7 @@ def main(config: Config, options: Options) -> int:
     check_phases(config, plan, make_devices(**config.parallel).count)
     spec = spec_of(config)
     task = make_task(config, spec)
-    state = jax.eval_shape(lambda: random_state(task, config.seed))
+    state = jax.eval_shape(lambda: random_state(task, 0))
     if spec.train_examples:
         plan = durations(plan, spec.train_examples, config.data.batch_size)
     names = tuple(named(state.params))
@@ -93,7 +94,7 @@ def spec_of(config: Config) -> DataSpec:
             is there and does not fit.
     """
     try:
-        return make_data(config.data, seed=config.seed).spec
+        return make_data(config.data, seed=configs.seeds(config)["order"]).spec
     except DataMissing as missing:
         data, classes = config.data, config.model.classes
         needed = {

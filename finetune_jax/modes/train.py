@@ -1,10 +1,12 @@
 """`--mode=train`: trains, or goes on with a run that was stopped."""
 
+import pathlib
+
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
-from finetune_jax.preemption import EXIT_STATUS
+from finetune_jax.preemption import EXIT_STATUS, Stop, stop_on_signals
 from finetune_jax.run import run
 from finetune_jax.workdir import check_same_run, new_workdir, read_json
 
@@ -12,6 +14,11 @@ from finetune_jax.workdir import check_same_run, new_workdir, read_json
 def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
     workdir = options.workdir or new_workdir(options.config)
+    with stop_on_signals(config.checkpoint.grace_s) as stop:
+        return _train(config, workdir, stop)
+
+
+def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     print(f"workdir {workdir}", flush=True)
     status, finished = 0, None
     result_file = workdir / "result.json"
@@ -21,10 +28,10 @@ def main(config: Config, options: Options) -> int:
             print("this run is finished")
             show(finished)
         else:
-            show(run(config, workdir))
+            show(run(config, workdir, stop))
         print(f"report  {workdir / 'report' / 'index.html'}")
-    except Preempted as stop:
-        print(f"{stop}; the same command goes on from there")
+    except Preempted as message:
+        print(f"{message}; the same command goes on from there")
         status = EXIT_STATUS
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError) or finished is None:
