@@ -1,0 +1,140 @@
+"""Updates whose loss or gradient is NaN or infinite: what is kept of them for a person.
+
+`config.nonfinite.policy` says what a run does about them. 'stop' stops it. 'skip' leaves
+the state as it was before the update, but for its step: no parameter, running average or
+accumulator has a trace of it. 'rollback' goes back to the last checkpoint that was due and
+passes over the examples since, as Chowdhery et al. 2022 did by hand.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax import config as configs
+from finetune_jax.config import Config
+from finetune_jax.data.batches import training_positions
+from finetune_jax.data.dataset import Dataset
+from finetune_jax.errors import TrainingError
+from finetune_jax.report.log import MetricsLog
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.state import Progress
+from finetune_jax.step import NORMS
+from finetune_jax.workdir import write_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """An update that was made and whose metrics nobody has read yet.
+
+    Attributes:
+        step: The state's after it.
+        phase: Its name.
+        metrics: On the device, with the norms by stage.
+        rate: The learning rate.
+        update: Number of the update whose examples it took.
+        batch: Its arrays [k, b, ...] on the host, as the step takes them.
+    """
+
+    step: int
+    phase: str
+    metrics: Mapping[str, Any]
+    rate: np.float32
+    update: int
+    batch: Mapping[str, np.ndarray]
+
+    def is_finite(self) -> bool:
+        """Returns whether loss and gradient are finite."""
+        return all(math.isfinite(float(self.metrics[k])) for k in ("loss", "grad_norm"))
+
+    def line(self) -> dict[str, Any]:
+        """Returns what is logged of it."""
+        found: dict[str, Any] = {"step": self.step, "phase": self.phase}
+        for name, value in self.metrics.items():
+            if name != NORMS:
+                found[f"train/{name}"] = float(value)
+        return found | {"train/learning_rate": float(self.rate)}
+
+
+def refuse(
+    made: Made,
+    *,
+    config: Config,
+    dataset: Dataset,
+    progress: Progress,
+    log: MetricsLog,
+    terminal: Terminal,
+    folder: pathlib.Path,
+) -> None:
+    """Keeps, counts and tells an update that is not finite.
+
+    Args:
+        made: The update.
+        config: Of the run.
+        dataset: The training split.
+        progress: Counts it.
+        log: Gets a line.
+        terminal: Tells it.
+        folder: Gets a folder with the batch and what it gave.
+
+    Raises:
+        TrainingError: The policy is to stop, or there were too many of them.
+    """
+    policy, limit = config.nonfinite.policy, config.nonfinite.limit
+    place = _keep(made, config, dataset, progress, folder / str(made.step))
+    progress.nonfinite += 1
+    norms = made.metrics[NORMS]["gradient"]
+    found = (
+        f"loss {float(made.metrics['loss']):g}, norms of the gradient "
+        + ", ".join(f"{stage} {float(norm):.3g}" for stage, norm in norms.items())
+        + f" at step {made.step}, phase {made.phase!r}"
+    )
+    if policy == "stop" or progress.nonfinite > limit:
+        many = "" if policy == "stop" else f" This is number {progress.nonfinite}."
+        raise TrainingError(
+            f"Not finite: {found}.{many} Its batch and examples are in {place}; the "
+            f"last checkpoint that was due is that of step {progress.anchor}. Lower "
+            "peak_lr, or set clip_norm, in a new workdir; or have such updates passed "
+            "over: config.nonfinite.policy."
+        )
+    done = "left out" if policy == "skip" else f"back to that of step {progress.anchor}"
+    terminal.warn(f"not finite, {done}: {found}; see {place}")
+    log.write(
+        {"step": made.step, "phase": made.phase, "train/nonfinite": progress.nonfinite}
+    )
+
+
+def _keep(
+    made: Made,
+    config: Config,
+    dataset: Dataset,
+    progress: Progress,
+    place: pathlib.Path,
+) -> pathlib.Path:
+    positions = training_positions(
+        dataset.label,
+        seed=configs.seeds(config)["order"],
+        batch_size=config.data.batch_size,
+        update=made.update,
+        sampling=config.data.sampling,
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    np.savez(place / "batch.npz", allow_pickle=False, **made.batch)
+    norms = {
+        kind: {stage: str(float(norm)) for stage, norm in of_stage.items()}
+        for kind, of_stage in made.metrics[NORMS].items()
+    }
+    found = {
+        "step": made.step,
+        "phase": made.phase,
+        "learning_rate": float(made.rate),
+        "loss": str(float(made.metrics["loss"])),
+        "norms": norms,
+        "checkpoint": progress.anchor,
+        "examples": {str(p): dataset.name(int(p)) for p in positions},
+    }
+    write_json(place / "update.json", found)
+    return place
