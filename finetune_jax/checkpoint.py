@@ -15,7 +15,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from finetune_jax.errors import TrainingError, problems_error
+from finetune_jax.errors import AFTER_DISK_FULL, TrainingError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.trees import leaf_digest, named
@@ -57,6 +57,9 @@ class Checkpoints:
         Args:
             state: On the host.
             progress: Best step and log lines included.
+
+        Raises:
+            TrainingError: It cannot be written; those before are whole.
         """
         step = int(state.step)
         tree = _as_dict(state)
@@ -68,8 +71,14 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
         )
-        self._manager.save(step, args=args, force=True)
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax raises whatever the disk leads to.
+            raise TrainingError(
+                f"checkpoint {step} cannot be saved in {self.folder}: {error}; "
+                f"{AFTER_DISK_FULL}"
+            ) from error
         kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
         kept |= set(self.steps()[-self._keep :])
         for old in self.steps():

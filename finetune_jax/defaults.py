@@ -102,6 +102,7 @@ def default() -> Config:
     config: Any = ml_collections.ConfigDict()
     config.seed = 0  # Or a section with one for each of SEEDS.
     config.precision = "float32"  # Of the computation; parameters stay float32.
+    config.deterministic = False  # On GPU, the same bits again, for less speed.
     config.task = dict(name="classify")
     config.data = _data()
     config.model = ml_collections.ConfigDict()

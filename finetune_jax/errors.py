@@ -1,6 +1,10 @@
 """What a user did wrong, told in one message: found, where, what to do."""
 
+import errno
 from collections.abc import Iterable
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AFTER_DISK_FULL = "make room, and the same command goes on from the last checkpoint"
 
 
 class UserError(ValueError):

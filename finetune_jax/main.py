@@ -9,25 +9,32 @@ from collections.abc import Sequence
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.errors import TrainingError, UserError, problems_error
+from finetune_jax.errors import (
+    AFTER_DISK_FULL,
+    DISK_FULL,
+    TrainingError,
+    UserError,
+    problems_error,
+)
 from finetune_jax.lookup import choose, closest
 from finetune_jax.modes.options import Options
 from finetune_jax.plan import plan_problems
-from finetune_jax.workdir import read_config, read_manifest
+from finetune_jax.workdir import read_config, read_manifest, read_recorded_config
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"
-    for mode in ("train", "evaluate", "predict", "plan")
+    for mode in ("train", "evaluate", "predict", "plan", "reproduce")
 }
-WORKDIR_HAS_CONFIG = ("evaluate", "predict")
+WORKDIR_HAS_CONFIG = ("evaluate", "predict", "reproduce")
 PREDICTIONS_MAY_CHANGE = ("parallel", "evaluate.batch_size", "task.top_k")
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 FLAGS = ("--config", "--workdir", "--mode", "--inputs", "--output")
 EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
 or --config.plan[0].peak_lr=0.01.
 
 exit status: 0 finished; 2 a mistake in what was asked; 75 stopped by a signal and saved,
-the same command goes on from there; 1 anything else"""
+the same command goes on from there; 3 a rerun that differs; 1 anything else"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +86,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
 
 
 def resolved_config(
-    address: str, workdir: pathlib.Path | None, overrides: list[tuple[str, str]]
+    address: str,
+    workdir: pathlib.Path | None,
+    overrides: list[tuple[str, str]],
+    *,
+    reproduces: bool = False,
 ) -> Config:
     """Returns the config of the file, or else of the workdir, with the overrides.
 
@@ -88,6 +99,8 @@ def resolved_config(
     """
     if address:
         given = configs.load(address)
+    elif workdir is not None and reproduces:
+        given = read_recorded_config(workdir)
     elif workdir is not None:
         given = read_config(workdir)
     else:
@@ -99,21 +112,28 @@ def resolved_config(
     return config
 
 
-def pin_host_threads(workdir: pathlib.Path | None) -> None:
-    """Sets NPROC, as the manifest says when a run is taken up again.
+def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
+    """Sets NPROC and XLA_FLAGS, as the manifest says when there is a run already.
 
     XLA divides reductions by the number of host threads, so that another number gives
     other bits. Takes effect if no computation has been made yet.
+
+    Args:
+        workdir: Of the run.
+        deterministic: Whether a GPU shall give the same bits again, at the cost of what
+            autotuning and atomic additions save.
     """
-    manifest = read_manifest(workdir) if workdir else None
-    if manifest and not str(manifest.get("nproc") or "1").isdigit():
-        raise UserError(f"{workdir}/manifest.json: nproc is {manifest['nproc']!r}")
-    threads = str(len(os.sched_getaffinity(0)))
-    if manifest and manifest.get("nproc"):
-        threads = str(manifest["nproc"])
-    elif "NPROC" in os.environ:
-        return
-    os.environ["NPROC"] = threads
+    manifest = (read_manifest(workdir) if workdir else None) or {}
+    threads = str(manifest.get("nproc") or "")
+    if threads and not threads.isdigit():
+        raise UserError(f"{workdir}/manifest.json: nproc is {threads!r}")
+    if threads or "NPROC" not in os.environ:
+        os.environ["NPROC"] = threads or str(len(os.sched_getaffinity(0)))
+    flags = os.environ.get("XLA_FLAGS", str(manifest.get("xla_flags") or "")).split()
+    if deterministic:
+        flags += [flag for flag in DETERMINISTIC if flag not in flags]
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def set_precision(precision: str) -> None:
@@ -162,10 +182,11 @@ def run(arguments: Sequence[str]) -> int:
     if flags.mode in WORKDIR_HAS_CONFIG:
         if workdir is None:
             raise UserError(f"--mode={flags.mode} needs --workdir, the folder of a run")
-        config = resolved_config("", workdir, overrides)
+        reproduces = flags.mode == "reproduce"
+        config = resolved_config("", workdir, overrides, reproduces=reproduces)
     else:
         config = resolved_config(flags.config, workdir, overrides)
-    pin_host_threads(workdir)
+    pin_environment(workdir, config.deterministic)
     set_precision(config.precision)
     options = Options(
         config=flags.config or "run",
@@ -185,6 +206,11 @@ def main() -> None:
         status = 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: {error}; {AFTER_DISK_FULL}", file=sys.stderr)
         status = 1
     sys.exit(status)
 

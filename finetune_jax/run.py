@@ -32,6 +32,7 @@ from finetune_jax.trees import digest, named
 from finetune_jax.workdir import (
     check_same_inputs,
     check_same_run,
+    locked,
     make_folder,
     write_json,
     write_text,
@@ -54,7 +55,7 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    resumed = check_same_run(workdir, config)
+    check_same_run(workdir, config)
     setup = make_setup(config)
     domains = open_domains(setup)
     for text in setup.data.warnings:
@@ -67,14 +68,43 @@ def run(
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
         "weights_sha256": weights.sha256 if weights else {},
     }
-    if resumed:
+    make_folder(workdir)
+    with locked(workdir):
+        _record(workdir, setup, inputs)
+        loop, state = _taken_up(workdir, setup, domains, start, terminal)
+        loop.stop = stop or loop.stop
+        try:
+            state = loop.run(state)
+            result = _result(loop, state, begin, workdir)
+        finally:
+            terminal.end_phase()
+            loop.log.close()
+            loop.checkpoints.close()
+        write_json(workdir / "result.json", result)
+    return result
+
+
+def _record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
+    """Writes what the run is and reads, or checks that it still is what it was."""
+    config = setup.config
+    if check_same_run(workdir, config):
         check_same_inputs(workdir, inputs)
-    else:
-        make_folder(workdir)
-        looks = setup.data.spec.to_json()
-        manifest = make_manifest(seed=config.seed, data=looks, **inputs)
-        write_json(workdir / "manifest.json", manifest)
-        write_text(workdir / "config.json", configs.to_json(config))
+        return
+    looks, plain = setup.data.spec.to_json(), json.loads(configs.to_json(config))
+    manifest = make_manifest(config=plain, data=looks, **inputs)
+    write_json(workdir / "manifest.json", manifest)
+    write_text(workdir / "config.json", configs.to_json(config))
+
+
+def _taken_up(
+    workdir: pathlib.Path,
+    setup: Setup,
+    domains: tuple[Domain, ...],
+    start: TrainState,
+    terminal: Terminal,
+) -> tuple[Loop, TrainState]:
+    """Returns the loop and the state of the newest checkpoint, or of the beginning."""
+    config, begun = setup.config, (workdir / "checkpoints" / "0").is_dir()
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     found = checkpoints.newest(setup.target, terminal.warn)
     if begun and not found:  # Every checkpoint was damaged.
@@ -99,12 +129,11 @@ def run(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
     evaluator = make_evaluator(setup, start, domains)
-    examples = config.init.fisher_examples
     if setup.regularisers & set(READS_FISHER):
         fisher = domain_fisher(
             domain_named(domains, config.init.fisher),
             start,
-            examples=examples,
+            examples=config.init.fisher_examples,
             seed=configs.seeds(config)["order"],
         )
         evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))
@@ -115,17 +144,9 @@ def run(
         log=log,
         terminal=terminal,
         progress=progress,
-        stop=stop or Stop(),
+        stop=Stop(),
     )
-    try:
-        state = loop.run(state)
-        result = _result(loop, state, begin, workdir)
-    finally:
-        terminal.end_phase()
-        loop.log.close()
-        checkpoints.close()
-    write_json(workdir / "result.json", result)
-    return result
+    return loop, state
 
 
 def _result(

@@ -1,9 +1,12 @@
 """The folder of a run: which run it holds, and files that are whole or not there."""
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
@@ -49,6 +52,28 @@ def make_folder(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir: {workdir} cannot be made: {error}") from error
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from running in a workdir; ends with the process at last.
+
+    Raises:
+        UserError: Another process runs in it.
+    """
+    with (workdir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"--workdir: process {file.read().strip() or '(unknown)'} runs in "
+                f"{workdir}. Wait for it, stop it, or give another --workdir."
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
 def read_json(path: pathlib.Path) -> dict | None:
     """Returns the object in a JSON file of a run, or None where there is no file.
 
@@ -76,6 +101,22 @@ def read_config(workdir: pathlib.Path) -> Config:
     if found is None:
         raise UserError(f"--workdir: {workdir} holds no run (no config.json in it)")
     return configs.from_json(json.dumps(found), str(workdir / "config.json"))
+
+
+def read_recorded_config(workdir: pathlib.Path) -> Config:
+    """Returns the config of the run in a workdir as its manifest has it.
+
+    Raises:
+        UserError: The folder holds no run, or its manifest no config.
+    """
+    path = workdir / "manifest.json"
+    found = read_json(path)
+    if found is None:
+        raise UserError(f"--workdir: {workdir} holds no run (no manifest.json in it)")
+    if not isinstance(found.get("config"), dict) or "seed" not in found:
+        raise UserError(f"{path}: has no config or no seed; older versions wrote none")
+    plain = {**found["config"], "seed": found["seed"]}
+    return configs.from_json(json.dumps(plain), str(path))
 
 
 def read_manifest(workdir: pathlib.Path) -> dict | None:

@@ -186,11 +186,25 @@ def test_the_plan_says_what_it_needs_where_the_data_is_not_there():
 
 def test_host_threads_are_those_of_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "7")
-    main.pin_host_threads(None)
+    main.pin_environment(None, False)
     assert os.environ["NPROC"] == "7"
     (tmp_path / "manifest.json").write_text('{"nproc": "3"}')
-    main.pin_host_threads(tmp_path)
+    main.pin_environment(tmp_path, False)
     assert os.environ["NPROC"] == "3"
     monkeypatch.delenv("NPROC")
-    main.pin_host_threads(None)
+    main.pin_environment(None, False)
     assert int(os.environ["NPROC"]) == len(os.sched_getaffinity(0))
+
+
+def test_flags_of_xla_are_those_of_the_manifest_and_deterministic_ones(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("XLA_FLAGS")
+    (tmp_path / "manifest.json").write_text('{"xla_flags": "--xla_cpu_foo=1"}')
+    main.pin_environment(tmp_path, False)
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_foo=1"
+    main.pin_environment(tmp_path, True)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags == ["--xla_cpu_foo=1", *main.DETERMINISTIC]
+    main.pin_environment(tmp_path, True)
+    assert os.environ["XLA_FLAGS"].split() == flags

@@ -18,7 +18,7 @@ PACKAGES = (
 
 def make_manifest(
     *,
-    seed: int,
+    config: dict,
     data: dict,
     data_fingerprint: str,
     also_fingerprint: dict[str, str],
@@ -27,7 +27,7 @@ def make_manifest(
     """Returns what identifies a run: command, versions, commit, devices, inputs.
 
     Args:
-        seed: Of the run.
+        config: Resolved, as plain values.
         data: What the data look like, of which predictions need to know.
         data_fingerprint: Of the data that was read.
         also_fingerprint: Of the data of other domains, by label.
@@ -35,16 +35,18 @@ def make_manifest(
     """
     return {
         "command": [sys.executable, *sys.argv],
-        "seed": seed,
+        "seed": config["seed"],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "platform": platform.platform(),
+        "cpu": _cpu(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "backend": jax.default_backend(),
         "nproc": os.environ.get("NPROC"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "config": {key: value for key, value in config.items() if key != "seed"},
         "data": data,
         "data_fingerprint": data_fingerprint,
         "also_fingerprint": also_fingerprint,
@@ -57,6 +59,21 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _cpu() -> dict:
+    """Returns the processor's name and its vector instructions, which decide bits."""
+    lines = {}
+    info = pathlib.Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        key, _, value = line.partition(":")
+        lines.setdefault(key.strip(), value.strip())
+    flags = lines.get("flags", lines.get("Features", "")).split()
+    vector = ("avx", "fma", "amx", "sve", "asimd", "sse4")
+    return {
+        "name": lines.get("model name", platform.processor()),
+        "vector": sorted(flag for flag in flags if flag.startswith(vector)),
+    }
 
 
 def _git() -> dict | None:
