@@ -177,7 +177,7 @@ class Loop:
             placed = self._update(
                 placed, phase, batches, step, np.float32(rate * scale), progress
             )
-            ended = self._after(placed, phase, step + 1, end)
+            placed, ended = self._after(placed, phase, step + 1, end)
             if ended is not None:
                 break
         self.terminal.end_phase()
@@ -269,14 +269,18 @@ class Loop:
 
     def _after(
         self, placed: TrainState, phase: PhaseSetup, step: int, end: int
-    ) -> TrainState | None:
-        """Measures and saves where that is due; returns the state if the phase is over."""
+    ) -> tuple[TrainState, TrainState | None]:
+        """Measures and saves where that is due.
+
+        Returns:
+            The placed state to go on with, and that on the host if the phase is over.
+        """
         config, data = self.setup.config, self.setup.data
         over, due = step == end, self._evaluation_is_due(step)
         stop = self.stop.asked()
         every = config.checkpoint.every_steps
         if not (over or due or stop or (every and step % every == 0)):
-            return None
+            return placed, None
         begin = time.perf_counter()
         if self.read():
             placed = self._gone_back(phase, step)
@@ -304,7 +308,7 @@ class Loop:
         self._save(state, due=over or due or bool(every and step % every == 0))
         if stop:
             raise Preempted(f"stopped and saved at step {step}")
-        return state if over else None
+        return placed, state if over else None
 
     def _evaluation_is_due(self, step: int) -> bool:
         config = self.setup.config
