@@ -24,6 +24,7 @@ CHOICES = {
     "data.channels": (1, 3),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.sampling": ("uniform", "balanced"),
+    "data.on_error": ("stop", "skip"),
     "init.input_channels": ("strict", "adapt"),
 }
 POSITIVE = (
@@ -176,6 +177,7 @@ def _data() -> Any:
     data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.
     data.sampling = "uniform"  # 'balanced' draws every class equally often.
     data.per_class = optional(int)  # Only so many training examples of each class.
+    data.on_error = "stop"  # Or 'skip' what cannot be read: it has weight 0.
     data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
     data.split_seed = 0  # Of the splits that a source without its own is cut into.
     return data

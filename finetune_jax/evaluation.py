@@ -102,7 +102,9 @@ class Evaluator:
         for split, dataset in splits.items():
             for kind, params in self.weights(placed).items():
                 outputs = self._outputs(params, placed.batch_stats, dataset)
-                metrics = self.task.metrics(outputs, {"label": dataset.label})
+                counts = dataset.readable(np.arange(len(dataset)))
+                outputs = {name: rows[counts] for name, rows in outputs.items()}
+                metrics = self.task.metrics(outputs, {"label": dataset.kept().label})
                 found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
         for extra in self.extras:
             found |= extra(self, placed)

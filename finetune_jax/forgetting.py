@@ -305,10 +305,8 @@ def fisher_information(
     for start in range(0, len(drawn), size):
         places = drawn[start : start + size]
         padded = np.resize(places, size).astype(np.int32)
-        batch = dataset.take(padded) | {
-            "weight": (np.arange(size) < len(places)).astype(np.float32),
-            "position": padded,
-        }
+        batch = dataset.take(padded) | {"position": padded}
+        batch["weight"] *= np.arange(size) < len(places)
         sums = named(program(*on_device, batch))
         for name, values in sums.items():
             total[name] += np.asarray(values, np.float64)

@@ -30,12 +30,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
 
-from finetune_jax.config import Config
-from finetune_jax.config import seeds as seeds_of
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
@@ -151,39 +148,6 @@ def cut(
         raise UserError(f"cut: no stage {at!r}{hint} There are: {', '.join(stages)}.")
     upper = "|".join(stages[list(stages).index(at) :])
     return ((f"({upper})/.*", scheme, *arguments),)
-
-
-def random_seeds(config: Config) -> dict[str, int]:
-    """Returns the seeds that `random_state` takes."""
-    seeds = seeds_of(config)
-    return {
-        "seed": seeds["init"],
-        "augmentation": seeds["augmentation"],
-        "dropout": seeds["dropout"],
-    }
-
-
-def random_state(
-    task: Task,
-    seed: int,
-    *,
-    augmentation: int | None = None,
-    dropout: int | None = None,
-) -> TrainState:
-    """Returns the state of a task before the first update, at random.
-
-    Args:
-        task: Has the models.
-        seed: Of the parameters.
-        augmentation: Seed of what updates draw for images; None is `seed`.
-        dropout: Seed of what else they draw; None is `seed`.
-    """
-    params, batch_stats = task.init(jax.random.split(jax.random.key(seed))[0])
-    keys = [
-        jax.random.split(jax.random.key(seed if own is None else own))[1]
-        for own in (augmentation, dropout)
-    ]
-    return TrainState.create(params, batch_stats, jnp.stack(keys))
 
 
 def make_rules(schemes: Sequence[Any], pretrained: str | None) -> tuple[Rule, ...]:

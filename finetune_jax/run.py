@@ -34,6 +34,7 @@ from finetune_jax.workdir import (
     check_same_run,
     locked,
     make_folder,
+    read_json,
     write_json,
     write_text,
 )
@@ -80,8 +81,18 @@ def run(
             terminal.end_phase()
             loop.log.close()
             loop.checkpoints.close()
+        _tell_unreadable(workdir, setup, terminal)
         write_json(workdir / "result.json", result)
     return result
+
+
+def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:
+    """Lists what was passed over, in this attempt and those before it."""
+    path = workdir / "unreadable.json"
+    found = (read_json(path) or {}) | setup.data.unreadable()
+    if found:
+        write_json(path, found)
+        terminal.warn(f"{len(found)} examples could not be read; they are in {path}")
 
 
 def _record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:

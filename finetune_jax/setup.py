@@ -14,14 +14,7 @@ from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.initialise import (
-    check_rules,
-    initialise,
-    make_rules,
-    random_seeds,
-    random_state,
-)
-from finetune_jax.lsuv import first_examples
+from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
     check_groups,
@@ -29,7 +22,7 @@ from finetune_jax.optimizer import (
     evaluates,
     make_optimizer,
 )
-from finetune_jax.parallel import Devices, check_batch, make_devices, run_once
+from finetune_jax.parallel import Devices, check_batch, make_devices
 from finetune_jax.plan import (
     Group,
     Phase,
@@ -38,8 +31,7 @@ from finetune_jax.plan import (
     groups,
     plan_from_config,
 )
-from finetune_jax.pretrained.addresses import Weights, read_weights
-from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.regularisers import (
     READS_FISHER,
     READS_START,
@@ -47,6 +39,7 @@ from finetune_jax.regularisers import (
     match_problems,
 )
 from finetune_jax.schedules import check_schedule, plateau_metric
+from finetune_jax.start import random_state, starting_state
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
 from finetune_jax.tasks.task import Mode, Task
@@ -228,29 +221,7 @@ class Setup:
         Raises:
             UserError: The weights cannot be read or do not fit, or a scheme fails.
         """
-        own = run_once(lambda: random_state(self.task, **random_seeds(self.config)))
-        state, weights, init = own, None, self.config.init
-        if init.pretrained is not None:
-            weights = read_weights(init.pretrained)
-            variables = load_weights(
-                {"params": own.params, "batch_stats": own.batch_stats},
-                weights,
-                fresh=init.fresh,
-                adapt_input=init.input_channels == "adapt",
-                stem=self.task.stages[0],
-            )
-            state = own.replace(**variables)
-        batch = functools.partial(first_examples, self.data, self.config)
-        state = initialise(
-            own,
-            state,
-            make_rules(init.schemes, init.pretrained),
-            task=self.task,
-            spec=self.data.spec,
-            seed=configs.seeds(self.config)["init"],
-            first_batch=batch if measure else None,
-        )
-        return state, weights
+        return starting_state(self.task, self.data, self.config, measure=measure)
 
 
 def make_task(config: Config, spec: DataSpec) -> Task:

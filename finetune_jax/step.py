@@ -48,14 +48,13 @@ class Update:
         axis_name = self.mode.axis_name
         return jax.lax.psum(tree, axis_name) if axis_name else tree
 
-    def squares_by_stage(self, tree: Any) -> dict[str, jax.Array]:
-        """Returns the sums of squares of what learns, by stage."""
-        found: dict[str, jax.Array] = {}
+    def norms_by_stage(self, tree: Any) -> dict[str, jax.Array]:
+        """Returns the norm of what learns, by stage."""
+        leaves: dict[str, list] = {}
         for name, leaf in named(tree).items():
             if name in self.trained:
-                stage = stage_of(name, self.task.prefixes)
-                found[stage] = found.get(stage, 0.0) + jnp.sum(jnp.square(leaf))
-        return found
+                leaves.setdefault(stage_of(name, self.task.prefixes), []).append(leaf)
+        return {stage: optax.tree.norm(found) for stage, found in leaves.items()}
 
     def learns(self, params: Any) -> Any:
         """Returns a tree of bools shaped like the parameters."""
@@ -123,12 +122,12 @@ def train_step(
         / over_devices(sum(part.metrics[name][1] for part in parts))
         for name in parts[0].metrics
     }
-    squares = static.squares_by_stage(mean)
-    metrics["grad_norm"] = jnp.sqrt(sum(squares.values(), jnp.zeros(())))
     norms = {
-        "gradient": jax.tree.map(jnp.sqrt, squares),
-        "parameters": jax.tree.map(jnp.sqrt, static.squares_by_stage(state.params)),
+        "gradient": static.norms_by_stage(mean),
+        "parameters": static.norms_by_stage(state.params),
     }
+    squares = [jnp.square(norm) for norm in norms["gradient"].values()]
+    metrics["grad_norm"] = jnp.sqrt(sum(squares, jnp.zeros(())))
     new = state.replace(
         step=state.step + 1,
         params=params,

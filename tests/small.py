@@ -10,7 +10,8 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.preemption import Stop
-from finetune_jax.setup import make_task, phase_setup, random_state
+from finetune_jax.setup import make_task, phase_setup
+from finetune_jax.start import random_state
 from finetune_jax.step import train_step
 from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.trees import named

@@ -7,10 +7,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "finetune_jax"
 # From the top down; a module imports from its own row or below.
 LAYERS = (
     ("main",),
-    ("modes.train", "modes.evaluate", "modes.predict", "modes.plan"),
+    (
+        "modes.train",
+        "modes.evaluate",
+        "modes.predict",
+        "modes.plan",
+        "modes.reproduce",
+    ),
     ("run",),
     ("loop", "summary"),
-    ("setup", "evaluation", "report", "domains", "forgetting"),
+    ("setup", "evaluation", "report", "domains", "forgetting", "nonfinite"),
     (
         "step",
         "checkpoint",
@@ -20,6 +26,7 @@ LAYERS = (
         "tasks",
         "initialise",
         "lsuv",
+        "start",
     ),
     ("data", "models", "pretrained", "workdir", "modes.options"),
     ("mix", "schedules", "plan", "strategies", "state", "algorithms", "regularisers"),

@@ -20,7 +20,8 @@ from finetune_jax.optimizer import carried
 from finetune_jax.plan import carried_cohorts, check_plan, scales
 from finetune_jax.run import run
 from finetune_jax.schedules import learning_rates
-from finetune_jax.setup import make_task, phase_setup, random_state
+from finetune_jax.setup import make_task, phase_setup
+from finetune_jax.start import random_state
 from finetune_jax.trees import named
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -71,7 +71,6 @@ def training_batches(
 
     def load(positions: np.ndarray) -> dict[str, np.ndarray]:
         batch = dataset.take(positions)
-        batch["weight"] = np.ones(batch_size, np.float32)
         batch["position"] = np.arange(batch_size, dtype=np.int32)
         return {
             name: array.reshape(micro_batches, -1, *array.shape[1:])
@@ -105,6 +104,6 @@ def evaluation_batches(
             name: _padded(rows, batch_size)
             for name, rows in dataset.take(positions[real]).items()
         }
-        batch["weight"] = real.astype(np.float32)
+        batch["weight"] *= real
         batch["position"] = np.arange(batch_size, dtype=np.int32)
         yield batch

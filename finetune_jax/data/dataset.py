@@ -12,9 +12,11 @@ from finetune_jax.data import sources
 from finetune_jax.data.images import Geometry, fit_named
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
-from finetune_jax.data.splits import named_splits, per_class, select
-from finetune_jax.data.threads import in_threads
+from finetune_jax.data.splits import named_splits, overlaps, per_class, select
+from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
+
+ADVICE = "Mend them, take them out, or pass them over: config.data.on_error=skip."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Dataset:
         geometry: How images become what batches hold; None for feature vectors.
         shape: Of one example's inputs after that.
         decoded: All inputs, where they are kept in memory.
+        unreadable: Messages by index, of what could not be read and has weight 0; None
+            stops there.
     """
 
     source: Source
@@ -36,6 +40,7 @@ class Dataset:
     geometry: Geometry | None
     shape: tuple[int, ...]
     decoded: np.ndarray | None = None
+    unreadable: dict[int, str] | None = None
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -63,18 +68,29 @@ class Dataset:
         return dataclasses.replace(self, decoded=everything)
 
     def take(self, positions: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns 'inputs' and 'label' of the examples at some positions of the split.
+        """Returns 'inputs', 'label' and 'weight' of examples at positions of the split.
+
+        The weight of what could not be read is 0, its inputs are zeros; of all others 1.
 
         Raises:
             UserError: Lists the examples that cannot be read.
         """
-        label = self.label[positions]
-        if self.decoded is not None:
-            return {"inputs": self.decoded[positions], "label": label}
+        inputs = self._inputs(positions) if self.decoded is None else None
+        return {
+            "inputs": self.decoded[positions] if inputs is None else inputs,
+            "label": self.label[positions],
+            "weight": self.readable(positions).astype(np.float32),
+        }
+
+    def readable(self, positions: np.ndarray) -> np.ndarray:
+        """Returns which examples, taken already, could be read, bool [n]."""
+        return ~np.isin(self.indices[positions], list(self.unreadable or ()))
+
+    def _inputs(self, positions: np.ndarray) -> np.ndarray:
         owners, places = self._owners(self.indices[positions])
         parts = list(self.source.splits.values())
         ready = np.array([self._is_ready(part) for part in parts])[owners]
-        inputs = np.empty((len(places), *self.shape), self._dtype)
+        inputs = np.zeros((len(places), *self.shape), self._dtype)
         for owner in np.unique(owners[ready]):
             rows = np.flatnonzero(owners == owner)
             inputs[rows] = parts[owner].values[places[rows]]
@@ -86,8 +102,28 @@ class Dataset:
                 image = fit_named(image, self.geometry, part.name(place))
             inputs[row] = image
 
-        in_threads(read, np.flatnonzero(~ready))
-        return {"inputs": inputs, "label": label}
+        rows = np.flatnonzero(~ready)
+        errors = [error for _, error in attempts(read, rows)]
+        if self.unreadable is None:
+            check_readable(errors, ADVICE)
+            return inputs
+        for row, error in zip(rows, errors):
+            if error is not None:
+                self.unreadable[int(self.indices[positions[row]])] = str(error)
+        return inputs
+
+    def kept(self) -> "Dataset":
+        """Returns the split without what could not be read."""
+        readable = self.readable(np.arange(len(self)))
+        if readable.all():
+            return self
+        decoded = None if self.decoded is None else self.decoded[readable]
+        return dataclasses.replace(
+            self,
+            indices=self.indices[readable],
+            label=self.label[readable],
+            decoded=decoded,
+        )
 
     def name(self, position: int) -> str:
         """Returns what a person knows the example at a position by."""
@@ -130,6 +166,15 @@ class Data:
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
 
+    def unreadable(self) -> dict[str, str]:
+        """Returns what was passed over so far: messages by name."""
+        found = {}
+        for part in (self.train, *self.held_out.values()):
+            places = {int(index): at for at, index in enumerate(part.indices)}
+            for index, message in sorted((part.unreadable or {}).items()):
+                found[part.name(places[index])] = message
+        return found
+
     def in_memory(self, limit: float) -> "Data":
         """Returns the data decoded, if that takes no more than `limit` bytes.
 
@@ -168,6 +213,7 @@ def dataset_of(
     label: np.ndarray,
     *,
     training: bool = False,
+    skip: bool = False,
 ) -> Dataset:
     """Returns some examples of a source, preprocessed as a spec says.
 
@@ -177,6 +223,7 @@ def dataset_of(
         indices: Which, in the concatenation of the source's splits.
         label: Class index, or targets, of each.
         training: Whether augmentation follows, which may take larger images.
+        skip: Whether examples that cannot be read are passed over.
     """
     return Dataset(
         source=source,
@@ -184,6 +231,7 @@ def dataset_of(
         label=label,
         geometry=spec.geometry(training),
         shape=spec.train_shape if training else spec.shape,
+        unreadable={} if skip else None,
     )
 
 
@@ -243,8 +291,11 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         **{key: config[key] for key in PREPROCESSING},
     )
     check_preprocessing(spec)
+    skip = config["on_error"] == "skip"
     made = {
-        key: dataset_of(source, spec, i, everything[i], training=key == "train")
+        key: dataset_of(
+            source, spec, i, everything[i], training=key == "train", skip=skip
+        )
         for key, i in chosen.items()
     }
     train = made.pop("train")
@@ -253,7 +304,7 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         train=train,
         held_out=made,
         fingerprint=source.fingerprint,
-        warnings=tuple(_overlaps(chosen)),
+        warnings=tuple(overlaps(chosen)),
     )
 
 
@@ -343,20 +394,3 @@ def _check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None
             f"have no training example: {', '.join(absent[:20])}. A model cannot learn "
             "what it never sees; choose another split."
         )
-
-
-def _overlaps(chosen: Mapping[str, np.ndarray]) -> list[str]:
-    found = []
-    for one, other in (
-        ("train", "test"),
-        ("train", "validation"),
-        ("validation", "test"),
-    ):
-        if one in chosen and other in chosen:
-            shared = len(np.intersect1d(chosen[one], chosen[other]))
-            if shared:
-                found.append(
-                    f"data.{one} and data.{other} share {shared} examples: what is "
-                    f"measured on data.{other} says little about new data"
-                )
-    return found

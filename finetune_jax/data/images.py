@@ -35,6 +35,12 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            pixels = image.width * image.height
+            if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
+                raise UserError(
+                    f"{path}: {image.width}x{image.height} pixels, more than "
+                    f"{Image.MAX_IMAGE_PIXELS}; make it smaller"
+                )
             image.load()
             return _as_bytes(_upright(image), path)
     except UserError:

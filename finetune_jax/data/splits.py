@@ -136,3 +136,21 @@ def per_class(
             )
         keep[rng.permutation(members)[:count]] = True
     return indices[keep]
+
+
+def overlaps(chosen: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns a warning for any two splits that share examples."""
+    found = []
+    for one, other in (
+        ("train", "test"),
+        ("train", "validation"),
+        ("validation", "test"),
+    ):
+        if one in chosen and other in chosen:
+            shared = len(np.intersect1d(chosen[one], chosen[other]))
+            if shared:
+                found.append(
+                    f"data.{one} and data.{other} share {shared} examples: what is "
+                    f"measured on data.{other} says little about new data"
+                )
+    return found

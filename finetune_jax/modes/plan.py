@@ -32,8 +32,8 @@ from finetune_jax.setup import (
     check_phases,
     make_task,
     phase_setup,
-    random_state,
 )
+from finetune_jax.start import random_state
 from finetune_jax.state import TrainState
 from finetune_jax.step import eval_step, train_step
 from finetune_jax.tasks.task import Task
