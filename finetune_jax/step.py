@@ -117,17 +117,7 @@ def train_step(
     params = jax.tree.map(
         lambda p, u, t: p + u if t else p, state.params, updates, trained
     )
-    metrics = {
-        name: over_devices(sum(part.metrics[name][0] for part in parts))
-        / over_devices(sum(part.metrics[name][1] for part in parts))
-        for name in parts[0].metrics
-    }
-    norms = {
-        "gradient": static.norms_by_stage(mean),
-        "parameters": static.norms_by_stage(state.params),
-    }
-    squares = [jnp.square(norm) for norm in norms["gradient"].values()]
-    metrics["grad_norm"] = jnp.sqrt(sum(squares, jnp.zeros(())))
+    metrics = _metrics(static, state.params, parts, mean)
     new = state.replace(
         step=state.step + 1,
         params=params,
@@ -137,7 +127,7 @@ def train_step(
     new = new.replace(ema=averaged(new, static.ema_decay))
     if static.guarded:
         new = _if_finite(metrics, new, state, trained)
-    return new, {**metrics, NORMS: norms}
+    return new, metrics
 
 
 def _if_finite(
@@ -161,6 +151,21 @@ def _if_finite(
         opt_state=chosen(new.opt_state, old.opt_state),
         ema=chosen(new.ema, old.ema),
     )
+
+
+def _metrics(static: Update, params: Any, parts: list, gradient: Any) -> dict:
+    """Returns the metrics of an update, with the norms of what learns by stage."""
+    over_devices = static.over_devices
+    found: dict[str, Any] = {
+        name: over_devices(sum(part.metrics[name][0] for part in parts))
+        / over_devices(sum(part.metrics[name][1] for part in parts))
+        for name in parts[0].metrics
+    }
+    norms = static.norms_by_stage(gradient)
+    squares = [jnp.square(norm) for norm in norms.values()]
+    found["grad_norm"] = jnp.sqrt(sum(squares, jnp.zeros(())))
+    found[NORMS] = {"gradient": norms, "parameters": static.norms_by_stage(params)}
+    return found
 
 
 class _Part(NamedTuple):
