@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from finetune_jax.defaults import (
     CHOICES,
     ENTRIES,
+    MOST_CLASSES,
     NO_RESULT_DEPENDS_ON,
     OPEN_SECTIONS,
     OPTIONAL,
@@ -248,6 +249,10 @@ def _range_problems(config: Config) -> list[str]:
     for name in POSITIVE:
         if values[name] is not None and not 0 < values[name] < math.inf:
             problems.append(f"config.{name}: {values[name]}; more than 0 is needed")
+    for name, value in values.items():
+        largest = MOST_CLASSES if name == "model.classes" else 2**31 - 1
+        if type(value) is int and value > largest and not name.startswith("seed"):
+            problems.append(f"config.{name}: {value}; at most {largest} is possible")
     for name, allowed in CHOICES.items():
         value = values[name]
         if value not in allowed and not (value is None and _is_optional(name)):

@@ -27,6 +27,7 @@ CHOICES = {
     "data.on_error": ("stop", "skip"),
     "init.input_channels": ("strict", "adapt"),
 }
+MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
     "data.per_class", "evaluate.batch_size", "evaluate.every_steps",

@@ -11,6 +11,8 @@ from finetune_jax.config import Config, entry_of
 from finetune_jax.defaults import PHASE
 from finetune_jax.errors import problems_error
 
+# Of float32, in which updates compute.
+LARGEST = 3.4e38
 BATCH_STATS = ("hold", "update", "update_all")
 OPTIMIZER_STATE = ("reset", "carry")
 
@@ -89,7 +91,7 @@ class Phase:
             f"{name}: {values[name]!r}; at least {bound} and finite is needed"
             for name, bound in at_least.items()
             if (value := values[name]) is not None
-            and not bound <= value < (2**31 if isinstance(value, int) else math.inf)
+            and not bound <= value < (2**31 if isinstance(value, int) else LARGEST)
         ]
         if self.end_lr_scale > 1:
             found.append(f"end_lr_scale: {self.end_lr_scale!r}; at most 1 is needed")
@@ -99,7 +101,7 @@ class Phase:
             )
         for name in ("epochs", "clip_norm", "clip_value", "clip_adaptive"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not 0 < value < LARGEST:
                 found.append(f"{name}: {value!r}; more than 0 is needed")
         clips = ("clip_norm", "clip_value", "clip_adaptive")
         given = [name for name in clips if getattr(self, name) is not None]
@@ -131,7 +133,7 @@ def _rule_problems(rules: Any, decay: Any) -> list[str]:
             found.append(f"rules: {rule!r} is not a pair (regex, scale)")
         elif isinstance(rule[1], bool) or not isinstance(rule[1], (int, float)):
             found.append(f"rules: the scale in {rule!r} is not a number")
-        elif not 0 <= rule[1] < math.inf:
+        elif not 0 <= rule[1] < LARGEST:
             found.append(f"rules: the scale in {rule!r} is not finite and >= 0")
     patterns = [r[0] for r in rules if isinstance(r, tuple | list) and len(r) == 2]
     for pattern in [*patterns, *decay]:

@@ -40,6 +40,8 @@ CONFIGS = {
     "efficientnet_flowers": ("data.channels=3", "model.classes=5"),
 }  # fmt: skip
 ALWAYS = ("parallel.devices=1",)
+# A number too large for float32 is told so by numpy; the run may go on.
+pytestmark = pytest.mark.filterwarnings("default::RuntimeWarning")
 
 
 def keys(name):
