@@ -242,17 +242,20 @@ class Loop:
             return False
         made, self._unread = self._unread, None
         config = self.setup.config
+        policy, limit = config.nonfinite.policy, config.nonfinite.limit
         if not made.is_finite():
             refuse(
                 made,
                 config=config,
+                policy=policy,
+                limit=limit,
                 dataset=self.setup.data.train,
                 progress=self.progress,
                 log=self.log,
                 terminal=self.terminal,
                 folder=self.log.path.parent / "nonfinite",
             )
-            return config.nonfinite.policy == "rollback"
+            return policy == "rollback"
         if made.step % config.report.every_steps == 0:
             self.log.write(made.line() | self.clock.since(self._logged))
             self._logged = dataclasses.replace(self.clock)

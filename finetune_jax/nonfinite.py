@@ -63,6 +63,8 @@ def refuse(
     made: Made,
     *,
     config: Config,
+    policy: str,
+    limit: int,
     dataset: Dataset,
     progress: Progress,
     log: MetricsLog,
@@ -74,6 +76,8 @@ def refuse(
     Args:
         made: The update.
         config: Of the run.
+        policy: What is done about it: 'stop', 'skip' or 'rollback'.
+        limit: How many of them there may be.
         dataset: The training split.
         progress: Counts it.
         log: Gets a line.
@@ -83,7 +87,6 @@ def refuse(
     Raises:
         TrainingError: The policy is to stop, or there were too many of them.
     """
-    policy, limit = config.nonfinite.policy, config.nonfinite.limit
     place = _keep(made, config, dataset, progress, folder / str(made.step))
     progress.nonfinite += 1
     norms = made.metrics[NORMS]["gradient"]

@@ -102,7 +102,7 @@ class Phase:
         for name in ("epochs", "clip_norm", "clip_value", "clip_adaptive"):
             value = getattr(self, name)
             if value is not None and not 0 < value < LARGEST:
-                found.append(f"{name}: {value!r}; more than 0 is needed")
+                found.append(f"{name}: {value!r}; more than 0 and finite is needed")
         clips = ("clip_norm", "clip_value", "clip_adaptive")
         given = [name for name in clips if getattr(self, name) is not None]
         if len(given) > 1:

@@ -140,11 +140,12 @@ def _taken_up(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
     evaluator = make_evaluator(setup, start, domains)
+    examples = config.init.fisher_examples
     if setup.regularisers & set(READS_FISHER):
         fisher = domain_fisher(
             domain_named(domains, config.init.fisher),
             start,
-            examples=config.init.fisher_examples,
+            examples=examples,
             seed=configs.seeds(config)["order"],
         )
         evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))

@@ -73,7 +73,7 @@ def test_the_command_line_sets(key, text, value):
         ("seed", "None", "not an integer"),
         ("seed", "1.5", "not an integer"),
         ("seed", "True", "not an integer"),
-        ("seed", "-1", "at least 0"),
+        ("seed", "-1", "0 to 2"),
         ("precision", "float16", "did you mean"),
         ("data.batch_size", "0", "more than 0"),
         ("data.std", "0", "more than 0"),

@@ -79,11 +79,13 @@ def resolves(name, key, value):
 
 
 def test_a_value_of_a_key_resolves_or_is_refused():
-    found = Counter(resolves(*case) for case in cases()[:600])
-    assert found["refused"] > 100 and found["ran"] > 100
+    found = Counter(resolves(*case) for case in cases()[:200])
+    assert found["refused"] > 30 and found["ran"] > 30
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 4))]
+)
 def test_iris_is_planned_or_refused_with_any_value_of_any_key(part):
     chosen = [case for case in cases() if case[0] == "iris_mlp"]
     found = Counter(outcome(*case) for case in chosen[part * 20 : part * 20 + 20])

@@ -65,7 +65,7 @@ def refused(*arguments):
         ([IRIS, "--config.plan[0].optimizer=adagrad",
           "--config.plan[0].optimizer_args.initial=-1.0"], "initial -1.0"),
         ([IRIS, "--config.plan[0].end_lr_scale=2.0"], "at most 1"),
-        ([IRIS, "--config.plan[0].steps=None", "--config.plan[0].epochs=1e308",
+        ([IRIS, "--config.plan[0].steps=None", "--config.plan[0].epochs=1e30",
           "--config.plan[0].warmup_steps=0"], "too many"),
         ([IRIS, "--config.evaluate.ema_decay=1.0"], "less than 1"),
         ([IRIS, "--config.task.metrics=('top_3_accuracy',)"], "always 1"),

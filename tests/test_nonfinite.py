@@ -127,6 +127,7 @@ def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
     assert other["params_sha256"] != result["params_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_stopped_after_every_update_it_ends_in_the_same_bits(data, tmp_path, policy):
     chosen = config(data, policy)
@@ -148,6 +149,7 @@ def test_there_may_be_so_many_and_no_more(data, tmp_path):
     assert len(bad_steps(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_without_such_updates_guarding_changes_no_bit(tmp_path):
     plan = (Phase(name="all", steps=6, optimizer="adamw", clip_norm=1.0),)
     results = [

@@ -46,6 +46,7 @@ def test_a_seed_moves_what_it_is_of_and_nothing_else(source, same):
     assert found == same
 
 
+@pytest.mark.slow
 def test_equal_seeds_for_all_sources_are_one_seed(tmp_path):
     apart = [
         (f"seed.{name}", "3") for name in ("init", "order", "augmentation", "dropout")
@@ -57,6 +58,7 @@ def test_equal_seeds_for_all_sources_are_one_seed(tmp_path):
     assert results[0]["state_sha256"] == results[1]["state_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["order", "augmentation", "dropout"])
 def test_every_seed_reaches_the_updates(tmp_path, source):
     one = run(config(), tmp_path / "one")

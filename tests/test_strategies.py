@@ -330,6 +330,7 @@ def test_twenty_cycles_of_alternating_compile_two_steps(tmp_path, monkeypatch):
     assert len(loops[0].programs) == 2
 
 
+@pytest.mark.slow
 def test_on_unfreezing_state_goes_on_and_what_joins_starts_as_a_fresh_optimizer():
     """Adam with one count for all would take 2.5 times the rate for what joins."""
     task, params = task_of("full"), state_of("full").params
