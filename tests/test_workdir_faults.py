@@ -1,6 +1,7 @@
 """Two processes on one workdir, a full disk, examples that cannot be read."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -137,3 +138,18 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     Image.new("1", (20_000, 5_000)).save(path)  # Some kilobytes, 100 million pixels.
     with pytest.raises(UserError, match="pixels"):
         read_image(path)
+
+
+def test_file_names_may_be_in_any_encoding(tmp_path):
+    folder = pictures.make_folder(tmp_path / "photos")
+    place = sorted(path for path in folder.rglob("*.*") if path.is_file())[0]
+    odd = os.path.join(os.fsencode(place.parent), b"caf\xe9 \xff\n.png")
+    os.rename(os.fsencode(place), odd)
+    config = photos_config(folder, test="test")
+    run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    with open(odd, "wb") as file:
+        file.write(b"no image")
+    run(photos_config(folder, test="test", on_error="skip"), tmp_path / "skip")
+    (name,) = json.loads((tmp_path / "skip" / "unreadable.json").read_text())
+    assert os.fsencode(name) == odd
