@@ -12,7 +12,7 @@ from finetune_jax.parallel import check_batch, make_devices, run_once
 from finetune_jax.plan import Phase
 from finetune_jax.setup import phase_setup
 from finetune_jax.start import random_state
-from finetune_jax.step import eval_step, train_step
+from finetune_jax.step import NORMS, eval_step, train_step
 from finetune_jax.trees import named
 
 KINDS = {
@@ -41,7 +41,10 @@ def trained(kind, task, phase, batches):
         arguments = (placed, FIXED, batch, np.float32(0.01), np.float32(0))
         program = program or devices.compile_train(step, *arguments)
         placed, metrics = program.call(*arguments)
-        losses.append({name: float(value) for name, value in metrics.items()})
+        norms = metrics.pop(NORMS)
+        named_norms = {f"{k}/{s}": n for k, of in norms.items() for s, n in of.items()}
+        found = {name: float(v) for name, v in (metrics | named_norms).items()}
+        losses.append(found)
     whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches[0])
     whole = devices.place_batch(whole, batch_axis=0)
     arguments = (placed.params, placed.batch_stats, {}, whole)

@@ -171,11 +171,11 @@ def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp
 def test_a_log_cut_short_by_a_kill_is_mended(undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
 
-        def die(self, state):
+        def die(self, state, **due):
             if int(state.step) == 3:
                 raise Killed
 
-            return save(self, state)
+            return save(self, state, **due)
 
         save = Loop._save
         patch.setattr(Loop, "_save", die)
