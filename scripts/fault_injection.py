@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -61,7 +62,7 @@ def get_config(arg: str = "4"):
 
 def make_photos(folder: pathlib.Path) -> None:
     """Writes 240 handwritten digits as PNG files, a folder a class."""
-    digits = load_digits()
+    digits: Any = load_digits()
     for index in range(240):
         place = folder / str(digits.target[index])
         place.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ import safetensors.numpy
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-import torch_files
+import torch_files  # type: ignore[import-not-found]
 
 from finetune_jax import config as configs
 from finetune_jax.data.images import read_image

@@ -75,9 +75,9 @@ class Dataset:
         Raises:
             UserError: Lists the examples that cannot be read.
         """
-        inputs = self._inputs(positions) if self.decoded is None else None
+        kept = self.decoded
         return {
-            "inputs": self.decoded[positions] if inputs is None else inputs,
+            "inputs": self._inputs(positions) if kept is None else kept[positions],
             "label": self.label[positions],
             "weight": self.readable(positions).astype(np.float32),
         }
