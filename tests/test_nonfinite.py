@@ -108,6 +108,7 @@ def test_what_is_skipped_leaves_nothing_but_the_step(data, tmp_path):
     assert logged == [s for s in range(1, 25) if s not in bad]
 
 
+@pytest.mark.slow
 def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
     keys = {"checkpoint.every_steps": 4, "checkpoint.keep": 99}
     chosen = config(data, "rollback", **keys)

@@ -91,6 +91,7 @@ def test_another_seed_differs_from_the_first_line_on(finished):
     assert (status, found["verdict"], found["first"]["step"]) == (3, "different", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

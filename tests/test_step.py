@@ -89,6 +89,7 @@ def test_a_head_only_step_costs_a_forward_pass():
     assert flops(full.step, full.state, {"task": {}}, batch, rate, rate) > 2.5 * forward
 
 
+@pytest.mark.slow
 def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
     """By the count on the trace, where what nobody reads is not computed."""
     task = small.task("resnet50", shape=(64, 64, 3))
