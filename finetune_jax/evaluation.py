@@ -52,7 +52,7 @@ class Evaluator:
         return eval_params(placed, ema=self.chosen_ema)
 
     def outputs(self, placed: TrainState, dataset: Dataset) -> dict[str, np.ndarray]:
-        """Returns the outputs of a placed state, a row an example in their order."""
+        """Returns the outputs of a placed state, a row an example of `dataset.kept()`."""
         return self._outputs(self.chosen(placed), placed.batch_stats, dataset)
 
     def _outputs(
@@ -60,7 +60,9 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         step = functools.partial(eval_step, task=self.task)
         arguments = params, batch_stats, self.fixed["task"]
-        return self.rows("outputs", step, arguments, dataset)
+        rows = self.rows("outputs", step, arguments, dataset)
+        counts = dataset.readable(np.arange(len(dataset)))
+        return {name: array[counts] for name, array in rows.items()}
 
     def rows(
         self, name: str, step: Callable, arguments: tuple, dataset: Dataset
@@ -102,8 +104,6 @@ class Evaluator:
         for split, dataset in splits.items():
             for kind, params in self.weights(placed).items():
                 outputs = self._outputs(params, placed.batch_stats, dataset)
-                counts = dataset.readable(np.arange(len(dataset)))
-                outputs = {name: rows[counts] for name, rows in outputs.items()}
                 metrics = self.task.metrics(outputs, {"label": dataset.kept().label})
                 found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
         for extra in self.extras:

@@ -17,7 +17,7 @@ from finetune_jax.data.batches import training_batches
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.metrics import is_better
-from finetune_jax.nonfinite import Made, refuse
+from finetune_jax.nonfinite import Guard, Made
 from finetune_jax.optimizer import carried
 from finetune_jax.parallel import Compiled
 from finetune_jax.plan import carried_cohorts, optimizer_state_moves, phase_at
@@ -76,6 +76,7 @@ class Loop:
         checkpoints: Where states are saved.
         log: Where metrics are written.
         terminal: Where a person is told.
+        guard: What is done about updates that are not finite.
         progress: Where the run stands.
         stop: Tells whether the run shall save and stop.
         clock: Counts seconds.
@@ -88,6 +89,7 @@ class Loop:
     checkpoints: Checkpoints
     log: MetricsLog
     terminal: Terminal
+    guard: Guard
     progress: Progress
     stop: Stop
     clock: Clock = dataclasses.field(default_factory=Clock)
@@ -210,9 +212,10 @@ class Loop:
         placed, metrics = call(placed, *rest)
         if self.read():
             placed, metrics = call(self._gone_back(phase, step), *rest)
+        _, first, _ = phase_at(self.setup.plan, self.progress.ends, step)
         self._unread = Made(
             step=step + 1, phase=phase.phase.name, metrics=metrics, rate=rate, batch=read,
-            update=self._first_step() if phase.phase.fixed_batch else step,
+            update=first if phase.phase.fixed_batch else step,
         )  # fmt: skip
         self.clock.updates += 1
         self.clock.compile_s += compile_s
@@ -222,13 +225,9 @@ class Loop:
         self.terminal.advance(examples / self.clock.train_s)
         return placed
 
-    def _first_step(self) -> int:
-        """Returns the first update of the phase."""
-        return self.progress.ends[-1] if self.progress.ends else 0
-
     def _train_step(self, phase: PhaseSetup) -> Callable:
         ema_decay = self.setup.config.evaluate.ema_decay
-        guarded = self.setup.config.nonfinite.policy != "stop"
+        guarded = self.guard.policy != "stop"
         static = phase.update(self.setup.task, ema_decay, guarded=guarded)
         return functools.partial(train_step, static=static)
 
@@ -241,22 +240,10 @@ class Loop:
         if self._unread is None:
             return False
         made, self._unread = self._unread, None
-        config = self.setup.config
-        policy, limit = config.nonfinite.policy, config.nonfinite.limit
         if not made.is_finite():
-            refuse(
-                made,
-                config=config,
-                policy=policy,
-                limit=limit,
-                dataset=self.setup.data.train,
-                progress=self.progress,
-                log=self.log,
-                terminal=self.terminal,
-                folder=self.log.path.parent / "nonfinite",
-            )
-            return policy == "rollback"
-        if made.step % config.report.every_steps == 0:
+            self.guard.refuse(made, self.progress)
+            return self.guard.policy == "rollback"
+        if made.step % self.setup.config.report.every_steps == 0:
             self.log.write(made.line() | self.clock.since(self._logged))
             self._logged = dataclasses.replace(self.clock)
         return False

@@ -59,85 +59,85 @@ class Made:
         return found | {"train/learning_rate": float(self.rate)}
 
 
-def refuse(
-    made: Made,
-    *,
-    config: Config,
-    policy: str,
-    limit: int,
-    dataset: Dataset,
-    progress: Progress,
-    log: MetricsLog,
-    terminal: Terminal,
-    folder: pathlib.Path,
-) -> None:
-    """Keeps, counts and tells an update that is not finite.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What a run does about updates that are not finite.
 
-    Args:
-        made: The update.
+    Attributes:
+        policy: 'stop', 'skip' or 'rollback'.
+        limit: How many of them there may be, unless it stops at the first.
         config: Of the run.
-        policy: What is done about it: 'stop', 'skip' or 'rollback'.
-        limit: How many of them there may be.
         dataset: The training split.
-        progress: Counts it.
-        log: Gets a line.
-        terminal: Tells it.
-        folder: Gets a folder with the batch and what it gave.
-
-    Raises:
-        TrainingError: The policy is to stop, or there were too many of them.
+        log: Gets a line for each.
+        terminal: Tells them.
+        folder: Gets a folder for each, with the batch and what it gave.
     """
-    place = _keep(made, config, dataset, progress, folder / str(made.step))
-    progress.nonfinite += 1
-    norms = made.metrics[NORMS]["gradient"]
-    found = (
-        f"loss {float(made.metrics['loss']):g}, norms of the gradient "
-        + ", ".join(f"{stage} {float(norm):.3g}" for stage, norm in norms.items())
-        + f" at step {made.step}, phase {made.phase!r}"
-    )
-    if policy == "stop" or progress.nonfinite > limit:
-        many = "" if policy == "stop" else f" This is number {progress.nonfinite}."
-        raise TrainingError(
-            f"Not finite: {found}.{many} Its batch and examples are in {place}; the "
-            f"last checkpoint that was due is that of step {progress.anchor}. Lower "
-            "peak_lr, or set clip_norm, in a new workdir; or have such updates passed "
-            "over: config.nonfinite.policy."
+
+    policy: str
+    limit: int
+    config: Config
+    dataset: Dataset
+    log: MetricsLog
+    terminal: Terminal
+    folder: pathlib.Path
+
+    def refuse(self, made: Made, progress: Progress) -> None:
+        """Keeps, counts and tells an update that is not finite.
+
+        Args:
+            made: The update.
+            progress: Counts it.
+
+        Raises:
+            TrainingError: The policy is to stop, or there were too many of them.
+        """
+        place = self._keep(made, progress.anchor)
+        progress.nonfinite += 1
+        norms = made.metrics[NORMS]["gradient"]
+        found = (
+            f"loss {float(made.metrics['loss']):g}, norms of the gradient "
+            + ", ".join(f"{stage} {float(norm):.3g}" for stage, norm in norms.items())
+            + f" at step {made.step}, phase {made.phase!r}"
         )
-    done = "left out" if policy == "skip" else f"back to that of step {progress.anchor}"
-    terminal.warn(f"not finite, {done}: {found}; see {place}")
-    log.write(
-        {"step": made.step, "phase": made.phase, "train/nonfinite": progress.nonfinite}
-    )
+        stops = self.policy == "stop"
+        if stops or progress.nonfinite > self.limit:
+            many = "" if stops else f" This is number {progress.nonfinite}."
+            raise TrainingError(
+                f"Not finite: {found}.{many} Its batch and examples are in {place}; the "
+                f"last checkpoint that was due is that of step {progress.anchor}. Lower "
+                "peak_lr, or set clip_norm, in a new workdir; or have such updates "
+                "passed over: config.nonfinite.policy."
+            )
+        back = f"back to that of step {progress.anchor}"
+        done = "left out" if self.policy == "skip" else back
+        self.terminal.warn(f"not finite, {done}: {found}; see {place}")
+        line = {"step": made.step, "phase": made.phase}
+        self.log.write({**line, "train/nonfinite": progress.nonfinite})
 
-
-def _keep(
-    made: Made,
-    config: Config,
-    dataset: Dataset,
-    progress: Progress,
-    place: pathlib.Path,
-) -> pathlib.Path:
-    positions = training_positions(
-        dataset.label,
-        seed=configs.seeds(config)["order"],
-        batch_size=config.data.batch_size,
-        update=made.update,
-        sampling=config.data.sampling,
-    )
-    place.mkdir(parents=True, exist_ok=True)
-    np.savez(place / "batch.npz", allow_pickle=False, **made.batch)
-    norms = {
-        kind: {stage: str(float(norm)) for stage, norm in of_stage.items()}
-        for kind, of_stage in made.metrics[NORMS].items()
-    }
-    found = {
-        "step": made.step,
-        "phase": made.phase,
-        "learning_rate": float(made.rate),
-        "loss": str(float(made.metrics["loss"])),
-        "norms": norms,
-        "checkpoint": progress.anchor,
-        "examples": {str(p): dataset.name(int(p)) for p in positions},
-    }
-    write_json(place / "update.json", found)
-    return place
+    def _keep(self, made: Made, checkpoint: int) -> pathlib.Path:
+        """Writes what the update got and gave; returns the folder of it."""
+        place, config = self.folder / str(made.step), self.config
+        positions = training_positions(
+            self.dataset.label,
+            seed=configs.seeds(config)["order"],
+            batch_size=config.data.batch_size,
+            update=made.update,
+            sampling=config.data.sampling,
+        )
+        place.mkdir(parents=True, exist_ok=True)
+        np.savez(place / "batch.npz", allow_pickle=False, **made.batch)
+        norms = {
+            kind: {stage: str(float(norm)) for stage, norm in of_stage.items()}
+            for kind, of_stage in made.metrics[NORMS].items()
+        }
+        found = {
+            "step": made.step,
+            "phase": made.phase,
+            "learning_rate": float(made.rate),
+            "loss": str(float(made.metrics["loss"])),
+            "norms": norms,
+            "checkpoint": checkpoint,
+            "examples": {str(p): self.dataset.name(int(p)) for p in positions},
+        }
+        write_json(place / "update.json", found)
+        return place

@@ -18,6 +18,7 @@ from finetune_jax.forgetting import (
     open_domains,
 )
 from finetune_jax.loop import Loop
+from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.regularisers import READS_FISHER
@@ -72,8 +73,9 @@ def run(
     make_folder(workdir)
     with locked(workdir):
         _record(workdir, setup, inputs)
-        loop, state = _taken_up(workdir, setup, domains, start, terminal)
-        loop.stop = stop or loop.stop
+        loop, state = _taken_up(
+            workdir, setup, domains, start, terminal, stop or Stop()
+        )
         try:
             state = loop.run(state)
             result = _result(loop, state, begin, workdir)
@@ -113,6 +115,7 @@ def _taken_up(
     domains: tuple[Domain, ...],
     start: TrainState,
     terminal: Terminal,
+    stop: Stop,
 ) -> tuple[Loop, TrainState]:
     """Returns the loop and the state of the newest checkpoint, or of the beginning."""
     config, begun = setup.config, (workdir / "checkpoints" / "0").is_dir()
@@ -155,8 +158,16 @@ def _taken_up(
         checkpoints=checkpoints,
         log=log,
         terminal=terminal,
+        guard=Guard(
+            **config.nonfinite,
+            config=config,
+            dataset=setup.data.train,
+            log=log,
+            terminal=terminal,
+            folder=workdir / "nonfinite",
+        ),
         progress=progress,
-        stop=Stop(),
+        stop=stop,
     )
     return loop, state
 

@@ -56,8 +56,6 @@ def write_report(
     if split is not None:
         dataset, spec = held_out[split], setup.data.spec
         names, outputs = spec.class_names, evaluator.outputs(placed, dataset)
-        counts = dataset.readable(np.arange(len(dataset)))
-        outputs = {name: rows[counts] for name, rows in outputs.items()}
         dataset = dataset.kept()
         caption = f"{split}, {len(dataset):,} examples"
         if spec.targets:

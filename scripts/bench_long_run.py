@@ -8,13 +8,14 @@ tenth of the updates and at the end.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+
+from finetune_jax.report.log import read_metrics
 
 
 def get_config(arg: str = "20000"):
@@ -46,12 +47,6 @@ def held(process: subprocess.Popen) -> dict[str, float]:
     }
 
 
-def last_step(log: pathlib.Path) -> int:
-    """Returns the step of the last whole line."""
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    return json.loads(lines[-1])["step"] if lines else -1
-
-
 def main() -> None:
     """Runs it and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,7 +61,8 @@ def main() -> None:
     begin, early, late = time.monotonic(), None, None
     while process.poll() is None:
         time.sleep(0.2)
-        step = last_step(workdir / "metrics.jsonl")
+        lines = read_metrics(workdir / "metrics.jsonl")
+        step = lines[-1]["step"] if lines else -1
         if early is None and step >= steps // 10:
             early = held(process)
         if step >= steps - 200 and process.poll() is None and step < steps:

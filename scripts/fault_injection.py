@@ -25,6 +25,8 @@ from typing import Any
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from finetune_jax.report.log import read_metrics
+
 PHASES = 4
 KEYS = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best", "best_step")
 
@@ -81,15 +83,12 @@ def started(phases: int, workdir: pathlib.Path, photos: pathlib.Path):
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def outcome(workdir: pathlib.Path) -> tuple:
+def outcome(workdir: pathlib.Path) -> tuple[list, list]:
     """Returns what must be the same however often a run was killed."""
     result = json.loads((workdir / "result.json").read_text())
-    lines = [
-        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
     timeless = [
         {key: value for key, value in line.items() if not key.startswith("time/")}
-        for line in lines
+        for line in read_metrics(workdir / "metrics.jsonl")
     ]
     return [result[key] for key in KEYS], timeless
 
@@ -116,9 +115,8 @@ def killed(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        log = workdir / "metrics.jsonl"
-        whole = log.read_text().split("\n")[:-1] if log.exists() else []
-        steps.append(json.loads(whole[-1])["step"] if whole else -1)
+        lines = read_metrics(workdir / "metrics.jsonl")
+        steps.append(lines[-1]["step"] if lines else -1)
     left_alone(phases, workdir, photos)
     return steps
 

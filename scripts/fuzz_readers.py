@@ -202,21 +202,24 @@ def main() -> None:
         slowest = 0.0
         for number in range(share):
             data = damaged(draw, seeds)
-            begin = time.perf_counter()
+            begin, found = time.perf_counter(), None
             try:
                 read(data)
                 counts["read"] += 1
             except UserError:
                 counts["refused"] += 1
             except Exception as error:
+                found = error
+            seconds = time.perf_counter() - begin
+            if seconds > 10:
+                found = found or TimeoutError(f"{seconds:.0f} s")
+            if found is not None:
                 counts["findings"] += 1
                 place = here / f"{kind.replace(' ', '_')}-{number}"
                 place.write_bytes(data)
                 print(
-                    json.dumps([kind, repr(error)[:200], str(place)]), file=sys.stderr
+                    json.dumps([kind, repr(found)[:200], str(place)]), file=sys.stderr
                 )
-            seconds = time.perf_counter() - begin
-            counts["findings"] += seconds > 10
             slowest = max(slowest, seconds)
         findings += counts["findings"]
         print(f"| {kind} | {share} | {counts['read']} | {counts['refused']} | "

@@ -1,7 +1,7 @@
 """The strict merge of weights into a model: what does not fit is an error, all at once."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.models.lora import UPDATES, is_lora
 from finetune_jax.pretrained.addresses import Weights
-from finetune_jax.pretrained.layout import OURS, needed, recognise
+from finetune_jax.pretrained.layout import OURS, Layout, needed, recognise
 from finetune_jax.trees import like, named
 
 # Beyond so many problems the file is another model's, and near names say nothing.
@@ -44,32 +44,19 @@ def load_weights(
     """
     saved, names = weights.tensors, named(dict(variables))
     layout = recognise(names, saved, weights.address)
-    theirs = layout.names(names)
     kept = fresh if any(map(is_lora, saved)) else (*fresh, UPDATES)
 
     def is_fresh(name: str) -> bool:
         short = name.partition("/")[2]
         return any(re.fullmatch(pattern, short) for pattern in kept)
 
-    merged, missing, misfits, used = {}, [], [], set()
-    for name, leaf in names.items():
-        merged[name] = leaf
-        source = theirs.get(name, name)
-        if is_fresh(name):
-            used.add(source)
-        elif source not in saved:
-            missing.append((name, source))
-        else:
-            used.add(source)
-            value = layout.value(name, saved[source])
-            in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
-            if adapt_input and in_stem and value.shape != leaf.shape:
-                value = _other_channels(value, leaf.shape[2])
-            if value.shape != leaf.shape:
-                misfits.append(
-                    f"{_both(name, source)}: model {leaf.shape}, weights {value.shape}"
-                )
-            merged[name] = np.asarray(value, leaf.dtype)
+    merged, missing, misfits, used = _merged(
+        names,
+        weights,
+        layout,
+        is_fresh=is_fresh,
+        stem=stem if adapt_input else None,
+    )
     # In our own layout `fresh` also says which tensors of the file are not wanted.
     unused = [
         name
@@ -93,6 +80,46 @@ def load_weights(
             "channels.",
         )
     return jax.tree.map(np.asarray, like(dict(variables), merged))
+
+
+def _merged(
+    names: Mapping[str, Any],
+    weights: Weights,
+    layout: Layout,
+    *,
+    is_fresh: Callable[[str], bool],
+    stem: str | None,
+) -> tuple[dict[str, Any], list[tuple[str, str]], list[str], set[str]]:
+    """Returns the leaves by name, what is missing, what misfits, and the tensors used.
+
+    Args:
+        names: The model's leaves at their initial values.
+        weights: Has the tensors.
+        layout: Of the weights.
+        is_fresh: Whether a leaf keeps its initial value.
+        stem: The stage whose kernels are fitted to other channels; None is none.
+    """
+    saved, theirs = weights.tensors, layout.names(names)
+    merged, missing, misfits, used = dict(names), [], [], set()
+    for name, leaf in names.items():
+        source = theirs.get(name, name)
+        if is_fresh(name):
+            used.add(source)
+            continue
+        if source not in saved:
+            missing.append((name, source))
+            continue
+        used.add(source)
+        value = layout.value(name, saved[source])
+        in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
+        if stem is not None and in_stem and value.shape != leaf.shape:
+            value = _other_channels(value, leaf.shape[2])
+        if value.shape != leaf.shape:
+            misfits.append(
+                f"{_both(name, source)}: model {leaf.shape}, weights {value.shape}"
+            )
+        merged[name] = np.asarray(value, leaf.dtype)
+    return merged, missing, misfits, used
 
 
 def _both(ours: str, theirs: str) -> str:

@@ -27,7 +27,7 @@ class MetricsLog:
             keep_lines: Lines that the checkpoint knows of.
             trackers: Are told every line, too.
         """
-        self._trackers, self.path = trackers, path
+        self._trackers = trackers
         kept = read_lines(path)[:keep_lines]
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
