@@ -93,30 +93,46 @@ def outcome(workdir: pathlib.Path) -> tuple[list, list]:
     return [result[key] for key in KEYS], timeless
 
 
-def left_alone(phases: int, workdir: pathlib.Path, photos: pathlib.Path) -> float:
-    """Lets a run come to its end; returns the seconds that it took."""
-    begin = time.monotonic()
-    process = started(phases, workdir, photos)
-    if process.wait():
+def left_alone(phases: int, workdir: pathlib.Path, photos: pathlib.Path) -> None:
+    """Lets a run come to its end."""
+    if started(phases, workdir, photos).wait():
         raise SystemExit(workdir.with_suffix(".log").read_text())
-    return time.monotonic() - begin
+
+
+def lines_of(workdir: pathlib.Path) -> int:
+    """Returns how many lines of metrics a run has written."""
+    try:
+        return (workdir / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def killed(
-    phases: int, delays: list[float], workdir: pathlib.Path, photos: pathlib.Path
+    phases: int,
+    moments: list[tuple[int, float]],
+    workdir: pathlib.Path,
+    photos: pathlib.Path,
 ) -> list[int]:
-    """Kills a run after each delay, then lets it finish; returns steps at the kills."""
+    """Kills a run at each moment, then lets it finish; returns steps at the kills.
+
+    Args:
+        phases: Of the run.
+        moments: (lines of metrics that there are, seconds since).
+        workdir: Of the run.
+        photos: Its data.
+    """
     steps = []
-    for delay in delays:
+    for lines, seconds in moments:
         process = started(phases, workdir, photos)
-        try:
-            process.wait(delay)
+        while process.poll() is None and lines_of(workdir) < lines:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        if process.poll() is not None:
             break  # It was faster.
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        lines = read_metrics(workdir / "metrics.jsonl")
-        steps.append(lines[-1]["step"] if lines else -1)
+        process.kill()
+        process.wait()
+        found = read_metrics(workdir / "metrics.jsonl")
+        steps.append(found[-1]["step"] if found else -1)
     left_alone(phases, workdir, photos)
     return steps
 
@@ -134,12 +150,11 @@ def main() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     photos, draw = root / "photos", random.Random(given.seed)
     make_photos(photos)
-    wanted, seconds = {}, {}
+    wanted, total = {}, {}
     for phases in range(1, PHASES + 1):
         alone = root / f"alone-{phases}"
-        left_alone(phases, alone, photos)  # Compiles.
-        seconds[phases] = left_alone(phases, root / f"again-{phases}", photos)
-        wanted[phases] = outcome(alone)
+        left_alone(phases, alone, photos)
+        wanted[phases], total[phases] = outcome(alone), lines_of(alone)
     kills = same = runs = 0
     rows = {phases: [0, 0, 0] for phases in wanted}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
@@ -147,15 +162,12 @@ def main() -> None:
             trials = []
             for _ in range(given.jobs):
                 phases = runs % PHASES + 1
-                # From the first line on: a kill while Python starts proves nothing.
-                delays = [
-                    draw.uniform(0.35, 1.0) * seconds[phases] * given.jobs**0.5
-                    for _ in range(draw.randint(1, 4))
-                ]
+                # Between two lines an update, an evaluation or a save is under way.
+                at = [draw.randint(1, total[phases]) for _ in range(draw.randint(1, 4))]
+                moments = [(lines, draw.uniform(0, 0.3)) for lines in sorted(at)]
                 place = root / f"killed-{runs}"
-                trials.append(
-                    (phases, place, pool.submit(killed, phases, delays, place, photos))
-                )
+                trial = pool.submit(killed, phases, moments, place, photos)
+                trials.append((phases, place, trial))
                 runs += 1
             for phases, place, trial in trials:
                 steps = trial.result()
