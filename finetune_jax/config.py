@@ -263,8 +263,14 @@ def _range_problems(config: Config) -> list[str]:
         problems.append(
             f"config.evaluate.ema_decay: {decay}; 0 or more and less than 1 is needed"
         )
-    if not values["data.memory_gb"] >= 0:
-        problems.append("config.data.memory_gb: at least 0 is needed")
+    for name in ("data.memory_gb", "data.cache_gb"):
+        if not values[name] >= 0:
+            problems.append(f"config.{name}: at least 0 is needed")
+    if values["data.cache_views"] and values["data.mix"]:
+        problems.append(
+            "config.data.cache_views: config.data.mix makes others in every update, "
+            "which cannot be kept"
+        )
     for name in ("data.split_seed", *(k for k in values if k.startswith("seed"))):
         if not 0 <= values[name] < 2**32:
             found = values[name]

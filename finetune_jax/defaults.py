@@ -11,6 +11,7 @@ Config = Any
 # What a resumed run may change, since no result depends on it.
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
+    "data.cache", "data.cache_gb", "data.cache_dir",
 )  # fmt: skip
 # Sections whose other keys belong to what `name` chooses; the constructor checks them.
 OPEN_SECTIONS = ("model", "task")
@@ -25,12 +26,13 @@ CHOICES = {
     "data.interpolation": ("bilinear", "bicubic"),
     "data.sampling": ("uniform", "balanced"),
     "data.on_error": ("stop", "skip"),
+    "data.cache": ("auto", "off"),
     "init.input_channels": ("strict", "adapt"),
 }
 MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "evaluate.batch_size", "evaluate.every_steps",
+    "data.per_class", "data.cache_views", "evaluate.batch_size", "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
     "parallel.devices", "parallel.fsdp", "report.every_steps", "nonfinite.limit",
@@ -180,5 +182,13 @@ def _data() -> Any:
     data.per_class = optional(int)  # Only so many training examples of each class.
     data.on_error = "stop"  # Or 'skip' what cannot be read: it has weight 0.
     data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
+    data.cache = (
+        "auto"  # Frozen stages run once on each example; 'off': in every update.
+    )
+    data.cache_views = optional(
+        int
+    )  # So many augmented versions of each; None: endless.
+    data.cache_gb = 10.0  # Tables of features take no more of the disk.
+    data.cache_dir = optional(str)  # None: FINETUNE_JAX_CACHE, or the user's cache.
     data.split_seed = 0  # Of the splits that a source without its own is cut into.
     return data

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax.data.batches import evaluation_batches
+from finetune_jax.data.batches import Examples, evaluation_batches
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.features import FeatureStore, Frozen, frozen_part
 from finetune_jax.parallel import Compiled, Devices
 from finetune_jax.state import TrainState, eval_params
 from finetune_jax.step import eval_step
@@ -30,6 +31,8 @@ class Evaluator:
             on it, since padding is cut off.
         extras: What is measured besides the splits.
         compile_s: Seconds that compiling has taken.
+        store: Keeps what frozen stages make of the splits; None computes it again.
+        first: The stage up to which the model is computed on its own; None: is not.
     """
 
     task: Task
@@ -40,7 +43,27 @@ class Evaluator:
     chosen_ema: bool = False
     extras: tuple["Extra", ...] = ()
     compile_s: float = 0.0
+    store: FeatureStore | None = None
+    first: str | None = None
+    _frozen: Frozen | None = None
     _programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
+
+    def freeze(self, first: str | None, state: TrainState) -> Frozen | None:
+        """Takes note of what the states to be measured have in common.
+
+        Args:
+            first: The stage before which none differs from `state`; None: none is kept.
+            state: On the host.
+        """
+        self.first, self._frozen = first, None
+        if first is not None and self.store is not None:
+            self._frozen = frozen_part(self.task, state, first)
+        return self._frozen
+
+    @property
+    def all_compile_s(self) -> float:
+        """Seconds that compiling has taken, of what the store keeps too."""
+        return self.compile_s + (self.store.compile_s if self.store else 0.0)
 
     def weights(self, placed: TrainState) -> dict[str, Any]:
         """Returns the parameters that are measured, by what metrics' names begin with."""
@@ -53,19 +76,25 @@ class Evaluator:
 
     def outputs(self, placed: TrainState, dataset: Dataset) -> dict[str, np.ndarray]:
         """Returns the outputs of a placed state, a row an example of `dataset.kept()`."""
-        return self._outputs(self.chosen(placed), placed.batch_stats, dataset)
+        return self._outputs(placed, dataset, ema=self.chosen_ema)
 
     def _outputs(
-        self, params: Any, batch_stats: Any, dataset: Dataset
+        self, placed: TrainState, dataset: Dataset, *, ema: bool
     ) -> dict[str, np.ndarray]:
-        step = functools.partial(eval_step, task=self.task)
-        arguments = params, batch_stats, self.fixed["task"]
-        rows = self.rows("outputs", step, arguments, dataset)
+        step = functools.partial(eval_step, task=self.task, first=self.first)
+        params = eval_params(placed, ema=ema)
+        arguments = params, placed.batch_stats, self.fixed["task"]
+        examples: Examples = dataset
+        if self._frozen is not None and not (ema and self._frozen.averaged):
+            assert self.store is not None
+            examples = self.store.held_out(dataset, self._frozen)
+        kind = "images" if examples is dataset else "features"
+        rows = self.rows(f"outputs of {self.first}, {kind}", step, arguments, examples)
         counts = dataset.readable(np.arange(len(dataset)))
         return {name: array[counts] for name, array in rows.items()}
 
     def rows(
-        self, name: str, step: Callable, arguments: tuple, dataset: Dataset
+        self, name: str, step: Callable, arguments: tuple, dataset: Examples
     ) -> dict[str, np.ndarray]:
         """Returns what a step gives for a split, a row an example in their order.
 
@@ -75,8 +104,7 @@ class Evaluator:
             arguments: Placed.
             dataset: The examples.
         """
-        count = self.devices.count
-        size = -(-self.batch_size // count) * count
+        size = self.devices.rounded_up(self.batch_size)
         rows, parts = [], []
         for batch in evaluation_batches(dataset, batch_size=size):
             batch = self.devices.place_batch(batch, batch_axis=0)
@@ -102,8 +130,8 @@ class Evaluator:
         """
         found = {}
         for split, dataset in splits.items():
-            for kind, params in self.weights(placed).items():
-                outputs = self._outputs(params, placed.batch_stats, dataset)
+            for kind in self.weights(placed):
+                outputs = self._outputs(placed, dataset, ema=bool(kind))
                 metrics = self.task.metrics(outputs, {"label": dataset.kept().label})
                 found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
         for extra in self.extras:

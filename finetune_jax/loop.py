@@ -13,7 +13,8 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
-from finetune_jax.data.batches import training_batches
+from finetune_jax.clock import Clock
+from finetune_jax.data.batches import Examples, Views, training_batches
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.metrics import is_better
@@ -38,32 +39,6 @@ from finetune_jax.trees import digest, like, named
 
 class Preempted(Exception):
     """The run was asked to stop, and has saved where it is."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Clock:
-    """Seconds of this attempt, and what they went into.
-
-    Attributes:
-        compile_s: Tracing and compiling.
-        train_s: Updates, without compiling and evaluation.
-        wait_s: The part of `train_s` in which the device waited for data.
-        updates: Updates made.
-    """
-
-    compile_s: float = 0.0
-    train_s: float = 0.0
-    wait_s: float = 0.0
-    updates: int = 0
-
-    def since(self, then: "Clock") -> dict[str, float]:
-        """Returns the metrics of the updates since an earlier reading."""
-        updates = max(self.updates - then.updates, 1)
-        seconds = max(self.train_s - then.train_s, 1e-9)
-        return {
-            "time/step_s": seconds / updates,
-            "time/data_wait": (self.wait_s - then.wait_s) / seconds,
-        }
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -116,6 +91,7 @@ class Loop:
         if not self.checkpoints.steps():
             placed = self.setup.devices.place(state)
             splits = tuple(self.setup.data.held_out)
+            self.evaluator.freeze(self._first(self.setup.phase(0)), state)
             self._measure(placed, self.setup.plan[0].name, 0, splits)
             self._save(state)
         begin = self.progress.phase + self.progress.phase_is_over()
@@ -160,14 +136,16 @@ class Loop:
         self.terminal.begin_phase(phase.phase.name, first, start, end)
         placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
         fixed = phase.phase.fixed_batch
+        updates = 1 if fixed else end - start
         batches = training_batches(
-            self.setup.data.train,
+            self._examples(phase, state, updates),
             seed=configs.seeds(config)["order"],
             batch_size=config.data.batch_size,
             micro_batches=phase.phase.accumulate_steps,
             start=first if fixed else start,
             stop=first + 1 if fixed else end,
             sampling=config.data.sampling,
+            views=self.setup.views,
         )
         if fixed:
             batches = itertools.repeat(next(batches))
@@ -186,6 +164,29 @@ class Loop:
         assert ended is not None
         return ended
 
+    def _first(self, phase: PhaseSetup) -> str | None:
+        """Returns the stage before which nothing depends on the phase's updates."""
+        return self.setup.task.first_learning(phase.mode)
+
+    def _examples(self, phase: PhaseSetup, state: TrainState, updates: int) -> Examples:
+        """Returns the training split, or what frozen stages make of it where they do."""
+        data, views = self.setup.data, self.setup.views
+        batch_size = self.setup.config.data.batch_size
+        frozen = self.evaluator.freeze(self._first(phase), state)
+        if frozen is not None and self.evaluator.store is not None:
+            found = self.evaluator.store.training(
+                data.train,
+                frozen,
+                spec=data.spec,
+                mode=phase.mode,
+                views=views,
+                batch_size=batch_size // phase.phase.accumulate_steps,
+                examples=updates * batch_size,
+            )
+            if found is not None:
+                return found
+        return Views(dataset=data.train, views=views) if views else data.train
+
     def _update(
         self,
         placed: TrainState,
@@ -202,13 +203,14 @@ class Loop:
         waited = time.perf_counter() - begin
         rest = (self.evaluator.fixed, batch, rate, progress)
         compile_s = 0.0
-        if phase.program not in self.programs:
+        key = phase.program, "features" in read
+        if key not in self.programs:
             step_of_phase = self._train_step(phase)
             program = devices.compile_train(step_of_phase, placed, *rest)
-            self.programs[phase.program] = program
+            self.programs[key] = program
             compile_s = program.compile_s
         self.stop.at_risk = True
-        call = self.programs[phase.program].call
+        call = self.programs[key].call
         placed, metrics = call(placed, *rest)
         if self.read():
             placed, metrics = call(self._gone_back(phase, step), *rest)
@@ -226,9 +228,13 @@ class Loop:
         return placed
 
     def _train_step(self, phase: PhaseSetup) -> Callable:
-        ema_decay = self.setup.config.evaluate.ema_decay
-        guarded = self.guard.policy != "stop"
-        static = phase.update(self.setup.task, ema_decay, guarded=guarded)
+        config = self.setup.config
+        static = phase.update(
+            self.setup.task,
+            config.evaluate.ema_decay,
+            guarded=self.guard.policy != "stop",
+            views=self.setup.views,
+        )
         return functools.partial(train_step, static=static)
 
     def read(self) -> bool:

@@ -48,6 +48,10 @@ class Devices:
         """Number of devices."""
         return self.mesh.size
 
+    def rounded_up(self, examples: int) -> int:
+        """Returns a number of examples that the devices divide."""
+        return -(-examples // self.count) * self.count
+
     @property
     def axis_name(self) -> str | None:
         """The axis to sum over by hand; under jit there is none."""
@@ -142,10 +146,17 @@ class Devices:
             step: `eval_step` with its static arguments given.
             *arguments: Placed arguments, for their shapes.
         """
+        return _timed(self._over_devices(step), *arguments)
+
+    def lower_eval(self, step: Callable, *arguments: Any) -> Any:
+        """Returns the lowered `step`, whose text is all that it computes."""
+        return self._over_devices(step).lower(*arguments)
+
+    def _over_devices(self, step: Callable) -> Any:
         if self.mode == "pmap":
             devices = list(self.mesh.devices.reshape(-1))
-            return _timed(jax.pmap(step, axis_name="data", devices=devices), *arguments)
-        return _timed(jax.jit(step), *arguments)
+            return jax.pmap(step, axis_name="data", devices=devices)
+        return jax.jit(step)
 
 
 def _timed(jitted: Any, *arguments: Any) -> Compiled:

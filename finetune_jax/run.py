@@ -11,6 +11,7 @@ from finetune_jax.config import Config
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.features import FeatureStore, default_folder
 from finetune_jax.forgetting import (
     domain_fisher,
     domain_named,
@@ -143,6 +144,7 @@ def _taken_up(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
     evaluator = make_evaluator(setup, start, domains)
+    evaluator.store = _feature_store(setup, terminal)
     examples = config.init.fisher_examples
     if setup.regularisers & set(READS_FISHER):
         fisher = domain_fisher(
@@ -172,6 +174,25 @@ def _taken_up(
     return loop, state
 
 
+def _feature_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
+    """Returns where what frozen stages make of the examples is kept, if it may be."""
+    data = setup.config.data
+    if data.cache == "off":
+        return None
+    if data.on_error == "skip":
+        terminal.say("inputs of later stages are not kept: config.data.on_error=skip")
+        return None
+    return FeatureStore(
+        task=setup.task,
+        devices=setup.devices,
+        folder=pathlib.Path(data.cache_dir) if data.cache_dir else default_folder(),
+        limit=data.cache_gb * 1e9,
+        memory=data.memory_gb * 1e9,
+        batch_size=setup.config.evaluate.batch_size,
+        say=terminal.say,
+    )
+
+
 def _result(
     loop: Loop, state: TrainState, begin: float, workdir: pathlib.Path
 ) -> dict[str, Any]:
@@ -179,10 +200,13 @@ def _result(
     setup, progress, clock = loop.setup, loop.progress, loop.clock
     evaluator, held_out = loop.evaluator, setup.data.held_out
     placed = setup.devices.place(state)
+    first = evaluator.first
+    evaluator.freeze(first, state)
     final = best = evaluator.measure(placed, held_out)
     if progress.best_step not in (None, int(state.step)):
         chosen = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(chosen)
+        evaluator.freeze(first, chosen)
         best = evaluator.measure(placed, held_out)
     trained = clock.updates * setup.config.data.batch_size
     result = {
@@ -200,7 +224,7 @@ def _result(
             if index
         },
         "examples_per_s": trained / clock.train_s if clock.train_s else None,
-        "compile_s": clock.compile_s + evaluator.compile_s,
+        "compile_s": clock.compile_s + evaluator.all_compile_s,
         "wall_s": time.perf_counter() - begin,
     }
     write_report(setup, evaluator, placed, progress, result, workdir)
@@ -225,6 +249,7 @@ def make_evaluator(
         batch_size=evaluate.batch_size,
         ema=evaluate.ema_decay is not None,
         chosen_ema="/ema_" in (evaluate.best or ""),
+        first=setup.task.first_learning(setup.phase(len(setup.plan) - 1).mode),
         extras=make_extras(setup, start, domains),
     )
 

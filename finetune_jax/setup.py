@@ -86,7 +86,12 @@ class PhaseSetup:
         return make_optimizer(self.phase, self.groups)
 
     def update(
-        self, task: Task, ema_decay: float | None = None, *, guarded: bool = False
+        self,
+        task: Task,
+        ema_decay: float | None = None,
+        *,
+        guarded: bool = False,
+        views: int | None = None,
     ) -> Update:
         """Returns what is static about an update of the phase."""
         return Update(
@@ -99,6 +104,7 @@ class PhaseSetup:
             regularise=self.phase.regularise,
             ema_decay=ema_decay,
             guarded=guarded,
+            views=views,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:
@@ -201,6 +207,12 @@ class Setup:
         learns = {name for index in indices for name in self.phase(index).groups}
         leaves = named(state.params)
         return state.replace(ema={name: leaves[name] for name in sorted(learns)})
+
+    @property
+    def views(self) -> int | None:
+        """Augmented versions of each example; None augments anew in every update."""
+        views = self.config.data.cache_views
+        return views if self.data.spec.augment else None
 
     def in_memory(self) -> "Setup":
         """Returns the run with its examples decoded, if the config lets them be kept.

@@ -31,6 +31,8 @@ class Update:
         regularise: (name, strength, regex) of what is added to the loss.
         ema_decay: Of the averaged weights; None has none.
         guarded: Whether an update that is not finite leaves all but the step as it was.
+        views: How many ways there are to augment an example; None augments it anew in
+            every update. The places in a batch then are those of the views.
     """
 
     task: Task
@@ -42,6 +44,12 @@ class Update:
     regularise: tuple[tuple[str, float, str], ...] = ()
     ema_decay: float | None = None
     guarded: bool = False
+    views: int | None = None
+
+    @property
+    def first(self) -> str | None:
+        """The stage before which nothing depends on the update: see the task's."""
+        return self.task.first_learning(self.mode)
 
     def over_devices(self, tree: Any) -> Any:
         """Returns the sum over devices, where it is not taken by itself."""
@@ -194,19 +202,29 @@ class _Objective:
         self.static, self.state, self.fixed = static, state, fixed
         self.progress = progress
         number = 0 if static.repeats else state.step
-        for_images, for_rest = jax.random.wrap_key_data(state.rng)
-        augment_rng = jax.random.split(jax.random.fold_in(for_images, number))[0]
+        _, for_rest = jax.random.wrap_key_data(state.rng)
+        augment_rng = augmentation_key(state.rng, 0 if static.views else number)
         self.rng = jax.random.split(jax.random.fold_in(for_rest, number))[1]
         if axis_name := static.mode.axis_name:
             self.rng = jax.random.fold_in(self.rng, jax.lax.axis_index(axis_name))
         self.micro_batches = [
-            static.task.prepare(
-                jax.tree.map(lambda array, i=index: array[i], batch),
-                augment_rng,
-                static.mode,
+            self._prepared(
+                jax.tree.map(lambda array, i=index: array[i], batch), augment_rng
             )
             for index in range(jax.tree.leaves(batch)[0].shape[0])
         ]
+
+    def _prepared(self, batch: dict, rng: jax.Array) -> dict:
+        """Returns a micro-batch as the loss takes it."""
+        static, state = self.static, self.state
+        if "features" in batch:
+            return batch
+        batch = static.task.prepare(batch, rng, static.mode)
+        if static.first is None:
+            return batch
+        return static.task.with_features(
+            state.params, state.batch_stats, batch, first=static.first
+        )
 
     def total(
         self, params: Any, batch_stats: Any, index: int
@@ -227,6 +245,7 @@ class _Objective:
             rng=jax.random.fold_in(self.rng, index),
             progress=self.progress,
             mode=static.mode,
+            first=static.first,
         )
         if any(name in PENALTIES for name, *_ in static.regularise):
             added = penalty(static.regularise, params, self.fixed, static.trained)
@@ -289,8 +308,25 @@ class _Objective:
         return {"value": value, "grad": gradient, "value_fn": value_fn}
 
 
+def augmentation_key(rng: Any, number: Any) -> jax.Array:
+    """Returns the key from which images are augmented.
+
+    Args:
+        rng: Of the state.
+        number: Of the update.
+    """
+    for_images, _ = jax.random.wrap_key_data(rng)
+    return jax.random.split(jax.random.fold_in(for_images, number))[0]
+
+
 def eval_step(
-    params: Any, batch_stats: Any, fixed: Any, batch: dict, *, task: Task
+    params: Any,
+    batch_stats: Any,
+    fixed: Any,
+    batch: dict,
+    *,
+    task: Task,
+    first: str | None = None,
 ) -> dict:
     """Returns the task's outputs for one batch, a row an example.
 
@@ -298,8 +334,37 @@ def eval_step(
         params: From `eval_params`.
         batch_stats: Running averages.
         fixed: Arrays that the task reads and nobody updates.
-        batch: Arrays [b, ...].
+        batch: Arrays [b, ...], with 'inputs', or with the 'features' that `first` gets.
         task: Has the outputs.
+        first: The stage up to which the model is computed on its own.
     """
-    batch = task.prepare(batch, jax.random.key(0), EVALUATION)
-    return task.outputs(params, batch_stats, fixed, batch)
+    if "features" not in batch:
+        batch = task.prepare(batch, jax.random.key(0), EVALUATION)
+        if first is not None:
+            batch = task.with_features(params, batch_stats, batch, first=first)
+    return task.outputs(params, batch_stats, fixed, batch, first=first)
+
+
+def features_step(
+    params: Any,
+    batch_stats: Any,
+    rng: Any,
+    batch: dict,
+    *,
+    task: Task,
+    first: str,
+    mode: Mode,
+) -> Any:
+    """Returns what stage `first` gets of a batch, a row an example.
+
+    Args:
+        params: Of the stages before it, at least.
+        batch_stats: Likewise.
+        rng: Of the state; used where the mode augments.
+        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
+        task: Has the model.
+        first: A stage.
+        mode: EVALUATION augments nothing.
+    """
+    batch = task.prepare(batch, augmentation_key(rng, 0), mode)
+    return task.with_features(params, batch_stats, batch, first=first)["features"]

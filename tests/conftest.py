@@ -14,6 +14,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
+# Tables of features of tests are nobody else's.
+if "FINETUNE_JAX_CACHE" not in os.environ:
+    os.environ["FINETUNE_JAX_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["FINETUNE_JAX_CACHE"], True)
+
 import jax
 import pytest
 

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from finetune_jax.models import convolution
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.pooling import max_pool
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +96,63 @@ def test_pointwise_values_and_gradients_are_those_of_xla(
 ):
     given = inputs(kernel_size, size, channels=4, filters=6, groups=1)
     check(given, strides, padding, groups=1)
+
+
+DENSE = [
+    (kernel, strides, padding, size)
+    for kernel, strides, padding in (
+        (3, (1, 1), "SAME"),
+        (3, (2, 2), ((1, 1), (1, 1))),
+        (3, (2, 1), "VALID"),
+        (5, (2, 2), "SAME"),
+        (7, (2, 2), ((3, 3), (3, 3))),
+        (2, (3, 3), ((0, 1), (2, 0))),
+        (2, (2, 2), "VALID"),
+    )
+    for size in ((8, 8), (9, 6), (7, 7))
+]
+
+
+@pytest.mark.parametrize("few", [0, 100])
+@pytest.mark.parametrize("many", [0, 100])
+@pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), DENSE)
+def test_gradients_as_products_are_those_of_xla(
+    monkeypatch, kernel_size, strides, padding, size, few, many
+):
+    monkeypatch.setattr(convolution, "FEW_CHANNELS", few)
+    monkeypatch.setattr(convolution, "MANY_WEIGHTS", many)
+    given = inputs(kernel_size, size, channels=4, filters=6, groups=1)
+    check(given, strides, padding, groups=1)
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "pads", "size"),
+    [
+        ((2, 2), (2, 2), ((0, 0), (0, 0)), (8, 8)),
+        ((2, 2), (2, 2), ((0, 0), (0, 0)), (7, 5)),
+        ((3, 3), (2, 2), ((1, 1), (1, 1)), (9, 6)),
+        ((3, 2), (1, 3), ((1, 0), (0, 1)), (5, 7)),
+        ((1, 1), (2, 2), ((0, 0), (0, 0)), (4, 4)),
+    ],
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pooling_and_its_gradient_are_those_of_xla(
+    window, strides, pads, size, ties
+):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *size, 3))
+    x = np.maximum(np.round(x), 0) if ties else x
+
+    def both(function):
+        y, pull = jax.vjp(lambda x: function(x, window, strides, pads), x)
+        return y, *pull(np.random.default_rng(1).standard_normal(y.shape))
+
+    with jax.enable_x64(True):
+        found, wanted = (
+            jax.jit(both, static_argnums=0)(f) for f in (max_pool, nn.max_pool)
+        )
+        np.testing.assert_array_equal(found[0], wanted[0])
+        np.testing.assert_allclose(found[1], wanted[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ LAYERS = (
     ),
     ("run",),
     ("loop", "summary"),
-    ("setup", "evaluation", "report", "domains", "forgetting", "nonfinite"),
+    ("setup", "evaluation", "report", "features", "domains", "forgetting", "nonfinite"),
     (
         "step",
         "checkpoint",
@@ -41,7 +41,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup",),
+    ("lookup", "clock"),
     ("errors",),
 )
 # Within a row: who may import whom.

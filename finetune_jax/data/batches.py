@@ -1,12 +1,57 @@
 """Batches in an order that is a function of (seed, position) alone."""
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 
 from finetune_jax.data.dataset import Dataset
+
+
+class Examples(Protocol):
+    """A split: a `Dataset`, or what stands for one."""
+
+    @property
+    def label(self) -> np.ndarray:
+        """Class index of each example, or its targets."""
+        ...
+
+    def __len__(self) -> int:
+        """Returns the number of rows; an example has one, or one for each of its views."""
+        ...
+
+    def take(self, positions: np.ndarray) -> dict[str, Any]:
+        """Returns arrays of one row for each position, 'weight' among them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """A split each of whose examples comes several times, one after another.
+
+    Attributes:
+        dataset: The split.
+        views: How often.
+    """
+
+    dataset: Dataset
+    views: int
+
+    @property
+    def label(self) -> np.ndarray:
+        """Class index of each example, or its targets."""
+        return self.dataset.label
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.dataset) * self.views
+
+    def take(self, positions: np.ndarray) -> dict[str, Any]:
+        """Returns the examples of the rows."""
+        return self.dataset.take(positions // self.views)
 
 
 def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> Any:
@@ -48,7 +93,7 @@ def training_positions(
 
 
 def training_batches(
-    dataset: Dataset,
+    dataset: Examples,
     *,
     seed: int,
     batch_size: int,
@@ -56,6 +101,7 @@ def training_batches(
     start: int,
     stop: int,
     sampling: str = "uniform",
+    views: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches of updates `start` to `stop`, arrays [k, b, ...].
 
@@ -67,20 +113,27 @@ def training_batches(
         start: First update, counted from the beginning of the run.
         stop: The update after the last.
         sampling: 'uniform' or 'balanced'.
+        views: How many ways there are to augment an example, which take turns; 'position'
+            then is the example's view instead of its place in the update.
     """
+    epoch = len(dataset.label)
 
-    def load(positions: np.ndarray) -> dict[str, np.ndarray]:
-        batch = dataset.take(positions)
-        batch["position"] = np.arange(batch_size, dtype=np.int32)
-        return {
-            name: array.reshape(micro_batches, -1, *array.shape[1:])
-            for name, array in batch.items()
-        }
+    def load(taken: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+        places, rows = taken
+        if views is not None:
+            rows = rows * views + places // epoch % views
+        batch = dataset.take(rows)
+        place = np.arange(batch_size) if views is None else rows
+        batch["position"] = place.astype(np.int32)
+        return jax.tree.map(
+            lambda array: array.reshape(micro_batches, -1, *array.shape[1:]), batch
+        )
 
     order = training_order(dataset.label, seed, sampling)
-    order = order.batch(batch_size)[start:stop]
+    numbered = order.map_with_index(lambda place, row: (place, row))
+    numbered = numbered.batch(batch_size)[start:stop]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    yield from order.map(load).to_iter_dataset(options)
+    yield from numbered.map(load).to_iter_dataset(options)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
@@ -89,21 +142,20 @@ def _padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def evaluation_batches(
-    dataset: Dataset, *, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields all examples once, in order; the last batch is padded with weight 0.
+    dataset: Examples, *, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yields all rows once, in order; the last batch is padded with weight 0.
 
     Args:
         dataset: A split.
         batch_size: Of every batch, the last too.
     """
     for start in range(0, len(dataset), batch_size):
-        positions = np.arange(start, start + batch_size)
-        real = positions < len(dataset)
-        batch = {
-            name: _padded(rows, batch_size)
-            for name, rows in dataset.take(positions[real]).items()
-        }
+        rows = np.arange(start, start + batch_size)
+        real = rows < len(dataset)
+        batch: dict[str, Any] = jax.tree.map(
+            lambda array: _padded(array, batch_size), dataset.take(rows[real])
+        )
         batch["weight"] *= real
-        batch["position"] = np.arange(batch_size, dtype=np.int32)
+        batch["position"] = rows.astype(np.int32)
         yield batch

@@ -1,6 +1,7 @@
 """The splits of a run, decoded: from `config.data` to arrays of examples."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -243,7 +244,10 @@ def load_source(name: str, directory: str | None) -> Source:
     """
     module, _, argument = name.partition(":")
     found = lookup.module(sources, module, "config.data.name")
-    return found.load(directory, argument or None)
+    source = found.load(directory, argument or None)
+    # It may read all of the data.
+    once = functools.cache(source.fingerprint)
+    return dataclasses.replace(source, fingerprint=once)
 
 
 def make_data(config: Mapping[str, Any], *, seed: int) -> Data:

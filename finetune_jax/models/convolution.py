@@ -1,18 +1,26 @@
 """Convolutions that are fast on CPU too, as `nn.Conv(conv_general_dilated=convolve)`.
 
 On CPU, XLA computes those of one pixel two to four times slower than the matrix product
-that they are, and those of single channels ten times slower than a sum of products.
+that they are, those of single channels ten times slower than a sum of products, and the
+gradients of all others slower than the matrix products that these are; in a loop, XLA's
+gradients take sixteen times as long and are other bits.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from finetune_jax.models.depthwise import shifted_products
+from finetune_jax.models.windows import Pads, pixels_met, windows
+
+# Below it, a product for each row of a kernel is faster than one for each place.
+FEW_CHANNELS = 16
+# From it on, in one place, products are faster than a convolution; measured on two cores.
+MANY_WEIGHTS = 256**2
 
 
 def convolve(
@@ -41,15 +49,20 @@ def convolve(
     if isinstance(padding, str):
         sizes = x_BxHxWxC.shape[1:3]
         pads = jax.lax.padtype_to_pads(sizes, (height, width), strides, padding)
-    pads = tuple(map(tuple, pads))
+    pads = cast(Pads, tuple(map(tuple, pads)))
+    strides = cast(tuple[int, int], tuple(strides))
     dilations = (options.get(f"{side}hs_dilation") or (1, 1) for side in "lr")
     is_plain = all(tuple(dilation) == (1, 1) for dilation in dilations)
+    is_plain &= min(np.ravel(pads)) >= 0
     if jax.default_backend() == "cpu" and is_plain:
-        is_pixel = (height, width, *strides) == (1, 1, 1, 1) and not np.any(pads)
+        is_pixel = (height, width) == (1, 1) and not np.any(pads)
         if is_pixel and feature_group_count == 1:
-            return jnp.dot(x_BxHxWxC, kernel[0, 0], precision=precision)
+            met = x_BxHxWxC[:, :: strides[0], :: strides[1]]
+            return jnp.dot(met, kernel[0, 0], precision=precision)
         if channels == 1 and feature_group_count == filters == x_BxHxWxC.shape[-1]:
-            return shifted_products(x_BxHxWxC, kernel, tuple(strides), pads)
+            return shifted_products(x_BxHxWxC, kernel, strides, pads)
+        how = _How(strides, pads, feature_group_count, precision)
+        return with_products(x_BxHxWxC, kernel, how)
     return jax.lax.conv_general_dilated(
         x_BxHxWxC,
         kernel,
@@ -61,87 +74,163 @@ def convolve(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def shifted_products(
-    x_BxHxWxC: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
-) -> jax.Array:
-    """Returns a convolution channel by channel, as a sum of shifted images.
+class _How(NamedTuple):
+    """What is static about a convolution."""
 
-    Each is multiplied by one of the kernel's weights; XLA makes one loop of it. The
-    gradients are such sums too: that of the input over the gradient spread out by the
-    stride, that of the kernel a sum over places for each shift.
+    strides: tuple[int, int]
+    pads: Pads
+    groups: int
+    precision: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def with_products(x_BxHxWxC: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
+    """Returns XLA's convolution, whose gradients are matrix products.
 
     Args:
         x_BxHxWxC: The images.
-        kernel: [k, k, 1, C].
-        strides: Of the convolution.
-        pads: Before and after, of height and width.
+        kernel: [k, k, C / groups, K].
+        how: The rest.
     """
-    products = (
-        _exact(window) * _exact(_weight(kernel, row, column))
-        for row, column, window in _windows(x_BxHxWxC, kernel, strides, pads)
+    return jax.lax.conv_general_dilated(
+        x_BxHxWxC,
+        kernel,
+        how.strides,
+        how.pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=how.groups,
+        precision=how.precision,
     )
-    return sum(products).astype(x_BxHxWxC.dtype)  # type: ignore[union-attr]
 
 
-def _exact(array: jax.Array) -> jax.Array:
-    """Returns the array in a type in which sums are not rounded much."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+def _products_forward(x_BxHxWxC, kernel, how):
+    return with_products(x_BxHxWxC, kernel, how), (x_BxHxWxC, kernel)
 
 
-def _weight(kernel: jax.Array, row: int, column: int) -> jax.Array:
-    """Returns a kernel's weights at one place, [1, 1, 1, C]."""
-    return kernel[row : row + 1, column : column + 1]
-
-
-def _windows(x_BxHxWxC: jax.Array, kernel: jax.Array, strides, pads):
-    """Yields (row, column, what this place of the kernel meets)."""
-    padded = jnp.pad(x_BxHxWxC, ((0, 0), *pads, (0, 0)))
-    rows, columns = kernel.shape[:2]
-    reach_down = (padded.shape[1] - rows) // strides[0] * strides[0]
-    reach_right = (padded.shape[2] - columns) // strides[1] * strides[1]
-    for row in range(rows):
-        for column in range(columns):
-            yield (
-                row,
-                column,
-                padded[
-                    :,
-                    row : row + reach_down + 1 : strides[0],
-                    column : column + reach_right + 1 : strides[1],
-                ],
-            )
-
-
-def _forward(x_BxHxWxC, kernel, strides, pads):
-    return shifted_products(x_BxHxWxC, kernel, strides, pads), (x_BxHxWxC, kernel)
-
-
-def _backward(strides, pads, saved, gradient):
+def _products_backward(how, saved, gradient):
     x_BxHxWxC, kernel = saved
-    sums = [
-        jnp.sum(_exact(window) * _exact(gradient), axis=(0, 1, 2))
-        for _, _, window in _windows(x_BxHxWxC, kernel, strides, pads)
+    parts = [
+        (x_BxHxWxC, kernel, gradient)
+        if how.groups == 1
+        else (
+            jnp.split(x_BxHxWxC, how.groups, axis=-1)[group],
+            jnp.split(kernel, how.groups, axis=-1)[group],
+            jnp.split(gradient, how.groups, axis=-1)[group],
+        )
+        for group in range(how.groups)
     ]
-    of_kernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
-    rows, columns = kernel.shape[:2]
-    _, height, width, _ = x_BxHxWxC.shape
+    of_x = [_gradient_of_x(x.shape, k, g, how) for x, k, g in parts]
+    of_kernel = [_gradient_of_kernel(x, k.shape, g, how) for x, k, g in parts]
+    of_x, of_kernel = jnp.concatenate(of_x, -1), jnp.concatenate(of_kernel, -1)
+    return of_x.astype(x_BxHxWxC.dtype), of_kernel.astype(kernel.dtype)
 
-    def spread(length: int, size: int, axis: int) -> tuple[int, int, int]:
-        before, stride = pads[axis][0], strides[axis]
-        reach = (gradient.shape[axis + 1] - 1) * stride
-        return size - 1 - before, length - 1 + before - reach, stride - 1
 
-    nothing = (0, 0, 0)
-    padding = (nothing, spread(height, rows, 0), spread(width, columns, 1), nothing)
-    padded = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), padding)
-    of_x = sum(
-        _exact(padded[:, row : row + height, column : column + width])
-        * _exact(_weight(kernel, rows - 1 - row, columns - 1 - column))
-        for row in range(rows)
-        for column in range(columns)
+with_products.defvjp(_products_forward, _products_backward)
+
+
+def _gradient_of_kernel(
+    x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
+) -> jax.Array:
+    """Returns the gradient of a kernel of one group: a product for each of its places.
+
+    Where there are few channels, one for each of its rows.
+    """
+    rows, columns, channels, filters = shape
+    wide = channels < FEW_CHANNELS
+    met: list[list[jax.Array]] = [[] for _ in range(rows)]
+    for row, _, window in windows(x_BxHxWxC, shape, how.strides, how.pads):
+        met[row].append(window)
+    flat = gradient.reshape(-1, filters)
+
+    def product(window: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            window.reshape(-1, window.shape[-1]),
+            flat,
+            (((0,), (0,)), ((), ())),
+            precision=how.precision,
+            preferred_element_type=jnp.promote_types(flat.dtype, jnp.float32),
+        )
+
+    found = [
+        product(jnp.concatenate(row, axis=-1)).reshape(columns, channels, filters)
+        if wide
+        else jnp.stack([product(window) for window in row])
+        for row in met
+    ]
+    return jnp.stack(found)
+
+
+def _gradient_of_x(
+    shape: tuple[int, ...], kernel: jax.Array, gradient: jax.Array, how: _How
+) -> jax.Array:
+    """Returns the gradient of the images of one group.
+
+    A pixel meets those places of the kernel that are as far from it as a multiple of the
+    stride. Pixels that meet the same ones are computed together: by a convolution of
+    stride 1, or, where kernels are large and images small, by a product for each place.
+    """
+    return pixels_met(
+        shape,
+        kernel.shape,
+        how.strides,
+        how.pads,
+        partial(_of_pixels, kernel=kernel, gradient=gradient, precision=how.precision),
     )
-    return of_x.astype(x_BxHxWxC.dtype), of_kernel  # type: ignore[union-attr]
 
 
-shifted_products.defvjp(_forward, _backward)
+def _of_pixels(
+    rows: list[tuple[int, int]],
+    columns: list[tuple[int, int]],
+    lengths: tuple[int, int],
+    *,
+    kernel: jax.Array,
+    gradient: jax.Array,
+    precision: Any,
+) -> jax.Array:
+    """Returns the gradient of the pixels that meet the same places of a kernel.
+
+    Args:
+        rows: What their rows meet.
+        columns: What their columns meet.
+        lengths: How many there are.
+        kernel: [k, k, C, K].
+        gradient: [B, H', W', K].
+        precision: Of the products.
+    """
+    batch, filters = gradient.shape[0], gradient.shape[-1]
+    channels = kernel.shape[2]
+    if not rows or not columns:
+        return jnp.zeros((batch, *lengths, channels), gradient.dtype)
+    padded, begins = gradient, []
+    for axis, met in enumerate((rows, columns)):
+        low, high = met[0][1], met[-1][1]
+        room = [(0, 0)] * 4
+        end = high + lengths[axis]
+        room[axis + 1] = max(0, -low), max(0, end - gradient.shape[axis + 1])
+        padded = jnp.pad(padded, room)
+        begins.append(max(0, -low))
+
+    def window(row: tuple[int, int], column: tuple[int, int], *more: int) -> jax.Array:
+        top, left = row[1] + begins[0], column[1] + begins[1]
+        bottom, right = top + lengths[0], left + lengths[1]
+        return padded[:, top : bottom + more[0], left : right + more[1]]
+
+    weights = jnp.swapaxes(kernel, 2, 3)
+    if channels * filters >= MANY_WEIGHTS or len(rows) * len(columns) == 1:
+        return sum(
+            jnp.dot(window(r, c, 0, 0), weights[r[0], c[0]], precision=precision)
+            for r in rows
+            for c in columns
+        )  # type: ignore[return-value]
+    chosen = jnp.stack(
+        [jnp.stack([weights[r[0], c[0]] for c in columns]) for r in rows]
+    )
+    reach = rows[-1][1] - rows[0][1], columns[-1][1] - columns[0][1]
+    return jax.lax.conv_general_dilated(
+        window(rows[0], columns[0], *reach),
+        chosen,
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )

@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import check_widths, make_head
+from finetune_jax.models.pooling import max_pool
 from finetune_jax.models.stages import batch_norm, run_stages
 
 
@@ -43,12 +45,17 @@ class ConvStage(nn.Module):
         """Returns features [B, H / 2, W / 2, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         size = (self.kernel_size, self.kernel_size)
-        x_BxHxWxC = nn.Conv(self.width, size, use_bias=False, name="conv", **kinds)(
-            x_BxHxWxC
-        )
+        x_BxHxWxC = nn.Conv(
+            self.width,
+            size,
+            use_bias=False,
+            conv_general_dilated=convolve,
+            name="conv",
+            **kinds,
+        )(x_BxHxWxC)
         norm = batch_norm(name="bn", **kinds)
         x_BxHxWxC = nn.relu(norm(x_BxHxWxC, use_running_average=not train))
-        return nn.max_pool(x_BxHxWxC, (2, 2), (2, 2))
+        return max_pool(x_BxHxWxC, (2, 2), (2, 2))
 
 
 class Sequence(nn.Module):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
+from finetune_jax.models.pooling import max_pool
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
@@ -72,8 +73,7 @@ class Stem(nn.Module):
         x_BxHxWxC = _conv(64, 7, 2, "conv", kinds)(x_BxHxWxC)
         norm = batch_norm(name="bn", **kinds)
         x_BxHxWxC = nn.relu(norm(x_BxHxWxC, use_running_average=not train))
-        padding: Any = ((1, 1), (1, 1))
-        return nn.max_pool(x_BxHxWxC, (3, 3), (2, 2), padding)
+        return max_pool(x_BxHxWxC, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 class Block(nn.Module):

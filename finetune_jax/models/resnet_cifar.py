@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
@@ -25,6 +26,7 @@ def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Co
         padding=((1, 1), (1, 1)),
         use_bias=False,
         kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=convolve,
         name=name,
         **kinds,
     )

@@ -36,6 +36,7 @@ def main(config: Config, options: Options) -> int:
         raise UserError(f"--workdir: {workdir} is not finished (no result.json in it)")
     again = _folder(workdir, config)
     print(f"workdir {again}", flush=True)
+    config.data.cache_dir = str(again / "features")  # What was kept proves nothing.
     with stop_on_signals(config.checkpoint.grace_s) as stop:
         try:
             now = run(config, again, stop)

@@ -167,15 +167,24 @@ class Classify(Task):
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         return loss, (batch_stats, {"loss": loss, "accuracy": accuracy})
 
-    def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
+    def outputs(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        first: str | None = None,
+    ) -> dict:
         """Returns the logits."""
         del fixed
         logits_BxK, _ = apply(
             self,
             "",
             {"params": params, "batch_stats": batch_stats},
-            batch["inputs"],
+            batch["features" if first else "inputs"],
             mode=EVALUATION,
+            first=first,
         )
         return {"logits": logits_BxK}
 

@@ -117,15 +117,24 @@ class Regress(Task):
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         return loss, (batch_stats, {"loss": loss})
 
-    def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
+    def outputs(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        first: str | None = None,
+    ) -> dict:
         """Returns the predictions."""
         del fixed
         prediction_BxT, _ = apply(
             self,
             "",
             {"params": params, "batch_stats": batch_stats},
-            batch["inputs"],
+            batch["features" if first else "inputs"],
             mode=EVALUATION,
+            first=first,
         )
         return {"prediction": prediction_BxT}
 

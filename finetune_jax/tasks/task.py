@@ -106,8 +106,19 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def outputs(self, params: Any, batch_stats: Any, fixed: Any, batch: dict) -> dict:
-        """Returns arrays of one row an example, of a prepared batch in evaluation."""
+    def outputs(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        first: str | None = None,
+    ) -> dict:
+        """Returns arrays of one row an example, of a prepared batch in evaluation.
+
+        With `first`, `batch['features']` is that stage's input.
+        """
 
     @abc.abstractmethod
     def metrics(
@@ -125,6 +136,38 @@ class Task(abc.ABC):
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
         """Returns what a prediction says of each example, ready for JSON."""
+
+    def first_learning(self, mode: Mode) -> str | None:
+        """Returns the stage before which nothing depends on the update, if it has any.
+
+        All stages before it run as in evaluation, so that what it gets from an example
+        is always the same. There is none where the first stage learns, where nothing
+        does, and where there is more than the one model without a prefix.
+        """
+        runs = [mode.trains(stage) for stage in self.stages]
+        if tuple(self.models) != ("",) or True not in runs or runs[0]:
+            return None
+        return self.stages[runs.index(True)]
+
+    def with_features(
+        self, params: Any, batch_stats: Any, batch: dict, *, first: str
+    ) -> dict:
+        """Returns a prepared batch with 'features', the input of a stage, for 'inputs'.
+
+        Args:
+            params: Of the stages before it, at least.
+            batch_stats: Likewise.
+            batch: Prepared.
+            first: A stage from `first_learning`.
+        """
+        last = self.stages[self.stages.index(first) - 1]
+        variables = {"params": params, "batch_stats": batch_stats}
+        features, _ = apply(
+            self, "", variables, batch["inputs"], mode=EVALUATION, last=last
+        )
+        rest = {name: array for name, array in batch.items() if name != "inputs"}
+        # Computed on its own, as it is where it is kept: so both are the same bits.
+        return {**rest, "features": jax.lax.optimization_barrier(features)}
 
     @property
     def stages(self) -> tuple[str, ...]:

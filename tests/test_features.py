@@ -1,0 +1,280 @@
+"""What frozen stages make of the examples is kept, and no bit depends on that."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import small
+
+import finetune_jax.run
+from finetune_jax import features
+from finetune_jax.loop import Preempted
+from finetune_jax.plan import Phase
+from finetune_jax.report.log import read_metrics
+from finetune_jax.run import run
+from finetune_jax.tasks.task import EVALUATION
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(finetune_jax.run, "write_report", lambda *_: None)
+
+
+def plan(*learning, batch_stats="hold", **fields):
+    fields = {"steps": 12, "peak_lr": 1e-2, "accumulate_steps": 2} | fields
+    rules = (*((f"{stage}/.*", 1.0) for stage in learning), (".*", 0.0))
+    return (Phase(name="upper", rules=rules, batch_stats=batch_stats, **fields),)
+
+
+def config(phases, folder, **overrides):
+    keys = {
+        "data.cache_dir": folder,
+        "data.per_class": 5,
+        "data.batch_size": 10,
+        "evaluate.every_steps": 5,
+        "evaluate.best": "validation/loss",
+        "evaluate.batch_size": 64,
+        "report.every_steps": 1,
+    } | overrides
+    arguments: dict = dict(model="cnn", convolutions=(4, 4), dense=(8,))
+    if "model.name" in keys:
+        arguments = {}
+    return small.config(
+        plan=phases,
+        overrides=[(key, str(value)) for key, value in keys.items()],
+        **arguments,
+    )
+
+
+def outcome(config, workdir):
+    result = run(config, workdir)
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+    keys = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best")
+    return [result[key] for key in keys], lines
+
+
+def both(phases, folder, **overrides):
+    """Returns the outcomes of a run that keeps features and of one that does not."""
+    kept = outcome(config(phases, folder / "tables", **overrides), folder / "kept")
+    tables = sorted((folder / "tables").glob("*/about.json"))
+    off = {**overrides, "data.cache": "off"}
+    again = outcome(config(phases, folder / "none", **off), folder / "again")
+    assert not (folder / "none").exists()
+    return kept, again, [json.loads(about.read_text()) for about in tables]
+
+
+@pytest.mark.parametrize("batch_stats", ["hold", "update"])
+@pytest.mark.parametrize(
+    "learning",
+    [
+        pytest.param(("head",), marks=pytest.mark.slow),
+        pytest.param(("stage3", "head"), marks=pytest.mark.slow),
+        ("stage2", "stage3", "head"),
+    ],
+)
+def test_what_is_kept_changes_no_bit(tmp_path, learning, batch_stats):
+    overrides = {"model.head.dropout": 0.2}
+    phases = plan(*learning, batch_stats=batch_stats)
+    kept, again, tables = both(phases, tmp_path, **overrides)
+    assert kept == again
+    assert [table["inputs_of"] for table in tables] == [learning[0]] * 3
+
+
+@pytest.mark.slow
+def test_versions_of_augmented_images_are_kept(tmp_path):
+    overrides = {
+        "data.augment": (("flip",), ("pad_crop", 1)),
+        "data.cache_views": 2,
+    }
+    kept, again, tables = both(plan("head"), tmp_path, **overrides)
+    assert kept == again
+    assert sorted(table["views"] for table in tables) == [1, 1, 2]
+    endless = {"data.augment": overrides["data.augment"]}
+    other = outcome(config(plan("head"), tmp_path, **endless), tmp_path / "endless")
+    assert other[0] != kept[0]
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ({"data.augment": (("flip",),)}, "cache_views=K keeps K versions"),
+        (
+            {"data.mix": (("mixup", 0.2),), "data.batch_size": 20},
+            "data.mix makes others",
+        ),
+        ({"data.per_class": 40}, "the phase takes 120 of 400"),
+        ({"data.cache_gb": 1e-6}, "more than config.data.cache_gb"),
+        ({"data.on_error": "skip"}, "on_error=skip"),
+    ],
+)
+def test_why_nothing_is_kept_is_told(tmp_path, capsys, override, reason):
+    run(config(plan("head"), tmp_path / "tables", **override), tmp_path / "run")
+    assert reason in capsys.readouterr().out
+
+
+def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
+    first = outcome(config(plan("head"), tmp_path), tmp_path / "one")
+
+    def refuse(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(features, "_rows", refuse)
+    again = outcome(config(plan("head"), tmp_path), tmp_path / "two")
+    assert first == again
+    assert "found in" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="computed again"):
+        run(config(plan("head"), tmp_path, seed=1), tmp_path / "three")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"seed.init": 1},
+        {"data.mean": (0.5,)},
+        {"data.split_seed": 1},
+        {"data.image_size": 16},
+        {"precision": "bfloat16"},
+        {"model.convolutions": (4, 6)},
+    ],
+)
+def test_a_table_of_another_kind_is_not_used(tmp_path, override):
+    alone = outcome(
+        config(plan("head"), tmp_path / "own", **override), tmp_path / "alone"
+    )
+    run(config(plan("head"), tmp_path / "tables"), tmp_path / "before")
+    after = outcome(
+        config(plan("head"), tmp_path / "tables", **override), tmp_path / "after"
+    )
+    assert after == alone
+
+
+def test_another_rate_uses_the_same_tables(tmp_path):
+    run(config(plan("head"), tmp_path / "tables"), tmp_path / "one")
+    other = plan("head", peak_lr=1e-3, steps=8, optimizer="sgd")
+    run(config(other, tmp_path / "tables"), tmp_path / "two")
+    assert len(list((tmp_path / "tables").iterdir())) == 3
+
+
+def test_a_damaged_table_is_made_anew(tmp_path, capsys):
+    first = outcome(config(plan("head"), tmp_path / "tables"), tmp_path / "one")
+    for file in (tmp_path / "tables").glob("*/0.npy"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    next((tmp_path / "tables").glob("*/about.json")).write_text("{")
+    again = outcome(config(plan("head"), tmp_path / "tables"), tmp_path / "two")
+    assert first == again
+    assert capsys.readouterr().out.count("is damaged") == 3
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    kept = outcome(config(plan("head"), tmp_path / "file"), tmp_path / "one")
+    assert "cannot be kept in" in capsys.readouterr().out
+    own = outcome(config(plan("head"), tmp_path / "tables"), tmp_path / "two")
+    assert kept == own
+
+
+@pytest.mark.slow
+def test_what_is_larger_than_the_memory_stays_on_disk(tmp_path):
+    overrides = {"data.memory_gb": 0.0}
+    kept, again, _ = both(plan("stage3", "head"), tmp_path, **overrides)
+    assert kept == again
+
+
+@pytest.mark.slow
+def test_the_oldest_tables_make_room(tmp_path):
+    for seed in range(3):
+        overrides = {"seed": seed, "data.cache_gb": 6e-5}
+        run(
+            config(plan("head"), tmp_path / "tables", **overrides), tmp_path / f"{seed}"
+        )
+    size = sum(file.stat().st_size for file in (tmp_path / "tables").glob("*/*"))
+    assert 0 < size < 6e4
+    assert not list((tmp_path / "tables").glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_phase_that_unfreezes_moves_the_boundary(tmp_path):
+    everything = Phase(name="all", steps=4, accumulate_steps=2)
+    phases = (
+        *plan("head"),
+        *plan("stage3", "head", optimizer_state="carry"),
+        everything,
+        *plan("head", optimizer_state="carry"),
+    )
+    phases = tuple(
+        Phase(**{**vars(phase), "name": f"phase {index}"})
+        for index, phase in enumerate(phases)
+    )
+    overrides = {"evaluate.ema_decay": 0.9}
+    kept, again, tables = both(phases, tmp_path, **overrides)
+    assert kept == again
+    inputs = [table["inputs_of"] for table in tables]
+    assert {name: inputs.count(name) for name in inputs} == {"head": 6, "stage3": 3}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_with_the_same_tables(tmp_path):
+    alone = outcome(config(plan("head"), tmp_path / "own"), tmp_path / "alone")
+    for _ in range(3):
+        with pytest.raises(Preempted):
+            run(config(plan("head"), tmp_path), tmp_path / "run", small.stop_at_once())
+    assert outcome(config(plan("head"), tmp_path), tmp_path / "run") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_features_are_kept_over_devices(tmp_path, mode):
+    overrides = {
+        "parallel.devices": 2,
+        "parallel.mode": mode,
+        "data.batch_size": 8,
+        "evaluate.batch_size": 7,
+    }
+    kept, again, tables = both(plan("stage3", "head"), tmp_path, **overrides)
+    assert kept == again and len(tables) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_stats", ["hold", "update"])
+@pytest.mark.parametrize("first", ["stage1", "stage3", "head"])
+def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, first, batch_stats):
+    stages = ("stem", "stage1", "stage2", "stage3", "head")
+    phases = plan(*stages[stages.index(first) :], batch_stats=batch_stats)
+    overrides = {
+        "model.name": "resnet20",
+        "data.image_size": 16,
+        "init.pretrained": "zoo:resnet20_fashion_mnist",
+        "init.fresh": ("head/.*",),
+    }
+    kept, again, tables = both(phases, tmp_path, **overrides)
+    assert kept == again and len(tables) == 3
+
+
+@pytest.mark.parametrize("model", ["cnn", "mlp", "resnet20"])
+def test_a_row_of_a_batch_does_not_depend_on_its_place(model):
+    """So that features stand for those of any other batch of their size."""
+    task = small.task(model)
+    state = small.Trainer(task, plan("head")[0]).state
+    whole = {name: array[0] for name, array in small.batch(24).items()}
+
+    @jax.jit
+    def step(batch):
+        return features.features_step(
+            *(state.params, state.batch_stats, state.rng, batch),
+            task=task,
+            first="head",
+            mode=EVALUATION,
+        )
+
+    rows = np.asarray(step(whole))
+    for seed in range(3):
+        places = np.random.default_rng(seed).permutation(24)
+        moved = {name: array[places] for name, array in whole.items()}
+        np.testing.assert_array_equal(step(moved), rows[places])
