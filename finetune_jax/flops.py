@@ -9,7 +9,8 @@ from typing import Any
 _FREE = frozenset({
     "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice",
     "dynamic_update_slice", "gather", "iota", "pad", "reshape", "rev", "scatter",
-    "slice", "split", "squeeze", "stop_gradient", "transpose", "pbroadcast", "pvary",
+    "slice", "split", "squeeze", "stack", "stop_gradient", "transpose", "pbroadcast",
+    "pvary",
 })  # fmt: skip
 _WINDOWS = frozenset({"reduce_window_max", "reduce_window_sum", "select_and_scatter_add",
                       "select_and_gather_add", "reduce_window"})  # fmt: skip
@@ -25,7 +26,14 @@ def count_flops(jaxpr: Any) -> float:
     Args:
         jaxpr: Of the program, such as `jax.jit(f).trace(...).jaxpr`.
     """
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    needed = {id(variable) for variable in jaxpr.outvars}
+    total = 0.0
+    # What nobody reads is not computed.
+    for equation in reversed(jaxpr.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            needed |= {id(variable) for variable in equation.invars}
+            total += _equation(equation)
+    return total
 
 
 def _equation(equation: Any) -> float:

@@ -4,7 +4,6 @@ XLA's gradient looks for the maximum of one window after another; here each plac
 window is compared with the maximum for all windows at once.
 """
 
-from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -32,13 +31,15 @@ def max_pool(
         strides: From one window to the next.
         pads: Before and after, of height and width.
     """
-    function = _pooled if jax.default_backend() == "cpu" else _pooled.__wrapped__
+    function = _pooled if jax.default_backend() == "cpu" else _xlas
     return function(x_BxHxWxC, window, strides, pads)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _pooled(x_BxHxWxC, window, strides, pads):
+def _xlas(x_BxHxWxC, window, strides, pads):
     return nn.max_pool(x_BxHxWxC, window, strides, cast(Any, pads))
+
+
+_pooled = jax.custom_vjp(_xlas, nondiff_argnums=(1, 2, 3))
 
 
 def _forward(x_BxHxWxC, window, strides, pads):
