@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import finetune_jax
+from finetune_jax import machine
 from finetune_jax.data.batches import Examples, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
@@ -30,13 +31,6 @@ from finetune_jax.tasks.task import EVALUATION, Mode, Task
 from finetune_jax.trees import digest, nbytes, stage_of
 
 ABOUT = "about.json"
-
-
-def default_folder() -> pathlib.Path:
-    """Returns where tables are kept: FINETUNE_JAX_CACHE, or the user's cache folder."""
-    named = os.environ.get("FINETUNE_JAX_CACHE")
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return pathlib.Path(named) if named else home / "finetune_jax"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,6 +365,7 @@ def _machine() -> dict[str, Any]:
         "finetune_jax": finetune_jax.__version__,
         "jax": jax.__version__,
         "device": f"{device.platform} {device.device_kind}",
+        "cpu": machine.cpu(),
         "nproc": os.environ.get("NPROC"),
         "xla_flags": os.environ.get("XLA_FLAGS"),
     }

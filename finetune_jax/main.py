@@ -17,6 +17,7 @@ from finetune_jax.errors import (
     problems_error,
 )
 from finetune_jax.lookup import choose, closest
+from finetune_jax.machine import keep_programs
 from finetune_jax.modes.options import Options
 from finetune_jax.plan import plan_problems
 from finetune_jax.workdir import read_config, read_manifest, read_recorded_config
@@ -113,7 +114,9 @@ def resolved_config(
 
 
 def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
-    """Sets NPROC and XLA_FLAGS, as the manifest says when there is a run already.
+    """Sets NPROC, XLA_FLAGS and where programs are kept, before jax starts.
+
+    The first two are as the manifest says when there is a run already.
 
     XLA divides reductions by the number of host threads, so that another number gives
     other bits. Takes effect if no computation has been made yet.
@@ -134,6 +137,7 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
         flags += [flag for flag in DETERMINISTIC if flag not in flags]
     if flags:
         os.environ["XLA_FLAGS"] = " ".join(flags)
+    keep_programs()
 
 
 def set_precision(precision: str) -> None:

@@ -11,7 +11,7 @@ from finetune_jax.config import Config
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
-from finetune_jax.features import FeatureStore, default_folder
+from finetune_jax.features import FeatureStore
 from finetune_jax.forgetting import (
     domain_fisher,
     domain_named,
@@ -19,6 +19,7 @@ from finetune_jax.forgetting import (
     open_domains,
 )
 from finetune_jax.loop import Loop
+from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
@@ -185,7 +186,7 @@ def _feature_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     return FeatureStore(
         task=setup.task,
         devices=setup.devices,
-        folder=pathlib.Path(data.cache_dir) if data.cache_dir else default_folder(),
+        folder=pathlib.Path(data.cache_dir or cache_folder() / "features"),
         limit=data.cache_gb * 1e9,
         memory=data.memory_gb * 1e9,
         batch_size=setup.config.evaluate.batch_size,

@@ -41,7 +41,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup", "clock"),
+    ("lookup", "clock", "machine"),
     ("errors",),
 )
 # Within a row: who may import whom.

@@ -9,6 +9,8 @@ import sys
 
 import jax
 
+from finetune_jax import machine
+
 PACKAGES = (
     "finetune_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
     "ml_collections", "tensorflow-datasets", "safetensors", "scikit-learn", "numpy",
@@ -40,7 +42,7 @@ def make_manifest(
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": machine.cpu(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "backend": jax.default_backend(),
@@ -59,21 +61,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> dict:
-    """Returns the processor's name and its vector instructions, which decide bits."""
-    lines = {}
-    info = pathlib.Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        key, _, value = line.partition(":")
-        lines.setdefault(key.strip(), value.strip())
-    flags = lines.get("flags", lines.get("Features", "")).split()
-    vector = ("avx", "fma", "amx", "sve", "asimd", "sse4")
-    return {
-        "name": lines.get("model name", platform.processor()),
-        "vector": sorted(flag for flag in flags if flag.startswith(vector)),
-    }
 
 
 def _git() -> dict | None:
