@@ -1,0 +1,181 @@
+"""Claim: a head on a frozen backbone costs one forward pass, however many epochs.
+
+python scripts/bench_frozen_prefix.py --data=FOLDER [--photos=512] [--epochs=50]
+
+FOLDER has photos, a folder a class. Trains a head on a frozen ResNet-50 at 224 pixels with
+the command of this project, start-up, decoding and compiling included, with an empty cache
+and then again; times forward passes of the same photos; and times two epochs of a plain
+PyTorch loop (frozen, eval mode, channels last, photos decoded before) on the same weights,
+from which its time is extrapolated. Both heads see the same batches. Needs torch and
+torchvision (`make oracles`). Weights are random: no cost depends on them.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+
+RATE, BATCH = 1e-4, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def get_config(arg: str = ""):
+    """Returns the config; `arg` is photos,epochs,weights,folder."""
+    from finetune_jax import config as configs
+    from finetune_jax.plan import Phase, as_config
+
+    photos, epochs, weights, folder = arg.split(",")
+    config = configs.default()
+    config.data.update(
+        name="folder", dir=folder, train=f"train[:{photos}]", test="test[:25%]",
+        batch_size=BATCH, image_size=224, resize=256, mean=MEAN, std=STD,
+    )  # fmt: skip
+    config.model.name = "resnet50"
+    config.init.pretrained, config.init.fresh = f"file:{weights}", ("head/.*",)
+    head = Phase(
+        name="head", epochs=float(epochs), optimizer="sgd", schedule="constant",
+        optimizer_args={"momentum": 0.9}, peak_lr=RATE, batch_stats="hold",
+        rules=(("head/.*", 1.0), (".*", 0.0)),
+    )  # fmt: skip
+    config.plan = as_config((head,))
+    config.evaluate.batch_size = BATCH
+    return config
+
+
+def ours(address: str, workdir: pathlib.Path) -> float:
+    """Returns the seconds that the command takes."""
+    command = [
+        sys.executable, "-m", "finetune_jax.main", f"--config={__file__}:{address}",
+        f"--workdir={workdir}",
+    ]  # fmt: skip
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return time.perf_counter() - begin
+
+
+def read(address: str):
+    """Returns (setup, state, photos by split, batches of two epochs) of the run."""
+    from finetune_jax import config as configs
+    from finetune_jax.data.batches import training_batches
+    from finetune_jax.setup import make_setup
+
+    config, problems = configs.resolve(configs.load(f"{__file__}:{address}"))
+    assert not problems, problems
+    setup = make_setup(config)
+    state, _ = setup.start()
+    parts = (setup.data.train, setup.data.held_out["test"])
+    photos = [part.take(np.arange(len(part)))["inputs"] for part in parts]
+    batches = training_batches(
+        setup.data.in_memory(1e12).train, seed=0, batch_size=BATCH, micro_batches=1,
+        start=0, stop=2 * -(-len(photos[0]) // BATCH),
+    )  # fmt: skip
+    return setup, state, photos, list(batches)
+
+
+def forward_seconds(setup, state, photos: np.ndarray) -> float:
+    """Returns the seconds of a compiled forward pass over the photos."""
+    import functools
+
+    import jax
+
+    from finetune_jax.step import eval_step
+
+    step = jax.jit(functools.partial(eval_step, task=setup.task))
+    whole = len(photos) // BATCH * BATCH
+    batches = [
+        {
+            "inputs": photos[at : at + BATCH],
+            "position": np.arange(BATCH, dtype=np.int32),
+        }
+        for at in range(0, whole, BATCH)
+    ]
+    fixed = (state.params, state.batch_stats, {})
+    jax.block_until_ready(step(*fixed, batches[0]))
+    begin = time.perf_counter()
+    for batch in batches:
+        jax.block_until_ready(step(*fixed, batch))
+    return (time.perf_counter() - begin) * len(photos) / whole
+
+
+def torch_loop(weights: str, classes: int, batches: list) -> list[float]:
+    """Returns the seconds of two epochs of the plain loop."""
+    import torch
+    from oracles import import_torchvision
+
+    torchvision = import_torchvision()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = torchvision.models.resnet50()
+    model.load_state_dict(torch.load(weights))
+    model.fc = torch.nn.Linear(2048, classes)
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    model.eval().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=RATE, momentum=0.9)
+    loss_of = torch.nn.CrossEntropyLoss()
+    ready = []
+    for batch in batches:
+        x = (batch["inputs"][0] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+        x = torch.from_numpy(x.transpose(0, 3, 1, 2))
+        x = x.contiguous(memory_format=torch.channels_last)
+        ready.append((x, torch.from_numpy(batch["label"][0]).long()))
+    half, epochs_s = len(ready) // 2, []
+    for part in (ready[:half], ready[half:]):
+        begin = time.perf_counter()
+        for x, label in part:
+            loss = loss_of(model(x), label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        epochs_s.append(time.perf_counter() - begin)
+    return epochs_s
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--photos", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=50)
+    given = parser.parse_args()
+    root = pathlib.Path(tempfile.mkdtemp(prefix="bench_frozen_prefix-"))
+    os.environ["FINETUNE_JAX_CACHE"] = str(root / "cache")
+    os.environ.setdefault("NPROC", str(len(os.sched_getaffinity(0))))
+    import torch
+    from oracles import import_torchvision
+
+    torchvision = import_torchvision()
+    torch.manual_seed(0)
+    weights = str(root / "resnet50.pth")
+    torch.save(torchvision.models.resnet50().state_dict(), weights)
+    address = f"{given.photos},{given.epochs},{weights},{given.data}"
+    setup, state, photos, batches = read(address)
+    forward = forward_seconds(setup, state, np.concatenate(photos))
+    print(f"{sum(map(len, photos))} photos, a forward pass {forward:.1f} s", flush=True)
+    seconds = []
+    for number, name in enumerate(("first", "second")):
+        workdir = root / f"run-{number}"
+        seconds.append(ours(address, workdir))
+        result = json.loads((workdir / "result.json").read_text())
+        print(
+            f"{name} run {seconds[-1]:.1f} s = {seconds[-1] / forward:.2f} forward passes; "
+            f"test accuracy {result['test/accuracy']:.4f}",
+            flush=True,
+        )
+    epochs_s = torch_loop(weights, len(setup.data.spec.class_names), batches)
+    theirs = min(epochs_s) * given.epochs
+    print(
+        f"torch: epochs of {epochs_s[0]:.1f} and {epochs_s[1]:.1f} s, {given.epochs} of "
+        f"them {theirs:.0f} s = {theirs / seconds[0]:.1f} first runs"
+    )
+
+
+if __name__ == "__main__":
+    main()
