@@ -50,10 +50,19 @@ def keys(name):
 
 
 def cases():
-    """Returns every (config, key, value), in an order that is always the same."""
-    found = [(n, key, value) for n in CONFIGS for key in keys(n) for value in VALUES]
-    random.Random(0).shuffle(found)
-    return found
+    """Returns every (config, key, value): each key once, then each once more, and so on.
+
+    The order is always the same.
+    """
+    draw, rounds = random.Random(0), [[] for _ in VALUES]
+    for name in CONFIGS:
+        for key in keys(name):
+            values = draw.sample(VALUES, len(VALUES))
+            for cases_of_round, value in zip(rounds, values):
+                cases_of_round.append((name, key, value))
+    for cases_of_round in rounds:
+        draw.shuffle(cases_of_round)
+    return [case for cases_of_round in rounds for case in cases_of_round]
 
 
 def outcome(name, key, value, mode="plan", *more):
@@ -129,4 +138,8 @@ if __name__ == "__main__":
     counts = Counter(f"{case[0]}: {outcome(*case)}" for case in cases()[:wanted])
     for line, count in sorted(counts.items()):
         print(line, count)
-    print(f"{sum(counts.values())} of {len(cases())} cases, no traceback")
+    tried = len({case[:2] for case in cases()[:wanted]})
+    print(
+        f"{sum(counts.values())} of {len(cases())} cases, {tried} of "
+        f"{len(cases()) // len(VALUES)} keys, no traceback"
+    )
