@@ -76,8 +76,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax raises whatever the disk leads to.
             raise TrainingError(
-                f"checkpoint {step} cannot be saved in {self.folder}: {error}; "
-                f"{AFTER_DISK_FULL}"
+                f"checkpoint {step} cannot be saved in {self.folder}: {error}; where the "
+                f"disk is full, {AFTER_DISK_FULL}"
             ) from error
         kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
         kept |= set(self.steps()[-self._keep :])

@@ -31,6 +31,8 @@ from finetune_jax.tasks.task import EVALUATION, Mode, Task
 from finetune_jax.trees import digest, nbytes, stage_of
 
 ABOUT = "about.json"
+# A table that has been in the making for so long is not being made any more.
+LEFTOVER_S = 7 * 24 * 3600
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,8 @@ class FeatureStore:
 
     def held_out(self, dataset: Dataset, frozen: Frozen) -> Examples:
         """Returns what a stage gets of a split; the split where that cannot be kept."""
-        if self._frozen is None or self._frozen.sha256 != frozen.sha256:
+        kept = self._frozen
+        if kept is None or (kept.first, kept.sha256) != (frozen.first, frozen.sha256):
             self._frozen, self._held_out = frozen, {}
         if id(dataset) not in self._held_out:
             # The dataset is kept too, so that its number stays its own.
@@ -314,6 +317,9 @@ class FeatureStore:
 
     def _make_room(self, size: int) -> None:
         """Deletes the tables that were not used for longest, as the limit says."""
+        for part in self.folder.glob(".*"):  # Of runs that were killed.
+            if time.time() - part.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(part, ignore_errors=True)
         found = []
         for about in self.folder.glob(f"*/{ABOUT}"):
             taken = sum(file.stat().st_size for file in about.parent.iterdir())

@@ -270,6 +270,8 @@ def test_arrays_with_and_without_splits(tmp_path):
         ({"x": np.zeros((2, 2)), "y": np.zeros(2, bool)}, "labels are bool"),
         ({"x": np.array([["a"]]), "y": np.zeros(1, int)}, "not numbers"),
         ({"x": np.array([[1.0], [np.nan]]), "y": np.zeros(2, int)}, "number 1"),
+        ({"x": np.array([[1.0], [1e39]]), "y": np.zeros(2, int)}, "number 1"),
+        ({"x": np.zeros((3, 2)), "y": np.array(["a", "", " "])}, "2 labels are blank"),
         ({"z": np.zeros(3)}, "'z' is neither"),
         ({}, "no inputs"),
     ],

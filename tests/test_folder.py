@@ -193,6 +193,14 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     np.testing.assert_array_equal(read_image(path)[..., 0], values >> 8)
 
 
+def test_of_an_animation_the_first_image_counts(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
+    for suffix in ("gif", "png", "webp"):
+        path = tmp_path / f"moving.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_array_equal(read_image(path)[0, 0], (255, 0, 0))
+
+
 def test_what_is_transparent_lies_on_white(tmp_path):
     values = np.zeros((4, 6, 4), np.uint8)
     values[:, :3] = (200, 10, 30, 255)

@@ -123,14 +123,20 @@ def array_source(
             )
         if inputs.dtype.kind not in "uifb":
             problems.append(f"{where}: inputs are {inputs.dtype}, not numbers")
-        elif inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
-            bad = np.argwhere(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))
+        elif inputs.dtype.kind == "f" and len(bad := _not_finite(inputs)):
             problems.append(
-                f"{where}: {len(bad)} examples have NaN or infinity, "
-                f"the first is number {int(bad[0, 0])}"
+                f"{where}: {len(bad)} examples have NaN or infinity (in float32), "
+                f"the first is number {int(bad[0])}"
             )
         if label.dtype.kind not in "uiUSf":
             problems.append(f"{where}: labels are {label.dtype}, not numbers or text")
+        elif label.dtype.kind in "US":
+            blank = np.flatnonzero(np.strings.str_len(np.strings.strip(label)) == 0)
+            if len(blank):
+                problems.append(
+                    f"{where}: {len(blank)} labels are blank, the first is number "
+                    f"{int(blank[0])}; give those examples a class, or leave them out"
+                )
     if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
         shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
         problems.append(f"the splits differ in shape: {shapes}")
@@ -164,6 +170,12 @@ def array_source(
     )
 
 
+def _not_finite(values: np.ndarray) -> np.ndarray:
+    """Returns the rows that have numbers that are not finite as float32."""
+    is_right = np.abs(values) <= np.finfo(np.float32).max
+    return np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
+
+
 def _target_problems(
     splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
     class_names: Sequence[str] | None,
@@ -188,9 +200,7 @@ def _target_problems(
         problems.append(f"{len(targets)} names of targets, but labels have {widths}")
     for split, values in label.items():
         if values.dtype.kind == "f":
-            is_right = np.abs(values) <= np.finfo(np.float32).max
-            bad = np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
-            if len(bad):
+            if len(bad := _not_finite(values)):
                 problems.append(
                     f"split {split!r}: {len(bad)} examples have labels that are NaN or "
                     f"infinite, the first is number {int(bad[0])}"
