@@ -214,6 +214,14 @@ def test_images_are_mixed_after_each_was_augmented():
     np.testing.assert_allclose(found["target"], soft, atol=1e-6)
 
 
+def test_a_partner_that_could_not_be_read_takes_the_weight_of_both():
+    learner = task((("mixup", 0.2),))
+    batch = {name: array[0] for name, array in small.batch(6).items()}
+    batch["weight"] = np.float32([1, 1, 1, 0, 0, 1])
+    ready = learner.prepare(batch, jax.random.key(0), TRAINING)
+    np.testing.assert_array_equal(ready["weight"], [1, 1, 0, 0, 0, 0])
+
+
 def test_the_loss_is_the_cross_entropy_of_the_soft_target():
     """Also where the model has more classes than the data."""
     learner = small.task("mlp", (6, 6, 1), fields={"mix": BOTH}, classes=13)

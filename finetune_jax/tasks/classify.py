@@ -123,6 +123,9 @@ class Classify(Task):
                 rng,
                 entries=self.data.mix,
             )
+            # Who is mixed with what could not be read counts as little.
+            both = batch["weight"].reshape(-1, 2).prod(axis=1)
+            batch["weight"] = jnp.repeat(both, 2)
         return batch
 
     def _float(self) -> Any:
