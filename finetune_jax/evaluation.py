@@ -33,6 +33,7 @@ class Evaluator:
         compile_s: Seconds that compiling has taken.
         store: Keeps what frozen stages make of the splits; None computes it again.
         first: The stage up to which the model is computed on its own; None: is not.
+        frozen: The stages before it, where the states to be measured have them in common.
     """
 
     task: Task
@@ -45,20 +46,27 @@ class Evaluator:
     compile_s: float = 0.0
     store: FeatureStore | None = None
     first: str | None = None
-    _frozen: Frozen | None = None
+    frozen: Frozen | None = None
     _programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
 
-    def freeze(self, first: str | None, state: TrainState) -> Frozen | None:
+    def freeze(self, first: str | None, state: TrainState) -> None:
         """Takes note of what the states to be measured have in common.
 
         Args:
-            first: The stage before which none differs from `state`; None: none is kept.
+            first: The stage before which none differs from `state`; None: there is none.
             state: On the host.
         """
-        self.first, self._frozen = first, None
+        found, self.first = None, first
         if first is not None and self.store is not None:
-            self._frozen = frozen_part(self.task, state, first)
-        return self._frozen
+            found = frozen_part(self.task, state, first)
+        if found is None or not found.is_like(self.frozen):
+            self.frozen = found
+
+    def thaw(self, state: TrainState) -> None:
+        """Keeps in mind what states have in common only if this one has it too."""
+        if self.frozen is not None and self.first is not None:
+            found = frozen_part(self.task, state, self.first)
+            self.frozen = self.frozen if found.is_like(self.frozen) else None
 
     @property
     def all_compile_s(self) -> float:
@@ -85,9 +93,10 @@ class Evaluator:
         params = eval_params(placed, ema=ema)
         arguments = params, placed.batch_stats, self.fixed["task"]
         examples: Examples = dataset
-        if self._frozen is not None and not (ema and self._frozen.averaged):
+        frozen = self.frozen
+        if frozen is not None and not (ema and frozen.averaged):
             assert self.store is not None
-            examples = self.store.held_out(dataset, self._frozen)
+            examples = self.store.held_out(dataset, frozen)
         kind = "images" if examples is dataset else "features"
         rows = self.rows(f"outputs of {self.first}, {kind}", step, arguments, examples)
         counts = dataset.readable(np.arange(len(dataset)))

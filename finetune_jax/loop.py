@@ -172,9 +172,10 @@ class Loop:
         """Returns the training split, or what frozen stages make of it where they do."""
         data, views = self.setup.data, self.setup.views
         batch_size = self.setup.config.data.batch_size
-        frozen = self.evaluator.freeze(self._first(phase), state)
-        if frozen is not None and self.evaluator.store is not None:
-            found = self.evaluator.store.training(
+        self.evaluator.freeze(self._first(phase), state)
+        frozen, store = self.evaluator.frozen, self.evaluator.store
+        if frozen is not None and store is not None:
+            found = store.training(
                 data.train,
                 frozen,
                 spec=data.spec,

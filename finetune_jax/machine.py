@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 
 # Bytes that compiled programs may take on disk.
 PROGRAMS = 2**31
@@ -12,9 +13,13 @@ PROGRAMS = 2**31
 
 def cache_folder() -> pathlib.Path:
     """Returns what runs share: FINETUNE_JAX_CACHE, or a folder in the user's cache."""
-    named = os.environ.get("FINETUNE_JAX_CACHE")
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return pathlib.Path(named) if named else home / "finetune_jax"
+    if named := os.environ.get("FINETUNE_JAX_CACHE"):
+        return pathlib.Path(named)
+    try:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # A user without a home, as in some containers.
+        return pathlib.Path(tempfile.gettempdir(), f"finetune_jax-{os.getuid()}")
+    return home / "finetune_jax"
 
 
 def keep_programs() -> None:
@@ -24,19 +29,27 @@ def keep_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    kind = hashlib.sha256(json.dumps(cpu()).encode()).hexdigest()[:16]
+    lines = _cpu_lines()
+    said = json.dumps([lines.get(k) for k in ("model name", "flags", "Features")])
+    kind = hashlib.sha256(said.encode()).hexdigest()[:16]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / f"programs-{kind}")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
-def cpu() -> dict:
-    """Returns the processor's name and its vector instructions, which decide bits."""
-    lines = {}
+def _cpu_lines() -> dict[str, str]:
+    """Returns what the system says of the first processor."""
+    lines: dict[str, str] = {}
     info = pathlib.Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         key, _, value = line.partition(":")
         lines.setdefault(key.strip(), value.strip())
+    return lines
+
+
+def cpu() -> dict:
+    """Returns the processor's name and its vector instructions, which decide bits."""
+    lines = _cpu_lines()
     flags = lines.get("flags", lines.get("Features", "")).split()
     vector = ("avx", "fma", "amx", "sve", "asimd", "sse4")
     return {

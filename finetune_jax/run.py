@@ -31,6 +31,7 @@ from finetune_jax.report.trackers import make_trackers
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
+from finetune_jax.tables import Tables
 from finetune_jax.trees import digest, named
 from finetune_jax.workdir import (
     check_same_inputs,
@@ -186,11 +187,13 @@ def _feature_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     return FeatureStore(
         task=setup.task,
         devices=setup.devices,
-        folder=pathlib.Path(data.cache_dir or cache_folder() / "features"),
-        limit=data.cache_gb * 1e9,
-        memory=data.memory_gb * 1e9,
+        tables=Tables(
+            folder=pathlib.Path(data.cache_dir or cache_folder() / "features"),
+            limit=data.cache_gb * 1e9,
+            memory=data.memory_gb * 1e9,
+            say=terminal.say,
+        ),
         batch_size=setup.config.evaluate.batch_size,
-        say=terminal.say,
     )
 
 
@@ -201,13 +204,12 @@ def _result(
     setup, progress, clock = loop.setup, loop.progress, loop.clock
     evaluator, held_out = loop.evaluator, setup.data.held_out
     placed = setup.devices.place(state)
-    first = evaluator.first
-    evaluator.freeze(first, state)
+    evaluator.freeze(evaluator.first, state)
     final = best = evaluator.measure(placed, held_out)
     if progress.best_step not in (None, int(state.step)):
         chosen = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(chosen)
-        evaluator.freeze(first, chosen)
+        evaluator.thaw(chosen)
         best = evaluator.measure(placed, held_out)
     trained = clock.updates * setup.config.data.batch_size
     result = {

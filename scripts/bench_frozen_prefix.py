@@ -108,7 +108,7 @@ def forward_seconds(setup, state, photos: np.ndarray) -> float:
 def torch_loop(weights: str, classes: int, batches: list) -> list[float]:
     """Returns the seconds of two epochs of the plain loop."""
     import torch
-    from oracles import import_torchvision
+    from oracles import import_torchvision  # type: ignore[import-not-found]
 
     torchvision = import_torchvision()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -122,7 +122,8 @@ def torch_loop(weights: str, classes: int, batches: list) -> list[float]:
     loss_of = torch.nn.CrossEntropyLoss()
     ready = []
     for batch in batches:
-        x = (batch["inputs"][0] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+        x = batch["inputs"][0] / np.float32(255)
+        x = (x - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
         x = torch.from_numpy(x.transpose(0, 3, 1, 2))
         x = x.contiguous(memory_format=torch.channels_last)
         ready.append((x, torch.from_numpy(batch["label"][0]).long()))
@@ -149,7 +150,7 @@ def main() -> None:
     os.environ["FINETUNE_JAX_CACHE"] = str(root / "cache")
     os.environ.setdefault("NPROC", str(len(os.sched_getaffinity(0))))
     import torch
-    from oracles import import_torchvision
+    from oracles import import_torchvision  # type: ignore[import-not-found]
 
     torchvision = import_torchvision()
     torch.manual_seed(0)

@@ -1,6 +1,8 @@
 """What frozen stages make of the examples is kept, and no bit depends on that."""
 
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -106,7 +108,7 @@ def test_versions_of_augmented_images_are_kept(tmp_path):
             {"data.mix": (("mixup", 0.2),), "data.batch_size": 20},
             "data.mix makes others",
         ),
-        ({"data.per_class": 40}, "the phase takes 120 of 400"),
+        ({"data.per_class": 40}, "not kept: the phase takes 120 of them"),
         ({"data.cache_gb": 1e-6}, "more than config.data.cache_gb"),
         ({"data.on_error": "skip"}, "on_error=skip"),
     ],
@@ -162,7 +164,7 @@ def test_another_rate_uses_the_same_tables(tmp_path):
 
 def test_a_damaged_table_is_made_anew(tmp_path, capsys):
     first = outcome(config(plan("head"), tmp_path / "tables"), tmp_path / "one")
-    for file in (tmp_path / "tables").glob("*/0.npy"):
+    for file in (tmp_path / "tables").glob("*/0.bin"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
@@ -170,6 +172,73 @@ def test_a_damaged_table_is_made_anew(tmp_path, capsys):
     again = outcome(config(plan("head"), tmp_path / "tables"), tmp_path / "two")
     assert first == again
     assert capsys.readouterr().out.count("is damaged") == 3
+
+
+def test_a_folder_without_its_description_is_replaced(tmp_path, capsys):
+    tables = tmp_path / "tables"
+    run(config(plan("head"), tables), tmp_path / "one")
+    for about in tables.glob("*/about.json"):
+        about.unlink()
+    run(config(plan("head"), tables), tmp_path / "two")
+    assert len(list(tables.glob("*/about.json"))) == 3
+    run(config(plan("head"), tables), tmp_path / "three")
+    assert capsys.readouterr().out.count("found in") == 3
+
+
+def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    run(config(plan("head"), tmp_path / "tables"), tmp_path / "one")
+    monkeypatch.setattr(os, "utime", refuse)
+    run(config(plan("head"), tmp_path / "tables"), tmp_path / "two")
+    assert capsys.readouterr().out.count("found in") == 3
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 0.0])
+def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch, capsys, memory_gb):
+    overrides = {"data.memory_gb": memory_gb}
+    fsync = os.fsync
+
+    def full(file):
+        if "tables" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    kept, again, tables = both(plan("head"), tmp_path, **overrides)
+    assert kept == again and not tables
+    assert not list((tmp_path / "tables").iterdir())
+    assert capsys.readouterr().out.count("cannot be kept in") == 3
+
+
+@pytest.mark.slow
+def test_the_order_of_splits_is_part_of_what_the_data_is(tmp_path):
+    rng = np.random.default_rng(0)
+    splits = {
+        f"{kind}_{name}": rng.normal(size=(40, 5)) if kind == "x" else np.arange(40) % 4
+        for name in ("train", "validation", "test")
+        for kind in "xy"
+    }
+    outcomes = []
+    for name, order in (("one", list(splits)), ("two", list(splits)[::-1])):
+        np.savez(tmp_path / f"{name}.npz", **{key: splits[key] for key in order})
+        overrides = {
+            "data.name": "arrays", "data.dir": str(tmp_path / f"{name}.npz"),
+            "model.name": "mlp", "data.image_size": None, "data.per_class": None,
+        }  # fmt: skip
+        given = config(plan("head"), tmp_path / "tables", **overrides)
+        outcomes.append(outcome(given, tmp_path / name))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.slow
+def test_the_best_of_an_earlier_phase_is_measured_as_it_is(tmp_path):
+    """Its averaged weights are not those of the iterate that the last phase froze."""
+    everything = Phase(name="all", steps=10, optimizer="schedule_free_adamw")
+    worse = plan("head", optimizer="sgd", peak_lr=100.0, accumulate_steps=1)
+    kept, again, _ = both((everything, *worse), tmp_path)
+    assert kept == again
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):

@@ -28,7 +28,7 @@ LAYERS = (
         "lsuv",
         "start",
     ),
-    ("data", "models", "pretrained", "workdir", "modes.options"),
+    ("data", "models", "pretrained", "workdir", "tables", "modes.options"),
     ("mix", "schedules", "plan", "strategies", "state", "algorithms", "regularisers"),
     (
         "augment",

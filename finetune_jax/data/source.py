@@ -128,15 +128,7 @@ def array_source(
                 f"{where}: {len(bad)} examples have NaN or infinity (in float32), "
                 f"the first is number {int(bad[0])}"
             )
-        if label.dtype.kind not in "uiUSf":
-            problems.append(f"{where}: labels are {label.dtype}, not numbers or text")
-        elif label.dtype.kind in "US":
-            blank = np.flatnonzero(np.strings.str_len(np.strings.strip(label)) == 0)
-            if len(blank):
-                problems.append(
-                    f"{where}: {len(blank)} labels are blank, the first is number "
-                    f"{int(blank[0])}; give those examples a class, or leave them out"
-                )
+        problems += [f"{where}: {text}" for text in _label_problems(label)]
     if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
         shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
         problems.append(f"the splits differ in shape: {shapes}")
@@ -168,6 +160,20 @@ def array_source(
         class_names=tuple(class_names),
         fingerprint=lambda: _fingerprint(examples),
     )
+
+
+def _label_problems(label: np.ndarray) -> list[str]:
+    """Returns what is wrong with the labels of a split, whatever else it has."""
+    if label.dtype.kind not in "uiUSf":
+        return [f"labels are {label.dtype}, not numbers or text"]
+    if label.dtype.kind in "US":
+        blank = np.flatnonzero(np.strings.str_len(np.strings.strip(label)) == 0)
+        if len(blank):
+            return [
+                f"{len(blank)} labels are blank, the first is number {int(blank[0])}; "
+                "give those examples a class, or leave them out"
+            ]
+    return []
 
 
 def _not_finite(values: np.ndarray) -> np.ndarray:

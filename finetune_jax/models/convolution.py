@@ -54,6 +54,7 @@ def convolve(
     dilations = (options.get(f"{side}hs_dilation") or (1, 1) for side in "lr")
     is_plain = all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_plain &= min(np.ravel(pads)) >= 0
+    is_plain &= options.get("preferred_element_type") is None
     if jax.default_backend() == "cpu" and is_plain:
         is_pixel = (height, width) == (1, 1) and not np.any(pads)
         if is_pixel and feature_group_count == 1:

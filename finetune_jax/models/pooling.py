@@ -52,7 +52,8 @@ def _backward(window, strides, pads, saved, gradient):
     taken, given = jnp.zeros(y_BxHxWxC.shape, bool), {}
     least = -jnp.inf
     for row, column, seen in windows(x_BxHxWxC, window, strides, pads, fill=least):
-        first = (seen == y_BxHxWxC) & ~taken
+        is_nan = jnp.isnan(seen) & jnp.isnan(y_BxHxWxC)
+        first = ((seen == y_BxHxWxC) | is_nan) & ~taken
         given[row, column] = jnp.where(first, gradient, jnp.zeros_like(gradient))
         taken |= first
 
