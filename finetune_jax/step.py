@@ -143,6 +143,8 @@ def _if_finite(
 ) -> TrainState:
     """Returns the new state, or the old one if loss or gradient are not finite."""
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    # Computed as without the choice, not fused with it: so both are the same bits.
+    new = jax.lax.optimization_barrier(new)
 
     def chosen(one: Any, other: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), one, other)
