@@ -34,6 +34,7 @@ def convert(address, model, output, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_converted_weights_are_those_of_the_file(weights, tmp_path):
     output = tmp_path / "converted"
     done = convert(f"file:{weights}", "resnet18", output)

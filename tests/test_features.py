@@ -69,7 +69,9 @@ def both(phases, folder, **overrides):
     return kept, again, [json.loads(about.read_text()) for about in tables]
 
 
-@pytest.mark.parametrize("batch_stats", ["hold", "update"])
+@pytest.mark.parametrize(
+    "batch_stats", [pytest.param("hold", marks=pytest.mark.slow), "update"]
+)
 @pytest.mark.parametrize(
     "learning",
     [
@@ -155,6 +157,7 @@ def test_a_table_of_another_kind_is_not_used(tmp_path, override):
     assert after == alone
 
 
+@pytest.mark.slow
 def test_another_rate_uses_the_same_tables(tmp_path):
     run(config(plan("head"), tmp_path / "tables"), tmp_path / "one")
     other = plan("head", peak_lr=1e-3, steps=8, optimizer="sgd")
@@ -174,6 +177,7 @@ def test_a_damaged_table_is_made_anew(tmp_path, capsys):
     assert capsys.readouterr().out.count("is damaged") == 3
 
 
+@pytest.mark.slow
 def test_a_folder_without_its_description_is_replaced(tmp_path, capsys):
     tables = tmp_path / "tables"
     run(config(plan("head"), tables), tmp_path / "one")
@@ -185,6 +189,7 @@ def test_a_folder_without_its_description_is_replaced(tmp_path, capsys):
     assert capsys.readouterr().out.count("found in") == 3
 
 
+@pytest.mark.slow
 def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise PermissionError("not yours")
@@ -195,7 +200,7 @@ def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("found in") == 3
 
 
-@pytest.mark.parametrize("memory_gb", [1.0, 0.0])
+@pytest.mark.parametrize("memory_gb", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch, capsys, memory_gb):
     overrides = {"data.memory_gb": memory_gb}
     fsync = os.fsync
@@ -241,6 +246,7 @@ def test_the_best_of_an_earlier_phase_is_measured_as_it_is(tmp_path):
     assert kept == again
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     kept = outcome(config(plan("head"), tmp_path / "file"), tmp_path / "one")

@@ -139,6 +139,7 @@ def test_four_micro_batches_equal_one_batch(last):
         )
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_optax_alone():
     """Clipped AdamW over the head, on gradients taken by hand."""
     task = small.task("mlp")

@@ -311,6 +311,7 @@ def test_asking_for_stages_in_a_config_file_starts_no_backend():
     assert done.returncode == 0 and "'stage4', 'head'" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_twenty_cycles_of_alternating_compile_two_steps(tmp_path, monkeypatch):
     loops = []
     trained = Loop.run
