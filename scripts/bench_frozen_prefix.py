@@ -107,7 +107,7 @@ def forward_seconds(setup, state, photos: np.ndarray) -> float:
 
 def torch_loop(weights: str, classes: int, batches: list) -> list[float]:
     """Returns the seconds of two epochs of the plain loop."""
-    import torch
+    import torch  # type: ignore[import-not-found]
     from oracles import import_torchvision  # type: ignore[import-not-found]
 
     torchvision = import_torchvision()
@@ -149,7 +149,7 @@ def main() -> None:
     root = pathlib.Path(tempfile.mkdtemp(prefix="bench_frozen_prefix-"))
     os.environ["FINETUNE_JAX_CACHE"] = str(root / "cache")
     os.environ.setdefault("NPROC", str(len(os.sched_getaffinity(0))))
-    import torch
+    import torch  # type: ignore[import-not-found]
     from oracles import import_torchvision  # type: ignore[import-not-found]
 
     torchvision = import_torchvision()
