@@ -146,13 +146,15 @@ def test_the_table_has_every_strategy():
     assert public == {row.partition(" ")[0] for row in TABLE}
 
 
-@pytest.mark.parametrize(
+# All of them in the slow suite, these in the fast one.
+FAST = ("head_only", "gradual", "discriminative")
+EACH_ROW = pytest.mark.parametrize(
     "row",
-    [
-        pytest.param(r, marks=pytest.mark.slow if r in ("lora", "surgical") else ())
-        for r in TABLE
-    ],
+    [pytest.param(r, marks=() if r in FAST else pytest.mark.slow) for r in TABLE],
 )
+
+
+@EACH_ROW
 def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
     task, state = task_of(row), state_of(row)
     plan = plan_of(row, optimizer="sgd")
@@ -173,7 +175,7 @@ def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
         state = trainer.state
 
 
-@pytest.mark.parametrize("row", TABLE)
+@EACH_ROW
 def test_a_unit_gradient_moves_each_parameter_by_minus_its_rate_bit_for_bit(row):
     task, params = task_of(row), state_of(row).params
     names, plan = tuple(named(params)), plan_of(row, optimizer="sgd")
