@@ -75,8 +75,12 @@ class Evaluator:
 
     def weights(self, placed: TrainState) -> dict[str, Any]:
         """Returns the parameters that are measured, by what metrics' names begin with."""
-        kinds = {"": False, "ema_": True} if self.ema else {"": False}
-        return {kind: eval_params(placed, ema=ema) for kind, ema in kinds.items()}
+        return {kind: eval_params(placed, ema=ema) for kind, ema in self._kinds.items()}
+
+    @property
+    def _kinds(self) -> dict[str, bool]:
+        """Whether weights are averaged, by what the names of their metrics begin with."""
+        return {"": False, "ema_": True} if self.ema else {"": False}
 
     def chosen(self, placed: TrainState) -> Any:
         """Returns the parameters that predictions are made with."""
@@ -139,8 +143,8 @@ class Evaluator:
         """
         found = {}
         for split, dataset in splits.items():
-            for kind in self.weights(placed):
-                outputs = self._outputs(placed, dataset, ema=bool(kind))
+            for kind, ema in self._kinds.items():
+                outputs = self._outputs(placed, dataset, ema=ema)
                 metrics = self.task.metrics(outputs, {"label": dataset.kept().label})
                 found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
         for extra in self.extras:

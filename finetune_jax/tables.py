@@ -123,6 +123,8 @@ class Tables:
                 return None
             for _ in given:  # To the end, though nowhere but in memory.
                 pass
+            if sum(len(parts[0]) for parts in kept) < len(leaves[0]):
+                raise  # It was the examples that could not be read.
         else:
             self.say(f"{what}: computed once, {nbytes(table) / 1e6:,.1f} MB in {place}")
         if kept is None:
@@ -202,8 +204,10 @@ def _discard(place: pathlib.Path) -> None:
     """Deletes a folder so that no half of it is ever found under its name."""
     with contextlib.suppress(OSError):
         part = pathlib.Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
-        place.rename(part)
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            place.rename(part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -218,6 +218,20 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch, capsys, memory
 
 
 @pytest.mark.slow
+def test_examples_that_cannot_be_read_are_not_taken_for_a_full_disk(
+    tmp_path, monkeypatch
+):
+    def rows(*arguments):
+        yield next(found(*arguments))
+        raise OSError(errno.EIO, "the examples are gone")
+
+    found = features._rows
+    monkeypatch.setattr(features, "_rows", rows)
+    with pytest.raises(OSError, match="the examples are gone"):
+        run(config(plan("head"), tmp_path / "tables"), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_the_order_of_splits_is_part_of_what_the_data_is(tmp_path):
     rng = np.random.default_rng(0)
     splits = {
