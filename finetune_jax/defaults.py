@@ -11,7 +11,7 @@ Config = Any
 # What a resumed run may change, since no result depends on it.
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
-    "data.cache", "data.cache_gb", "data.cache_dir",
+    "data.cache", "data.cache_gb", "data.cache_dir", "parallel.steps_per_call",
 )  # fmt: skip
 # Sections whose other keys belong to what `name` chooses; the constructor checks them.
 OPEN_SECTIONS = ("model", "task")
@@ -35,7 +35,8 @@ POSITIVE = (
     "data.per_class", "data.cache_views", "evaluate.batch_size", "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
-    "parallel.devices", "parallel.fsdp", "report.every_steps", "nonfinite.limit",
+    "parallel.devices", "parallel.fsdp", "parallel.steps_per_call",
+    "report.every_steps", "nonfinite.limit",
 )  # fmt: skip
 
 # The fields of a phase (plan.Phase documents them); None is "not given".
@@ -150,6 +151,7 @@ def default() -> Config:
     config.parallel.mode = "jit"
     config.parallel.devices = optional(int)  # None: all.
     config.parallel.fsdp = 1  # Devices over which parameters are sharded.
+    config.parallel.steps_per_call = optional(int)  # None: as many as take 0.2 s.
     config.report = ml_collections.ConfigDict()
     config.report.every_steps = 10  # Between two lines of training metrics.
     config.report.tensorboard = False  # Event files in the workdir, too.

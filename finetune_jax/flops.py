@@ -41,7 +41,7 @@ def _equation(equation: Any) -> float:
     sizes = [math.prod(v.aval.shape) for v in equation.outvars]
     if name == "cond":
         return max(count_flops(branch) for branch in params["branches"])
-    if inner := list(_inside(params)):
+    if inner := list(inner_programs(params)):
         return params.get("length", 1) * sum(map(count_flops, inner))
     if name in _FREE:
         return 0.0
@@ -62,7 +62,7 @@ def _equation(equation: Any) -> float:
     return float(sizes[0])
 
 
-def _inside(params: dict[str, Any]) -> Iterator[Any]:
+def inner_programs(params: dict[str, Any]) -> Iterator[Any]:
     """Yields the programs that an equation runs."""
     for name, value in params.items():
         # Those of a custom gradient that has not been asked for are functions.

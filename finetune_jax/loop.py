@@ -1,26 +1,21 @@
 """The loop over phases and updates: train, measure, save, in an order that is fixed."""
 
 import dataclasses
-import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
-from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.clock import Clock
-from finetune_jax.data.batches import Examples, Views, training_batches
+from finetune_jax.data.batches import Examples, Views
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.feeds import Feed
 from finetune_jax.metrics import is_better
-from finetune_jax.nonfinite import Guard, Made
+from finetune_jax.nonfinite import Guard, Unread
 from finetune_jax.optimizer import carried
-from finetune_jax.parallel import Compiled
 from finetune_jax.plan import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.preemption import Stop
 from finetune_jax.report.log import MetricsLog
@@ -33,8 +28,8 @@ from finetune_jax.schedules import (
 )
 from finetune_jax.setup import PhaseSetup, Setup
 from finetune_jax.state import Progress, TrainState, eval_params
-from finetune_jax.step import train_step
 from finetune_jax.trees import digest, like, named
+from finetune_jax.updates import Updates
 
 
 class Preempted(Exception):
@@ -54,8 +49,8 @@ class Loop:
         guard: What is done about updates that are not finite.
         progress: Where the run stands.
         stop: Tells whether the run shall save and stop.
+        updates: Makes updates.
         clock: Counts seconds.
-        programs: Compiled steps by what they depend on.
         measured: The metrics of the last evaluation.
     """
 
@@ -67,10 +62,10 @@ class Loop:
     guard: Guard
     progress: Progress
     stop: Stop
+    updates: Updates
     clock: Clock = dataclasses.field(default_factory=Clock)
-    programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-    _unread: Made | None = None
+    _unread: Unread | None = None
     _logged: Clock = dataclasses.field(default_factory=Clock)
 
     # The order of what happens at step s is part of the contract. Update s is made; its
@@ -131,38 +126,30 @@ class Loop:
 
     def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
         """Returns the state at the end of a phase, entered before or just now."""
-        config, start = self.setup.config, int(state.step)
+        start = step = int(state.step)
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
         self.terminal.begin_phase(phase.phase.name, first, start, end)
+        examples = self._examples(phase, state, end - start)
+        feed = self.updates.feed(phase, examples, state, first, end)
         placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
-        fixed = phase.phase.fixed_batch
-        updates = 1 if fixed else end - start
-        batches = training_batches(
-            self._examples(phase, state, updates),
-            seed=configs.seeds(config)["order"],
-            batch_size=config.data.batch_size,
-            micro_batches=phase.phase.accumulate_steps,
-            start=first if fixed else start,
-            stop=first + 1 if fixed else end,
-            sampling=config.data.sampling,
-            views=self.setup.views,
-        )
-        if fixed:
-            batches = itertools.repeat(next(batches))
+        shares = (np.arange(end - first) / (end - first)).astype(np.float32)
         ended = None
-        for step in range(start, end):
-            progress = np.float32((step - first) / (end - first))
-            rate = rates[step - first]
+        while ended is None:
             scale = plateau_scale(phase.phase, self.progress.rate_drops)
-            placed = self._update(
-                placed, phase, batches, step, np.float32(rate * scale), progress
+            coming = slice(step - first, self._next_stop(step, end) - first)
+            scaled = (np.asarray(rates[coming]) * scale).astype(np.float32)
+            placed, made = self._update(
+                placed, phase, feed, step, scaled, shares[coming]
             )
-            placed, ended = self._after(placed, phase, step + 1, end)
-            if ended is not None:
-                break
+            step += made
+            placed, ended = self._after(placed, phase, step, end)
         self.terminal.end_phase()
-        assert ended is not None
         return ended
+
+    def _next_stop(self, step: int, end: int) -> int:
+        """Returns the next step after which the state is to be measured or saved."""
+        every = [self._evaluation_every, self.setup.config.checkpoint.every_steps]
+        return min([end, *((step // n + 1) * n for n in every if n)])
 
     def _first(self, phase: PhaseSetup) -> str | None:
         """Returns the stage before which nothing depends on the phase's updates."""
@@ -172,6 +159,8 @@ class Loop:
         """Returns the training split, or what frozen stages make of it where they do."""
         data, views = self.setup.data, self.setup.views
         batch_size = self.setup.config.data.batch_size
+        if phase.phase.fixed_batch:
+            updates = 1
         self.evaluator.freeze(self._first(phase), state)
         frozen, store = self.evaluator.frozen, self.evaluator.store
         if frozen is not None and store is not None:
@@ -192,67 +181,72 @@ class Loop:
         self,
         placed: TrainState,
         phase: PhaseSetup,
-        batches: Iterator[dict],
+        feed: Feed,
         step: int,
-        rate: np.float32,
-        progress: np.float32,
-    ) -> TrainState:
-        """Returns the placed state after update `step`; reads the metrics before it."""
-        begin, devices = time.perf_counter(), self.setup.devices
-        read = next(batches)
-        batch = devices.place_batch(read, batch_axis=1)
+        rates: np.ndarray,
+        shares: np.ndarray,
+    ) -> tuple[TrainState, int]:
+        """Makes one call's updates from `step` on; reads the metrics of those before.
+
+        Args:
+            placed: The state.
+            phase: The phase.
+            feed: Gives the examples.
+            step: The state's.
+            rates: Learning rates of the updates that may be made.
+            shares: Of the phase that is over before each.
+
+        Returns:
+            The placed state, and how many updates were made.
+        """
+        begin = time.perf_counter()
+        call = feed.call(rates, shares)
         waited = time.perf_counter() - begin
-        rest = (self.evaluator.fixed, batch, rate, progress)
-        compile_s = 0.0
-        key = phase.program, "features" in read
-        if key not in self.programs:
-            step_of_phase = self._train_step(phase)
-            program = devices.compile_train(step_of_phase, placed, *rest)
-            self.programs[key] = program
-            compile_s = program.compile_s
+        program, compile_s = self.updates.program(phase, feed, placed, call)
         self.stop.at_risk = True
-        call = self.programs[key].call
-        placed, metrics = call(placed, *rest)
+        rest = self.evaluator.fixed, *call.arguments
+        placed, metrics = program.call(placed, *rest)
         if self.read():
-            placed, metrics = call(self._gone_back(phase, step), *rest)
+            placed, metrics = program.call(self._gone_back(phase, step), *rest)
         _, first, _ = phase_at(self.setup.plan, self.progress.ends, step)
-        self._unread = Made(
-            step=step + 1, phase=phase.phase.name, metrics=metrics, rate=rate, batch=read,
-            update=first if phase.phase.fixed_batch else step,
-        )  # fmt: skip
-        self.clock.updates += 1
+        self._unread = Unread(
+            step=step,
+            updates=call.updates,
+            phase=phase.phase.name,
+            metrics=metrics,
+            rates=rates,
+            fixed=first if phase.phase.fixed_batch else None,
+            batch=call.batch,
+        )
+        took = time.perf_counter() - begin - compile_s
+        if not compile_s:
+            feed.took(took)
+        self.clock.updates += call.updates
         self.clock.compile_s += compile_s
         self.clock.wait_s += waited
-        self.clock.train_s += time.perf_counter() - begin - compile_s
+        self.clock.train_s += took
         examples = self.clock.updates * self.setup.config.data.batch_size
-        self.terminal.advance(examples / self.clock.train_s)
-        return placed
-
-    def _train_step(self, phase: PhaseSetup) -> Callable:
-        config = self.setup.config
-        static = phase.update(
-            self.setup.task,
-            config.evaluate.ema_decay,
-            guarded=self.guard.policy != "stop",
-            views=self.setup.views,
-        )
-        return functools.partial(train_step, static=static)
+        self.terminal.advance(call.updates, examples / self.clock.train_s)
+        return placed, call.updates
 
     def read(self) -> bool:
-        """Reads the last update's metrics; returns whether the state is to go back.
+        """Reads the last updates' metrics; returns whether the state is to go back.
 
         Raises:
             TrainingError: Loss or gradient is not finite, and that is not passed over.
         """
         if self._unread is None:
             return False
-        made, self._unread = self._unread, None
-        if not made.is_finite():
+        unread, self._unread = self._unread, None
+        times = self.clock.since(self._logged)
+        for made in unread.read(self.setup.config.report.every_steps):
+            if made.is_finite:
+                self.log.write(made.line() | times)
+                self._logged = dataclasses.replace(self.clock)
+                continue
             self.guard.refuse(made, self.progress)
-            return self.guard.policy == "rollback"
-        if made.step % self.setup.config.report.every_steps == 0:
-            self.log.write(made.line() | self.clock.since(self._logged))
-            self._logged = dataclasses.replace(self.clock)
+            if self.guard.policy == "rollback":
+                return True
         return False
 
     def _gone_back(self, phase: PhaseSetup, step: int) -> TrainState:
@@ -272,8 +266,8 @@ class Loop:
         Returns:
             The placed state to go on with, and that on the host if the phase is over.
         """
-        config, data = self.setup.config, self.setup.data
-        over, due = step == end, self._evaluation_is_due(step)
+        config, data, often = self.setup.config, self.setup.data, self._evaluation_every
+        over, due = step == end, bool(often) and step % often == 0
         stop = self.stop.asked()
         every = config.checkpoint.every_steps
         if not (over or due or stop or (every and step % every == 0)):
@@ -307,13 +301,14 @@ class Loop:
             raise Preempted(f"stopped and saved at step {step}")
         return placed, state if over else None
 
-    def _evaluation_is_due(self, step: int) -> bool:
+    @property
+    def _evaluation_every(self) -> int | None:
+        """Steps between two evaluations, if there are any before the end of a phase."""
         config = self.setup.config
-        every = config.evaluate.every_steps
         if config.evaluate.every_epochs:
             examples = config.evaluate.every_epochs * len(self.setup.data.train)
-            every = math.ceil(examples / config.data.batch_size)
-        return bool(every) and step % every == 0
+            return math.ceil(examples / config.data.batch_size)
+        return config.evaluate.every_steps
 
     def _measure(
         self, placed: TrainState, phase: str, step: int, splits: tuple[str, ...]

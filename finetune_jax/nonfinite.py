@@ -7,11 +7,13 @@ passes over the examples since, as Chowdhery et al. 2022 did by hand.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from finetune_jax import config as configs
@@ -28,15 +30,15 @@ from finetune_jax.workdir import write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """An update that was made and whose metrics nobody has read yet.
+    """An update that was made.
 
     Attributes:
         step: The state's after it.
         phase: Its name.
-        metrics: On the device, with the norms by stage.
+        metrics: With the norms by stage.
         rate: The learning rate.
         update: Number of the update whose examples it took.
-        batch: Its arrays [k, b, ...] on the host, as the step takes them.
+        batch: Returns its arrays [k, b, ...] on the host, as the step takes them.
     """
 
     step: int
@@ -44,10 +46,11 @@ class Made:
     metrics: Mapping[str, Any]
     rate: np.float32
     update: int
-    batch: Mapping[str, np.ndarray]
+    batch: Callable[[], Mapping[str, np.ndarray]]
 
+    @property
     def is_finite(self) -> bool:
-        """Returns whether loss and gradient are finite."""
+        """Whether loss and gradient are finite."""
         return all(math.isfinite(float(self.metrics[k])) for k in ("loss", "grad_norm"))
 
     def line(self) -> dict[str, Any]:
@@ -57,6 +60,48 @@ class Made:
             if name != NORMS:
                 found[f"train/{name}"] = float(value)
         return found | {"train/learning_rate": float(self.rate)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unread:
+    """Updates that one call has made, and whose metrics nobody has read yet.
+
+    Attributes:
+        step: The state's before them.
+        updates: How many they are.
+        phase: Its name.
+        metrics: Of each, on the device; of one update without an axis for updates.
+        rates: Learning rates.
+        fixed: The update whose examples all of them took; None took their own.
+        batch: Returns the arrays of one of them on the host.
+    """
+
+    step: int
+    updates: int
+    phase: str
+    metrics: Mapping[str, Any]
+    rates: np.ndarray
+    fixed: int | None
+    batch: Callable[[int], Mapping[str, np.ndarray]]
+
+    def read(self, every: int) -> Iterator[Made]:
+        """Yields the updates that are not finite or whose step `every` divides."""
+        metrics = jax.device_get(self.metrics)
+        if not np.ndim(metrics["loss"]):
+            metrics = jax.tree.map(lambda value: np.asarray(value)[None], metrics)
+        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+        for index in range(self.updates):
+            step = self.step + index + 1
+            if finite[index] and step % every:
+                continue
+            yield Made(
+                step=step,
+                phase=self.phase,
+                metrics=jax.tree.map(lambda values, i=index: values[i], metrics),
+                rate=self.rates[index],
+                update=step - 1 if self.fixed is None else self.fixed,
+                batch=functools.partial(self.batch, index),
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +170,7 @@ class Guard:
             sampling=config.data.sampling,
         )
         place.mkdir(parents=True, exist_ok=True)
-        np.savez(place / "batch.npz", allow_pickle=False, **made.batch)
+        np.savez(place / "batch.npz", allow_pickle=False, **made.batch())
         norms = {
             kind: {stage: str(float(norm)) for stage, norm in of_stage.items()}
             for kind, of_stage in made.metrics[NORMS].items()

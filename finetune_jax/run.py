@@ -33,6 +33,7 @@ from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
 from finetune_jax.tables import Tables
 from finetune_jax.trees import digest, named
+from finetune_jax.updates import Updates
 from finetune_jax.workdir import (
     check_same_inputs,
     check_same_run,
@@ -172,6 +173,7 @@ def _taken_up(
         ),
         progress=progress,
         stop=stop,
+        updates=Updates(setup=setup, fixed=evaluator.fixed, say=terminal.say),
     )
     return loop, state
 

@@ -236,6 +236,16 @@ class Setup:
         return starting_state(self.task, self.data, self.config, measure=measure)
 
 
+def devices_of(config: Config) -> Devices:
+    """Returns the devices that a config asks for.
+
+    Raises:
+        UserError: See `make_devices`.
+    """
+    asked = config.parallel
+    return make_devices(mode=asked.mode, devices=asked.devices, fsdp=asked.fsdp)
+
+
 def make_task(config: Config, spec: DataSpec) -> Task:
     """Returns the task that a config describes, for data that look like `spec`.
 
@@ -288,7 +298,7 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
     """
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, config.init.pretrained)
-    devices = make_devices(**config.parallel)
+    devices = devices_of(config)
     check_phases(config, plan, devices.count)
     if data is None:
         data = make_data(config.data, seed=configs.seeds(config)["order"])

@@ -7,6 +7,7 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.loop import Loop
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.preemption import Stop
@@ -17,6 +18,24 @@ from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.trees import named
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def die_before(patch, *steps):
+    """Has runs die before the updates from some steps on, at each once."""
+    update, left = Loop._update, list(steps)
+
+    def dies(self, placed, phase, feed, step, rates, shares):
+        if step in left:
+            left.remove(step)
+            raise Killed
+        room = min([len(rates), *(at - step for at in left if at > step)])
+        return update(self, placed, phase, feed, step, rates[:room], shares[:room])
+
+    patch.setattr(Loop, "_update", dies)
 
 
 def stop_at_once():

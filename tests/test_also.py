@@ -15,7 +15,6 @@ from finetune_jax import main
 from finetune_jax.domains import with_head
 from finetune_jax.errors import UserError
 from finetune_jax.forgetting import domain_fisher, domain_named, open_domains
-from finetune_jax.loop import Loop
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.report.log import read_metrics
 from finetune_jax.run import make_evaluator, run
@@ -127,10 +126,6 @@ def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
     assert found["digits/loss"] == pytest.approx(own["test/loss"], rel=1e-6)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing below catches it."""
-
-
 def lines(workdir):
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")}
@@ -143,15 +138,8 @@ def test_a_run_taken_up_again_logs_the_same_lines(other, tmp_path, monkeypatch, 
     everything = {"evaluate__distance": True, "evaluate__cka": 20}
     given = config(entries(other), **everything)
     whole = run(given, tmp_path / "whole")
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number == 5:
-            raise Killed
-        return update(self, placed, phase, batches, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Loop, "_update", dies)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, 5)
         run(given, tmp_path / "run")
     result = run(given, tmp_path / "run")
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")

@@ -6,7 +6,6 @@ import small
 from test_run import lines, same_result
 
 from finetune_jax.errors import UserError
-from finetune_jax.loop import Loop
 from finetune_jax.plan import Phase
 from finetune_jax.run import run
 
@@ -46,15 +45,8 @@ def test_what_the_source_needs_moves_less_the_stronger_it_is_held(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_finds_the_same_fisher_information_again(tmp_path, monkeypatch):
     whole = run(config(10.0), tmp_path / "one")
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number == 5:
-            raise KeyboardInterrupt
-        return update(self, placed, phase, batches, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "_update", dies)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, 5)
         run(config(10.0), tmp_path / "two")
     assert same_result(run(config(10.0), tmp_path / "two"), whole)
     assert lines(tmp_path / "two") == lines(tmp_path / "one")

@@ -24,7 +24,6 @@ from finetune_jax.initialise import (
     initialise,
     make_rules,
 )
-from finetune_jax.loop import Loop
 from finetune_jax.lsuv import first_examples
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
@@ -498,25 +497,14 @@ def test_a_cut_at_no_stage_is_refused():
 # Runs
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing below catches it."""
-
-
 @pytest.mark.slow
 def test_a_run_that_goes_on_takes_its_start_from_checkpoint_0(tmp_path, monkeypatch):
     given = config(
         ("init.schemes", "(('.*', 'lsuv'),)"), ("checkpoint.every_steps", "1"),
         model="mlp", hidden=(8,),
     )  # fmt: skip
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number == 1:
-            raise Killed
-        return update(self, placed, phase, batches, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Loop, "_update", dies)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, 1)
         run(given, tmp_path / "run")
 
     def again(*_):

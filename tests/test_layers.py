@@ -16,7 +16,17 @@ LAYERS = (
     ),
     ("run",),
     ("loop", "summary"),
-    ("setup", "evaluation", "report", "features", "domains", "forgetting", "nonfinite"),
+    ("updates",),
+    (
+        "setup",
+        "evaluation",
+        "report",
+        "features",
+        "domains",
+        "forgetting",
+        "nonfinite",
+        "feeds",
+    ),
     (
         "step",
         "checkpoint",

@@ -122,10 +122,6 @@ def test_a_finished_run_run_again_gives_the_same_bits(undisturbed, tmp_path):
     assert other["params_sha256"] != again["params_sha256"]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing below catches it."""
-
-
 @pytest.mark.parametrize(
     "step",
     [
@@ -137,15 +133,8 @@ class Killed(BaseException):
 def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch, step
 ):
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number == step:
-            raise Killed
-        return update(self, placed, phase, batches, number, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Loop, "_update", dies)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, step)
         run(config(), tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
     result = run(config(), tmp_path / "run")
@@ -169,11 +158,11 @@ def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp
 
 @pytest.mark.slow
 def test_a_log_cut_short_by_a_kill_is_mended(undisturbed, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
 
         def die(self, state, **due):
             if int(state.step) == 3:
-                raise Killed
+                raise small.Killed
 
             return save(self, state, **due)
 
@@ -199,18 +188,9 @@ def test_a_plateau_ends_a_phase_and_a_resume_knows_it(tmp_path, monkeypatch):
     # Equal at 3, 6 and 9: the first is the best, and two bring nothing.
     assert result["steps"] == 9 + 4
 
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number in (7, 11) and number not in died:
-            died.append(number)
-            raise Killed
-        return update(self, placed, phase, batches, number, *rest)
-
-    died = []
-    monkeypatch.setattr(Loop, "_update", dies)
+    small.die_before(monkeypatch, 7, 11)
     for _ in range(2):
-        with pytest.raises(Killed):
+        with pytest.raises(small.Killed):
             run(config(plan), tmp_path / "two")
     assert same_result(run(config(plan), tmp_path / "two"), result)
     assert lines(tmp_path / "two") == lines(tmp_path / "one")

@@ -1,12 +1,13 @@
 """The order of training examples, uniform and balanced, and the weights of classes."""
 
+import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from sklearn.utils.class_weight import compute_class_weight
 
-from finetune_jax.data.batches import training_order
+from finetune_jax.data.order import permutation, training_order
 from finetune_jax.errors import UserError
 from finetune_jax.tasks.classify import make
 from finetune_jax.tasks.task import Mode
@@ -15,8 +16,7 @@ LABEL = np.repeat([0, 1, 2], (50, 10, 3))
 
 
 def drawn(seed, count, sampling="balanced"):
-    order = training_order(LABEL, seed, sampling)
-    return np.array([int(order[place]) for place in range(count)])
+    return training_order(LABEL, seed, sampling).positions(0, count)
 
 
 def test_balanced_sampling_draws_every_class_equally_often():
@@ -37,10 +37,38 @@ def test_balanced_sampling_goes_through_a_class_before_it_repeats():
 
 
 def test_the_order_depends_on_the_seed_alone():
-    np.testing.assert_array_equal(drawn(5, 90), drawn(5, 90))
     assert (drawn(5, 90) != drawn(6, 90)).any()
-    order = training_order(LABEL, 5, "balanced").batch(9)
-    np.testing.assert_array_equal(order[7], drawn(5, 90)[63:72])
+    for sampling in ("balanced", "uniform"):
+        part = training_order(LABEL, 5, sampling).positions(60, 72)
+        np.testing.assert_array_equal(part, drawn(5, 90, sampling)[60:72])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 1000, 2**16, 2**16 + 2, 70_000])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_an_epoch_is_shuffled_as_grain_does(count, seed):
+    found = permutation(count, seed)
+    np.testing.assert_array_equal(np.sort(found), np.arange(count))
+    some = np.unique(np.linspace(0, count - 1, 50).astype(int))
+    wanted = [
+        grain.experimental.index_shuffle(
+            int(n), max_index=count - 1, seed=seed, rounds=4
+        )
+        for n in some
+    ]
+    np.testing.assert_array_equal(found[some], wanted)
+
+
+def test_no_example_is_left_out_where_grain_leaves_one_out():
+    count = 2**16 + 1
+    np.testing.assert_array_equal(np.sort(permutation(count, 3)), np.arange(count))
+
+
+def test_epochs_follow_one_another_as_grain_has_them():
+    wanted = grain.MapDataset.range(63).shuffle(seed=2**32 - 1).repeat()
+    order = training_order(LABEL, 2**32 - 1)
+    np.testing.assert_array_equal(
+        order.positions(50, 150), [wanted[place] for place in range(50, 150)]
+    )
 
 
 def classify(class_weights):

@@ -11,21 +11,22 @@ import types
 
 import numpy as np
 import pytest
+import small
 
 from finetune_jax import config as configs
 from finetune_jax.errors import UserError
-from finetune_jax.loop import Loop
 from finetune_jax.report.log import MetricsLog, read_metrics
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import run
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Saved are the states after 0, 3 and 6 updates.
-OVERRIDES = {"parallel.devices": 1, "plan[0].steps": 6, "evaluate.every_steps": 3}
-
-
-class Killed(BaseException):
-    """Stands for a kill; files are still closed."""
+# Saved are the states after 0, 3 and 6 updates; lines are read an update late.
+OVERRIDES = {
+    "parallel.devices": 1,
+    "parallel.steps_per_call": 1,
+    "plan[0].steps": 6,
+    "evaluate.every_steps": 3,
+}
 
 
 def config(**report):
@@ -36,18 +37,6 @@ def config(**report):
     )
     assert not problems
     return found
-
-
-def dying_at(monkeypatch, step):
-    """Makes runs die instead of making update `step`, the first of which is 0."""
-    update = Loop._update
-
-    def dies(self, placed, phase, batches, number, *rest):
-        if number == step:
-            raise Killed
-        return update(self, placed, phase, batches, number, *rest)
-
-    monkeypatch.setattr(Loop, "_update", dies)
 
 
 def logged(workdir):
@@ -107,8 +96,8 @@ def test_without_the_key_nothing_is_written(tmp_path):
 
 
 def test_a_resumed_run_shows_every_number_once(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying_at(patch, 5)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, 5)
         run(config(tensorboard=True), tmp_path / "run")
     first = shown(tmp_path / "run")
     assert first == logged(tmp_path / "run")
@@ -238,8 +227,8 @@ def test_wandb_is_told_every_number_at_its_step(wandb, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_run_of_wandb(wandb, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying_at(patch, 5)
+    with monkeypatch.context() as patch, pytest.raises(small.Killed):
+        small.die_before(patch, 5)
         run(config(wandb="flowers"), tmp_path / "run")
     run(config(wandb="flowers"), tmp_path / "run")
     first, second = wandb.runs

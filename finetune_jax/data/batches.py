@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of (seed, position) alone."""
+"""Batches of examples, for training in the order that a seed decides."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.order import Order, training_order
 
 
 class Examples(Protocol):
@@ -54,29 +55,6 @@ class Views:
         return self.dataset.take(positions // self.views)
 
 
-def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> Any:
-    """Returns the endless order of training.
-
-    Args:
-        label: Class index of each training example.
-        seed: Of the run.
-        sampling: 'uniform': each epoch is a new shuffle of all examples. 'balanced': the
-            classes take turns, and each goes through its own examples in such epochs.
-
-    Returns:
-        A `grain.MapDataset` of positions; update s of batch size B takes the stretch
-        from s * B on, so nothing is dropped, repeated or padded at the end of an epoch.
-    """
-    if sampling == "uniform":
-        return grain.MapDataset.range(len(label)).shuffle(seed=seed).repeat()
-    members = [np.flatnonzero(label == value) for value in np.unique(label)]
-    classes = [
-        grain.MapDataset.source(positions.tolist()).seed(seed).shuffle().repeat()
-        for positions in members
-    ]
-    return grain.MapDataset.mix(classes)
-
-
 def training_positions(
     label: np.ndarray, *, seed: int, batch_size: int, update: int, sampling: str
 ) -> np.ndarray:
@@ -89,7 +67,8 @@ def training_positions(
         update: Counted from the beginning of the run.
         sampling: 'uniform' or 'balanced'.
     """
-    return np.asarray(training_order(label, seed, sampling).batch(batch_size)[update])
+    places = update * batch_size, (update + 1) * batch_size
+    return training_order(label, seed, sampling).positions(*places)
 
 
 def training_batches(
@@ -116,24 +95,45 @@ def training_batches(
         views: How many ways there are to augment an example, which take turns; 'position'
             then is the example's view instead of its place in the update.
     """
-    epoch = len(dataset.label)
+    order = training_order(dataset.label, seed, sampling)
 
-    def load(taken: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        places, rows = taken
-        if views is not None:
-            rows = rows * views + places // epoch % views
-        batch = dataset.take(rows)
-        place = np.arange(batch_size) if views is None else rows
-        batch["position"] = place.astype(np.int32)
+    def load(update: int) -> dict[str, Any]:
+        taken = rows_of(
+            order, len(dataset.label), batch_size, update, update + 1, views
+        )
+        batch = dataset.take(taken)
+        batch["position"] = places_of(taken, batch_size, views)
         return jax.tree.map(
             lambda array: array.reshape(micro_batches, -1, *array.shape[1:]), batch
         )
 
-    order = training_order(dataset.label, seed, sampling)
-    numbered = order.map_with_index(lambda place, row: (place, row))
-    numbered = numbered.batch(batch_size)[start:stop]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    yield from numbered.map(load).to_iter_dataset(options)
+    updates = grain.MapDataset.range(start, stop)
+    yield from updates.map(load).to_iter_dataset(options)
+
+
+def rows_of(
+    order: Order, epoch: int, batch_size: int, start: int, stop: int, views: int | None
+) -> np.ndarray:
+    """Returns the rows of the split that updates `start` to `stop` take, int64 [N].
+
+    Args:
+        order: Of the examples.
+        epoch: How many there are.
+        batch_size: Examples in one update.
+        start: First update, counted from the beginning of the run.
+        stop: The update after the last.
+        views: Rows of an example, which take turns from epoch to epoch; None is one.
+    """
+    places = np.arange(start * batch_size, stop * batch_size)
+    rows = order.positions(start * batch_size, stop * batch_size)
+    return rows if views is None else rows * views + places // epoch % views
+
+
+def places_of(rows: np.ndarray, batch_size: int, views: int | None) -> np.ndarray:
+    """Returns the 'position' of rows that updates take: place in the update, or view."""
+    places = np.arange(len(rows)) % batch_size if views is None else rows
+    return places.astype(np.int32)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:

@@ -56,11 +56,11 @@ class Terminal:
                 name, total=end - first, completed=step - first, rate=""
             )
 
-    def advance(self, examples_per_s: float) -> None:
-        """Moves the bar on by one update."""
+    def advance(self, updates: int, examples_per_s: float) -> None:
+        """Moves the bar on."""
         if self._bar is not None and self._task is not None:
             rate = f"{examples_per_s:,.0f} examples/s"
-            self._bar.update(self._task, advance=1, rate=rate)
+            self._bar.update(self._task, advance=updates, rate=rate)
 
     def end_phase(self) -> None:
         """Takes the bar away."""

@@ -1,0 +1,157 @@
+"""How the updates of a phase are made: their compiled programs, and what feeds these."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import config as configs
+from finetune_jax.data.batches import Examples, training_batches
+from finetune_jax.data.order import training_order
+from finetune_jax.feeds import (
+    Call,
+    Feed,
+    Scanned,
+    Stepwise,
+    stock_gradients,
+    why_not_resident,
+)
+from finetune_jax.parallel import Compiled
+from finetune_jax.setup import PhaseSetup, Setup
+from finetune_jax.state import TrainState
+from finetune_jax.step import train_step
+
+
+@dataclasses.dataclass(kw_only=True)
+class Updates:
+    """Makes the updates of a run.
+
+    Attributes:
+        setup: Of the run.
+        fixed: What updates read and nobody updates, placed.
+        say: Tells a person.
+        programs: Compiled so far, by what they depend on.
+        told: What was said so far.
+    """
+
+    setup: Setup
+    fixed: Any
+    say: Callable[[str], None]
+    programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+    told: set[str] = dataclasses.field(default_factory=set)
+    _stock: dict[Any, int] = dataclasses.field(default_factory=dict)
+
+    def feed(
+        self,
+        phase: PhaseSetup,
+        examples: Examples,
+        state: TrainState,
+        first: int,
+        end: int,
+    ) -> Feed:
+        """Returns what gives the phase's updates their examples.
+
+        Args:
+            phase: The phase.
+            examples: The training split, or what stands for it.
+            state: From which the phase goes on, on the host.
+            first: The phase's first update.
+            end: The update after its last.
+        """
+        config, start = self.setup.config, int(state.step)
+        seed, sampling = configs.seeds(config)["order"], config.data.sampling
+        shape = {
+            "batch_size": config.data.batch_size,
+            "micro_batches": phase.phase.accumulate_steps,
+            "views": self.setup.views,
+        }
+        why = self._why_stepwise(phase, examples, state)
+        if why is None:
+            return Scanned(
+                examples,
+                training_order(examples.label, seed, sampling),
+                self.setup.devices,
+                start=start,
+                updates=config.parallel.steps_per_call,
+                **shape,
+            )
+        if why not in self.told:
+            self.told.add(why)
+            self.say(f"every update is a call of its own: {why}")
+        fixed = phase.phase.fixed_batch
+        batches = training_batches(
+            examples,
+            seed=seed,
+            sampling=sampling,
+            start=first if fixed else start,
+            stop=first + 1 if fixed else end,
+            **shape,
+        )
+        return Stepwise(batches, self.setup.devices, repeats=fixed)
+
+    def _why_stepwise(
+        self, phase: PhaseSetup, examples: Examples, state: TrainState
+    ) -> str | None:
+        """Returns why a call shall make one update only, or None if it may make more."""
+        config = self.setup.config
+        if config.parallel.steps_per_call == 1:
+            return "config.parallel.steps_per_call=1"
+        if phase.phase.fixed_batch:
+            return "the batch is always the same"
+        if config.nonfinite.policy == "rollback":
+            return "config.nonfinite.policy=rollback"
+        limit = config.data.memory_gb * 1e9
+        if why := why_not_resident(examples, self.setup.devices, limit):
+            return why
+        if jax.default_backend() != "cpu":
+            return None
+        key = phase.program, type(examples)
+        if key not in self._stock:
+            size = config.data.batch_size
+            batch = examples.take(np.zeros(size, int))
+            batch["position"] = np.zeros(size, np.int32)
+            parts = phase.phase.accumulate_steps
+            batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+            rest = batch, np.float32(0), np.float32(0)
+            traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
+            self._stock[key] = stock_gradients(traced.jaxpr)
+        if self._stock[key]:
+            return (
+                f"{self._stock[key]} gradients of convolutions are jax's own, which are "
+                "slow in a loop on CPU; models.convolution.convolve has others"
+            )
+        return None
+
+    def program(
+        self, phase: PhaseSetup, feed: Feed, placed: TrainState, call: Call
+    ) -> tuple[Compiled, float]:
+        """Returns the program for a call, and the seconds that compiling took just now.
+
+        Args:
+            phase: The phase.
+            feed: Of the phase.
+            placed: The state.
+            call: From the feed.
+        """
+        key = phase.program, feed.kind
+        if key in self.programs:
+            return self.programs[key], 0.0
+        program = self.setup.devices.compile_train(
+            feed.program(self._step(phase)), placed, self.fixed, *call.arguments
+        )
+        self.programs[key] = program
+        return program, program.compile_s
+
+    def _step(self, phase: PhaseSetup) -> Callable:
+        """Returns an update of the phase as a function of its arguments."""
+        config = self.setup.config
+        static = phase.update(
+            self.setup.task,
+            config.evaluate.ema_decay,
+            guarded=config.nonfinite.policy != "stop",
+            views=self.setup.views,
+        )
+        return functools.partial(train_step, static=static)
