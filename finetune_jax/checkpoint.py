@@ -5,6 +5,7 @@ which phase the state was and so what structure it has. The metadata holds the d
 every leaf and of itself: orbax alone restores damaged arrays in silence.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -79,11 +80,8 @@ class Checkpoints:
                 f"checkpoint {step} cannot be saved in {self.folder}: {error}; where the "
                 f"disk is full, {AFTER_DISK_FULL}"
             ) from error
-        kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
-        kept |= set(self.steps()[-self._keep :])
-        for old in self.steps():
-            if old not in kept:
-                self._manager.delete(old)
+        for old in _superfluous(self.steps(), progress, self._keep):
+            self._manager.delete(old)
 
     def progress(self, step: int) -> Progress:
         """Returns where the run stood at a checkpoint.
@@ -182,6 +180,56 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written and lets go of the folder."""
         self._manager.close()
+
+
+class HeldCheckpoints:
+    """The same of a run that is too short to be taken up again: kept in memory."""
+
+    def __init__(self, *, keep: int):
+        """Takes how many of the newest stay."""
+        self._keep = keep
+        self._held: dict[int, tuple[TrainState, Progress]] = {}
+
+    def steps(self) -> list[int]:
+        """Returns the steps that there are, in order."""
+        return sorted(self._held)
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Keeps a state, on the host, and where the run stands."""
+        self._held[int(state.step)] = state, copy.deepcopy(progress)
+        for old in _superfluous(self.steps(), progress, self._keep):
+            del self._held[old]
+
+    def progress(self, step: int) -> Progress:
+        """Returns where the run stood."""
+        return copy.deepcopy(self._held[step][1])
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Returns a state as it was kept, on the host."""
+        del target
+        return self._held[step][0]
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Saves all of them in a folder, as `Checkpoints` does.
+
+        Raises:
+            TrainingError: They cannot be written.
+        """
+        checkpoints = Checkpoints(folder, keep=len(self._held))
+        try:
+            for step in self.steps():
+                checkpoints.save(*self._held[step])
+        finally:
+            checkpoints.close()
+
+    def close(self) -> None:
+        """Nothing is being written."""
+
+
+def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
+    """Returns the steps that need not stay: neither first, best, due, nor among newest."""
+    kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
+    return [step for step in steps[:-keep] if step not in kept]
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

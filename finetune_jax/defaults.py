@@ -129,6 +129,7 @@ def default() -> Config:
     config.init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
     config.init.fisher_examples = 1000
     config.plan = ()
+    config.population = ()  # Members, ((key, value), ...) each: see population.py.
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.every_steps = optional(int)  # None, None: at the ends of phases.
     config.evaluate.every_epochs = optional(float)

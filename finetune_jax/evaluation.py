@@ -34,6 +34,7 @@ class Evaluator:
         store: Keeps what frozen stages make of the splits; None computes it again.
         first: The stage up to which the model is computed on its own; None: is not.
         frozen: The stages before it, where the states to be measured have them in common.
+        programs: Compiled so far, by name.
     """
 
     task: Task
@@ -47,7 +48,7 @@ class Evaluator:
     store: FeatureStore | None = None
     first: str | None = None
     frozen: Frozen | None = None
-    _programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
+    programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
 
     def freeze(self, first: str | None, state: TrainState) -> None:
         """Takes note of what the states to be measured have in common.
@@ -121,11 +122,11 @@ class Evaluator:
         rows, parts = [], []
         for batch in evaluation_batches(dataset, batch_size=size):
             batch = self.devices.place_batch(batch, batch_axis=0)
-            if name not in self._programs:
+            if name not in self.programs:
                 program = self.devices.compile_eval(step, *arguments, batch)
-                self._programs[name] = program
+                self.programs[name] = program
                 self.compile_s += program.compile_s
-            rows.append(self._programs[name].call(*arguments, batch))
+            rows.append(self.programs[name].call(*arguments, batch))
             # One batch late, so that the device need not wait, nor keep more than two.
             parts += [self.devices.rows_to_host(row) for row in rows[:-1]]
             rows = rows[-1:]

@@ -113,7 +113,7 @@ class Scanned:
         self,
         examples: Examples,
         order: Order,
-        devices: Devices,
+        placed: Any,
         *,
         start: int,
         batch_size: int,
@@ -121,12 +121,12 @@ class Scanned:
         views: int | None,
         updates: int | None,
     ):
-        """Places the examples.
+        """Takes what the updates get.
 
         Args:
             examples: The training split.
             order: Of its examples.
-            devices: One.
+            placed: All of `resident`, on the device.
             start: The first update, counted from the beginning of the run.
             batch_size: Examples in one update.
             micro_batches: By which the batch is divided.
@@ -138,12 +138,9 @@ class Scanned:
         self._shape = micro_batches, batch_size // micro_batches
         self._chosen = updates
         self._updates = 1 if updates is None else min(updates, LONGEST)
-        whole, self._rows_each = examples, 1
-        if isinstance(examples, Views):
-            whole, self._rows_each = examples.dataset, examples.views
-        rows = whole.take(np.arange(len(whole)))
-        self._placed = devices.place(rows)
-        self.kind = ("scanned", "features" in rows, self._rows_each)
+        self._placed = placed
+        self._rows_each = len(examples) // len(resident(examples))
+        self.kind = ("scanned", "features" in placed, self._rows_each)
 
     def program(self, step: Callable) -> Callable:
         """Returns a loop of updates."""
@@ -236,6 +233,13 @@ def many_steps(
     return jax.lax.fori_loop(0, updates, update, (state, kept))
 
 
+def resident(examples: Examples) -> Dataset | Features:
+    """Returns what lies on the device for a split: the split without repetitions."""
+    whole = examples.dataset if isinstance(examples, Views) else examples
+    assert isinstance(whole, Dataset | Features)
+    return whole
+
+
 def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str | None:
     """Returns why a split does not lie on the device, or None if it can.
 
@@ -246,13 +250,12 @@ def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str 
     """
     if devices.count > 1:
         return f"there are {devices.count} devices"
-    if isinstance(examples, Features):
-        size = nbytes(examples.table)
+    whole = resident(examples)
+    if isinstance(whole, Features):
+        size = nbytes(whole.table)
+    elif whole.nbytes:
+        return "the examples are not kept in memory (config.data.memory_gb)"
     else:
-        whole = examples.dataset if isinstance(examples, Views) else examples
-        assert isinstance(whole, Dataset)
-        if whole.nbytes:
-            return "the examples are not kept in memory (config.data.memory_gb)"
         size = len(whole) * nbytes(whole.take(np.zeros(1, int))["inputs"])
     if size > limit:
         return f"the examples are {size / 1e9:.1f} GB (config.data.memory_gb)"

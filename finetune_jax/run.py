@@ -1,12 +1,14 @@
 """The story of a training run."""
 
+import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from finetune_jax import config as configs
-from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
@@ -27,7 +29,7 @@ from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
-from finetune_jax.report.trackers import make_trackers
+from finetune_jax.report.trackers import Tracker, make_trackers
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
@@ -76,13 +78,14 @@ def run(
     }
     make_folder(workdir)
     with locked(workdir):
-        _record(workdir, setup, inputs)
+        record(workdir, setup, inputs)
         loop, state = _taken_up(
             workdir, setup, domains, start, terminal, stop or Stop()
         )
         try:
             state = loop.run(state)
-            result = _result(loop, state, begin, workdir)
+            result, best = make_result(loop, state, begin)
+            write_report(setup, loop.evaluator, best, loop.progress, result, workdir)
         finally:
             terminal.end_phase()
             loop.log.close()
@@ -101,7 +104,7 @@ def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) ->
         terminal.warn(f"{len(found)} examples could not be read; they are in {path}")
 
 
-def _record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
+def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
     """Writes what the run is and reads, or checks that it still is what it was."""
     config = setup.config
     if check_same_run(workdir, config):
@@ -143,21 +146,56 @@ def _taken_up(
         workdir=workdir,
         first_step=int(state.step) + 1 if found else 0,
     )
+    evaluator = make_evaluator(setup, start, domains)
+    evaluator.store = make_store(setup, terminal)
+    loop = make_loop(
+        setup,
+        evaluator,
+        checkpoints,
+        progress,
+        workdir=workdir,
+        trackers=trackers,
+        terminal=terminal,
+        stop=stop,
+    )
+    add_fisher(loop, start, domains)
+    return loop, state
+
+
+def make_loop(
+    setup: Setup,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints | HeldCheckpoints,
+    progress: Progress,
+    *,
+    workdir: pathlib.Path,
+    trackers: Sequence[Tracker],
+    terminal: Terminal,
+    stop: Stop,
+    updates: Updates | None = None,
+) -> Loop:
+    """Returns the loop of a run.
+
+    Args:
+        setup: Of the run.
+        evaluator: Measures its states.
+        checkpoints: Where these are saved.
+        progress: Where it stands.
+        workdir: Gets its metrics.
+        trackers: Are told these, too.
+        terminal: Where a person is told.
+        stop: Tells whether it shall stop.
+        updates: Those of another run of the same model; their programs are shared.
+    """
+    config = setup.config
     log = MetricsLog(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
-    evaluator = make_evaluator(setup, start, domains)
-    evaluator.store = _feature_store(setup, terminal)
-    examples = config.init.fisher_examples
-    if setup.regularisers & set(READS_FISHER):
-        fisher = domain_fisher(
-            domain_named(domains, config.init.fisher),
-            start,
-            examples=examples,
-            seed=configs.seeds(config)["order"],
-        )
-        evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))
-    loop = Loop(
+    if updates is None:
+        updates = Updates(setup=setup, fixed=evaluator.fixed, say=terminal.say)
+    else:
+        updates = dataclasses.replace(updates, setup=setup, fixed=evaluator.fixed)
+    return Loop(
         setup=setup,
         evaluator=evaluator,
         checkpoints=checkpoints,
@@ -173,12 +211,25 @@ def _taken_up(
         ),
         progress=progress,
         stop=stop,
-        updates=Updates(setup=setup, fixed=evaluator.fixed, say=terminal.say),
+        updates=updates,
     )
-    return loop, state
 
 
-def _feature_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
+def add_fisher(loop: Loop, start: TrainState, domains: tuple[Domain, ...]) -> None:
+    """Adds the Fisher information to what updates read, where a regulariser does."""
+    setup = loop.setup
+    if not setup.regularisers & set(READS_FISHER):
+        return
+    fisher = domain_fisher(
+        domain_named(domains, setup.config.init.fisher),
+        start,
+        examples=setup.config.init.fisher_examples,
+        seed=configs.seeds(setup.config)["order"],
+    )
+    loop.evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))
+
+
+def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     """Returns where what frozen stages make of the examples is kept, if it may be."""
     data = setup.config.data
     if data.cache == "off":
@@ -199,10 +250,10 @@ def _feature_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     )
 
 
-def _result(
-    loop: Loop, state: TrainState, begin: float, workdir: pathlib.Path
-) -> dict[str, Any]:
-    """Returns final and best metrics, digests and costs; writes the report."""
+def make_result(
+    loop: Loop, state: TrainState, begin: float
+) -> tuple[dict[str, Any], Any]:
+    """Returns final and best metrics, digests and costs, and the best state, placed."""
     setup, progress, clock = loop.setup, loop.progress, loop.clock
     evaluator, held_out = loop.evaluator, setup.data.held_out
     placed = setup.devices.place(state)
@@ -232,8 +283,7 @@ def _result(
         "compile_s": clock.compile_s + evaluator.all_compile_s,
         "wall_s": time.perf_counter() - begin,
     }
-    write_report(setup, evaluator, placed, progress, result, workdir)
-    return result
+    return result, placed
 
 
 def make_evaluator(

@@ -39,7 +39,7 @@ from finetune_jax.regularisers import (
     match_problems,
 )
 from finetune_jax.schedules import check_schedule, plateau_metric
-from finetune_jax.start import random_state, starting_state
+from finetune_jax.start import RandomStates, random_state, starting_state
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
 from finetune_jax.tasks.task import Mode, Task
@@ -156,6 +156,7 @@ class Setup:
         task: What is learned.
         plan: Phases with their length in steps.
         shapes: The state before the first phase, shapes only.
+        random_states: Draws such states.
     """
 
     config: Config
@@ -164,6 +165,7 @@ class Setup:
     task: Task
     plan: tuple[Phase, ...]
     shapes: TrainState
+    random_states: RandomStates
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -233,17 +235,9 @@ class Setup:
         Raises:
             UserError: The weights cannot be read or do not fit, or a scheme fails.
         """
-        return starting_state(self.task, self.data, self.config, measure=measure)
-
-
-def devices_of(config: Config) -> Devices:
-    """Returns the devices that a config asks for.
-
-    Raises:
-        UserError: See `make_devices`.
-    """
-    asked = config.parallel
-    return make_devices(mode=asked.mode, devices=asked.devices, fsdp=asked.fsdp)
+        return starting_state(
+            self.task, self.data, self.config, self.random_states, measure=measure
+        )
 
 
 def make_task(config: Config, spec: DataSpec) -> Task:
@@ -286,19 +280,22 @@ def metric_names(config: Config) -> tuple[str, ...]:
     return names + tuple(f"ema_{name}" for name in names if has_ema)
 
 
-def make_setup(config: Config, data: Data | None = None) -> Setup:
+def make_setup(
+    config: Config, data: Data | None = None, like: Setup | None = None
+) -> Setup:
     """Returns all that a run is. Nothing is compiled, and nothing written.
 
     Args:
         config: Resolved.
         data: None reads what the config names.
+        like: Of another run of the same model, on data that look the same.
 
     Raises:
         UserError: Anything in the config that does not fit anything else.
     """
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, config.init.pretrained)
-    devices = devices_of(config)
+    devices = make_devices(config.parallel)
     check_phases(config, plan, devices.count)
     if data is None:
         data = make_data(config.data, seed=configs.seeds(config)["order"])
@@ -306,7 +303,11 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
     splits = {name: part.label for name, part in data.held_out.items()}
     if problems := task.check_splits(splits):
         raise problems_error("What is to be measured cannot be:", problems)
-    shapes = jax.eval_shape(lambda: random_state(task, 0))
+    if like is None:
+        shapes = jax.eval_shape(lambda: random_state(task, 0))
+        random_states = RandomStates(task)
+    else:
+        shapes, random_states = like.shapes, like.random_states
     plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     names = tuple(named(shapes.params))
     check_plan(plan, names)
@@ -325,6 +326,7 @@ def make_setup(config: Config, data: Data | None = None) -> Setup:
         task=task,
         plan=plan,
         shapes=shapes,
+        random_states=random_states,
     )
 
 

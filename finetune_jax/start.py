@@ -1,6 +1,7 @@
 """The state before the first update: at random, from weights, by schemes."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lsuv import first_examples
-from finetune_jax.parallel import run_once
+from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.state import TrainState
@@ -31,16 +32,44 @@ def random_state(
         augmentation: Seed of what updates draw for images; None is `seed`.
         dropout: Seed of what else they draw; None is `seed`.
     """
-    params, batch_stats = task.init(jax.random.split(jax.random.key(seed))[0])
-    keys = [
-        jax.random.split(jax.random.key(seed if own is None else own))[1]
-        for own in (augmentation, dropout)
-    ]
-    return TrainState.create(params, batch_stats, jnp.stack(keys))
+    own = [seed if given is None else given for given in (augmentation, dropout)]
+    return _state_of_keys(task, [_key_data(drawn) for drawn in (seed, *own)])
+
+
+def _key_data(seed: int) -> jax.Array:
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def _state_of_keys(task: Task, keys: Sequence[jax.Array]) -> TrainState:
+    of_params, *of_updates = (
+        jax.random.split(jax.random.wrap_key_data(data)) for data in keys
+    )
+    params, batch_stats = task.init(of_params[0])
+    rng = jnp.stack([key[1] for key in of_updates])
+    return TrainState.create(params, batch_stats, rng)
+
+
+class RandomStates:
+    """What `random_state` returns, on the host; one compiled program for all seeds."""
+
+    def __init__(self, task: Task):
+        """Takes the task, and compiles nothing yet."""
+        self._draw, self._compiled = functools.partial(_state_of_keys, task), None
+
+    def __call__(self, seeds: Mapping[str, int]) -> TrainState:
+        """Returns the state of the seeds 'init', 'augmentation' and 'dropout'."""
+        keys = [_key_data(seeds[name]) for name in ("init", "augmentation", "dropout")]
+        self._compiled = self._compiled or compiled_for_few(self._draw, keys)
+        return self._compiled(keys)
 
 
 def starting_state(
-    task: Task, data: Data, config: Config, *, measure: bool = True
+    task: Task,
+    data: Data,
+    config: Config,
+    random_states: Callable[[Mapping[str, int]], TrainState],
+    *,
+    measure: bool = True,
 ) -> tuple[TrainState, Weights | None]:
     """Returns the state before the first update, on the host, and its weights.
 
@@ -48,14 +77,14 @@ def starting_state(
         task: Has the models.
         data: Of the run.
         config: Of the run.
+        random_states: `RandomStates` of the task.
         measure: Whether schemes that run the model on examples do so.
 
     Raises:
         UserError: The weights cannot be read or do not fit, or a scheme fails.
     """
     drawn = seeds(config)
-    of_updates = {name: drawn[name] for name in ("augmentation", "dropout")}
-    own = run_once(lambda: random_state(task, drawn["init"], **of_updates))
+    own = random_states(drawn)
     state, weights, init = own, None, config.init
     if init.pretrained is not None:
         weights = read_weights(init.pretrained)

@@ -10,12 +10,15 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.data.batches import Examples, training_batches
+from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import training_order
+from finetune_jax.features import Features
 from finetune_jax.feeds import (
     Call,
     Feed,
     Scanned,
     Stepwise,
+    resident,
     stock_gradients,
     why_not_resident,
 )
@@ -35,6 +38,8 @@ class Updates:
         say: Tells a person.
         programs: Compiled so far, by what they depend on.
         told: What was said so far.
+        stock: Gradients of convolutions that programs leave to jax, as `programs`.
+        placed: The split that lies on the device, and where.
     """
 
     setup: Setup
@@ -42,7 +47,8 @@ class Updates:
     say: Callable[[str], None]
     programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
     told: set[str] = dataclasses.field(default_factory=set)
-    _stock: dict[Any, int] = dataclasses.field(default_factory=dict)
+    stock: dict[Any, int] = dataclasses.field(default_factory=dict)
+    placed: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
     def feed(
         self,
@@ -73,7 +79,7 @@ class Updates:
             return Scanned(
                 examples,
                 training_order(examples.label, seed, sampling),
-                self.setup.devices,
+                self._placed(resident(examples)),
                 start=start,
                 updates=config.parallel.steps_per_call,
                 **shape,
@@ -92,6 +98,13 @@ class Updates:
         )
         return Stepwise(batches, self.setup.devices, repeats=fixed)
 
+    def _placed(self, whole: Dataset | Features) -> Any:
+        """Returns all of a split on the device; the one placed last is kept."""
+        if not self.placed or self.placed[0][0] is not whole:
+            rows = whole.take(np.arange(len(whole)))
+            self.placed[:] = [(whole, self.setup.devices.place(rows))]
+        return self.placed[0][1]
+
     def _why_stepwise(
         self, phase: PhaseSetup, examples: Examples, state: TrainState
     ) -> str | None:
@@ -108,8 +121,8 @@ class Updates:
             return why
         if jax.default_backend() != "cpu":
             return None
-        key = phase.program, type(examples)
-        if key not in self._stock:
+        key = phase.program, str(config.task), type(examples)
+        if key not in self.stock:
             size = config.data.batch_size
             batch = examples.take(np.zeros(size, int))
             batch["position"] = np.zeros(size, np.int32)
@@ -117,10 +130,10 @@ class Updates:
             batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
             rest = batch, np.float32(0), np.float32(0)
             traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
-            self._stock[key] = stock_gradients(traced.jaxpr)
-        if self._stock[key]:
+            self.stock[key] = stock_gradients(traced.jaxpr)
+        if self.stock[key]:
             return (
-                f"{self._stock[key]} gradients of convolutions are jax's own, which are "
+                f"{self.stock[key]} gradients of convolutions are jax's own, which are "
                 "slow in a loop on CPU; models.convolution.convolve has others"
             )
         return None
@@ -136,7 +149,7 @@ class Updates:
             placed: The state.
             call: From the feed.
         """
-        key = phase.program, feed.kind
+        key = phase.program, str(self.setup.config.task), feed.kind
         if key in self.programs:
             return self.programs[key], 0.0
         program = self.setup.devices.compile_train(

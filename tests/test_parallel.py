@@ -1,6 +1,7 @@
 """One device, eight under jit, eight under pmap: the same training."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ FIXED = {"task": {}}
 
 def trained(kind, task, phase, batches):
     """Returns (state on the host, losses, logits) after an update on each batch."""
-    devices = make_devices(**KINDS[kind])
+    devices = make_devices(SimpleNamespace(**KINDS[kind]))
     state = run_once(lambda: random_state(task, 0))
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)
@@ -102,7 +103,7 @@ def test_the_first_loss_agrees_in_float32(kind):
 
 
 def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
-    devices = make_devices(**KINDS["fsdp"])
+    devices = make_devices(SimpleNamespace(**KINDS["fsdp"]))
     tree = {"large": np.zeros((64, 128), np.float32), "small": np.zeros(8, np.float32)}
     placed = devices.place(tree)
     assert placed["large"].addressable_shards[0].data.shape == (64, 32)
@@ -116,7 +117,7 @@ def test_impossible_devices_are_refused():
         (dict(mode="pmap", devices=8, fsdp=2), "use jit"),
     ):
         with pytest.raises(UserError, match=message):
-            make_devices(**asked)
+            make_devices(SimpleNamespace(**asked))
     plan = (Phase(name="a", steps=1), Phase(name="b", steps=1, accumulate_steps=3))
     with pytest.raises(UserError, match="phase 'b': 32 examples in 3 micro-batches"):
         check_batch(32, plan, 8)

@@ -24,12 +24,12 @@ from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.flops import count_flops
 from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.modes.options import Options
+from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
 from finetune_jax.setup import (
     PhaseSetup,
     check_groups_of,
     check_phases,
-    devices_of,
     make_task,
     phase_setup,
 )
@@ -45,7 +45,7 @@ def main(config: Config, options: Options) -> int:
     del options
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, config.init.pretrained)
-    check_phases(config, plan, devices_of(config).count)
+    check_phases(config, plan, make_devices(config.parallel).count)
     spec = spec_of(config)
     task = make_task(config, spec)
     state = jax.eval_shape(lambda: random_state(task, 0))

@@ -6,6 +6,7 @@ from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
+from finetune_jax.population import run_population
 from finetune_jax.preemption import EXIT_STATUS, Stop, stop_on_signals
 from finetune_jax.run import run
 from finetune_jax.workdir import check_same_run, new_workdir, read_json
@@ -20,7 +21,7 @@ def main(config: Config, options: Options) -> int:
 
 def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     print(f"workdir {workdir}", flush=True)
-    status, finished = 0, None
+    status, finished, result = 0, None, {}
     result_file = workdir / "result.json"
     try:
         finished = read_json(result_file) if check_same_run(workdir, config) else None
@@ -28,8 +29,11 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
             print("this run is finished")
             show(finished)
         else:
-            show(run(config, workdir, stop))
-        print(f"report  {workdir / 'report' / 'index.html'}")
+            trained = run_population if config.population else run
+            result = trained(config, workdir, stop)
+            show(result)
+        result = finished or result
+        print(f"report  {_best_run(workdir, result) / 'report' / 'index.html'}")
     except Preempted as message:
         print(f"{message}; the same command goes on from there")
         status = EXIT_STATUS
@@ -41,8 +45,19 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     return status
 
 
+def _best_run(workdir: pathlib.Path, result: dict) -> pathlib.Path:
+    """Returns the workdir, or that of the best member of a population."""
+    if "member" not in result:
+        return workdir
+    return workdir / "members" / f"{result['member']:03d}"
+
+
 def show(result: dict) -> None:
-    """Prints the metrics of a result as a table."""
+    """Prints the metrics of a result as a table, after those of a population."""
+    for row in result.get("population", ()):
+        _show_row(row)
+    if "member" in result:
+        print(f"the best member, {result['member']:03d}:")
     final, best = result["final"], result["best"]
     step = result["best_step"]
     print(f"{'':24}{'final':>10}" + (f"{'best':>10}" if step is not None else ""))
@@ -51,3 +66,14 @@ def show(result: dict) -> None:
         print(f"{name:24}{value:10.4f}{chosen}")
     if step is not None:
         print(f"best at step {step} of {result['steps']}")
+
+
+def _show_row(row: dict) -> None:
+    """Prints what members that differ in seeds only came to."""
+    numbers = [(n, row["mean"][n], row["interval_95"][n]) for n in row["mean"]]
+    values = "  ".join(
+        f"{name} {mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
+        for name, mean, half in numbers
+    )
+    settings = "  ".join(f"{key}={value!r}" for key, value in row["settings"].items())
+    print(f"{values}  ({len(row['members'])})  {settings}")

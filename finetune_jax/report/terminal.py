@@ -16,8 +16,13 @@ from rich.progress import (
 class Terminal:
     """Prints lines, and shows how far the phase is where somebody looks."""
 
-    def __init__(self):
-        """Finds out whether standard output is a terminal."""
+    def __init__(self, *, quiet: bool = False):
+        """Finds out whether standard output is a terminal.
+
+        Args:
+            quiet: Whether neither bars nor metrics are shown.
+        """
+        self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = None
@@ -41,7 +46,7 @@ class Terminal:
             end: The update after its last.
         """
         self.end_phase()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -70,5 +75,7 @@ class Terminal:
 
     def metrics(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         """Prints one line of metrics."""
+        if self._quiet:
+            return
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step:>6}  {phase:<12}  {shown}")

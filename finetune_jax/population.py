@@ -1,0 +1,397 @@
+"""Populations: runs of one model on the same data, that differ in rates, decay and seeds.
+
+The members take turns in one process. They share data, features, initialisation and every
+compiled program, and so cost little more than their updates; each has the bits that it
+would have as a run of its own. Only the best one's states are written to the disk.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from finetune_jax import config as configs
+from finetune_jax.checkpoint import HeldCheckpoints
+from finetune_jax.config import Config
+from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.domains import Domain
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.evaluation import Evaluator
+from finetune_jax.features import FeatureStore
+from finetune_jax.forgetting import open_domains
+from finetune_jax.loop import Preempted
+from finetune_jax.metrics import is_better
+from finetune_jax.plan import plan_problems
+from finetune_jax.preemption import Stop
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.report.trackers import make_trackers
+from finetune_jax.run import (
+    add_fisher,
+    make_evaluator,
+    make_loop,
+    make_result,
+    make_store,
+    record,
+)
+from finetune_jax.setup import Setup, make_setup
+from finetune_jax.state import Progress
+from finetune_jax.summary import write_report
+from finetune_jax.updates import Updates
+from finetune_jax.workdir import (
+    check_same_run,
+    locked,
+    make_folder,
+    read_json,
+    read_manifest,
+    write_json,
+    write_text,
+)
+
+# What members may differ in: all else decides the data, the model or what is measured.
+ALLOWED = (
+    r"seed(\.\w+)?|plan\[\d+\]\.\w+(\.\w+)?|init\.(schemes|fresh)"
+    r"|task\.label_smoothing"
+)
+
+Overrides = tuple[tuple[str, Any], ...]
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
+    """Returns a population of all combinations of some values, for `config.population`.
+
+    >>> grid({"plan[0].peak_lr": (0.1, 1.0), "seed": (0,)})
+    ((('plan[0].peak_lr', 0.1), ('seed', 0)), (('plan[0].peak_lr', 1.0), ('seed', 0)))
+
+    Args:
+        values: Of each key, as the command line has it after `--config.`.
+    """
+    return tuple(
+        tuple(zip(values, chosen)) for chosen in itertools.product(*values.values())
+    )
+
+
+def member_configs(config: Config) -> list[Config]:
+    """Returns the config of each member as a run of its own.
+
+    Raises:
+        UserError: Lists everything that is wrong with the population.
+    """
+    found, problems, seen = [], [], {}
+    if config.evaluate.best is None:
+        problems.append("config.evaluate.best: None; which metric is the best one by?")
+    plain = {**json.loads(configs.to_json(config)), "population": ()}
+    for index, overrides in enumerate(config.population):
+        where = f"config.population[{index}]"
+        if not _are_pairs(overrides):
+            problems.append(f"{where}: {overrides!r}; pairs (key, value) are needed")
+            continue
+        problems += [
+            f"{where}: {key!r}; members can differ in seed, plan[i].KEY, init.schemes, "
+            "init.fresh and task.label_smoothing"
+            for key, _ in overrides
+            if not re.fullmatch(ALLOWED, key)
+        ]
+        texts = [(k, v if isinstance(v, str) else repr(v)) for k, v in overrides]
+        member, wrong = configs.resolve(plain, texts)
+        wrong = wrong or plan_problems(member.plan)
+        problems += [f"{where}: {text}" for text in wrong]
+        same = seen.setdefault(configs.to_json(member), index)
+        if same != index and not wrong:
+            problems.append(f"{where}: the same as config.population[{same}]")
+        found.append(member)
+    if problems:
+        raise problems_error("The population cannot be run:", problems)
+    return found
+
+
+def _are_pairs(overrides: Any) -> bool:
+    return isinstance(overrides, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in overrides
+    )
+
+
+def run_population(
+    config: Config, workdir: pathlib.Path, stop: Stop | None = None
+) -> dict[str, Any]:
+    """Trains all members, or those that are left, and returns what `result.json` holds.
+
+    Args:
+        config: Resolved.
+        workdir: Made if need be; members that are finished in it are not trained again.
+        stop: Asked after every call; None is never.
+
+    Raises:
+        UserError: The population cannot be run, or the workdir holds another run.
+        TrainingError: A member cannot go on.
+        Preempted: The population was asked to stop; members that are finished stay so.
+    """
+    begin, terminal = time.perf_counter(), Terminal()
+    check_same_run(workdir, config)
+    members = member_configs(config)
+    setup = make_setup(config)
+    domains = open_domains(setup)
+    for text in setup.data.warnings:
+        terminal.warn(text)
+    setups = _setups(setup, members)
+    _, weights = setup.start(measure=False)
+    inputs = {
+        "data_fingerprint": setup.data.fingerprint(),
+        "also_fingerprint": {d.label: d.fingerprint() for d in domains},
+        "weights_sha256": weights.sha256 if weights else {},
+    }
+    make_folder(workdir)
+    with locked(workdir):
+        record(workdir, setup, inputs)
+        population = _Population(
+            setups=setups, workdir=workdir, domains=domains, stop=stop or Stop(),
+            terminal=terminal, store=make_store(setup, terminal),
+        )  # fmt: skip
+        results = population.run()
+        best = population.best(results)
+        assert best is not None
+        rows = table(config.population, results, config.evaluate.best)
+        seconds = time.perf_counter() - begin
+        result = results[best] | {
+            "member": best, "population": rows, "wall_s": seconds
+        }  # fmt: skip
+        write_text(workdir / "table.csv", as_csv(rows))
+        write_json(workdir / "result.json", result)
+    return result
+
+
+def _setups(setup: Setup, members: list[Config]) -> list[Setup]:
+    """Returns what each member is; data is decoded once.
+
+    Raises:
+        UserError: Lists what does not fit the model or the data.
+    """
+    drawn: dict[int | None, Data] = {}
+    setups, problems = [], []
+    for index, member in enumerate(members):
+        # The seed of the order draws the examples of `per_class` too.
+        few = member.data.per_class is not None
+        seed = configs.seeds(member)["order"] if few else None
+        if seed not in drawn:
+            data = setup.data
+            if seed not in (None, configs.seeds(setup.config)["order"]):
+                data = make_data(member.data, seed=seed)
+            drawn[seed] = data.in_memory(member.data.memory_gb * 1e9)
+        try:
+            setups.append(make_setup(member, drawn[seed], like=setup))
+        except UserError as error:
+            problems.append(f"config.population[{index}]: {error}")
+    if problems:
+        raise problems_error("The population cannot be run:", problems)
+    return setups
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Population:
+    """Members in training.
+
+    Attributes:
+        setups: What each of them is.
+        workdir: Of the population.
+        domains: Others, on which members are measured too.
+        stop: Tells whether to stop.
+        terminal: Where a person is told.
+        store: What frozen stages make of the examples.
+        updates: Of the first member, whose programs all share.
+        evaluator: Likewise.
+    """
+
+    setups: list[Setup]
+    workdir: pathlib.Path
+    domains: tuple[Domain, ...]
+    stop: Stop
+    terminal: Terminal
+    store: FeatureStore | None
+    updates: Updates | None = None
+    evaluator: Evaluator | None = None
+
+    def run(self) -> list[dict[str, Any]]:
+        """Returns the result of each member, trained before or now.
+
+        Raises:
+            TrainingError: A member cannot go on.
+            Preempted: It was asked to stop.
+        """
+        found = [read_json(self._folder(n) / "result.json") for n in self._numbers]
+        done = sum(result is not None for result in found)
+        if done:
+            self.terminal.say(f"{done} of {len(found)} members are finished")
+        for number in self._numbers:
+            if found[number] is None:
+                found[number] = self._train(number, found)
+                self._tell(number, found)
+            best = self.best(found)
+            for other in self._numbers:
+                if other != best and found[other] is not None:
+                    folder = self._folder(other) / "checkpoints"
+                    shutil.rmtree(folder, ignore_errors=True)
+        return [result for result in found if result is not None]
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.setups))
+
+    def _folder(self, number: int) -> pathlib.Path:
+        return self.workdir / "members" / f"{number:03d}"
+
+    @property
+    def _metric(self) -> str:
+        return self.setups[0].config.evaluate.best
+
+    def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
+        """Returns the best of the members that are finished; the first of equals."""
+        best = None
+        for number, result in enumerate(results):
+            if result is not None:
+                value = result["best"][self._metric]
+                before = None if best is None else results[best]["best"][self._metric]  # type: ignore[index]
+                if best is None or is_better(self._metric, value, before):
+                    best = number
+        return best
+
+    def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:
+        overrides = dict(self._overrides(number))
+        value = results[number]["best"][self._metric]  # type: ignore[index]
+        best = " (best so far)" if self.best(results) == number else ""
+        self.terminal.say(
+            f"member {number + 1} of {len(results)}  {self._metric} {value:.4f}{best}  "
+            + "  ".join(f"{key}={value!r}" for key, value in overrides.items())
+        )
+
+    def _overrides(self, number: int) -> Overrides:
+        config = read_json(self.workdir / "config.json") or {}
+        return tuple((key, value) for key, value in config["population"][number])
+
+    def _train(
+        self, number: int, results: Sequence[Mapping[str, Any] | None]
+    ) -> dict[str, Any]:
+        """Returns the result of a member, and writes its folder, the result last."""
+        begin, setup, folder = time.perf_counter(), self.setups[number], None
+        if self.stop.asked():
+            raise Preempted(f"stopped before member {number + 1}")
+        folder = self._folder(number)
+        shutil.rmtree(folder, ignore_errors=True)  # One that was not finished.
+        make_folder(folder)
+        self._record(folder, setup.config)
+        start, _ = setup.start()
+        evaluator = make_evaluator(setup, start, self.domains)
+        evaluator.store = self.store
+        if self.evaluator is not None:
+            evaluator.programs = self.evaluator.programs
+        held = HeldCheckpoints(keep=setup.config.checkpoint.keep)
+        loop = make_loop(
+            setup,
+            evaluator,
+            held,
+            Progress(),
+            workdir=folder,
+            trackers=make_trackers(
+                setup.config.report,
+                lambda: json.loads(configs.to_json(setup.config)),
+                workdir=folder,
+                first_step=0,
+            ),
+            terminal=Terminal(quiet=True),
+            stop=self.stop,
+            updates=self.updates,
+        )
+        self.updates, self.evaluator = loop.updates, evaluator
+        add_fisher(loop, start, self.domains)
+        try:
+            state = loop.run(setup.with_ema(start))
+            result, placed = make_result(loop, state, begin)
+        except Preempted as error:
+            raise Preempted(f"stopped in member {number + 1}") from error
+        finally:
+            loop.log.close()
+        results = [*results[:number], result, *results[number + 1 :]]
+        if self.best(results) == number:
+            held.write(folder / "checkpoints")
+            write_report(setup, evaluator, placed, loop.progress, result, folder)
+        write_json(folder / "result.json", result)
+        return result
+
+    def _record(self, folder: pathlib.Path, config: Config) -> None:
+        """Writes what a member is, as a run of its own does."""
+        plain = json.loads(configs.to_json(config))
+        seed = plain.pop("seed")
+        manifest = read_manifest(self.workdir) or {}
+        write_json(
+            folder / "manifest.json", {**manifest, "config": plain, "seed": seed}
+        )
+        write_text(folder / "config.json", configs.to_json(config))
+
+
+def table(
+    population: Sequence[Overrides], results: Sequence[Mapping[str, Any]], metric: str
+) -> list[dict[str, Any]]:
+    """Returns a row for members that differ in seeds only, the best mean first.
+
+    Args:
+        population: What each member overrides.
+        results: Of each.
+        metric: By which they are in order.
+
+    Returns:
+        'settings', 'members' (their numbers), and under 'mean' and 'interval_95' each
+        metric of the best states; the interval is half of that of the mean by Student's
+        t, None of a single member.
+    """
+    groups: dict[Overrides, list[int]] = {}
+    for number, overrides in enumerate(population):
+        kept = [pair for pair in overrides if not pair[0].startswith("seed")]
+        groups.setdefault(tuple(kept), []).append(number)
+    rows = []
+    for settings, members in groups.items():
+        values = {
+            name: np.array([results[number]["best"][name] for number in members])
+            for name in results[0]["best"]
+        }
+        rows.append(
+            {
+                "settings": dict(settings),
+                "members": members,
+                "mean": {name: float(np.mean(v)) for name, v in values.items()},
+                "interval_95": {name: interval(v) for name, v in values.items()},
+            }
+        )
+    sign = -1 if is_better(metric, 1.0, 0.0) else 1
+    return sorted(rows, key=lambda row: sign * row["mean"][metric])
+
+
+def interval(values: np.ndarray) -> float | None:
+    """Returns half the 95 % interval of a mean, by Student's t; None of one value."""
+    if len(values) < 2:
+        return None
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(stdtrit(len(values) - 1, 0.975) * error)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows of a table as text, a line each."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    names = list(rows[0]["mean"])
+    lines = [[*keys, "members", *(t for n in names for t in (n, f"{n} +- 95%"))]]
+    for row in rows:
+        numbers = [(row["mean"][name], row["interval_95"][name]) for name in names]
+        lines.append(
+            [
+                *(f'"{row["settings"].get(key, "")}"' for key in keys),
+                str(len(row["members"])),
+                *("" if n is None else f"{n:.6g}" for pair in numbers for n in pair),
+            ]
+        )
+    return "".join(",".join(line) + "\n" for line in lines)
