@@ -5,6 +5,7 @@ from `default()`. Numbers, strings and tuples only.
 """
 
 import ast
+import functools
 import importlib.util
 import json
 import math
@@ -175,7 +176,12 @@ def _is_optional(name: str) -> bool:
     table, inside, key = name.partition("[")
     if inside:
         return key.rpartition(".")[2] in OPTIONAL[table]
-    return name in flat(default()) and flat(default())[name] is None
+    return name in _optional_keys()
+
+
+@functools.cache
+def _optional_keys() -> frozenset[str]:
+    return frozenset(key for key, value in flat(default()).items() if value is None)
 
 
 def _divide_seed(config: Any, divided: bool) -> None:

@@ -215,12 +215,38 @@ class FeatureStore:
             batch_size: Of the computation.
             examples: How many will be taken; a table of more is not made. None: all.
         """
+        rng = "" if mode == EVALUATION else digest({"rng": frozen.rng})
+        stages = frozen.first, frozen.sha256
+        key = *stages, id(dataset), mode, views, batch_size, rng
+        if key in self.held:
+            return self.held[key][1]
+        found = self._found_or_made(
+            dataset,
+            frozen,
+            mode=mode,
+            views=views,
+            batch_size=batch_size,
+            examples=examples,
+            drawn=rng,
+        )
+        if found is not None:
+            mine = {k: v for k, v in self.held.items() if k[: len(stages)] == stages}
+            self.held = mine | {key: (dataset, found)}
+        return found
+
+    def _found_or_made(
+        self,
+        dataset: Dataset,
+        frozen: Frozen,
+        *,
+        mode: Mode,
+        views: int,
+        batch_size: int,
+        examples: int | None,
+        drawn: str,
+    ) -> Features | None:
+        """Returns what `table` does, from the disk or computed; `drawn` is of the rng."""
         first, variables, rng = frozen.first, frozen.variables, frozen.rng
-        drawn = "" if mode == EVALUATION else digest({"rng": rng})
-        stages = first, frozen.sha256
-        held = *stages, id(dataset), mode, views, batch_size, drawn
-        if held in self.held:
-            return self.held[held][1]
         step = functools.partial(features_step, task=self.task, first=first, mode=mode)
         seen = Views(dataset=dataset, views=views)
         example = next(evaluation_batches(seen, batch_size=batch_size))
@@ -266,10 +292,7 @@ class FeatureStore:
         if leaves is None:
             return None
         kept = jax.tree.unflatten(jax.tree.structure(table), leaves)
-        found = Features(table=kept, label=dataset.label, views=views)
-        self.held = {k: v for k, v in self.held.items() if k[: len(stages)] == stages}
-        self.held[held] = dataset, found
-        return found
+        return Features(table=kept, label=dataset.label, views=views)
 
 
 def _rows(

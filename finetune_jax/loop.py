@@ -4,10 +4,9 @@ import dataclasses
 import math
 import time
 
-import jax
 import numpy as np
 
-from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.clock import Clock
 from finetune_jax.data.batches import Examples, Views
 from finetune_jax.errors import TrainingError
@@ -56,7 +55,7 @@ class Loop:
 
     setup: Setup
     evaluator: Evaluator
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | HeldCheckpoints
     log: MetricsLog
     terminal: Terminal
     guard: Guard
@@ -119,10 +118,10 @@ class Loop:
         goes = moves.get("dropped", ()) if carries else leaves
         params = leaves | {name: evaluated[name] for name in goes}
         state = state.replace(params=like(state.params, params))
-        fresh = jax.jit(phase.optimizer().init)(state.params)
+        fresh = self.updates.optimizer_state(phase, state.params)
         if carries:
             fresh = carried(state.opt_state, fresh, carried_cohorts(plan, index, names))
-        return state.replace(opt_state=jax.tree.map(np.asarray, fresh))
+        return state.replace(opt_state=fresh)
 
     def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
         """Returns the state at the end of a phase, entered before or just now."""

@@ -77,7 +77,7 @@ class Devices:
         if self.mode == "pmap":
             stacked = jax.tree.map(lambda x: np.stack([x] * self.count), tree)
             return jax.tree.map(self._split_rows, stacked)
-        return jax.tree.map(lambda x: jax.device_put(x, self._sharding(x)), tree)
+        return jax.device_put(tree, jax.tree.map(self._sharding, tree))
 
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
         """Returns a host batch divided among the devices along `batch_axis`."""
@@ -92,8 +92,7 @@ class Devices:
                 return self._split_rows(np.moveaxis(array, batch_axis, 0))
 
             return jax.tree.map(divided, batch)
-        sharding = self._batch_sharding(batch_axis)
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+        return jax.device_put(batch, self._batch_sharding(batch_axis))
 
     def _split_rows(self, array: np.ndarray) -> jax.Array:
         """Returns row i on device i, as pmap takes it."""

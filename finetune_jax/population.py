@@ -15,11 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
-
 from finetune_jax import config as configs
-from finetune_jax.checkpoint import HeldCheckpoints
+from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.domains import Domain
@@ -31,10 +28,12 @@ from finetune_jax.loop import Preempted
 from finetune_jax.metrics import is_better
 from finetune_jax.plan import plan_problems
 from finetune_jax.preemption import Stop
+from finetune_jax.report.table import Overrides, as_csv, table
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import (
     add_fisher,
+    best_state,
     make_evaluator,
     make_loop,
     make_result,
@@ -60,8 +59,6 @@ ALLOWED = (
     r"seed(\.\w+)?|plan\[\d+\]\.\w+(\.\w+)?|init\.(schemes|fresh)"
     r"|task\.label_smoothing"
 )
-
-Overrides = tuple[tuple[str, Any], ...]
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
@@ -158,6 +155,7 @@ def run_population(
         results = population.run()
         best = population.best(results)
         assert best is not None
+        population.report(best, results[best])
         rows = table(config.population, results, config.evaluate.best)
         seconds = time.perf_counter() - begin
         result = results[best] | {
@@ -312,7 +310,7 @@ class _Population:
         add_fisher(loop, start, self.domains)
         try:
             state = loop.run(setup.with_ema(start))
-            result, placed = make_result(loop, state, begin)
+            result, _ = make_result(loop, state, begin)
         except Preempted as error:
             raise Preempted(f"stopped in member {number + 1}") from error
         finally:
@@ -320,9 +318,17 @@ class _Population:
         results = [*results[:number], result, *results[number + 1 :]]
         if self.best(results) == number:
             held.write(folder / "checkpoints")
-            write_report(setup, evaluator, placed, loop.progress, result, folder)
         write_json(folder / "result.json", result)
         return result
+
+    def report(self, number: int, result: Mapping[str, Any]) -> None:
+        """Writes the report of a member whose states are on the disk."""
+        setup, folder = self.setups[number], self._folder(number)
+        evaluator, placed, _ = best_state(setup, folder, self.domains)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
+        progress = checkpoints.progress(checkpoints.steps()[-1])
+        checkpoints.close()
+        write_report(setup, evaluator, placed, progress, result, folder)
 
     def _record(self, folder: pathlib.Path, config: Config) -> None:
         """Writes what a member is, as a run of its own does."""
@@ -333,65 +339,3 @@ class _Population:
             folder / "manifest.json", {**manifest, "config": plain, "seed": seed}
         )
         write_text(folder / "config.json", configs.to_json(config))
-
-
-def table(
-    population: Sequence[Overrides], results: Sequence[Mapping[str, Any]], metric: str
-) -> list[dict[str, Any]]:
-    """Returns a row for members that differ in seeds only, the best mean first.
-
-    Args:
-        population: What each member overrides.
-        results: Of each.
-        metric: By which they are in order.
-
-    Returns:
-        'settings', 'members' (their numbers), and under 'mean' and 'interval_95' each
-        metric of the best states; the interval is half of that of the mean by Student's
-        t, None of a single member.
-    """
-    groups: dict[Overrides, list[int]] = {}
-    for number, overrides in enumerate(population):
-        kept = [pair for pair in overrides if not pair[0].startswith("seed")]
-        groups.setdefault(tuple(kept), []).append(number)
-    rows = []
-    for settings, members in groups.items():
-        values = {
-            name: np.array([results[number]["best"][name] for number in members])
-            for name in results[0]["best"]
-        }
-        rows.append(
-            {
-                "settings": dict(settings),
-                "members": members,
-                "mean": {name: float(np.mean(v)) for name, v in values.items()},
-                "interval_95": {name: interval(v) for name, v in values.items()},
-            }
-        )
-    sign = -1 if is_better(metric, 1.0, 0.0) else 1
-    return sorted(rows, key=lambda row: sign * row["mean"][metric])
-
-
-def interval(values: np.ndarray) -> float | None:
-    """Returns half the 95 % interval of a mean, by Student's t; None of one value."""
-    if len(values) < 2:
-        return None
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(stdtrit(len(values) - 1, 0.975) * error)
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the rows of a table as text, a line each."""
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    names = list(rows[0]["mean"])
-    lines = [[*keys, "members", *(t for n in names for t in (n, f"{n} +- 95%"))]]
-    for row in rows:
-        numbers = [(row["mean"][name], row["interval_95"][name]) for name in names]
-        lines.append(
-            [
-                *(f'"{row["settings"].get(key, "")}"' for key in keys),
-                str(len(row["members"])),
-                *("" if n is None else f"{n:.6g}" for pair in numbers for n in pair),
-            ]
-        )
-    return "".join(",".join(line) + "\n" for line in lines)

@@ -309,6 +309,20 @@ def make_evaluator(
     )
 
 
+def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
+    """Checks that a workdir is that of a run.
+
+    Raises:
+        UserError: It is that of a population.
+    """
+    if config.population:
+        raise UserError(
+            f"--workdir: {workdir} holds a population. Each of {workdir}/members is the "
+            "workdir of a run; `member` in result.json is the number of the best one, "
+            "which has checkpoints."
+        )
+
+
 def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
     """Returns the state of a checkpoint of a run, on the host."""
     return checkpoints.restore(step, setup.target(checkpoints.progress(step)))
@@ -330,6 +344,7 @@ def best_state(
         UserError: There is no checkpoint yet.
     """
     folder = workdir / "checkpoints"
+    check_is_one_run(setup.config, workdir)
     if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
         raise UserError(f"--workdir: {workdir} has no checkpoint yet")
     # The run may still be going on, and saving.

@@ -37,6 +37,7 @@ class Updates:
         fixed: What updates read and nobody updates, placed.
         say: Tells a person.
         programs: Compiled so far, by what they depend on.
+        inits: Likewise, of optimizers.
         told: What was said so far.
         stock: Gradients of convolutions that programs leave to jax, as `programs`.
         placed: The split that lies on the device, and where.
@@ -46,6 +47,7 @@ class Updates:
     fixed: Any
     say: Callable[[str], None]
     programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+    inits: dict[Any, Callable] = dataclasses.field(default_factory=dict)
     told: set[str] = dataclasses.field(default_factory=set)
     stock: dict[Any, int] = dataclasses.field(default_factory=dict)
     placed: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
@@ -157,6 +159,12 @@ class Updates:
         )
         self.programs[key] = program
         return program, program.compile_s
+
+    def optimizer_state(self, phase: PhaseSetup, params: Any) -> Any:
+        """Returns the fresh state of a phase's optimizer, on the host."""
+        if phase.program not in self.inits:
+            self.inits[phase.program] = jax.jit(phase.optimizer().init)
+        return jax.tree.map(np.asarray, self.inits[phase.program](params))
 
     def _step(self, phase: PhaseSetup) -> Callable:
         """Returns an update of the phase as a function of its arguments."""

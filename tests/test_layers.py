@@ -14,6 +14,7 @@ LAYERS = (
         "modes.plan",
         "modes.reproduce",
     ),
+    ("population",),
     ("run",),
     ("loop", "summary"),
     ("updates",),

@@ -26,6 +26,7 @@ from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.modes.options import Options
 from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
+from finetune_jax.population import member_configs
 from finetune_jax.setup import (
     PhaseSetup,
     check_groups_of,
@@ -43,6 +44,9 @@ from finetune_jax.trees import count, named, nbytes, stage_of
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
+    if config.population:
+        count_of = len(member_configs(config))
+        print(f"{count_of} members; this is the plan without what they override")
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, config.init.pretrained)
     check_phases(config, plan, make_devices(config.parallel).count)

@@ -11,7 +11,7 @@ from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
 from finetune_jax.preemption import EXIT_STATUS, stop_on_signals
 from finetune_jax.report.log import read_metrics
-from finetune_jax.run import run
+from finetune_jax.run import check_is_one_run, run
 from finetune_jax.workdir import (
     check_same_run,
     read_json,
@@ -31,6 +31,7 @@ def main(config: Config, options: Options) -> int:
     """Runs it again in a folder inside, prints the verdict and returns the status."""
     workdir = options.workdir
     assert workdir is not None
+    check_is_one_run(config, workdir)
     then = read_json(workdir / "result.json")
     if then is None:
         raise UserError(f"--workdir: {workdir} is not finished (no result.json in it)")

@@ -6,7 +6,6 @@ from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
-from finetune_jax.population import run_population
 from finetune_jax.preemption import EXIT_STATUS, Stop, stop_on_signals
 from finetune_jax.run import run
 from finetune_jax.workdir import check_same_run, new_workdir, read_json
@@ -29,8 +28,7 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
             print("this run is finished")
             show(finished)
         else:
-            trained = run_population if config.population else run
-            result = trained(config, workdir, stop)
+            result = _run(config, workdir, stop)
             show(result)
         result = finished or result
         print(f"report  {_best_run(workdir, result) / 'report' / 'index.html'}")
@@ -43,6 +41,17 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
         raise UserError(f"{result_file}: not the result of a run") from error
     print(f"workdir {workdir}", flush=True)
     return status
+
+
+def _run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict:
+    """Runs what the config describes, one run or many."""
+    if not config.population:
+        return run(config, workdir, stop)
+    from finetune_jax.population import (
+        run_population,  # Only who needs it waits for it.
+    )
+
+    return run_population(config, workdir, stop)
 
 
 def _best_run(workdir: pathlib.Path, result: dict) -> pathlib.Path:
