@@ -323,7 +323,9 @@ def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
+def restore(
+    setup: Setup, checkpoints: Checkpoints | HeldCheckpoints, step: int
+) -> TrainState:
     """Returns the state of a checkpoint of a run, on the host."""
     return checkpoints.restore(step, setup.target(checkpoints.progress(step)))
 
