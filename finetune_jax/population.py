@@ -6,7 +6,6 @@ would have as a run of its own. Only the best one's states are written to the di
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import re
@@ -24,11 +23,12 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import FeatureStore
 from finetune_jax.forgetting import open_domains
+from finetune_jax.grid import Overrides
 from finetune_jax.loop import Preempted
 from finetune_jax.metrics import is_better
 from finetune_jax.plan import plan_problems
 from finetune_jax.preemption import Stop
-from finetune_jax.report.table import Overrides, as_csv, table
+from finetune_jax.report.table import as_csv, table
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import (
@@ -59,20 +59,6 @@ ALLOWED = (
     r"seed(\.\w+)?|plan\[\d+\]\.\w+(\.\w+)?|init\.(schemes|fresh)"
     r"|task\.label_smoothing"
 )
-
-
-def grid(values: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
-    """Returns a population of all combinations of some values, for `config.population`.
-
-    >>> grid({"plan[0].peak_lr": (0.1, 1.0), "seed": (0,)})
-    ((('plan[0].peak_lr', 0.1), ('seed', 0)), (('plan[0].peak_lr', 1.0), ('seed', 0)))
-
-    Args:
-        values: Of each key, as the command line has it after `--config.`.
-    """
-    return tuple(
-        tuple(zip(values, chosen)) for chosen in itertools.product(*values.values())
-    )
 
 
 def member_configs(config: Config) -> list[Config]:

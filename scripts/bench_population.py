@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from finetune_jax.population import grid
+from finetune_jax.grid import grid
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 SEEDS = 4

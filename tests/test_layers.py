@@ -52,7 +52,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup", "clock", "machine"),
+    ("lookup", "clock", "machine", "grid"),
     ("errors",),
 )
 # Within a row: who may import whom.

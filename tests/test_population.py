@@ -12,10 +12,11 @@ import finetune_jax.population
 import finetune_jax.run
 from finetune_jax import config as configs
 from finetune_jax.errors import UserError
+from finetune_jax.grid import grid
 from finetune_jax.modes import evaluate, reproduce
 from finetune_jax.modes.options import Options
 from finetune_jax.plan import Phase
-from finetune_jax.population import grid, member_configs, run_population
+from finetune_jax.population import member_configs, run_population
 from finetune_jax.report.log import read_metrics
 from finetune_jax.report.table import as_csv, table
 from finetune_jax.run import run

@@ -63,6 +63,8 @@ def _best_run(workdir: pathlib.Path, result: dict) -> pathlib.Path:
 
 def show(result: dict) -> None:
     """Prints the metrics of a result as a table, after those of a population."""
+    if "population" in result:
+        print("means over seeds ± half their 95 % interval (members), the best first:")
     for row in result.get("population", ()):
         _show_row(row)
     if "member" in result:

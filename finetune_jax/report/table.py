@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from finetune_jax.grid import Overrides
 from finetune_jax.metrics import higher_is_better
-
-# (key, value) pairs of what a member has of its own.
-Overrides = tuple[tuple[str, Any], ...]
 
 
 def table(
