@@ -6,8 +6,9 @@ FOLDER has photos, a folder a class. Trains a head on a frozen ResNet-50 at 224 
 the command of this project, start-up, decoding and compiling included, with an empty cache
 and then again; times forward passes of the same photos; and times two epochs of a plain
 PyTorch loop (frozen, eval mode, channels last, photos decoded before) on the same weights,
-from which its time is extrapolated. Both heads see the same batches. Needs torch and
-torchvision (`make oracles`). Weights are random: no cost depends on them.
+from which its time is extrapolated. Both heads see the same batches; torch's is trained to
+the end on torch's features, too, from the same start, to compare the accuracies. Needs
+torch and torchvision (`make oracles`). Weights are random: no cost depends on them.
 """
 
 import argparse
@@ -139,6 +140,48 @@ def torch_loop(weights: str, classes: int, batches: list) -> list[float]:
     return epochs_s
 
 
+def torch_accuracy(weights: str, setup, state, photos: list, epochs: int) -> float:
+    """Returns the test accuracy of torch's head on torch's features, trained as ours."""
+    import torch  # type: ignore[import-not-found]
+    from oracles import import_torchvision  # type: ignore[import-not-found]
+
+    from finetune_jax.data.order import training_order
+
+    model = import_torchvision().models.resnet50()
+    model.load_state_dict(torch.load(weights))
+    model.fc = torch.nn.Identity()
+    model.eval().to(memory_format=torch.channels_last)
+
+    def features(part: np.ndarray):
+        x = (part / np.float32(255) - np.array(MEAN, np.float32)) / np.array(STD)
+        x = torch.from_numpy(x.astype(np.float32).transpose(0, 3, 1, 2))
+        with torch.no_grad():
+            return torch.cat(
+                [model(x[at : at + BATCH]) for at in range(0, len(x), BATCH)]
+            )
+
+    train, test = setup.data.train, setup.data.held_out["test"]
+    given, labels = features(photos[0]), torch.from_numpy(train.label).long()
+    start = state.params["head"]["logits"]
+    head = torch.nn.Linear(*start["kernel"].shape)
+    head.load_state_dict(
+        {
+            "weight": torch.tensor(start["kernel"]).T,
+            "bias": torch.tensor(start["bias"]),
+        }
+    )
+    optimizer = torch.optim.SGD(head.parameters(), lr=RATE, momentum=0.9)
+    order, updates = training_order(train.label, 0), epochs * len(train) // BATCH
+    for update in range(updates):
+        rows = order.positions(update * BATCH, (update + 1) * BATCH)
+        loss = torch.nn.functional.cross_entropy(head(given[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = head(features(photos[1])).argmax(dim=1).numpy()
+    return float((found == test.label).mean())
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,6 +213,8 @@ def main() -> None:
             f"test accuracy {result['test/accuracy']:.4f}",
             flush=True,
         )
+    accuracy = torch_accuracy(weights, setup, state, photos, given.epochs)
+    print(f"torch's head, trained alike: test accuracy {accuracy:.4f}", flush=True)
     epochs_s = torch_loop(weights, len(setup.data.spec.class_names), batches)
     theirs = min(epochs_s) * given.epochs
     print(
