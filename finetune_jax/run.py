@@ -218,12 +218,13 @@ def make_loop(
 def add_fisher(loop: Loop, start: TrainState, domains: tuple[Domain, ...]) -> None:
     """Adds the Fisher information to what updates read, where a regulariser does."""
     setup = loop.setup
+    examples = setup.config.init.fisher_examples
     if not setup.regularisers & set(READS_FISHER):
         return
     fisher = domain_fisher(
         domain_named(domains, setup.config.init.fisher),
         start,
-        examples=setup.config.init.fisher_examples,
+        examples=examples,
         seed=configs.seeds(setup.config)["order"],
     )
     loop.evaluator.fixed["fisher"] = setup.devices.place(dict(named(fisher)))

@@ -18,6 +18,7 @@ from finetune_jax.setup import make_setup
 ROOT = pathlib.Path(__file__).parents[1]
 VARIANTS = [
     "resnet_head.py:tiny",
+    "head_population.py:tiny",
     "efficientnet_flowers.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
@@ -77,7 +78,8 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path):
     result = run(recorded, tmp_path / "run")
     assert result["steps"] == 2 * len(config.plan)
     unread = set(configs.flat(config)) - recorded.read
-    unread -= {"deterministic", "checkpoint.grace_s"}  # Read before a run begins.
+    # Read before a run begins.
+    unread -= {"deterministic", "checkpoint.grace_s", "population"}
     if config.init.pretrained is None:
         unread -= {"init.fresh", "init.input_channels"}  # They are about weights.
     assert not unread
