@@ -24,6 +24,7 @@ CHOICES = {
     "nonfinite.policy": ("stop", "skip", "rollback"),
     "data.channels": (1, 3),
     "data.interpolation": ("bilinear", "bicubic"),
+    "data.decode": ("fast", "exact"),
     "data.sampling": ("uniform", "balanced"),
     "data.on_error": ("stop", "skip"),
     "data.cache": ("auto", "off"),
@@ -178,6 +179,7 @@ def _data() -> Any:
     data.std = (1.0,)
     data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
     data.interpolation = "bilinear"
+    data.decode = "fast"  # Of training photos, a few grey levels off; or 'exact'.
     data.train_size = optional(int)  # Of training images, before a crop.
     data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
     data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.

@@ -35,7 +35,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import torch_files  # type: ignore[import-not-found]
 
 from finetune_jax import config as configs
-from finetune_jax.data.images import read_image
+from finetune_jax.data.images import Geometry, read_image
 from finetune_jax.data.sources import arrays, idx
 from finetune_jax.errors import UserError
 from finetune_jax.pretrained.addresses import FORMATS
@@ -112,6 +112,12 @@ def reader_of_file(function: Callable) -> Callable[[bytes], object]:
     return read
 
 
+def both_ways(place: pathlib.Path) -> object:
+    """Returns a picture, which is read at reduced scale too."""
+    read_image(place, Geometry(shape=(4, 4, 3), resize=5, decode="fast"))
+    return read_image(place)
+
+
 def targets() -> dict[str, tuple[list[bytes], Callable[[bytes], object]]]:
     """Returns seeds and a reader of bytes for each kind of file."""
     stored = {"x": np.zeros((4, 3), np.float32), "y": np.arange(4)}
@@ -145,7 +151,7 @@ def targets() -> dict[str, tuple[list[bytes], Callable[[bytes], object]]]:
         "idx": ([idx_file()], reader_of_file(idx.read_idx)),
         "pictures": (
             [picture(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")],
-            reader_of_file(read_image),
+            reader_of_file(both_ways),
         ),
         "config.json": (
             [text],

@@ -226,12 +226,18 @@ def test_floating_point_pixels_are_refused(tmp_path):
         read_image(path)
 
 
+def test_grey_levels_of_32_bits_are_refused(tmp_path):
+    path = saved(tmp_path / "a.tif", np.full((4, 4), 60_000, np.int32))
+    with pytest.raises(UserError, match="a.tif: grey levels of 32 bits"):
+        read_image(path)
+
+
 SIZES = [(40, 60), (61, 37), (33, 33), (24, 90)]
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("resize, size", [(32, 28), (28, 28), (70, 64)])
-def test_resize_and_centre_crop_are_torchvisions(interpolation, resize, size):
+def test_resize_and_centre_crop_are_torchvisions(tmp_path, interpolation, resize, size):
     transforms = oracles.import_torchvision().transforms
     pipeline = transforms.Compose(
         [
@@ -248,3 +254,5 @@ def test_resize_and_centre_crop_are_torchvisions(interpolation, resize, size):
         values = pictures.image((120, 90, 60), seed, shape)
         wanted = np.asarray(pipeline(Image.fromarray(values)))
         np.testing.assert_array_equal(fit(values, geometry), wanted)
+        path = saved(tmp_path / "a.png", values)
+        np.testing.assert_array_equal(read_image(path, geometry), wanted)

@@ -1,15 +1,20 @@
 """TFDS without TensorFlow, on a data set that is really prepared."""
 
+import io
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pictures
 import pytest
+from PIL import Image
 
 from finetune_jax import config as configs
 from finetune_jax.data.dataset import load_source, make_data
-from finetune_jax.errors import DataMissing
+from finetune_jax.data.images import Geometry, fit
+from finetune_jax.data.sources.tfds import TfdsExamples
+from finetune_jax.errors import DataMissing, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -51,3 +56,32 @@ def test_a_data_set_that_is_not_prepared_says_what_to_do(tmp_path):
     for name in ("tfds:mnist", "tfds:nothing_of_this_name"):
         with pytest.raises(DataMissing, match="cannot be read|not prepared"):
             load_source(name, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB")])
+def test_stored_images_are_those_that_tfds_decodes(kind, mode):
+    import tensorflow_datasets as tfds
+
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # Which TFDS, like TensorFlow, does not look at.
+    image = Image.fromarray(pictures.image((90, 120, 30), size=(60, 40))).convert(mode)
+    image.save(file, kind, exif=exif)
+    feature = tfds.features.Image(shape=(None, None, len(mode)))
+    records = [
+        {"image": data, "label": 0}
+        for data in (file.getvalue(), file.getvalue()[: len(file.getvalue()) // 2])
+    ]
+    part = TfdsExamples(records, ("image", "label"), feature, True)
+    wanted = np.asarray(feature.decode_example_np(file.getvalue()))
+    wanted = wanted.reshape(60, 40, len(mode))
+    np.testing.assert_array_equal(part.read(0), wanted)
+    exact, fast = (
+        Geometry(shape=(16, 16, 3), resize=18, decode=decode)
+        for decode in ("exact", "fast")
+    )
+    np.testing.assert_array_equal(part.read(0, exact), fit(wanted, exact))
+    is_reduced = (part.read(0, fast) != part.read(0, exact)).any()
+    assert is_reduced == (kind == "JPEG")
+    if kind == "JPEG":
+        with pytest.raises(UserError, match="example 1: cannot be read"):
+            part.read(1, exact)

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
-from finetune_jax.data.images import Geometry, fit_named
+from finetune_jax.data.images import Geometry
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
 from finetune_jax.data.splits import named_splits, overlaps, per_class, select
@@ -97,11 +97,7 @@ class Dataset:
             inputs[rows] = parts[owner].values[places[rows]]
 
         def read(row):
-            part, place = parts[owners[row]], int(places[row])
-            image = part.read(place)
-            if self.geometry is not None:
-                image = fit_named(image, self.geometry, part.name(place))
-            inputs[row] = image
+            inputs[row] = parts[owners[row]].read(int(places[row]), self.geometry)
 
         rows = np.flatnonzero(~ready)
         errors = [error for _, error in attempts(read, rows)]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from finetune_jax.data.images import Geometry, fit_named
 from finetune_jax.errors import problems_error
 
 
@@ -32,8 +33,16 @@ class Examples(Protocol):
         """Returns the number of examples."""
         ...
 
-    def read(self, index: int) -> np.ndarray:
-        """Returns the inputs of one example in their own size; called by many threads."""
+    def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
+        """Returns the inputs of one example; called by many threads.
+
+        Args:
+            index: Of the example.
+            geometry: What an image is to fit; None leaves it in its own size.
+
+        Raises:
+            UserError: Names the example, which cannot be read or fitted.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -62,9 +71,12 @@ class ArrayExamples:
         """Returns the number of examples."""
         return len(self.values)
 
-    def read(self, index: int) -> np.ndarray:
-        """Returns the inputs of one example."""
-        return self.values[index]
+    def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
+        """Returns the inputs of one example, fitted to a geometry where there is one."""
+        value = self.values[index]
+        if geometry is None:
+            return value
+        return fit_named(value, geometry, self.name(index))
 
     def name(self, index: int) -> str:
         """Returns the number of one example."""

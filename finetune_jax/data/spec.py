@@ -7,7 +7,7 @@ from typing import Any
 from finetune_jax.data.images import Geometry
 
 # Keys of `config.data` that say what becomes of an example.
-PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation")
+PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation", "decode")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class DataSpec:
         mix: Ways of mixing examples in training.
         resize: Of an image's shorter side, before its centre is cut out; None stretches.
         interpolation: 'bilinear' or 'bicubic'.
+        decode: 'fast' or 'exact', of training images; all others are decoded exactly.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class DataSpec:
     mix: tuple = ()
     resize: int | None = None
     interpolation: str = "bilinear"
+    decode: str = "exact"
 
     @property
     def train_examples(self) -> int:
@@ -57,7 +59,12 @@ class DataSpec:
             return None
         shape = self.train_shape if training else self.shape
         resize = self.resize and round(self.resize * shape[0] / self.shape[0])
-        return Geometry(shape=shape, resize=resize, interpolation=self.interpolation)
+        return Geometry(
+            shape=shape,
+            resize=resize,
+            interpolation=self.interpolation,
+            decode=self.decode if training else "exact",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns what the config does not say, for a manifest."""

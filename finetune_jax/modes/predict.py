@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
-from finetune_jax.data.images import SUFFIXES, fit_named, read_image
+from finetune_jax.data.images import SUFFIXES, read_image
 from finetune_jax.data.source import array_source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec, spec_from_json
@@ -163,9 +163,7 @@ def _dataset(inputs: np.ndarray, spec: DataSpec) -> Dataset:
 
 
 def _read_photo(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
-    geometry = spec.geometry(training=False)
-    assert geometry is not None
-    return fit_named(read_image(path), geometry, str(path))
+    return read_image(path, spec.geometry(training=False))
 
 
 def _read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:

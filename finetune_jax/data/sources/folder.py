@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetune_jax.data.images import SUFFIXES, read_image
+from finetune_jax.data.images import SUFFIXES, Geometry, read_image
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
@@ -44,9 +44,9 @@ class ImageFiles:
         """Returns the number of examples."""
         return len(self.paths)
 
-    def read(self, index: int) -> np.ndarray:
-        """Returns one photo, bytes [H, W, 1 or 3]."""
-        return read_image(self.paths[index])
+    def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
+        """Returns one photo, bytes [H, W, 1 or 3], fitted to a geometry if there is one."""
+        return read_image(self.paths[index], geometry)
 
     def name(self, index: int) -> str:
         """Returns the path of one photo."""

@@ -11,18 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.images import Geometry, fit_named, read_image
 from finetune_jax.data.source import Source
 from finetune_jax.errors import DataMissing, UserError
+
+_JPEG = b"\xff\xd8\xff"
 
 
 class TfdsExamples:
     """The examples of one split; read when asked for, labels at the start."""
 
-    def __init__(self, records: Any, labels: Any, keys: tuple[str, str], feature: Any):
-        """Takes the records, the same without decoding images, and the two features."""
+    def __init__(
+        self, records: Any, keys: tuple[str, str], feature: Any, is_encoded: bool
+    ):
+        """Takes the records, names of inputs and label, and the feature of the inputs."""
         self._records, self._inputs_key = records, keys[0]
+        self._decode = feature.decode_example_np if is_encoded else np.asarray
         self.label = np.asarray(
-            [int(np.asarray(labels[i][keys[1]])) for i in range(len(labels))], np.int32
+            [int(np.asarray(records[i][keys[1]])) for i in range(len(records))],
+            np.int32,
         )
         shape = tuple(feature.shape)
         if len(shape) == 2:
@@ -34,10 +41,18 @@ class TfdsExamples:
         """Returns the number of examples."""
         return len(self.label)
 
-    def read(self, index: int) -> np.ndarray:
-        """Returns the inputs of one example, [H, W, C] or [F]."""
-        value = np.asarray(self._records[int(index)][self._inputs_key], self.dtype)
-        return value[..., None] if value.ndim == 2 else value
+    def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
+        """Returns the inputs of one example, [H, W, C] or [F], fitted if that is asked.
+
+        What is a JPEG is decoded here, so that it can be at reduced scale; an orientation
+        in it counts for nothing, as with TFDS.
+        """
+        name, content = self.name(index), self._records[index][self._inputs_key]
+        if isinstance(content, bytes) and content.startswith(_JPEG):
+            return read_image(content, geometry, name=name, upright=False)
+        value = np.asarray(self._decode(content), self.dtype)
+        value = value[..., None] if value.ndim == 2 else value
+        return value if geometry is None else fit_named(value, geometry, name)
 
     def name(self, index: int) -> str:
         """Returns the number of one example."""
@@ -61,7 +76,16 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         builder: Any = tfds.builder(argument, **options)
         info = builder.info
         splits = list(info.splits)
-        records = {split: builder.as_data_source(split=split) for split in splits}
+        # Images come as they are stored, to be decoded here.
+        decoders = {
+            key: tfds.decode.SkipDecoding()
+            for key, feature in info.features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+        records = {
+            split: builder.as_data_source(split=split, decoders=decoders)
+            for split in splits
+        }
     except Exception as error:  # TFDS raises errors of many kinds, not all documented.
         raise DataMissing(
             f"config.data.name: tfds:{argument} cannot be read from "
@@ -75,19 +99,9 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         )
     keys = _keys(tfds, argument, info)
     feature, classes = info.features[keys[0]], info.features[keys[1]]
-    decoders = (
-        {keys[0]: tfds.decode.SkipDecoding()}
-        if isinstance(feature, tfds.features.Image)
-        else None
-    )
     examples = {
-        split: TfdsExamples(
-            records[split],
-            builder.as_data_source(split=split, decoders=decoders),
-            keys,
-            feature,
-        )
-        for split in splits
+        split: TfdsExamples(part, keys, feature, keys[0] in decoders)
+        for split, part in records.items()
     }
     if len(examples) == 1:
         examples = {"all": next(iter(examples.values()))}
