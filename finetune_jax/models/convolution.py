@@ -17,7 +17,7 @@ import numpy as np
 from finetune_jax.models.depthwise import shifted_products
 from finetune_jax.models.windows import Pads, pixels_met, windows
 
-# Below it, a product for each row of a kernel is faster than one for each place.
+# Below it, gradients are wider than images, and are not to be copied.
 FEW_CHANNELS = 16
 # From it on, in one place, products are faster than a convolution; measured on two cores.
 MANY_WEIGHTS = 256**2
@@ -132,33 +132,62 @@ with_products.defvjp(_products_forward, _products_backward)
 def _gradient_of_kernel(
     x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
 ) -> jax.Array:
-    """Returns the gradient of a kernel of one group: a product for each of its places.
+    """Returns the gradient of a kernel of one group."""
+    if how.strides == (1, 1) and shape[2] >= FEW_CHANNELS:
+        return _in_one(x_BxHxWxC, shape, gradient, how)
+    return _row_by_row(x_BxHxWxC, shape, gradient, how)
 
-    Where there are few channels, one for each of its rows.
+
+def _in_one(
+    x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
+) -> jax.Array:
+    """Returns the gradient of a kernel of stride 1, as one product.
+
+    The images as each row of the kernel meets them, side by side, are multiplied by the
+    gradient as each column gives it: 3 + 3 copies for a kernel of 3x3, and not 9.
     """
     rows, columns, channels, filters = shape
-    wide = channels < FEW_CHANNELS
+    height, width = gradient.shape[1:3]
+    padded = jnp.pad(x_BxHxWxC, ((0, 0), *how.pads, (0, 0)))
+    met = np.arange(height)[:, None] + np.arange(rows)
+    images = jnp.swapaxes(jnp.take(padded, met, axis=1, mode="clip"), 2, 3)
+    room = columns - 1
+    padded = jnp.pad(gradient, ((0, 0), (0, 0), (room, room), (0, 0)))
+    met = np.arange(width + room)[:, None] + room - np.arange(columns)
+    gradients = jnp.take(padded, met, axis=2, mode="clip")
+    found = _product(
+        images.reshape(-1, rows * channels),
+        gradients.reshape(-1, columns * filters),
+        how.precision,
+    )
+    return jnp.swapaxes(found.reshape(rows, channels, columns, filters), 1, 2)
+
+
+def _row_by_row(
+    x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
+) -> jax.Array:
+    """Returns the gradient of a kernel, a product for each of its rows."""
+    rows, columns, channels, filters = shape
     met: list[list[jax.Array]] = [[] for _ in range(rows)]
     for row, _, window in windows(x_BxHxWxC, shape, how.strides, how.pads):
         met[row].append(window)
     flat = gradient.reshape(-1, filters)
-
-    def product(window: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(
-            window.reshape(-1, window.shape[-1]),
-            flat,
-            (((0,), (0,)), ((), ())),
-            precision=how.precision,
-            preferred_element_type=jnp.promote_types(flat.dtype, jnp.float32),
-        )
-
-    found = [
-        product(jnp.concatenate(row, axis=-1)).reshape(columns, channels, filters)
-        if wide
-        else jnp.stack([product(window) for window in row])
-        for row in met
+    images = [
+        jnp.concatenate(row, axis=-1).reshape(-1, columns * channels) for row in met
     ]
-    return jnp.stack(found)
+    found = jnp.stack([_product(flat, one, how.precision) for one in images])
+    return jnp.moveaxis(found, 1, -1).reshape(shape)
+
+
+def _product(left: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
+    """Returns the product of one matrix, transposed, with another."""
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+    )
 
 
 def _gradient_of_x(
