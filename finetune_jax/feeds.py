@@ -240,6 +240,19 @@ def resident(examples: Examples) -> Dataset | Features:
     return whole
 
 
+def everything(whole: Dataset | Features) -> dict[str, Any]:
+    """Returns what `take` does of all rows of a split; what is there is not copied."""
+    count = len(whole)
+    if isinstance(whole, Features):
+        label = np.repeat(whole.label, whole.views, axis=0)
+        weight = np.ones(count, np.float32)
+        return {"features": whole.table, "label": label, "weight": weight}
+    if whole.decoded is None:
+        return whole.take(np.arange(count))
+    weight = whole.readable(np.arange(count)).astype(np.float32)
+    return {"inputs": whole.decoded, "label": whole.label, "weight": weight}
+
+
 def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str | None:
     """Returns why a split does not lie on the device, or None if it can.
 

@@ -18,6 +18,7 @@ from finetune_jax.feeds import (
     Feed,
     Scanned,
     Stepwise,
+    everything,
     resident,
     stock_gradients,
     why_not_resident,
@@ -103,8 +104,8 @@ class Updates:
     def _placed(self, whole: Dataset | Features) -> Any:
         """Returns all of a split on the device; the one placed last is kept."""
         if not self.placed or self.placed[0][0] is not whole:
-            rows = whole.take(np.arange(len(whole)))
-            self.placed[:] = [(whole, self.setup.devices.place(rows))]
+            placed = self.setup.devices.place(everything(whole))
+            self.placed[:] = [(whole, placed)]
         return self.placed[0][1]
 
     def _why_stepwise(
