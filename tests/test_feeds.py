@@ -80,7 +80,7 @@ CASES = {
     ),
     "mlp": ((Phase(name="all", steps=30),), {"model.name": "mlp"}),
 }  # fmt: skip
-SLOW = set(CASES) - {"two phases", "views"}
+SLOW = set(CASES) - {"two phases"}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_member_has_the_bits_of_its_single_run(trained, tmp_path, number):
     assert configs.to_json(read_config(place)) == configs.to_json(member)
 
 
+@pytest.mark.slow
 def test_members_differ_and_the_best_one_is_told_and_kept(trained):
     folder, result = trained
     members = [folder / "run" / "members" / f"{n:03d}" for n in range(len(MEMBERS))]
@@ -113,6 +114,7 @@ def test_members_differ_and_the_best_one_is_told_and_kept(trained):
     assert written == json.loads(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_the_best_member_can_be_measured_again_and_the_population_says_where(
     trained,
 ):
@@ -158,6 +160,30 @@ def test_a_killed_population_goes_on_with_the_member_that_was_not_finished(
         len([1 for place in members.iterdir() if (place / "checkpoints").exists()]) == 1
     )
     assert result["member"] < 4
+
+
+def test_a_population_ends_in_a_table_and_is_not_trained_twice(tmp_path, capsys):
+    members = grid({"plan[0].peak_lr": (0.1, 0.01), "seed": (0, 1)})
+    overrides = {"evaluate.best": "validation/loss", "population": members}
+    given = small.config(
+        model="mlp",
+        hidden=(),
+        plan=(Phase(name="all", steps=8),),
+        overrides=[(key, str(value)) for key, value in overrides.items()],
+    )
+    result = run_population(given, tmp_path / "run")
+    assert [len(row["members"]) for row in result["population"]] == [2, 2]
+    assert len((tmp_path / "run" / "table.csv").read_text().splitlines()) == 3
+    member = member_configs(given)[result["member"]]
+    run(member, tmp_path / "single")
+    best = tmp_path / "run" / "members" / f"{result['member']:03d}"
+    assert outcome(best) == outcome(tmp_path / "single")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run_population(given, tmp_path / "run")
+    assert "4 of 4 members are finished" in capsys.readouterr().out
+    assert again | {"wall_s": 0} == json.loads(json.dumps(result)) | {
+        "wall_s": 0, "population": again["population"]
+    }  # fmt: skip
 
 
 def results(values):
