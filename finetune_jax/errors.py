@@ -19,6 +19,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, such as a loss that is not finite; status 1."""
 
 
+class NotFinite(TrainingError):
+    """A run whose loss or gradient is not finite."""
+
+
 def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:
     """Returns one error that lists every problem, in order, each on its own line."""
     lines = [header, *(f"  {problem}" for problem in problems)]

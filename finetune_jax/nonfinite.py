@@ -20,7 +20,7 @@ from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.data.batches import training_positions
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.errors import TrainingError
+from finetune_jax.errors import NotFinite
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.state import Progress
@@ -134,7 +134,7 @@ class Guard:
             progress: Counts it.
 
         Raises:
-            TrainingError: The policy is to stop, or there were too many of them.
+            NotFinite: The policy is to stop, or there were too many of them.
         """
         place = self._keep(made, progress.anchor)
         progress.nonfinite += 1
@@ -147,7 +147,7 @@ class Guard:
         stops = self.policy == "stop"
         if stops or progress.nonfinite > self.limit:
             many = "" if stops else f" This is number {progress.nonfinite}."
-            raise TrainingError(
+            raise NotFinite(
                 f"Not finite: {found}.{many} Its batch and examples are in {place}; the "
                 f"last checkpoint that was due is that of step {progress.anchor}. Lower "
                 "peak_lr, or set clip_norm, in a new workdir; or have such updates "

@@ -19,7 +19,7 @@ from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.domains import Domain
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import NotFinite, TrainingError, UserError, problems_error
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import FeatureStore
 from finetune_jax.forgetting import open_domains
@@ -114,7 +114,7 @@ def run_population(
 
     Raises:
         UserError: The population cannot be run, or the workdir holds another run.
-        TrainingError: A member cannot go on.
+        TrainingError: No member could be trained to its end.
         Preempted: The population was asked to stop; members that are finished stay so.
     """
     begin, terminal = time.perf_counter(), Terminal()
@@ -140,7 +140,10 @@ def run_population(
         )  # fmt: skip
         results = population.run()
         best = population.best(results)
-        assert best is not None
+        if best is None:
+            raise TrainingError(
+                f"All members failed, the first: {results[0]['failed']}"
+            )
         population.report(best, results[best])
         rows = table(config.population, results, config.evaluate.best)
         seconds = time.perf_counter() - begin
@@ -205,8 +208,10 @@ class _Population:
     def run(self) -> list[dict[str, Any]]:
         """Returns the result of each member, trained before or now.
 
+        Of one whose loss was not finite it has 'failed', the message, alone.
+
         Raises:
-            TrainingError: A member cannot go on.
+            TrainingError: A member cannot go on for another reason.
             Preempted: It was asked to stop.
         """
         found = [read_json(self._folder(n) / "result.json") for n in self._numbers]
@@ -237,21 +242,24 @@ class _Population:
 
     def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
         """Returns the best of the members that are finished; the first of equals."""
-        best = None
+        best, highest = None, None
         for number, result in enumerate(results):
-            if result is not None:
+            if result is not None and "failed" not in result:
                 value = result["best"][self._metric]
-                before = None if best is None else results[best]["best"][self._metric]  # type: ignore[index]
-                if best is None or is_better(self._metric, value, before):
-                    best = number
+                if best is None or is_better(self._metric, value, highest):
+                    best, highest = number, value
         return best
 
     def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:
-        overrides = dict(self._overrides(number))
-        value = results[number]["best"][self._metric]  # type: ignore[index]
-        best = " (best so far)" if self.best(results) == number else ""
+        result, overrides = results[number], dict(self._overrides(number))
+        assert result is not None
+        if "failed" in result:
+            found = "failed"
+        else:
+            best = " (best so far)" if self.best(results) == number else ""
+            found = f"{self._metric} {result['best'][self._metric]:.4f}{best}"
         self.terminal.say(
-            f"member {number + 1} of {len(results)}  {self._metric} {value:.4f}{best}  "
+            f"member {number + 1} of {len(results)}  {found}  "
             + "  ".join(f"{key}={value!r}" for key, value in overrides.items())
         )
 
@@ -299,6 +307,8 @@ class _Population:
             result, _ = make_result(loop, state, begin)
         except Preempted as error:
             raise Preempted(f"stopped in member {number + 1}") from error
+        except NotFinite as error:
+            result = {"failed": str(error)}
         finally:
             loop.log.close()
         results = [*results[:number], result, *results[number + 1 :]]

@@ -11,7 +11,7 @@ from scipy import stats
 import finetune_jax.population
 import finetune_jax.run
 from finetune_jax import config as configs
-from finetune_jax.errors import UserError
+from finetune_jax.errors import TrainingError, UserError
 from finetune_jax.grid import grid
 from finetune_jax.modes import evaluate, reproduce
 from finetune_jax.modes.options import Options
@@ -186,6 +186,37 @@ def test_a_population_ends_in_a_table_and_is_not_trained_twice(tmp_path, capsys)
     }  # fmt: skip
 
 
+def test_a_member_that_diverges_stops_no_other(tmp_path):
+    members = grid({"plan[0].peak_lr": (1e38, 0.01), "seed": (0, 1)})
+    overrides = {"evaluate.best": "validation/accuracy", "population": members}
+    given = small.config(
+        model="mlp",
+        hidden=(),
+        plan=(Phase(name="all", steps=8, optimizer="sgd"),),
+        overrides=[(key, str(value)) for key, value in overrides.items()],
+    )
+    result = run_population(given, tmp_path / "run")
+    good, bad = result["population"]
+    assert good["failed"] == [] and result["member"] in good["members"] == [2, 3]
+    assert bad["failed"] == bad["members"] == [0, 1] and bad["mean"] == {}
+    told = read_json(tmp_path / "run" / "members" / "000" / "result.json")
+    assert told is not None and told["failed"].startswith("Not finite")
+    text = (tmp_path / "run" / "table.csv").read_text()
+    _, first, second = csv.reader(text.splitlines())
+    assert first[1:3] == ["2", "0"] and second[1:4] == ["2", "2", ""]
+    overrides["population"] = members[:2]
+    worse = small.config(
+        model="mlp",
+        hidden=(),
+        plan=(Phase(name="all", steps=8, optimizer="sgd"),),
+        overrides=[(key, str(value)) for key, value in overrides.items()],
+    )
+    with pytest.raises(
+        TrainingError, match="All members failed, the first: Not finite"
+    ):
+        run_population(worse, tmp_path / "worse")
+
+
 def results(values):
     return [{"best": {"validation/loss": v, "test/accuracy": 1 - v}} for v in values]
 
@@ -212,9 +243,9 @@ def test_the_table_can_be_read_as_csv():
     population = ((("init.schemes", (("a,b", "zeros"),)),), ())
     rows = table(population, results([0.25, 0.5]), "validation/loss")
     heading, first, second = csv.reader(as_csv(rows).splitlines())
-    assert heading[:3] == ["init.schemes", "members", "validation/loss"]
-    assert first == ["(('a,b', 'zeros'),)", "1", "0.25", "", "0.75", ""]
-    assert second[:3] == ["", "1", "0.5"]
+    assert heading[:4] == ["init.schemes", "members", "failed", "validation/loss"]
+    assert first == ["(('a,b', 'zeros'),)", "1", "0", "0.25", "", "0.75", ""]
+    assert second[:4] == ["", "1", "0", "0.5"]
 
 
 def test_all_that_is_wrong_with_a_population_is_told_at_once(tmp_path):

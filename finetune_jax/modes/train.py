@@ -87,4 +87,5 @@ def _show_row(row: dict) -> None:
         for name, mean, half in numbers
     )
     settings = "  ".join(f"{key}={value!r}" for key, value in row["settings"].items())
-    print(f"{values}  ({len(row['members'])})  {settings}")
+    failed = f", {len(row['failed'])} failed" if row["failed"] else ""
+    print(f"{values}  ({len(row['members'])}{failed})  {settings}")
