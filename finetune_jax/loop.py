@@ -11,7 +11,7 @@ from finetune_jax.clock import Clock
 from finetune_jax.data.batches import Examples, Views
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
-from finetune_jax.feeds import Feed
+from finetune_jax.feeds import LONGEST, Feed
 from finetune_jax.metrics import is_better
 from finetune_jax.nonfinite import Guard, Unread
 from finetune_jax.optimizer import carried
@@ -146,9 +146,10 @@ class Loop:
         return ended
 
     def _next_stop(self, step: int, end: int) -> int:
-        """Returns the next step after which the state is to be measured or saved."""
+        """Returns up to where updates may go before the state is measured or saved."""
         every = [self._evaluation_every, self.setup.config.checkpoint.every_steps]
-        return min([end, *((step // n + 1) * n for n in every if n)])
+        due = [(step // n + 1) * n for n in every if n]
+        return min(end, step + LONGEST, *due)
 
     def _first(self, phase: PhaseSetup) -> str | None:
         """Returns the stage before which nothing depends on the phase's updates."""

@@ -20,7 +20,7 @@ class Terminal:
         """Finds out whether standard output is a terminal.
 
         Args:
-            quiet: Whether neither bars nor metrics are shown.
+            quiet: Whether warnings alone are shown.
         """
         self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=True)
@@ -29,12 +29,16 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, markup=False)
-        sys.stdout.flush()
+        if not self._quiet:
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """Prints a line that begins with 'warning:'."""
-        self.say(f"warning: {text}")
+        self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False)
+        sys.stdout.flush()
 
     def begin_phase(self, name: str, first: int, step: int, end: int) -> None:
         """Starts the bar of a phase.
@@ -75,7 +79,5 @@ class Terminal:
 
     def metrics(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         """Prints one line of metrics."""
-        if self._quiet:
-            return
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step:>6}  {phase:<12}  {shown}")
