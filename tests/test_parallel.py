@@ -113,7 +113,7 @@ def test_a_step_takes_less_memory_than_in_xlas_own_order_and_is_the_same_bits():
     batch = batches(1)[0]
     arguments = (state, FIXED, batch, np.float32(0.01), np.float32(0))
     xlas = jax.jit(step).lower(*arguments).compile()
-    devices = make_devices(**KINDS["one"])
+    devices = make_devices(SimpleNamespace(**KINDS["one"]))
     placed = devices.place(state)
     ours = devices.compile_train(step, placed, *arguments[1:]).call
     found, wanted = (c.memory_analysis().temp_size_in_bytes for c in (ours, xlas))

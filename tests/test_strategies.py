@@ -330,7 +330,7 @@ def test_twenty_cycles_of_alternating_compile_two_steps(tmp_path, monkeypatch):
     config = small.config(model="mlp", hidden=(8,), plan=plan)
     result = run(config, tmp_path / "run")
     assert result["steps"] == 60 and len(plan) == 40
-    assert len(loops[0].programs) == 2
+    assert len(loops[0].updates.programs) == 2
 
 
 @pytest.mark.slow
