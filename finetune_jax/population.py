@@ -22,8 +22,6 @@ from finetune_jax.domains import Domain
 from finetune_jax.errors import NotFinite, TrainingError, UserError, problems_error
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import FeatureStore
-from finetune_jax.forgetting import open_domains
-from finetune_jax.grid import Overrides
 from finetune_jax.loop import Preempted
 from finetune_jax.metrics import is_better
 from finetune_jax.plan import plan_problems
@@ -34,10 +32,12 @@ from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import (
     add_fisher,
     best_state,
+    inputs_of,
     make_evaluator,
     make_loop,
     make_result,
     make_store,
+    open_run,
     record,
 )
 from finetune_jax.setup import Setup, make_setup
@@ -120,23 +120,16 @@ def run_population(
     begin, terminal = time.perf_counter(), Terminal()
     check_same_run(workdir, config)
     members = member_configs(config)
-    setup = make_setup(config)
-    domains = open_domains(setup)
-    for text in setup.data.warnings:
-        terminal.warn(text)
+    setup, domains = open_run(config, terminal)
     setups = _setups(setup, members)
     _, weights = setup.start(measure=False)
-    inputs = {
-        "data_fingerprint": setup.data.fingerprint(),
-        "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": weights.sha256 if weights else {},
-    }
+    inputs = inputs_of(setup, domains, weights)
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs)
         population = _Population(
-            setups=setups, workdir=workdir, domains=domains, stop=stop or Stop(),
-            terminal=terminal, store=make_store(setup, terminal),
+            config=config, setups=setups, workdir=workdir, domains=domains,
+            stop=stop or Stop(), terminal=terminal, store=make_store(setup, terminal),
         )  # fmt: skip
         results = population.run()
         best = population.best(results)
@@ -186,6 +179,7 @@ class _Population:
     """Members in training.
 
     Attributes:
+        config: Of the population.
         setups: What each of them is.
         workdir: Of the population.
         domains: Others, on which members are measured too.
@@ -196,6 +190,7 @@ class _Population:
         evaluator: Likewise.
     """
 
+    config: Config
     setups: list[Setup]
     workdir: pathlib.Path
     domains: tuple[Domain, ...]
@@ -238,7 +233,7 @@ class _Population:
 
     @property
     def _metric(self) -> str:
-        return self.setups[0].config.evaluate.best
+        return self.config.evaluate.best
 
     def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
         """Returns the best of the members that are finished; the first of equals."""
@@ -251,7 +246,7 @@ class _Population:
         return best
 
     def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:
-        result, overrides = results[number], dict(self._overrides(number))
+        result = results[number]
         assert result is not None
         if "failed" in result:
             found = "failed"
@@ -260,18 +255,16 @@ class _Population:
             found = f"{self._metric} {result['best'][self._metric]:.4f}{best}"
         self.terminal.say(
             f"member {number + 1} of {len(results)}  {found}  "
-            + "  ".join(f"{key}={value!r}" for key, value in overrides.items())
+            + "  ".join(
+                f"{key}={value!r}" for key, value in self.config.population[number]
+            )
         )
-
-    def _overrides(self, number: int) -> Overrides:
-        config = read_json(self.workdir / "config.json") or {}
-        return tuple((key, value) for key, value in config["population"][number])
 
     def _train(
         self, number: int, results: Sequence[Mapping[str, Any] | None]
     ) -> dict[str, Any]:
         """Returns the result of a member, and writes its folder, the result last."""
-        begin, setup, folder = time.perf_counter(), self.setups[number], None
+        begin, setup = time.perf_counter(), self.setups[number]
         if self.stop.asked():
             raise Preempted(f"stopped before member {number + 1}")
         folder = self._folder(number)

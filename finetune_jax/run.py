@@ -25,6 +25,7 @@ from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
+from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
@@ -64,18 +65,11 @@ def run(
     """
     begin, terminal = time.perf_counter(), Terminal()
     check_same_run(workdir, config)
-    setup = make_setup(config)
-    domains = open_domains(setup)
-    for text in setup.data.warnings:
-        terminal.warn(text)
+    setup, domains = open_run(config, terminal)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, weights = setup.start(measure=not begun)
     setup = setup.in_memory()
-    inputs = {
-        "data_fingerprint": setup.data.fingerprint(),
-        "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": weights.sha256 if weights else {},
-    }
+    inputs = inputs_of(setup, domains, weights)
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs)
@@ -93,6 +87,30 @@ def run(
         _tell_unreadable(workdir, setup, terminal)
         write_json(workdir / "result.json", result)
     return result
+
+
+def open_run(config: Config, terminal: Terminal) -> tuple[Setup, tuple[Domain, ...]]:
+    """Returns what a config describes, and tells what a reader should know of it.
+
+    Raises:
+        UserError: The config cannot be run.
+    """
+    setup = make_setup(config)
+    domains = open_domains(setup)
+    for text in setup.data.warnings:
+        terminal.warn(text)
+    return setup, domains
+
+
+def inputs_of(
+    setup: Setup, domains: tuple[Domain, ...], weights: Weights | None
+) -> dict[str, Any]:
+    """Returns what the manifest says of data and weights."""
+    return {
+        "data_fingerprint": setup.data.fingerprint(),
+        "also_fingerprint": {d.label: d.fingerprint() for d in domains},
+        "weights_sha256": weights.sha256 if weights else {},
+    }
 
 
 def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:

@@ -152,7 +152,9 @@ class Updates:
             placed: The state.
             call: From the feed.
         """
-        key = phase.program, str(self.setup.config.task), feed.kind
+        # Averages and what is fixed are those of all phases, of which runs may differ.
+        shared = tuple(placed.ema), tuple(self.fixed)
+        key = phase.program, str(self.setup.config.task), feed.kind, shared
         if key in self.programs:
             return self.programs[key], 0.0
         program = self.setup.devices.compile_train(

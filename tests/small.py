@@ -11,6 +11,7 @@ from finetune_jax.loop import Loop
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.preemption import Stop
+from finetune_jax.report.log import read_metrics
 from finetune_jax.setup import make_task, phase_setup
 from finetune_jax.start import random_state
 from finetune_jax.step import train_step
@@ -36,6 +37,14 @@ def die_before(patch, *steps):
         return update(self, placed, phase, feed, step, rates[:room], shares[:room])
 
     patch.setattr(Loop, "_update", dies)
+
+
+def lines(workdir):
+    """Returns the lines of a run's log without what a clock says."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 def stop_at_once():

@@ -13,7 +13,6 @@ import finetune_jax.run
 from finetune_jax import features
 from finetune_jax.loop import Preempted
 from finetune_jax.plan import Phase
-from finetune_jax.report.log import read_metrics
 from finetune_jax.run import run
 from finetune_jax.tasks.task import EVALUATION
 
@@ -51,12 +50,8 @@ def config(phases, folder, **overrides):
 
 def outcome(config, workdir):
     result = run(config, workdir)
-    lines = [
-        {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
     keys = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best")
-    return [result[key] for key in keys], lines
+    return [result[key] for key in keys], small.lines(workdir)
 
 
 def both(phases, folder, **overrides):

@@ -14,7 +14,6 @@ from finetune_jax.data.order import training_order
 from finetune_jax.feeds import LONG_S, LONGEST, Scanned, stock_gradients
 from finetune_jax.models.convolution import convolve
 from finetune_jax.plan import Phase
-from finetune_jax.report.log import read_metrics
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
 
@@ -43,12 +42,8 @@ def outcome(folder, plan, overrides, steps_per_call):
     )
     workdir = folder / f"{steps_per_call}"
     result = run(config, workdir)
-    lines = [
-        {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
     kept = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best")
-    return [result[key] for key in kept], lines
+    return [result[key] for key in kept], small.lines(workdir)
 
 
 AUGMENT = (("flip",), ("pad_crop", 1), ("rand_augment", 1, 5))

@@ -17,7 +17,6 @@ from finetune_jax.modes import evaluate, reproduce
 from finetune_jax.modes.options import Options
 from finetune_jax.plan import Phase
 from finetune_jax.population import member_configs, run_population
-from finetune_jax.report.log import read_metrics
 from finetune_jax.report.table import as_csv, table
 from finetune_jax.run import run
 from finetune_jax.workdir import read_config, read_json
@@ -37,6 +36,8 @@ MEMBERS = (
     (("task.label_smoothing", 0.3), ("seed.order", 7)),
     (("init.schemes", ((".*kernel", "orthogonal"),)), ("seed.dropout", 3)),
     (("plan[0].rules", ((".*", 1.0),)), ("plan[0].batch_stats", "update")),
+    (("plan[1].regularise", (("l2_sp", 0.1, ".*kernel"),)),),
+    (("plan[1].rules", (("head/.*", 1.0), (".*", 0.0))), ("seed", 5)),
 )
 
 
@@ -54,6 +55,7 @@ def config(folder, members=(), **overrides):
         "model.head.dropout": 0.2,
         "evaluate.every_steps": 3,
         "evaluate.best": "validation/loss",
+        "evaluate.ema_decay": 0.9,
         "report.every_steps": 1,
         "population": members,
     } | overrides
@@ -69,12 +71,8 @@ def config(folder, members=(), **overrides):
 def outcome(workdir):
     result = read_json(workdir / "result.json")
     assert result is not None
-    lines = [
-        {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
     keys = ("params_sha256", "state_sha256", "frozen_sha256", "steps", "best_step")
-    return [result[key] for key in (*keys, "final", "best")], lines
+    return [result[key] for key in (*keys, "final", "best")], small.lines(workdir)
 
 
 @pytest.fixture(scope="module")
