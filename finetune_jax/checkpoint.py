@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from finetune_jax.errors import AFTER_DISK_FULL, TrainingError, problems_error
 from finetune_jax.lookup import closest
+from finetune_jax.machine import give_back_memory
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.trees import leaf_digest, named
 
@@ -82,6 +83,7 @@ class Checkpoints:
             ) from error
         for old in _superfluous(self.steps(), progress, self._keep):
             self._manager.delete(old)
+        give_back_memory()
 
     def progress(self, step: int) -> Progress:
         """Returns where the run stood at a checkpoint.
@@ -151,6 +153,7 @@ class Checkpoints:
             raise problems_error(
                 f"Checkpoint {step} in {self.folder} is of another model:", problems
             )
+        give_back_memory()
         return TrainState(**state)
 
     def newest(

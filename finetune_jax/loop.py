@@ -49,6 +49,7 @@ class Loop:
         progress: Where the run stands.
         stop: Tells whether the run shall save and stop.
         updates: Makes updates.
+        state: On the host, as `progress` says; None while it lies on the devices only.
         clock: Counts seconds.
         measured: The metrics of the last evaluation.
     """
@@ -62,6 +63,7 @@ class Loop:
     progress: Progress
     stop: Stop
     updates: Updates
+    state: TrainState | None
     clock: Clock = dataclasses.field(default_factory=Clock)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
     _unread: Unread | None = None
@@ -72,41 +74,52 @@ class Loop:
     # evaluated, which may end the phase; then it is saved. A checkpoint thus knows all
     # that was logged up to its step, and a resumed run repeats nothing. Before update 0
     # the state is evaluated and saved too.
-    def run(self, state: TrainState) -> TrainState:
-        """Returns the state after the last phase, on the host.
-
-        Args:
-            state: On the host, as `progress` says.
+    def run(self) -> None:
+        """Makes the state that after the last phase.
 
         Raises:
             TrainingError: An update is not finite, or what is frozen has moved.
             Preempted: The run was asked to stop, and has saved.
         """
         if not self.checkpoints.steps():
-            placed = self.setup.devices.place(state)
-            splits = tuple(self.setup.data.held_out)
-            self.evaluator.freeze(self._first(self.setup.phase(0)), state)
-            self._measure(placed, self.setup.plan[0].name, 0, splits)
-            self._save(state)
+            self._begin()
         begin = self.progress.phase + self.progress.phase_is_over()
         for index in range(begin, len(self.setup.plan)):
             phase = self.setup.phase(index)
             if self.progress.phase_is_over():
-                state = self._enter(state, index, phase)
-            state = self._train(state, phase)
+                self._enter(index, phase)
+            self._train(phase)
+
+    def taken(self) -> TrainState:
+        """Returns the state, which the loop then holds no more."""
+        state, self.state = self._held(), None
         return state
 
-    def _enter(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
-        """Returns the state that the phase begins with, and notes that it does."""
+    def _held(self) -> TrainState:
+        assert self.state is not None
+        return self.state
+
+    def _begin(self) -> None:
+        """Measures and saves the state before update 0."""
+        state = self._held()
+        self.evaluator.freeze(self._first(self.setup.phase(0)), state)
+        placed, splits = (
+            self.setup.devices.place(state),
+            tuple(self.setup.data.held_out),
+        )
+        self._measure(placed, self.setup.plan[0].name, 0, splits)
+        self._save(state)
+
+    def _enter(self, index: int, phase: PhaseSetup) -> None:
+        """Makes the state what the phase begins with, and notes that it does."""
         setup, progress = self.setup, self.progress
         if index:
             moves = optimizer_state_moves(setup.plan, index, setup.names)
             counts = ", ".join(f"{key} {len(names)}" for key, names in moves.items())
             self.terminal.say(f"phase {phase.phase.name!r}: optimizer state {counts}")
-        state = self._begun(state, index, phase)
+        self.state = self._begun(self._held(), index, phase)
         progress.enter(index)
-        progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(state))
-        return state
+        progress.frozen_sha256[phase.phase.name] = digest(phase.frozen(self.state))
 
     def _begun(self, state: TrainState, index: int, phase: PhaseSetup) -> TrainState:
         """Returns the end of the phase before as what phase `index` begins with."""
@@ -123,17 +136,18 @@ class Loop:
             fresh = carried(state.opt_state, fresh, carried_cohorts(plan, index, names))
         return state.replace(opt_state=fresh)
 
-    def _train(self, state: TrainState, phase: PhaseSetup) -> TrainState:
-        """Returns the state at the end of a phase, entered before or just now."""
-        start = step = int(state.step)
+    def _train(self, phase: PhaseSetup) -> None:
+        """Makes the state that at the end of a phase, entered before or just now."""
+        start = step = int(self._held().step)
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
         self.terminal.begin_phase(phase.phase.name, first, start, end)
-        examples = self._examples(phase, state, end - start)
-        feed = self.updates.feed(phase, examples, state, first, end)
-        placed, rates = self.setup.devices.place(state), learning_rates(phase.phase)
+        examples = self._examples(phase, self._held(), end - start)
+        feed = self.updates.feed(phase, examples, self._held(), first, end)
+        rates = learning_rates(phase.phase)
         shares = (np.arange(end - first) / (end - first)).astype(np.float32)
-        ended = None
-        while ended is None:
+        # A second copy would take as much of a CPU's memory as the model.
+        placed = self.setup.devices.place(self.taken(), own=True)
+        while self.state is None:
             scale = plateau_scale(phase.phase, self.progress.rate_drops)
             coming = slice(step - first, self._next_stop(step, end) - first)
             scaled = (np.asarray(rates[coming]) * scale).astype(np.float32)
@@ -141,9 +155,8 @@ class Loop:
                 placed, phase, feed, step, scaled, shares[coming]
             )
             step += made
-            placed, ended = self._after(placed, phase, step, end)
+            placed = self._after(placed, phase, step, end)
         self.terminal.end_phase()
-        return ended
 
     def _next_stop(self, step: int, end: int) -> int:
         """Returns up to where updates may go before the state is measured or saved."""
@@ -260,18 +273,17 @@ class Loop:
 
     def _after(
         self, placed: TrainState, phase: PhaseSetup, step: int, end: int
-    ) -> tuple[TrainState, TrainState | None]:
-        """Measures and saves where that is due.
+    ) -> TrainState:
+        """Returns the placed state to go on with; measures and saves where that is due.
 
-        Returns:
-            The placed state to go on with, and that on the host if the phase is over.
+        Where the phase is over, the state is on the host, too.
         """
         config, data, often = self.setup.config, self.setup.data, self._evaluation_every
         over, due = step == end, bool(often) and step % often == 0
         stop = self.stop.asked()
         every = config.checkpoint.every_steps
         if not (over or due or stop or (every and step % every == 0)):
-            return placed, None
+            return placed
         begin = time.perf_counter()
         if self.read():
             placed = self._gone_back(phase, step)
@@ -299,7 +311,8 @@ class Loop:
         self._save(state, due=over or due or bool(every and step % every == 0))
         if stop:
             raise Preempted(f"stopped and saved at step {step}")
-        return placed, state if over else None
+        self.state = state if over else None
+        return placed
 
     @property
     def _evaluation_every(self) -> int | None:

@@ -1,5 +1,6 @@
 """The machine that a run is on: its processor, and where results are kept between runs."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -7,6 +8,8 @@ import pathlib
 import platform
 import tempfile
 
+# Bytes from which an array has pages of its own, and the number of that option in glibc.
+LARGE, M_MMAP_THRESHOLD = 2**20, -3
 # Bytes that compiled programs may take on disk.
 PROGRAMS = 2**31
 
@@ -35,6 +38,21 @@ def keep_programs() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / f"programs-{kind}")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def free_at_once() -> None:
+    """Has glibc return large arrays to the system when they are freed.
+
+    Left alone it comes to keep those of up to 32 MB among small ones, in a heap that grows.
+    """
+    if option := getattr(ctypes.CDLL(None), "mallopt", None):
+        option(M_MMAP_THRESHOLD, LARGE)
+
+
+def give_back_memory() -> None:
+    """Returns what is free to the system; glibc keeps what a compiler has freed."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _cpu_lines() -> dict[str, str]:

@@ -17,7 +17,7 @@ from finetune_jax.errors import (
     problems_error,
 )
 from finetune_jax.lookup import choose, closest
-from finetune_jax.machine import keep_programs
+from finetune_jax.machine import free_at_once, keep_programs
 from finetune_jax.modes.options import Options
 from finetune_jax.plan import plan_problems
 from finetune_jax.workdir import read_config, read_manifest, read_recorded_config
@@ -138,6 +138,7 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
     if flags:
         os.environ["XLA_FLAGS"] = " ".join(flags)
     keep_programs()
+    free_at_once()
 
 
 def set_precision(precision: str) -> None:

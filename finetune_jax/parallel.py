@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.machine import give_back_memory
 from finetune_jax.plan import Phase
 
 # Smaller arrays are cheaper to repeat than to gather; chosen by us.
@@ -75,12 +76,23 @@ class Devices:
         spec = PartitionSpec(*[None] * batch_axis, ("data", "fsdp"))
         return NamedSharding(self.mesh, spec)
 
-    def place(self, tree: Any) -> Any:
-        """Returns a state or a part of one on the devices."""
+    def place(self, tree: Any, *, own: bool = False) -> Any:
+        """Returns a state or a part of one on the devices.
+
+        Args:
+            tree: On the host.
+            own: Whether it must not share the memory of the host's arrays, which a CPU
+                reads where they are: only what a program owns can be donated to it.
+        """
         if self.mode == "pmap":
             stacked = jax.tree.map(lambda x: np.stack([x] * self.count), tree)
             return jax.tree.map(self._split_rows, stacked)
-        return jax.device_put(tree, jax.tree.map(self._sharding, tree))
+        shardings = jax.tree.map(self._sharding, tree)
+        if own and jax.default_backend() == "cpu":
+            # Of numpy's arrays no copy is made, whatever is asked for.
+            tree = jax.device_put(tree)
+            return jax.device_put(tree, shardings, may_alias=False)
+        return jax.device_put(tree, shardings)
 
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
         """Returns a host batch divided among the devices along `batch_axis`."""
@@ -165,6 +177,7 @@ def _timed(jitted: Any, *arguments: Any) -> Compiled:
     begin = time.perf_counter()
     options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
     compiled = jitted.lower(*arguments).compile(compiler_options=options)
+    give_back_memory()
     return Compiled(call=compiled, compile_s=time.perf_counter() - begin)
 
 
@@ -186,6 +199,7 @@ def compiled_for_few(function: Callable, *arguments: Any) -> Callable:
     """
     options: Any = {"xla_backend_optimization_level": 1}
     compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
+    give_back_memory()
     return lambda *given: jax.tree.map(np.asarray, compiled(*given))
 
 

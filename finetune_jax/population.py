@@ -281,6 +281,7 @@ class _Population:
             setup,
             evaluator,
             held,
+            setup.with_ema(start),
             Progress(),
             workdir=folder,
             trackers=make_trackers(
@@ -296,8 +297,8 @@ class _Population:
         self.updates, self.evaluator = loop.updates, evaluator
         add_fisher(loop, start, self.domains)
         try:
-            state = loop.run(setup.with_ema(start))
-            result, _ = make_result(loop, state, begin)
+            loop.run()
+            result, _ = make_result(loop, begin)
         except Preempted as error:
             raise Preempted(f"stopped in member {number + 1}") from error
         except NotFinite as error:

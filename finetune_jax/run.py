@@ -68,17 +68,19 @@ def run(
     setup, domains = open_run(config, terminal)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, weights = setup.start(measure=not begun)
+    setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, weights)
+    del weights  # They take as much memory as the model.
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs)
-        loop, state = _taken_up(
-            workdir, setup, domains, start, terminal, stop or Stop()
-        )
+        loop = _taken_up(workdir, setup, domains, start, terminal, stop or Stop())
+        del start
         try:
-            state = loop.run(state)
-            result, best = make_result(loop, state, begin)
+            loop.run()
+            loop.updates.programs.clear()
+            result, best = make_result(loop, begin)
             write_report(setup, loop.evaluator, best, loop.progress, result, workdir)
         finally:
             terminal.end_phase()
@@ -141,8 +143,8 @@ def _taken_up(
     start: TrainState,
     terminal: Terminal,
     stop: Stop,
-) -> tuple[Loop, TrainState]:
-    """Returns the loop and the state of the newest checkpoint, or of the beginning."""
+) -> Loop:
+    """Returns the loop, at the newest checkpoint or at the beginning."""
     config, begun = setup.config, (workdir / "checkpoints" / "0").is_dir()
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     found = checkpoints.newest(setup.target, terminal.warn)
@@ -170,6 +172,7 @@ def _taken_up(
         setup,
         evaluator,
         checkpoints,
+        state,
         progress,
         workdir=workdir,
         trackers=trackers,
@@ -177,13 +180,14 @@ def _taken_up(
         stop=stop,
     )
     add_fisher(loop, start, domains)
-    return loop, state
+    return loop
 
 
 def make_loop(
     setup: Setup,
     evaluator: Evaluator,
     checkpoints: Checkpoints | HeldCheckpoints,
+    state: TrainState,
     progress: Progress,
     *,
     workdir: pathlib.Path,
@@ -198,7 +202,8 @@ def make_loop(
         setup: Of the run.
         evaluator: Measures its states.
         checkpoints: Where these are saved.
-        progress: Where it stands.
+        state: The one to begin with or to go on from, on the host.
+        progress: Where the run stands with it.
         workdir: Gets its metrics.
         trackers: Are told these, too.
         terminal: Where a person is told.
@@ -230,6 +235,7 @@ def make_loop(
         progress=progress,
         stop=stop,
         updates=updates,
+        state=state,
     )
 
 
@@ -269,16 +275,19 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     )
 
 
-def make_result(
-    loop: Loop, state: TrainState, begin: float
-) -> tuple[dict[str, Any], Any]:
+def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
     """Returns final and best metrics, digests and costs, and the best state, placed."""
+    state = loop.taken()
     setup, progress, clock = loop.setup, loop.progress, loop.clock
     evaluator, held_out = loop.evaluator, setup.data.held_out
+    steps = int(state.step)
+    digests = {"params_sha256": digest(state.params), "state_sha256": digest(state)}
     placed = setup.devices.place(state)
     evaluator.freeze(evaluator.first, state)
+    del state  # One copy in memory is enough.
     final = best = evaluator.measure(placed, held_out)
-    if progress.best_step not in (None, int(state.step)):
+    if progress.best_step not in (None, steps):
+        del placed
         chosen = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(chosen)
         evaluator.thaw(chosen)
@@ -289,9 +298,8 @@ def make_result(
         "final": final,
         "best": best,
         "best_step": progress.best_step,
-        "steps": int(state.step),
-        "params_sha256": digest(state.params),
-        "state_sha256": digest(state),
+        "steps": steps,
+        **digests,
         "frozen_sha256": progress.frozen_sha256,
         "optimizer_state": {
             phase.name: optimizer_state_moves(setup.plan, index, setup.names)

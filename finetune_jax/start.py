@@ -54,13 +54,20 @@ class RandomStates:
 
     def __init__(self, task: Task):
         """Takes the task, and compiles nothing yet."""
-        self._draw, self._compiled = functools.partial(_state_of_keys, task), None
+        self._task, self._compiled = task, None
 
     def __call__(self, seeds: Mapping[str, int]) -> TrainState:
         """Returns the state of the seeds 'init', 'augmentation' and 'dropout'."""
         keys = [_key_data(seeds[name]) for name in ("init", "augmentation", "dropout")]
-        self._compiled = self._compiled or compiled_for_few(self._draw, keys)
+        if self._compiled is None:
+            # Not kept: with a function jax keeps all that it has traced of it.
+            draw = functools.partial(_state_of_keys, self._task)
+            self._compiled = compiled_for_few(draw, keys)
         return self._compiled(keys)
+
+    def forget(self) -> None:
+        """Frees the program, which takes more memory than some models do."""
+        self._compiled = None
 
 
 def starting_state(

@@ -123,6 +123,22 @@ def test_a_step_takes_less_memory_than_in_xlas_own_order_and_is_the_same_bits():
         np.testing.assert_array_equal(leaf, same)
 
 
+def test_a_program_writes_its_result_where_a_state_of_its_own_lies():
+    # An array that jax has made lies where a CPU can read it as it is.
+    host = {"kernel": np.asarray(jax.numpy.arange(2**16, dtype=np.float32))}
+    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    step = devices.compile_train(
+        lambda state, x: ({"kernel": state["kernel"] + x}, x),
+        devices.place(host),
+        np.float32(1),
+    )
+    placed = devices.place(host, own=True)
+    place = placed["kernel"].unsafe_buffer_pointer()
+    result, _ = step.call(placed, np.float32(1))
+    assert result["kernel"].unsafe_buffer_pointer() == place
+    np.testing.assert_array_equal(host["kernel"], np.arange(2**16))
+
+
 def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
     devices = make_devices(SimpleNamespace(**KINDS["fsdp"]))
     tree = {"large": np.zeros((64, 128), np.float32), "small": np.zeros(8, np.float32)}

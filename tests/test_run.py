@@ -1,5 +1,6 @@
 """Whole runs: what they write, and that stopping and going on changes no bit."""
 
+import gc
 import json
 import os
 import pathlib
@@ -9,16 +10,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import small
 
 import finetune_jax.run
 from finetune_jax.config import flat, resolve
 from finetune_jax.errors import TrainingError, UserError
+from finetune_jax.evaluation import Evaluator
 from finetune_jax.loop import Loop, Preempted
 from finetune_jax.plan import Phase
 from finetune_jax.report.log import read_metrics
 from finetune_jax.run import run
+from finetune_jax.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAN = (
@@ -268,13 +272,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(config(plan), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_run_holds_one_copy_of_what_it_trains(tmp_path, monkeypatch):
+    update, measure, held, living = Loop._update, Evaluator.measure, [], []
+
+    def watched(self, *arguments):
+        held.append(self.state)
+        return update(self, *arguments)
+
+    def watched_measure(self, placed, splits):
+        gc.collect()
+        states = (found for found in gc.get_objects() if type(found) is TrainState)
+        living.append(sum(isinstance(found.step, np.ndarray) for found in states))
+        return measure(self, placed, splits)
+
+    monkeypatch.setattr(Loop, "_update", watched)
+    monkeypatch.setattr(Evaluator, "measure", watched_measure)
+    run(config(), tmp_path / "run")
+    assert held and not any(held)
+    # The first, and the best, lie on the host where the devices read them.
+    assert max(living) == 1
+
+
 def test_what_is_frozen_and_moves_stops_the_run(tmp_path, monkeypatch):
     enter = Loop._enter
 
-    def wrong(self, state, index, phase):
-        state = enter(self, state, index, phase)
+    def wrong(self, index, phase):
+        enter(self, index, phase)
         self.progress.frozen_sha256["head"] = "0" * 64
-        return state
 
     monkeypatch.setattr(Loop, "_enter", wrong)
     with pytest.raises(TrainingError, match="freezes has moved"):
