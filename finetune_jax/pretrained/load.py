@@ -11,7 +11,8 @@ from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.models.lora import UPDATES, is_lora
 from finetune_jax.pretrained.addresses import Weights
-from finetune_jax.pretrained.layout import OURS, Layout, needed, recognise
+from finetune_jax.pretrained.layout import OURS, Layout, Place, recognise
+from finetune_jax.pretrained.positions import POSITIONS, resized
 from finetune_jax.trees import like, named
 
 # Beyond so many problems the file is another model's, and near names say nothing.
@@ -60,7 +61,7 @@ def load_weights(
     # In our own layout `fresh` also says which tensors of the file are not wanted.
     unused = [
         name
-        for name in sorted(needed(saved) - used)
+        for name in sorted(layout.needed(saved) - used)
         if not (layout is OURS and is_fresh(name))
     ]
     problems = [*_in_short(missing, unused), *misfits]
@@ -99,24 +100,30 @@ def _merged(
         is_fresh: Whether a leaf keeps its initial value.
         stem: The stage whose kernels are fitted to other channels; None is none.
     """
-    saved, theirs = weights.tensors, layout.names(names)
+    saved, places = weights.tensors, layout.places(names)
     merged, missing, misfits, used = dict(names), [], [], set()
     for name, leaf in names.items():
-        source = theirs.get(name, name)
+        place = places.get(name, Place(tensor=name))
         if is_fresh(name):
-            used.add(source)
+            used.add(place.tensor)
             continue
-        if source not in saved:
-            missing.append((name, source))
+        if place.tensor not in saved:
+            missing.append((name, place.name))
             continue
-        used.add(source)
-        value = layout.value(name, saved[source])
+        used.add(place.tensor)
+        try:
+            value = place.value(saved[place.tensor])
+        except ValueError:  # Of another number of axes, or not to be divided.
+            value = saved[place.tensor]
         in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
         if stem is not None and in_stem and value.shape != leaf.shape:
             value = _other_channels(value, leaf.shape[2])
+        if name.endswith(f"/{POSITIONS}"):
+            prefix = int(f"{name.removesuffix(POSITIONS)}class_token" in names)
+            value = resized(value, leaf.shape[1], prefix)
         if value.shape != leaf.shape:
             misfits.append(
-                f"{_both(name, source)}: model {leaf.shape}, weights {value.shape}"
+                f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
             )
         merged[name] = np.asarray(value, leaf.dtype)
     return merged, missing, misfits, used
