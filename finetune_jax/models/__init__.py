@@ -13,7 +13,6 @@ import flax.linen as nn
 
 from finetune_jax import lookup
 from finetune_jax.models.lora import with_lora
-from finetune_jax.models.stages import GlobalPool
 
 
 def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Module:
@@ -64,5 +63,5 @@ def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[st
     return tuple(
         stage
         for stage in model.stages
-        if not isinstance(getattr(model, stage), GlobalPool)
+        if getattr(getattr(model, stage), "has_parameters", True)
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 
@@ -151,10 +151,12 @@ class Stage(nn.Module):
     Attributes:
         row: Of the table.
         rates: Of stochastic depth in each block.
+        remat: Whether the backward pass computes each block again.
     """
 
     row: Row
     rates: tuple[float, ...]
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -162,14 +164,15 @@ class Stage(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
         for index, rate in enumerate(self.rates):
-            x_BxHxWxC = Block(
+            block = Block(
                 self.row,
                 self.row.stride if index == 0 else 1,
                 rate,
                 self.dtype,
                 self.param_dtype,
                 name=f"block{index + 1}",
-            )(x_BxHxWxC, train=train)
+            )
+            x_BxHxWxC = run_block(block, x_BxHxWxC, train=train, remat=self.remat)
         return x_BxHxWxC
 
 
@@ -181,12 +184,14 @@ class EfficientNetLite(nn.Module):
         classes: Logits.
         head_arguments: Pairs of the head's arguments.
         stochastic_depth: Rate of the last block.
+        remat: Whether the backward pass computes each block again.
     """
 
     rows: tuple[Row, ...]
     classes: int
     head_arguments: Any = ()
     stochastic_depth: float = 0.0
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -201,7 +206,8 @@ class EfficientNetLite(nn.Module):
         rates = stage_rates(self.stochastic_depth, [row.repeats for row in self.rows])
         self.stem = ConvNorm(32, 3, 2, **kinds)
         for index, row in enumerate(self.rows):
-            setattr(self, f"stage{index + 1}", Stage(row, rates[index], **kinds))
+            stage = Stage(row, rates[index], self.remat, **kinds)
+            setattr(self, f"stage{index + 1}", stage)
         self.top = ConvNorm(1280, **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
@@ -218,6 +224,7 @@ def _efficientnet_lite(
     classes: int,
     head: Mapping[str, Any],
     stochastic_depth: float = 0.0,
+    remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> EfficientNetLite:
@@ -226,7 +233,7 @@ def _efficientnet_lite(
     stage_rates(stochastic_depth, [row.repeats for row in rows])
     arguments = tuple(sorted(head.items()))
     return EfficientNetLite(
-        rows, classes, arguments, stochastic_depth, dtype, param_dtype
+        rows, classes, arguments, stochastic_depth, remat, dtype, param_dtype
     )
 
 

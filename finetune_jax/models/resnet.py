@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.pooling import max_pool
-from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 
@@ -128,11 +128,13 @@ class Stage(nn.Module):
         shape: Of the network.
         index: Of the stage.
         rates: Of stochastic depth in each block.
+        remat: Whether the backward pass computes each block again.
     """
 
     shape: Shape
     index: int
     rates: tuple[float, ...]
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -140,7 +142,7 @@ class Stage(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns the features of the stage."""
         for number, rate in enumerate(self.rates):
-            x_BxHxWxC = Block(
+            block = Block(
                 self.shape,
                 64 * 2**self.index,
                 2 if self.index and number == 0 else 1,
@@ -148,7 +150,8 @@ class Stage(nn.Module):
                 self.dtype,
                 self.param_dtype,
                 name=f"block{number + 1}",
-            )(x_BxHxWxC, train=train)
+            )
+            x_BxHxWxC = run_block(block, x_BxHxWxC, train=train, remat=self.remat)
         return x_BxHxWxC
 
 
@@ -160,12 +163,14 @@ class ResNet(nn.Module):
         classes: Logits.
         head_arguments: Pairs of the head's arguments.
         stochastic_depth: Rate of the last block.
+        remat: Whether the backward pass computes each block again.
     """
 
     shape: Shape
     classes: int
     head_arguments: Any = ()
     stochastic_depth: float = 0.0
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -176,10 +181,10 @@ class ResNet(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, self.shape.blocks)
         self.stem = Stem(**kinds)
-        self.stage1 = Stage(self.shape, 0, rates[0], **kinds)
-        self.stage2 = Stage(self.shape, 1, rates[1], **kinds)
-        self.stage3 = Stage(self.shape, 2, rates[2], **kinds)
-        self.stage4 = Stage(self.shape, 3, rates[3], **kinds)
+        self.stage1 = Stage(self.shape, 0, rates[0], self.remat, **kinds)
+        self.stage2 = Stage(self.shape, 1, rates[1], self.remat, **kinds)
+        self.stage3 = Stage(self.shape, 2, rates[2], self.remat, **kinds)
+        self.stage4 = Stage(self.shape, 3, rates[3], self.remat, **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
 
@@ -194,12 +199,15 @@ def _resnet(
     classes: int,
     head: Mapping[str, Any],
     stochastic_depth: float = 0.0,
+    remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNet:
     stage_rates(stochastic_depth, shape.blocks)  # Refused here, not at the first use.
     arguments = tuple(sorted(head.items()))
-    return ResNet(shape, classes, arguments, stochastic_depth, dtype, param_dtype)
+    return ResNet(
+        shape, classes, arguments, stochastic_depth, remat, dtype, param_dtype
+    )
 
 
 MODELS = {

@@ -1,5 +1,6 @@
 """What all models share: running some of their stages, and normalising."""
 
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,13 @@ import jax
 
 
 def run_stages(
-    model: nn.Module, x: Any, *, first: str | None, last: str | None, train: bool
+    model: nn.Module,
+    x: Any,
+    *,
+    first: str | None,
+    last: str | None,
+    train: bool,
+    remat: Collection[str] = (),
 ) -> Any:
     """Returns `x` after the stages from `first` to `last`, both included.
 
@@ -18,22 +25,52 @@ def run_stages(
         last: None is the model's last stage.
         train: Whether dropout and BatchNorm run as in training, where nothing sets it
             stage by stage.
+        remat: Stages that the backward pass computes again.
     """
     names: tuple[str, ...] = model.stages  # type: ignore[attr-defined]
     start = 0 if first is None else names.index(first)
     stop = len(names) if last is None else names.index(last) + 1
     for name in names[start:stop]:
-        x = getattr(model, name)(x, train=train)
+        x = run_block(getattr(model, name), x, train=train, remat=name in remat)
     return x
+
+
+def run_block(block: nn.Module, x: Any, *, train: bool, remat: bool) -> Any:
+    """Returns the output of a block of a stage, or of a stage.
+
+    Args:
+        block: Takes `x` and `train`.
+        x: Its input.
+        train: Whether it runs as in training.
+        remat: Whether the backward pass computes it again, and keeps its input alone.
+    """
+    # Given as an argument, `train` would be traced.
+    call: Any = lambda module, x: module(x, train=train)  # noqa: E731
+    return (nn.remat(call) if remat else call)(block, x)
 
 
 class GlobalPool(nn.Module):
     """The mean over all places; a stage of its own, so that maps stay reachable."""
 
+    has_parameters = False
+
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, C]."""
         del train
         return x_BxHxWxC.mean(axis=(1, 2))
+
+
+def layer_norm(
+    dtype: Any, param_dtype: Any, name: str, *, epsilon: float = 1e-6
+) -> nn.LayerNorm:
+    """Returns a LayerNorm over the channels, as exact as torch's."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
+    )
 
 
 def batch_norm(

@@ -35,12 +35,17 @@ def stage_rates(last: float, blocks: Sequence[int]) -> tuple[tuple[float, ...], 
     )
 
 
-def drop_residual(y_BxHxWxC: jax.Array, rate: float, *, train: bool) -> jax.Array:
+def drop_residual(residual: jax.Array, rate: float, *, train: bool) -> jax.Array:
     """Returns the residual of a block, zero for a share `rate` of the examples.
 
     To be called in a compact module; it has no parameters.
+
+    Args:
+        residual: Of maps [B, H, W, C] or of tokens [B, T, D].
+        rate: The share.
+        train: Whether any is dropped.
     """
     if not rate:
-        return y_BxHxWxC
-    drop = nn.Dropout(rate, broadcast_dims=(1, 2, 3))
-    return drop(y_BxHxWxC, deterministic=not train)
+        return residual
+    drop = nn.Dropout(rate, broadcast_dims=tuple(range(1, residual.ndim)))
+    return drop(residual, deterministic=not train)

@@ -1,0 +1,219 @@
+"""VGGs: `vgg11`, `vgg13`, `vgg16`, `vgg19`, and each with BatchNorm, `vgg11_bn`.
+
+Source: Simonyan & Zisserman 2015, table 1, configurations A, B, D and E; pooling to 7x7
+for images of any size is torchvision's (torchvision/models/vgg.py).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax.errors import UserError
+from finetune_jax.models.convolution import convolve
+from finetune_jax.models.heads import make_head
+from finetune_jax.models.pooling import max_pool
+from finetune_jax.models.stages import batch_norm, run_block, run_stages
+
+WIDTHS = (64, 128, 256, 512, 512)
+DENSE = 4096
+PLACES = 7  # Height and width of what the dense layers see.
+
+
+class Block(nn.Module):
+    """A convolution of 3x3, BatchNorm or not, and ReLU.
+
+    Attributes:
+        width: Channels.
+        normalises: Whether there is BatchNorm.
+    """
+
+    width: int
+    normalises: bool
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H, W, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x_BxHxWxC = nn.Conv(
+            self.width,
+            (3, 3),
+            padding=((1, 1), (1, 1)),
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            conv_general_dilated=convolve,
+            name="conv",
+            **kinds,
+        )(x_BxHxWxC)
+        if self.normalises:
+            norm = batch_norm(name="bn", **kinds)
+            x_BxHxWxC = norm(x_BxHxWxC, use_running_average=not train)
+        return nn.relu(x_BxHxWxC)
+
+
+class Stage(nn.Module):
+    """Blocks of one width, and max-pooling.
+
+    Attributes:
+        blocks: How many.
+        width: Channels.
+        normalises: Whether there is BatchNorm.
+        remat: Whether the backward pass computes each block again.
+    """
+
+    blocks: int
+    width: int
+    normalises: bool
+    remat: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, H / 2, W / 2, width]."""
+        for index in range(self.blocks):
+            block = Block(
+                self.width,
+                self.normalises,
+                self.dtype,
+                self.param_dtype,
+                name=f"block{index + 1}",
+            )
+            x_BxHxWxC = run_block(block, x_BxHxWxC, train=train, remat=self.remat)
+        return max_pool(x_BxHxWxC, (2, 2), (2, 2))
+
+
+class AdaptivePool(nn.Module):
+    """Means over `PLACES` by `PLACES` parts of the image, as torch divides it."""
+
+    has_parameters = False
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, 7, 7, C]."""
+        del train
+        for axis in (1, 2):
+            if x_BxHxWxC.shape[axis] != PLACES:
+                shares = jnp.asarray(_shares(x_BxHxWxC.shape[axis]), x_BxHxWxC.dtype)
+                means = jnp.tensordot(x_BxHxWxC, shares, (axis, 1), precision="highest")
+                x_BxHxWxC = jnp.moveaxis(means, -1, axis)
+        return x_BxHxWxC
+
+
+def _shares(length: int) -> np.ndarray:
+    """Returns what each pixel adds to each place, [PLACES, length].
+
+    Parts overlap where they do not divide the image: torch's `adaptive_avg_pool2d`.
+    """
+    shares = np.zeros((PLACES, length))
+    for place in range(PLACES):
+        start, stop = place * length // PLACES, -(-(place + 1) * length // PLACES)
+        shares[place, start:stop] = 1 / (stop - start)
+    return shares
+
+
+class Classifier(nn.Module):
+    """Two dense layers, each with ReLU and dropout.
+
+    Attributes:
+        width: Of both.
+        dropout: Rate after each.
+    """
+
+    width: int
+    dropout: float
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x_BxF = x_BxHxWxC.reshape(x_BxHxWxC.shape[0], -1)
+        for name in ("dense1", "dense2"):
+            kernel_init = nn.initializers.normal(0.01)
+            dense = nn.Dense(self.width, kernel_init=kernel_init, name=name, **kinds)
+            x_BxF = nn.relu(dense(x_BxF))
+            if self.dropout:
+                x_BxF = nn.Dropout(self.dropout)(x_BxF, deterministic=not train)
+        return x_BxF
+
+
+class VGG(nn.Module):
+    """A VGG.
+
+    Attributes:
+        blocks: Of each of the five stages.
+        normalises: Whether there is BatchNorm.
+        classes: Logits.
+        head_arguments: Pairs of the head's arguments.
+        dropout: Rate after both dense layers.
+        remat: Whether the backward pass computes each block again.
+        widths: Of the stages.
+        dense: Width of the dense layers.
+    """
+
+    blocks: tuple[int, ...]
+    normalises: bool
+    classes: int
+    head_arguments: Any = ()
+    dropout: float = 0.5
+    remat: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    widths: tuple[int, ...] = WIDTHS
+    dense: int = DENSE
+
+    stages = (
+        "stage1", "stage2", "stage3", "stage4", "stage5", "pool", "classifier", "head",
+    )  # fmt: skip
+
+    def setup(self):
+        """Makes a submodule a stage."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        for index, shape in enumerate(zip(self.blocks, self.widths)):
+            stage = Stage(*shape, self.normalises, self.remat, **kinds)
+            setattr(self, f"stage{index + 1}", stage)
+        self.pool = AdaptivePool()
+        self.classifier = Classifier(self.dense, self.dropout, **kinds)
+        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
+
+    def __call__(self, x, *, first=None, last=None, train: bool):
+        """Returns the output of stage `last` for the input of stage `first`."""
+        return run_stages(self, x, first=first, last=last, train=train)
+
+
+def _vgg(
+    blocks: tuple[int, ...],
+    normalises: bool,
+    *,
+    classes: int,
+    head: Mapping[str, Any],
+    dropout: float = 0.5,
+    remat: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> VGG:
+    if not 0 <= dropout < 1:
+        raise UserError(f"config.model.dropout: {dropout} is not in [0, 1)")
+    arguments = tuple(sorted(head.items()))
+    return VGG(
+        blocks, normalises, classes, arguments, dropout, remat, dtype, param_dtype
+    )
+
+
+_BLOCKS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+MODELS = {
+    **{name: partial(_vgg, blocks, False) for name, blocks in _BLOCKS.items()},
+    **{f"{name}_bn": partial(_vgg, blocks, True) for name, blocks in _BLOCKS.items()},
+}

@@ -1,0 +1,297 @@
+"""Vision Transformers: `vit_tiny_patch16`, `vit_small_patch32`, `vit_base_patch14`, ...
+
+Tiny, small, base and large, with patches of 14, 16 or 32 pixels; one stage a block. There
+is a position embedding for every patch, so that the images of one model are of one size;
+published ones are resized where they are loaded.
+
+Source: Dosovitskiy et al. 2021, table 1; tiny and small: Touvron et al. 2021, table 1.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from finetune_jax import lookup
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.models.attention import Attention
+from finetune_jax.models.convolution import convolve
+from finetune_jax.models.heads import make_head
+from finetune_jax.models.stages import layer_norm, run_stages
+from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+
+# Of dense layers and of what is learned beside them; Touvron et al. 2021 and timm.
+_INIT = nn.initializers.truncated_normal(0.02)
+
+
+class Shape(NamedTuple):
+    """What tells one Vision Transformer from another."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+
+
+class Stem(nn.Module):
+    """Patches as tokens, behind a class token, and their positions.
+
+    Attributes:
+        shape: Of the network.
+        class_token: Whether there is one.
+        dropout: Rate at which numbers of the tokens are dropped.
+    """
+
+    shape: Shape
+    class_token: bool
+    dropout: float
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
+        """Returns tokens [B, T, D].
+
+        Raises:
+            UserError: Patches do not divide the images.
+        """
+        size, (width, *_) = self.shape.patch, self.shape
+        height, across = x_BxHxWxC.shape[1:3]
+        if height % size or across % size or not height * across:
+            raise UserError(
+                f"config.model.name: patches of {size} pixels do not divide images of "
+                f"{height} x {across}; set config.data.image_size to a multiple of {size}"
+            )
+        x_BxHxWxC = nn.Conv(
+            width,
+            (size, size),
+            strides=(size, size),
+            padding="VALID",
+            conv_general_dilated=convolve,
+            name="conv",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )(x_BxHxWxC)
+        x_BxTxD = x_BxHxWxC.reshape(x_BxHxWxC.shape[0], -1, width)
+        if self.class_token:
+            token = self.param("class_token", _INIT, (1, 1, width), self.param_dtype)
+            token = jnp.broadcast_to(token, (x_BxTxD.shape[0], 1, width))
+            x_BxTxD = jnp.concatenate([token.astype(x_BxTxD.dtype), x_BxTxD], axis=1)
+        shape = (1, *x_BxTxD.shape[1:])
+        positions = self.param("position_embedding", _INIT, shape, self.param_dtype)
+        x_BxTxD = x_BxTxD + positions.astype(x_BxTxD.dtype)
+        if self.dropout:
+            x_BxTxD = nn.Dropout(self.dropout)(x_BxTxD, deterministic=not train)
+        return x_BxTxD
+
+
+class Block(nn.Module):
+    """Attention and two dense layers, both behind a LayerNorm and beside a shortcut.
+
+    Attributes:
+        heads: Of the attention.
+        epsilon: Of the LayerNorms.
+        rates: Of dropout, of dropout of attention, and of stochastic depth.
+    """
+
+    heads: int
+    epsilon: float
+    rates: tuple[float, float, float]
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, *, train: bool) -> jax.Array:
+        """Returns tokens [B, T, D]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dropout, of_attention, of_block = self.rates
+
+        def dropped(y_BxTxF):
+            if not dropout:
+                return y_BxTxF
+            return nn.Dropout(dropout)(y_BxTxF, deterministic=not train)
+
+        y = layer_norm(name="ln1", epsilon=self.epsilon, **kinds)(x_BxTxD)
+        attention = Attention(
+            self.heads, of_attention, _INIT, name="attention", **kinds
+        )
+        y = dropped(attention(y, train=train))
+        x_BxTxD = x_BxTxD + drop_residual(y, of_block, train=train)
+        y = layer_norm(name="ln2", epsilon=self.epsilon, **kinds)(x_BxTxD)
+        width = x_BxTxD.shape[-1]
+        y = nn.Dense(4 * width, kernel_init=_INIT, name="dense1", **kinds)(y)
+        y = dropped(nn.gelu(y, approximate=False))
+        y = nn.Dense(width, kernel_init=_INIT, name="dense2", **kinds)(y)
+        return x_BxTxD + drop_residual(dropped(y), of_block, train=train)
+
+
+class Norm(nn.Module):
+    """LayerNorm, as a stage.
+
+    Attributes:
+        epsilon: Added to the variance.
+    """
+
+    epsilon: float
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns `x`, normalised over its last axis."""
+        del train
+        return layer_norm(self.dtype, self.param_dtype, "ln", epsilon=self.epsilon)(x)
+
+
+class Pool(nn.Module):
+    """What stands for the image: the class token, or the mean of the patches.
+
+    Attributes:
+        kind: 'token' or 'mean'.
+        class_token: Whether there is one, which is left out of the mean.
+    """
+
+    kind: str
+    class_token: bool
+
+    has_parameters = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, *, train: bool) -> jax.Array:
+        """Returns features [B, D]."""
+        del train
+        if self.kind == "token":
+            return x_BxTxD[:, 0]
+        return x_BxTxD[:, int(self.class_token) :].mean(axis=1)
+
+
+# By the argument `pool`: the stages between the blocks and the head.
+POOLS = {
+    "token": ("norm", "pool"),
+    "mean": ("norm", "pool"),
+    "mean_norm": ("pool", "pooled_norm"),
+}
+
+
+class VisionTransformer(nn.Module):
+    """A Vision Transformer.
+
+    Attributes:
+        shape: Which one.
+        classes: Logits.
+        head_arguments: Pairs of the head's arguments.
+        pool: One of `POOLS`.
+        class_token: Whether there is one.
+        dropout: Rate behind positions, attention and dense layers.
+        attention_dropout: Rate at which what a token attends to is left out.
+        stochastic_depth: Rate of the last block.
+        epsilon: Of the LayerNorms.
+        remat: Whether the backward pass computes each block again.
+    """
+
+    shape: Shape
+    classes: int
+    head_arguments: Any = ()
+    pool_kind: str = "token"
+    class_token: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    epsilon: float = 1e-6
+    remat: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stem, a stage a block, and what POOLS says."""
+        return ("stem", *self._blocks, *POOLS[self.pool_kind], "head")
+
+    @property
+    def _blocks(self) -> tuple[str, ...]:
+        return tuple(f"block{index + 1}" for index in range(self.shape.depth))
+
+    def setup(self):
+        """Makes a submodule a stage."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.stem = Stem(self.shape, self.class_token, self.dropout, **kinds)
+        rates = stage_rates(self.stochastic_depth, [1] * self.shape.depth)
+        for name, (rate,) in zip(self._blocks, rates):
+            of_block = self.dropout, self.attention_dropout, rate
+            block = Block(self.shape.heads, self.epsilon, of_block, **kinds)
+            setattr(self, name, block)
+        self.pool = Pool(self.pool_kind.split("_")[0], self.class_token)
+        norm = "pooled_norm" if self.pool_kind == "mean_norm" else "norm"
+        setattr(self, norm, Norm(self.epsilon, **kinds))
+        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
+
+    def __call__(self, x, *, first=None, last=None, train: bool):
+        """Returns the output of stage `last` for the input of stage `first`."""
+        again = self._blocks if self.remat else ()
+        return run_stages(self, x, first=first, last=last, train=train, remat=again)
+
+
+def _vit(
+    shape: Shape,
+    *,
+    classes: int,
+    head: Mapping[str, Any],
+    pool: str = "token",
+    class_token: bool = True,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    epsilon: float = 1e-6,
+    remat: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> VisionTransformer:
+    lookup.choose(POOLS, pool, "config.model.pool")
+    stage_rates(stochastic_depth, [1] * shape.depth)  # Refused here, not at first use.
+    problems = [
+        f"config.model.{name}: {rate} is not in [0, 1)"
+        for name, rate in (
+            ("dropout", dropout), ("attention_dropout", attention_dropout),
+        )
+        if not 0 <= rate < 1
+    ]  # fmt: skip
+    if epsilon <= 0:
+        problems.append(f"config.model.epsilon: {epsilon} is not above 0")
+    if pool == "token" and not class_token:
+        problems.append(
+            "config.model.pool: 'token', but config.model.class_token is False; 'mean' "
+            "needs none"
+        )
+    if problems:
+        raise problems_error("config.model does not fit:", problems)
+    return VisionTransformer(
+        shape,
+        classes,
+        tuple(sorted(head.items())),
+        pool,
+        class_token,
+        dropout,
+        attention_dropout,
+        stochastic_depth,
+        epsilon,
+        remat,
+        dtype,
+        param_dtype,
+    )
+
+
+# Width, depth and heads.
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+MODELS = {
+    f"vit_{size}_patch{patch}": partial(_vit, Shape(*shape, patch))
+    for size, shape in SIZES.items()
+    for patch in (14, 16, 32)
+}
