@@ -27,8 +27,33 @@ MODELS = {  # Name, input, parameters, stages.
     "efficientnet_lite2": ((32, 32, 3), 6_092_072 - 990 * 1281, 11),
     "efficientnet_lite3": ((32, 32, 3), 8_197_096 - 990 * 1281, 11),
     "efficientnet_lite4": ((32, 32, 3), 13_006_568 - 990 * 1281, 11),
+    "vgg11": ((32, 32, 3), 132_863_336 - 990 * 4097, 8),
+    "vgg11_bn": ((32, 32, 3), 132_868_840 - 990 * 4097, 8),
+    "vgg13": ((32, 32, 3), 133_047_848 - 990 * 4097, 8),
+    "vgg13_bn": ((32, 32, 3), 133_053_736 - 990 * 4097, 8),
+    "vgg16": ((32, 32, 3), 138_357_544 - 990 * 4097, 8),
+    "vgg16_bn": ((32, 32, 3), 138_365_992 - 990 * 4097, 8),
+    "vgg19": ((32, 32, 3), 143_667_240 - 990 * 4097, 8),
+    "vgg19_bn": ((32, 32, 3), 143_678_248 - 990 * 4097, 8),
+    # timm's numbers for 10 classes and 2 x 2 patches.
+    "vit_tiny_patch14": ((28, 28, 3), 5_454_922, 16),
+    "vit_tiny_patch16": ((32, 32, 3), 5_489_482, 16),
+    "vit_tiny_patch32": ((64, 64, 3), 5_931_850, 16),
+    "vit_small_patch14": ((28, 28, 3), 21_526_666, 16),
+    "vit_small_patch16": ((32, 32, 3), 21_595_786, 16),
+    "vit_small_patch32": ((64, 64, 3), 22_480_522, 16),
+    "vit_base_patch14": ((28, 28, 3), 85_520_650, 16),
+    "vit_base_patch16": ((32, 32, 3), 85_658_890, 16),
+    "vit_base_patch32": ((64, 64, 3), 87_428_362, 16),
+    "vit_large_patch14": ((28, 28, 3), 302_930_954, 28),
+    "vit_large_patch16": ((32, 32, 3), 303_115_274, 28),
+    "vit_large_patch32": ((64, 64, 3), 305_474_570, 28),
+    "convnext_tiny": ((32, 32, 3), 28_589_128 - 990 * 769, 8),
+    "convnext_small": ((32, 32, 3), 50_223_688 - 990 * 769, 8),
+    "convnext_base": ((32, 32, 3), 88_591_464 - 990 * 1025, 8),
 }
 RUN = ("mlp", "cnn", "resnet20", "resnet18")  # The others: test_parity.
+DEEP = [name for name in MODELS if name.startswith(("resnet", "wide", "vit", "conv"))]
 
 
 def made(name, dtype="float32", **arguments):
@@ -55,7 +80,7 @@ def randomised(tree, seed=0):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if "resnet" in n else ()) for n in MODELS],
+    [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS],
 )
 def test_a_model_has_its_size_and_runs_from_stage_to_stage(name):
     shape, parameters, stages = MODELS[name]

@@ -1,112 +1,253 @@
-"""Our networks give the logits of torch's, from their weights as those name them."""
+"""Our networks compute what their publishers' do, from their weights as these name them.
+
+Logits, what every stage gives, gradients, and what goes back into a file.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
+import oracle_models
 import pytest
 
-from finetune_jax.models import make_model
+from finetune_jax.models import make_model, resnet
+from finetune_jax.models.convnext import MODELS
+from finetune_jax.models.efficientnet_lite import scaled
+from finetune_jax.models.vit import SIZES
 from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.trees import named
 
 pytestmark = pytest.mark.slow
+CLASSES = oracle_models.CLASSES
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model in a layout.
+
+    Attributes:
+        library: The oracle's.
+        name: Of the model.
+        size: Of the images.
+        arguments: Of our model.
+        fields: What our module differs in from the named one.
+        theirs: Arguments of the oracle.
+    """
+
+    library: str
+    name: str
+    size: int = 64
+    arguments: dict = dataclasses.field(default_factory=dict)
+    fields: dict = dataclasses.field(default_factory=dict)
+    theirs: dict = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        said = [*self.arguments.values(), *self.theirs.values()]
+        return "-".join([self.library, self.name, *map(str, said)])
+
+
+def vgg(library, name, dense=32, **fields):
+    fields = {"dense": dense, "dropout": 0.0} | fields
+    widths = {k: v for k, v in fields.items() if k == "widths"}
+    return Row(library, name, fields=fields, theirs={"dense": dense} | widths)
+
+
+def vit(library, name, arguments=(), *, depth=None, **theirs):
+    _, size, patch = name.split("_")
+    width, deep, heads = SIZES[size]
+    patch = int(patch.removeprefix("patch"))
+    depth = depth or deep
+    arguments = dict(arguments)
+    if library.startswith("transformers"):
+        arguments["epsilon"] = 1e-12
+    theirs |= {"depth": depth, "image_size": 2 * patch}
+    shape = (width, depth, heads, patch)
+    return Row(library, name, 2 * patch, arguments, {"shape": shape}, theirs)
+
+
+def convnext(library, name, *shape):
+    blocks, widths = shape or MODELS[name].args[0]
+    arguments = {"epsilon": 1e-12} if library == "transformers" else {}
+    theirs = {"widths": widths, "depths": blocks}
+    return Row(library, name, 64, arguments, {"shape": (blocks, widths)}, theirs)
+
+
 RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
     "resnext50_32x4d",
 )  # fmt: skip
-DEPTHS = {
-    "resnet18": [2, 2, 2, 2],
-    "resnet34": [3, 4, 6, 3],
-    "resnet50": [3, 4, 6, 3],
-    "resnet101": [3, 4, 23, 3],
-    "resnet152": [3, 8, 36, 3],
-}
-CASES = [
-    *(("torchvision", name) for name in RESNETS),
-    *(("timm", name) for name in RESNETS),
-    *(("transformers", name) for name in DEPTHS),
-    ("timm", "efficientnet_lite0"),
-]
-CLASSES = 10
+VGGS = [f"vgg{depth}{bn}" for depth in (11, 13, 16, 19) for bn in ("", "_bn")]
+CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
+MEAN = {"pool": "mean"}
+ROWS = [
+    *(Row("torchvision", name) for name in RESNETS),
+    *(Row("timm", name) for name in RESNETS),
+    *(Row("transformers", name) for name in oracle_models.DEPTHS),
+    Row("timm", "efficientnet_lite0"),
+    *(vgg(library, name) for library in ("torchvision", "timm") for name in VGGS),
+    *(vit("timm", f"vit_tiny_patch{p}") for p in (14, 16, 32)),
+    *(vit("timm", f"vit_small_patch{p}") for p in (14, 16, 32)),
+    vit("timm", "vit_base_patch16"),
+    # The other blocks are the same again.
+    *(vit("timm", f"vit_base_patch{p}", depth=3) for p in (14, 32)),
+    *(vit("timm", f"vit_large_patch{p}", depth=3) for p in (14, 16, 32)),
+    vit("timm", "vit_tiny_patch16", {"pool": "mean_norm"}, global_pool="avg"),
+    vit("timm", "vit_tiny_patch16", MEAN, global_pool="avg", fc_norm=False),
+    vit(
+        "timm", "vit_tiny_patch16", {**MEAN, "class_token": False}, class_token=False,
+        global_pool="avg", fc_norm=False,
+    ),
+    *(vit("torchvision", f"vit_base_patch{p}", depth=3) for p in (16, 32)),
+    *(vit("torchvision", f"vit_large_patch{p}", depth=3) for p in (16, 32)),
+    vit("transformers", "vit_tiny_patch16"),
+    *(vit("transformers", f"vit_base_patch{p}", depth=3) for p in (16, 32)),
+    *(vit("transformers", f"vit_large_patch{p}", depth=3) for p in (16, 32)),
+    vit("transformers, as modules", "vit_tiny_patch16"),
+    *(convnext(lib, n) for lib in ("torchvision", "timm", "transformers")
+      for n in CONVNEXTS),
+]  # fmt: skip
 
 
-def oracle(library, name):
-    """Returns a module with random weights, and statistics that matter."""
-    if library == "torchvision":
-        made = getattr(oracles.import_torchvision().models, name)(num_classes=CLASSES)
-    elif library == "timm":
-        theirs = f"tf_{name}" if name.startswith("efficientnet") else name
-        made = oracles.import_timm().create_model(theirs, num_classes=CLASSES)
-    else:
-        transformers = oracles.import_transformers()
-        kind = "basic" if name in ("resnet18", "resnet34") else "bottleneck"
-        widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
-        config = transformers.ResNetConfig(
-            depths=DEPTHS[name],
-            layer_type=kind,
-            hidden_sizes=widths,
-            num_labels=CLASSES,
-        )
-        made = transformers.ResNetForImageClassification(config)
-    return randomised(made)
-
-
-def randomised(module):
-    import torch
-
-    rng = torch.Generator().manual_seed(0)
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-            layer.weight.data.uniform_(0.5, 1.5, generator=rng)
-            layer.bias.data.normal_(0, 0.2, generator=rng)
-            layer.running_mean.normal_(0, 0.2, generator=rng)
-            layer.running_var.uniform_(0.5, 1.5, generator=rng)
-    return module.eval()
-
-
-def our_logits(name, tensors, x, precision):
+def made(row, precision, **more):
     model = make_model(
-        name, {"head": {}}, classes=CLASSES, dtype=precision, param_dtype=precision
-    )
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.asarray(x[:1]), train=False)
-    )
+        row.name, {"head": {}, **row.arguments, **more}, classes=CLASSES,
+        dtype=precision, param_dtype=precision,
+    )  # fmt: skip
+    fields = dict(row.fields)
+    if isinstance(fields.get("shape"), tuple):
+        fields["shape"] = type(model.shape)(*fields["shape"])
+    return model.clone(**fields)
+
+
+def loaded(row, model, tensors, precision):
+    """Returns variables from tensors, and checks that they become these again."""
+    x = jnp.zeros((1, row.size, row.size, 3), precision)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     # Flax starts running averages in float32, whatever the parameters are.
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, precision), shapes
     )
     weights = Weights(address="oracle", tensors=tensors, sha256={})
     variables = load_weights(shapes, weights)
-    return np.asarray(
-        jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
-    )
+    layout = recognise(named(shapes), tensors, "oracle")
+    assert_same(layout.tensors(named(variables), tensors), tensors)
+    return variables, layout
 
 
-@pytest.mark.parametrize("library, name", CASES, ids=["-".join(case) for case in CASES])
-def test_logits_are_the_oracles(library, name):
-    module = oracle(library, name)
-    import torch
+def assert_same(found, tensors):
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert found[name].tobytes() == tensor.tobytes(), name
 
-    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
-    with torch.no_grad():
-        found = module(torch.from_numpy(x).permute(0, 3, 1, 2))
-    theirs = getattr(found, "logits", found).numpy()
-    tensors = {key: value.numpy() for key, value in module.state_dict().items()}
-    ours = our_logits(name, tensors, x, jnp.float32)
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+def stage_by_stage(model, variables, x):
+    """Returns what every stage gives."""
+
+    @jax.jit
+    def run(variables, x):
+        found = {}
+        for stage in model.stages:
+            x = model.apply(variables, x, first=stage, last=stage, train=False)
+            found[stage] = x
+        return found
+
+    return {stage: np.asarray(x) for stage, x in run(variables, x).items()}
+
+
+def assert_close(ours, theirs, tolerance):
+    assert len(theirs) >= 5 and theirs.keys() <= ours.keys()
+    for stage, wanted in theirs.items():
+        found = ours[stage].reshape(wanted.shape) if stage != "head" else ours[stage]
+        error = np.abs(found - wanted).max() / np.abs(wanted).max()
+        assert error <= tolerance, stage
+
+
+@pytest.mark.parametrize("row", ROWS, ids=map(str, ROWS))
+def test_stages_and_logits_are_the_oracles(row):
+    oracle = oracle_models.make(row.library, row.name, **row.theirs)
+    model = made(row, jnp.float32)
+    variables, _ = loaded(row, model, oracle.tensors(), jnp.float32)
+    x = np.random.default_rng(0).normal(size=(2, row.size, row.size, 3))
+    x = x.astype(np.float32)
+    assert_close(stage_by_stage(model, variables, x), oracle.run(x), 1e-5)
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_efficientnet_lites_are_timms_in_float64(number):
     """Deep ReLU6 networks amplify rounding; 64 bits tell it from a mistake."""
-    module = oracle("timm", f"efficientnet_lite{number}").double()
+    row = Row("timm", f"efficientnet_lite{number}")
+    oracle = oracle_models.make("timm", row.name)
+    oracle.module.double()
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+    with jax.enable_x64(True):
+        model = made(row, jnp.float64)
+        variables, _ = loaded(row, model, oracle.tensors(), jnp.float64)
+        assert_close(stage_by_stage(model, variables, x), oracle.run(x), 1e-10)
+
+
+ONCE = (1, 1, 1, 1)
+NARROW = (8, 8, 16, 16, 16)
+GRADIENTS = [  # Of few blocks: what takes time is compiling.
+    Row(
+        "torchvision",
+        "resnet50",
+        fields={"shape": resnet.Shape(ONCE)},
+        theirs={"depths": ONCE},
+    ),
+    Row(
+        "timm",
+        "efficientnet_lite0",
+        fields={"rows": scaled(1.0, 0.1)},
+        theirs={"depth": 1},
+    ),
+    vgg("torchvision", "vgg11_bn", widths=NARROW),
+    vgg("timm", "vgg13", widths=NARROW),
+    vit("timm", "vit_tiny_patch16", depth=3),
+    vit("torchvision", "vit_tiny_patch32", depth=2),
+    vit("transformers", "vit_tiny_patch14", depth=2),
+    convnext("torchvision", "convnext_tiny", (1, 2, 1, 1), (8, 12, 16, 24)),
+    convnext("transformers", "convnext_tiny", ONCE, (8, 12, 16, 24)),
+]
+
+
+@pytest.mark.parametrize("row", GRADIENTS, ids=map(str, GRADIENTS))
+def test_gradients_of_a_training_step_are_the_oracles_in_float64(row):
+    oracle = oracle_models.make(row.library, row.name, **row.theirs)
+    oracle.module.double()
     import torch
 
-    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
-    with torch.no_grad():
-        theirs = module(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
-    tensors = {key: value.numpy() for key, value in module.state_dict().items()}
+    rng = np.random.default_rng(0)
+    x, label = rng.normal(size=(4, row.size, row.size, 3)), np.array([1, 0, 3, 9])
+    tensors = oracle.tensors()
+    tensors = {name: tensor.copy() for name, tensor in tensors.items()}
+    logits = oracle.module.train()(torch.from_numpy(x).permute(0, 3, 1, 2))
+    logits = getattr(logits, "logits", logits)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(label)).backward()
     with jax.enable_x64(True):
-        ours = our_logits(f"efficientnet_lite{number}", tensors, x, jnp.float64)
-    assert np.abs(ours - theirs).max() <= 1e-10 * np.abs(theirs).max()
+        model = made(row, jnp.float64)
+        variables, layout = loaded(row, model, tensors, jnp.float64)
+        stats = variables.get("batch_stats", {})
+
+        def loss(params):
+            logits, _ = model.apply(
+                {"params": params, "batch_stats": stats}, x, train=True,
+                mutable=["batch_stats"],
+            )  # fmt: skip
+            chosen = jax.nn.log_softmax(logits)[np.arange(len(label)), label]
+            return -chosen.mean()
+
+        found = jax.jit(jax.grad(loss))(variables["params"])
+        found = layout.tensors(named({"params": found}))
+    for leaf in oracle.module.parameters():
+        leaf.data = leaf.grad
+    wanted = {name: grad for name, grad in oracle.tensors().items() if name in found}
+    assert len(wanted) == len(found) == len(list(oracle.module.parameters()))
+    largest = max(np.abs(gradient).max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        # Some are nothing but rounding, such as those of keys' biases.
+        limit = max(1e-6 * np.abs(gradient).max(), 1e-13 * largest)
+        assert np.abs(found[name] - gradient).max() <= limit, name
