@@ -176,7 +176,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         for key in ("dir", "mean", "std", "resize")
     }
     source = load_source(entry.name, given.pop("dir"))
-    if source.targets:
+    if not source.class_names:
         raise UserError(f"{where}name: the labels of {entry.name} are not classes")
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))

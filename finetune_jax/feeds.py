@@ -250,7 +250,7 @@ def everything(whole: Dataset | Features) -> dict[str, Any]:
     if whole.decoded is None:
         return whole.take(np.arange(count))
     weight = whole.readable(np.arange(count)).astype(np.float32)
-    return {"inputs": whole.decoded, "label": whole.label, "weight": weight}
+    return {**whole.parts(whole.decoded), "label": whole.label, "weight": weight}
 
 
 def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str | None:
@@ -269,7 +269,8 @@ def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str 
     elif whole.nbytes:
         return "the examples are not kept in memory (config.data.memory_gb)"
     else:
-        size = len(whole) * nbytes(whole.take(np.zeros(1, int))["inputs"])
+        taken = whole.take(np.zeros(1, int))
+        size = len(whole) * (nbytes(taken["inputs"]) + nbytes(taken.get("mask", ())))
     if size > limit:
         return f"the examples are {size / 1e9:.1f} GB (config.data.memory_gb)"
     return None

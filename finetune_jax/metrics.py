@@ -1,10 +1,10 @@
 """Metrics over all rows of a split, on the host in float64.
 
 Those of classification take logits and class indices, those of regression predictions
-and targets [B, T]. Probabilities are the softmax of the logits, whatever loss was
-trained. scikit-learn's functions are used where it has them, with its conventions: a
-class that neither occurs nor is predicted counts in no average, and what would be
-divided by zero is 0.
+and targets [B, T], those of segmentation counts of pixels [B, 3, K]. Probabilities are
+the softmax of the logits, whatever loss was trained. scikit-learn's functions are used
+where it has them, with its conventions: a class that neither occurs nor is predicted
+counts in no average, and what would be divided by zero is 0.
 """
 
 import functools
@@ -21,6 +21,8 @@ AVERAGES = ("binary", "macro", "micro", "weighted")
 # Metrics that rank examples, which needs examples of every class.
 RANKING = ("roc_auc", "average_precision")
 LOWER_IS_BETTER = ("loss", "calibration_error", "mse", "mae")
+# Begins the names of metrics of one class, of which there may be many.
+PER_CLASS = "iou_"
 BINS = 15  # Guo et al. 2017, section 5.
 _TOP = re.compile(r"top_([1-9]\d*)_accuracy")
 
@@ -146,6 +148,42 @@ def _errors(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> np.ndarray:
     return prediction_BxT.astype(np.float64) - target_BxT.astype(np.float64)
 
 
+def class_iou(counts_Bx3xK: np.ndarray) -> np.ndarray:
+    """Returns the intersection over union of each class, [K], over all examples' pixels.
+
+    NaN for a class that neither occurs nor is predicted.
+
+    Args:
+        counts_Bx3xK: Pixels of each class that are predicted rightly, that are true, and
+            that are predicted, those that are ignored left out.
+    """
+    right_K, true_K, predicted_K = counts_Bx3xK.astype(np.float64).sum(axis=0)
+    union_K = true_K + predicted_K - right_K
+    share_K = right_K / np.maximum(union_K, 1)
+    return np.where(union_K > 0, share_K, np.nan)
+
+
+def mean_iou(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the mean over the classes that occur or are predicted; NaN without any."""
+    iou_K = class_iou(counts_Bx3xK)
+    there_K = np.isfinite(iou_K)
+    return float(iou_K[there_K].mean()) if there_K.any() else math.nan
+
+
+def pixel_accuracy(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the share of all pixels that are predicted rightly; NaN without any."""
+    right, true, _ = counts_Bx3xK.astype(np.float64).sum(axis=(0, 2))
+    return float(right / true) if true else math.nan
+
+
+def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the mean over the classes that occur of the share predicted rightly."""
+    right_K, true_K, _ = counts_Bx3xK.astype(np.float64).sum(axis=0)
+    there_K = true_K > 0
+    share_K = right_K[there_K] / true_K[there_K]
+    return float(share_K.mean()) if there_K.any() else math.nan
+
+
 CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "loss": log_loss,
@@ -158,7 +196,16 @@ CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     },
 }
 REGRESSION = {"mse": mse, "mae": mae, "r2": r2}
-METRICS = {"classification": CLASSIFICATION, "regression": REGRESSION}
+SEGMENTATION = {
+    "mean_iou": mean_iou,
+    "pixel_accuracy": pixel_accuracy,
+    "mean_accuracy": mean_accuracy,
+}
+METRICS = {
+    "classification": CLASSIFICATION,
+    "regression": REGRESSION,
+    "segmentation": SEGMENTATION,
+}
 
 
 def metric(name: str, known: Mapping[str, Callable] = CLASSIFICATION) -> Callable:
@@ -203,6 +250,15 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
     if problems:
         listed = f"{kind} has {', '.join(sorted(known))}"
         raise problems_error("config.task.metrics does not fit:", problems, listed)
+
+
+def is_of_class(name: str) -> bool:
+    """Returns whether a metric is of one class, whatever split or weights it is of.
+
+    >>> is_of_class("test/ema_iou_road"), is_of_class("test/mean_iou")
+    (True, False)
+    """
+    return name.rpartition("/")[2].removeprefix("ema_").startswith(PER_CLASS)
 
 
 def higher_is_better(name: str) -> bool:

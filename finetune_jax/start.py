@@ -101,6 +101,7 @@ def starting_state(
             fresh=init.fresh,
             adapt_input=init.input_channels == "adapt",
             stem=task.stages[0],
+            left_out=task.left_out(),
         )
         state = own.replace(**variables)
     batch = functools.partial(first_examples, data, config)

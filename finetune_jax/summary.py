@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation import Evaluator
@@ -19,13 +20,14 @@ from finetune_jax.report.page import (
     Prediction,
     write_page,
 )
+from finetune_jax.report.segments import for_page, segments_figure
 from finetune_jax.setup import Setup
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.trees import named, stage_of
 from finetune_jax.workdir import read_json, read_manifest
 
 # Predictions that the page shows of each kind.
-SHOWN = 10
+SHOWN, SHOWN_MASKS = 10, 8
 
 
 def write_report(
@@ -50,7 +52,7 @@ def write_report(
     folder.mkdir(exist_ok=True)
     lines = read_metrics(workdir / "metrics.jsonl")
     plots.learning_curves(lines, folder / "learning_curves.png")
-    confusion, right, wrong = None, [], []
+    confusion, right, wrong, segments = None, [], [], None
     held_out = setup.data.held_out
     split = next((name for name in ("test", "validation") if name in held_out), None)
     if split is not None:
@@ -61,6 +63,10 @@ def write_report(
         if spec.targets:
             found, path = outputs["prediction"], folder / "predicted.png"
             plots.predicted(found, dataset.label, spec.targets, path, caption)
+        elif spec.pixel_classes:
+            figure = _segments(setup, outputs["prediction"], dataset)
+            (folder / "segments.png").write_bytes(plots.png(figure))
+            segments = for_page(figure, f"Of {caption}")
         else:
             # A model may have more logits than the data has classes.
             outputs["logits"] = outputs["logits"][:, : len(names)]
@@ -80,6 +86,7 @@ def write_report(
         confusion=confusion,
         right=right,
         wrong=wrong,
+        segments=segments,
     )
     write_page(page, folder / "index.html")
 
@@ -157,6 +164,21 @@ def _predictions(
         ]
 
     return shown(right[spread]), shown(worst)
+
+
+def _segments(setup: Setup, predicted: np.ndarray, dataset: Dataset) -> Figure:
+    """Returns a picture of a sample of the examples, with their masks."""
+    count = min(SHOWN_MASKS, len(dataset))
+    positions = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    taken = dataset.take(positions)
+    names = ["/".join(pathlib.PurePath(dataset.name(p)).parts[-2:]) for p in positions]
+    return segments_figure(
+        _as_bytes(taken["inputs"]),
+        taken["mask"],
+        predicted[positions],
+        names,
+        setup.data.spec.pixel_classes,
+    )
 
 
 def _as_bytes(images: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ VARIANTS = [
     "mnist_target.py:cnn,tiny",
     "mnist_target.py:mlp,tiny",
     "pretrain_fashion_mnist.py:tiny",
+    "segmentation.py:tiny",
 ]
 
 

@@ -41,6 +41,7 @@ LAYERS = (
     ),
     ("data", "models", "pretrained", "workdir", "tables", "modes.options"),
     ("mix", "schedules", "plan", "strategies", "state", "algorithms", "regularisers"),
+    ("masks",),
     (
         "augment",
         "rand_augment",

@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
+from finetune_jax.data.classes import check_classes, check_no_classes
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import PREPROCESSING, DataSpec
@@ -27,10 +28,11 @@ class Dataset:
     Attributes:
         source: Where they come from.
         indices: Which they are, in the concatenation of the source's splits.
-        label: Class index of each, int32 [N]; or its targets, float32 [N, T].
+        label: Class index of each, int32 [N]; or its targets, float32 [N, T]; zeros
+            where images have masks.
         geometry: How images become what batches hold; None for feature vectors.
         shape: Of one example's inputs after that.
-        decoded: All inputs, where they are kept in memory.
+        decoded: All examples as `source` reads them, where they are kept in memory.
         unreadable: Messages by index, of what could not be read and has weight 0; None
             stops there.
     """
@@ -55,7 +57,7 @@ class Dataset:
         are_ready = all(self._is_ready(parts[owner]) for owner in np.unique(owners))
         if self.decoded is not None or are_ready:
             return 0
-        return len(self) * math.prod(self.shape) * self._dtype.itemsize
+        return len(self) * math.prod(self._read_shape) * self._dtype.itemsize
 
     def in_memory(self) -> "Dataset":
         """Returns the split with all examples decoded.
@@ -65,20 +67,21 @@ class Dataset:
         """
         if not self.nbytes:
             return self
-        everything = self.take(np.arange(len(self)))["inputs"]
+        everything = self._read(np.arange(len(self)))
         return dataclasses.replace(self, decoded=everything)
 
     def take(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Returns 'inputs', 'label' and 'weight' of examples at positions of the split.
 
-        The weight of what could not be read is 0, its inputs are zeros; of all others 1.
+        And 'mask' where images have one, uint8 [n, H, W]. The weight of what could not be
+        read is 0, its inputs are zeros; of all others 1.
 
         Raises:
             UserError: Lists the examples that cannot be read.
         """
         kept = self.decoded
         return {
-            "inputs": self._inputs(positions) if kept is None else kept[positions],
+            **self.parts(self._read(positions) if kept is None else kept[positions]),
             "label": self.label[positions],
             "weight": self.readable(positions).astype(np.float32),
         }
@@ -87,11 +90,23 @@ class Dataset:
         """Returns which examples, taken already, could be read, bool [n]."""
         return ~np.isin(self.indices[positions], list(self.unreadable or ()))
 
-    def _inputs(self, positions: np.ndarray) -> np.ndarray:
+    def parts(self, examples: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns 'inputs', and 'mask' where there is one, of examples as they are read."""
+        if not self.source.pixel_classes:
+            return {"inputs": examples}
+        return {"inputs": examples[..., :-1], "mask": examples[..., -1]}
+
+    @property
+    def _read_shape(self) -> tuple[int, ...]:
+        """The shape of an example as it is read: a mask is a channel more."""
+        masks = 1 if self.source.pixel_classes else 0
+        return (*self.shape[:-1], self.shape[-1] + masks)
+
+    def _read(self, positions: np.ndarray) -> np.ndarray:
         owners, places = self._owners(self.indices[positions])
         parts = list(self.source.splits.values())
         ready = np.array([self._is_ready(part) for part in parts])[owners]
-        inputs = np.zeros((len(places), *self.shape), self._dtype)
+        inputs = np.zeros((len(places), *self._read_shape), self._dtype)
         for owner in np.unique(owners[ready]):
             rows = np.flatnonzero(owners == owner)
             inputs[rows] = parts[owner].values[places[rows]]
@@ -258,11 +273,11 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
             classes are needed for where there are none.
     """
     source = load_source(config["name"], config["dir"])
-    if source.targets:
-        _check_no_classes(source, config)
+    if not source.class_names:
+        check_no_classes(source, config)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
-    # Numbers are cut at random, as if all were of one class.
+    # What has no classes is cut at random, as if all were of one class.
     strata = {k: v if v.ndim == 1 else np.zeros(len(v)) for k, v in label.items()}
     splits = named_splits(strata, config["split_seed"])
     chosen = {
@@ -274,10 +289,10 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         chosen["train"] = per_class(
             chosen["train"], everything[chosen["train"]], config["per_class"], seed
         )
-    _check_classes(source, everything, chosen["train"])
+    check_classes(source, everything, chosen["train"])
     shape = _shape(source, config)
     label_counts = [len(chosen["train"])]
-    if not source.targets:
+    if source.class_names:
         label_counts = np.bincount(
             everything[chosen["train"]], minlength=len(source.class_names)
         )
@@ -287,6 +302,7 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         dtype=next(iter(source.splits.values())).dtype,
         class_names=source.class_names,
         targets=source.targets,
+        pixel_classes=source.pixel_classes,
         train_counts=tuple(map(int, label_counts)),
         **{key: config[key] for key in PREPROCESSING},
     )
@@ -371,26 +387,3 @@ def check_preprocessing(spec: DataSpec) -> None:
         )
     if problems:
         raise problems_error("The preprocessing does not fit the data:", problems)
-
-
-def _check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
-    problems = [
-        f"config.data.{key}: {config[key]!r} needs classes; leave it at {default!r}"
-        for key, default in (("per_class", None), ("sampling", "uniform"), ("mix", ()))
-        if config[key] != default
-    ]
-    if problems:
-        raise problems_error(f"The labels of {source.name} are numbers:", problems)
-
-
-def _check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
-    seen = set(np.unique(label[train]).tolist()) if source.class_names else set()
-    absent = [
-        name for index, name in enumerate(source.class_names) if index not in seen
-    ]
-    if absent:
-        raise UserError(
-            f"config.data.train: {len(absent)} of {len(source.class_names)} classes "
-            f"have no training example: {', '.join(absent[:20])}. A model cannot learn "
-            "what it never sees; choose another split."
-        )

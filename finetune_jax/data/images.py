@@ -122,6 +122,13 @@ def read_image(
         raise UserError(f"{name}: cannot be read: {error}") from error
 
 
+def oriented_size(file: pathlib.Path) -> tuple[int, int]:
+    """Returns width and height of the image of a file that `read_image` can read."""
+    with Image.open(file) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _SWAPPED else (width, height)
+
+
 def _read_fitted(
     image: Image.Image, geometry: Geometry, *, name: str, upright: bool
 ) -> np.ndarray:

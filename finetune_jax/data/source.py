@@ -16,12 +16,18 @@ class Examples(Protocol):
 
     @property
     def label(self) -> np.ndarray:
-        """Class index of every example, int32 [N]; or its targets, float32 [N, T]."""
+        """Class index of every example, int32 [N]; or its targets, float32 [N, T].
+
+        Zeros where images have masks.
+        """
         ...
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Shape of one example's inputs, (H, W, C) or (F,); None where they differ."""
+        """Shape of one example's inputs, (H, W, C) or (F,); None where they differ.
+
+        A mask is not counted.
+        """
         ...
 
     @property
@@ -35,6 +41,8 @@ class Examples(Protocol):
 
     def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
         """Returns the inputs of one example; called by many threads.
+
+        Where images have masks, their last channel is the mask, which is fitted too.
 
         Args:
             index: Of the example.
@@ -91,8 +99,11 @@ class Source:
         name: For messages.
         splits: Examples by the name of their split; a source without splits of its own
             has the one split 'all'.
-        class_names: In the order of the labels; empty where the labels are numbers.
+        class_names: In the order of the labels; empty where the labels are numbers, or
+            images have masks.
         targets: Names of these numbers.
+        pixel_classes: Names of the classes of a mask's pixels, in the order of their
+            indices.
         fingerprint: Returns what changes when the content does; may read all of it.
     """
 
@@ -101,6 +112,7 @@ class Source:
     class_names: tuple[str, ...]
     fingerprint: Callable[[], str]
     targets: tuple[str, ...] = ()
+    pixel_classes: tuple[str, ...] = ()
 
 
 def array_source(

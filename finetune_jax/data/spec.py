@@ -20,6 +20,7 @@ class DataSpec:
         dtype: 'uint8' for bytes, which the task scales to [0, 1], else 'float32'.
         class_names: In the order of the labels.
         targets: Names of the numbers that are to be predicted, where there are no classes.
+        pixel_classes: Names of the classes of a mask's pixels, where images have masks.
         train_counts: Training examples of each class, one number where there are no
             classes; empty where that is not known.
         mean: Subtracted from the inputs; one number or one a channel.
@@ -36,6 +37,7 @@ class DataSpec:
     dtype: str
     class_names: tuple[str, ...]
     targets: tuple[str, ...] = ()
+    pixel_classes: tuple[str, ...] = ()
     train_counts: tuple[int, ...] = ()
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
@@ -95,7 +97,7 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
         and spec.dtype in ("uint8", "float32")
         and all(
             isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-            for names in (spec.class_names, spec.targets)
+            for names in (spec.class_names, spec.targets, spec.pixel_classes)
         )
         and all(type(count) is int for count in spec.train_counts)
     ):

@@ -6,7 +6,7 @@ knows no task, no config and no data.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +15,19 @@ from finetune_jax import lookup
 from finetune_jax.models.lora import with_lora
 
 
-def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Module:
+def make_model(
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    around: Callable[[nn.Module], Any] = lambda module: module,
+    **given: Any,
+) -> nn.Module:
     """Returns a model by its name.
 
     Args:
         name: A key of `MODELS` in one of the modules here.
         arguments: What `config.model` says besides the name.
+        around: Makes another of the model, before it gets low-rank updates.
         **given: `classes`, `dtype`, `param_dtype`.
 
     Raises:
@@ -35,7 +42,7 @@ def make_model(name: str, arguments: Mapping[str, Any], **given: Any) -> nn.Modu
     lora = {k: v for k, v in arguments.items() if k.startswith("lora_")}
     arguments = {k: v for k, v in arguments.items() if k not in lora}
     module = lookup.call(constructor, arguments, "config.model", **given)
-    return lookup.call(with_lora, lora, "config.model", module=module)
+    return lookup.call(with_lora, lora, "config.model", module=around(module))
 
 
 def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[str, ...]:

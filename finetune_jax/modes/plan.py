@@ -40,6 +40,9 @@ from finetune_jax.step import eval_step, train_step
 from finetune_jax.tasks.task import Task
 from finetune_jax.trees import count, named, nbytes, stage_of
 
+# Tasks whose data have classes of pixels.
+MASKED = ("segmentation",)
+
 
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
@@ -64,6 +67,8 @@ def main(config: Config, options: Options) -> int:
     outputs = f"{len(spec.class_names)} classes"
     if spec.targets:
         outputs = f"{len(spec.targets)} targets"
+    if spec.pixel_classes:
+        outputs = f"{len(spec.pixel_classes)} classes of pixels"
     console = Console(soft_wrap=True)
     console.print(
         f"{config.model.name}: {count(state.params):,} parameters in "
@@ -112,11 +117,13 @@ def spec_of(config: Config) -> DataSpec:
                 f"{missing}\nWithout the data a plan needs:", problems
             ) from missing
         shape = (data.image_size, data.image_size, data.channels)
+        names, segments = tuple(map(str, range(classes))), config.task.name in MASKED
         spec = DataSpec(
             shape=shape,
             train_shape=train_shape(shape, data.train_size),
             dtype="uint8",
-            class_names=tuple(map(str, range(classes))),
+            class_names=() if segments else names,
+            pixel_classes=names if segments else (),
             **{key: data[key] for key in PREPROCESSING},
         )
         check_preprocessing(spec)

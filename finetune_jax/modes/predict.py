@@ -1,4 +1,7 @@
-"""`--mode=predict`: what the best checkpoint of a run says of new files, as JSONL."""
+"""`--mode=predict`: what the best checkpoint of a run says of new files, as JSONL.
+
+Where predictions are masks, a folder beside it has them as PNG files.
+"""
 
 import dataclasses
 import itertools
@@ -12,7 +15,8 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
-from finetune_jax.data.images import SUFFIXES, read_image
+from finetune_jax.data.images import SUFFIXES, oriented_size, read_image
+from finetune_jax.data.masks import unfitted, write_mask
 from finetune_jax.data.source import array_source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec, spec_from_json
@@ -47,16 +51,57 @@ def main(config: Config, options: Options) -> int:
         evaluator.batch_size = min(evaluator.batch_size, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
+    masks = MaskWriter(output.with_suffix(""), spec)
     with part.open("w") as file:
         for names, dataset in _datasets(paths, spec, errors):
             outputs = evaluator.outputs(placed, dataset)
-            for name, record in zip(names, setup.task.records(outputs, {})):
+            records = setup.task.records(outputs, {})
+            found = setup.task.masks(outputs)
+            if found is not None:
+                records = [
+                    {"mask": masks.write(*pair), **record}
+                    for record, *pair in zip(records, found, names)
+                ]
+            for name, record in zip(names, records):
                 file.write(json.dumps({"file": name, **record}) + "\n")
                 written += 1
     part.replace(output)
     print(f"{written:,} predictions in {output}")
     check_readable(errors, f"The other {written:,} are in {output}.")
     return 0
+
+
+class MaskWriter:
+    """Writes predicted masks as PNG files of class indices, as large as their images."""
+
+    def __init__(self, folder: pathlib.Path, spec: DataSpec):
+        """Takes where they go, made with the first of them, and what the data look like."""
+        self._folder, self._spec = folder, spec
+        self._taken: set[str] = set()
+
+    def write(self, mask: np.ndarray, name: str) -> str:
+        """Returns the file of a mask.
+
+        Args:
+            mask: uint8 [H, W].
+            name: Of its image, a file, or such as 'x.npy#3'.
+        """
+        self._folder.mkdir(exist_ok=True)
+        path, stem = pathlib.Path(name), pathlib.Path(name).stem
+        if path.suffix.lower() in SUFFIXES:
+            geometry = self._spec.geometry(training=False)
+            assert geometry is not None
+            mask = unfitted(mask, geometry, oriented_size(path))
+        else:
+            stem = path.name.replace("#", "_")
+        unique, number = stem, 1
+        while unique in self._taken:
+            number += 1
+            unique = f"{stem}_{number}"
+        self._taken.add(unique)
+        file = self._folder / f"{unique}.png"
+        write_mask(mask, len(self._spec.pixel_classes), file)
+        return str(file)
 
 
 def _output(text: str) -> pathlib.Path:

@@ -26,6 +26,7 @@ def load_weights(
     fresh: Sequence[str] = (),
     adapt_input: bool = False,
     stem: str = "",
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns `variables` with every leaf taken from the weights.
 
@@ -38,6 +39,8 @@ def load_weights(
         adapt_input: Fits the kernels of stage `stem` to another number of channels:
             their mean over the channels, so that grey images give what they gave.
         stem: The model's first stage.
+        left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
+            may have besides, and that are not wanted.
 
     Raises:
         UserError: Lists every leaf that the weights lack or have in another shape, every
@@ -58,6 +61,7 @@ def load_weights(
         is_fresh=is_fresh,
         stem=stem if adapt_input else None,
     )
+    used |= set(layout.names([*names, *left_out]).values()) if left_out else set()
     # In our own layout `fresh` also says which tensors of the file are not wanted.
     unused = [
         name

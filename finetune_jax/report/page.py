@@ -116,6 +116,7 @@ class Page:
             examples'; None where there are no classes.
         right: Examples predicted rightly; may be empty.
         wrong: Examples predicted wrongly; may be empty.
+        segments: From `segments.for_page`; None where there are no masks.
     """
 
     title: str
@@ -128,6 +129,7 @@ class Page:
     confusion: tuple[np.ndarray, Sequence[str], str] | None
     right: Sequence[Prediction]
     wrong: Sequence[Prediction]
+    segments: Mapping[str, Any] | None = None
 
 
 def write_page(page: Page, path: pathlib.Path) -> None:

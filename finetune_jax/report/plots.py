@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
+from finetune_jax.metrics import is_of_class
+
 # Of Okabe & Ito 2008: told apart by colour-blind readers too.
 COLOURS = {"train": "#999999", "validation": "#0072B2", "test": "#D55E00"}
 # The test split is measured at the ends of phases only: points, not a curve.
@@ -94,6 +96,7 @@ def curve_names(lines: Sequence[Mapping]) -> list[str]:
     keys = {key: None for line in lines for key in line if line[key] is not None}
     parts = [key.partition("/") for key in keys]
     measured = [name for split, _, name in parts if split in HELD_OUT and name]
+    measured = [name for name in measured if not is_of_class(name)]
     names = ["loss", *measured, "accuracy", "learning_rate"]
     there = {name for split, _, name in parts if split in COLOURS}
     return [name for name in dict.fromkeys(names) if name in there]

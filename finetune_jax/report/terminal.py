@@ -12,6 +12,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finetune_jax.metrics import is_of_class
+
 
 class Terminal:
     """Prints lines, and shows how far the phase is where somebody looks."""
@@ -78,6 +80,10 @@ class Terminal:
             self._bar = None
 
     def metrics(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-        """Prints one line of metrics."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        """Prints one line of metrics, without those of single classes."""
+        shown = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in values.items()
+            if not is_of_class(name)
+        )
         self.say(f"step {step:>6}  {phase:<12}  {shown}")

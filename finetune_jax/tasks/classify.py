@@ -272,6 +272,11 @@ def make(
             f"config.task.name: 'classify', but the data's labels are not classes but "
             f"numbers ({', '.join(data.targets[:20])}): use task.name='regress'"
         )
+    if data.pixel_classes:
+        raise UserError(
+            "config.task.name: 'classify', but the data has a mask for each image: use "
+            "task.name='segmentation'"
+        )
     bound = losses.make_loss("classification", loss, loss_args)
     check_metrics("classification", metrics, len(data.class_names))
     lookup.choose(CLASS_WEIGHTS, class_weights, "config.task.class_weights")

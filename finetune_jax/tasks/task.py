@@ -64,6 +64,13 @@ class Task(abc.ABC):
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
 
+    def left_out(self) -> tuple[str, ...]:
+        """Returns names of variables that weights may have besides those of the models.
+
+        Such as the last stage of a classifier of which only the others are taken.
+        """
+        return ()
+
     def fixed(self, start: Any) -> Any:
         """Returns what the loss reads and nobody updates.
 
@@ -136,6 +143,14 @@ class Task(abc.ABC):
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
         """Returns what a prediction says of each example, ready for JSON."""
+
+    def masks(self, outputs: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Returns the masks that a prediction has, uint8 [B, H, W]; None where it has none.
+
+        They are as large as the images that the models take.
+        """
+        del outputs
+        return None
 
     def first_learning(self, mode: Mode) -> str | None:
         """Returns the stage before which nothing depends on the update, if it has any.

@@ -1,0 +1,48 @@
+"""What is asked of the classes of examples, and of data without any."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.source import Source
+from finetune_jax.errors import UserError, problems_error
+
+
+def check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
+    """Checks that nothing is asked for that needs a class of every example.
+
+    Raises:
+        UserError: Lists the keys of `config.data` that do.
+    """
+    problems = [
+        f"config.data.{key}: {config[key]!r} needs classes; leave it at {default!r}"
+        for key, default in (("per_class", None), ("sampling", "uniform"), ("mix", ()))
+        if config[key] != default
+    ]
+    if problems:
+        kind = "numbers" if source.targets else "masks"
+        raise problems_error(f"The labels of {source.name} are {kind}:", problems)
+
+
+def check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
+    """Checks that every class occurs in training.
+
+    Args:
+        source: Has the classes.
+        label: Of all its examples.
+        train: Indices of those to train on.
+
+    Raises:
+        UserError: Names the classes that do not.
+    """
+    seen = set(np.unique(label[train]).tolist()) if source.class_names else set()
+    absent = [
+        name for index, name in enumerate(source.class_names) if index not in seen
+    ]
+    if absent:
+        raise UserError(
+            f"config.data.train: {len(absent)} of {len(source.class_names)} classes "
+            f"have no training example: {', '.join(absent[:20])}. A model cannot learn "
+            "what it never sees; choose another split."
+        )

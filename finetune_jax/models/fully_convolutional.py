@@ -1,0 +1,268 @@
+"""Any model of images made fully convolutional: a class for every pixel.
+
+Source: Long et al. 2015, "Fully convolutional networks for semantic segmentation".
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from finetune_jax import lookup
+from finetune_jax.errors import UserError
+from finetune_jax.models.convolution import convolve
+from finetune_jax.models.heads import ACTIVATIONS, INITIALISERS, make_head
+
+# From one of these stages on, a classifier has places no longer.
+_ENDS = ("pool", "head")
+# What passes between stages where there are taps: the last one's maps, and those tapped.
+_LAST = "last"
+
+
+class ConvHead(nn.Module):
+    """Scores of every place, made as large as the image.
+
+    The scores of tapped stages are added on the way, from the smallest maps to the
+    largest. Theirs start at zero, as in the source, section 4.2; what enlarges is
+    bilinear, and does not learn.
+
+    Attributes:
+        classes: Logits of a pixel.
+        size: Height and width of the images.
+        taps: Stages whose maps have scores too, in the order of the stages.
+        hidden: Widths of the 3x3 convolutions before the scores; often none.
+        activation: After each of them.
+        dropout: Rate before the scores.
+        initialiser: Of the kernels.
+    """
+
+    classes: int
+    size: tuple[int, int]
+    taps: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
+    activation: str = "relu"
+    dropout: float = 0.0
+    initialiser: str = "lecun_normal"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> jax.Array:
+        """Returns logits [B, H, W, K]."""
+        last, tapped = _parted(x)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernel_init = INITIALISERS[self.initialiser]()
+        x_BxHxWxC = as_maps(last, self.size)
+        for index, width in enumerate(self.hidden):
+            x_BxHxWxC = nn.Conv(
+                width,
+                (3, 3),
+                kernel_init=kernel_init,
+                conv_general_dilated=convolve,
+                name=f"hidden{index + 1}",
+                **kinds,
+            )(x_BxHxWxC)
+            x_BxHxWxC = ACTIVATIONS[self.activation](x_BxHxWxC)
+        if self.dropout:
+            x_BxHxWxC = nn.Dropout(self.dropout)(x_BxHxWxC, deterministic=not train)
+        # The last layer is cheap, and rounded logits make a poor loss.
+        kinds["dtype"] = self.param_dtype
+        logits_BxHxWxK = self._scores("logits", kernel_init)(x_BxHxWxC)
+        for name in reversed(self.taps):
+            maps_BxHxWxC = as_maps(tapped[name], self.size)
+            scores = self._scores(f"logits_{name}", nn.initializers.zeros)
+            logits_BxHxWxK = enlarged(logits_BxHxWxK, maps_BxHxWxC.shape[1:3])
+            logits_BxHxWxK += scores(maps_BxHxWxC)
+        return enlarged(logits_BxHxWxK, self.size)
+
+    def _scores(self, name: str, kernel_init: Any) -> nn.Conv:
+        return nn.Conv(
+            self.classes,
+            (1, 1),
+            kernel_init=kernel_init,
+            conv_general_dilated=convolve,
+            dtype=self.param_dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+
+class _Headed(nn.Module):
+    """The head under its name, by which interceptors and parameters know it."""
+
+    head_module: ConvHead
+
+    def setup(self):
+        """Takes the head as its one submodule."""
+        self.head = self.head_module.clone()
+
+    def __call__(self, x: Any, *, train: bool) -> jax.Array:
+        """Returns logits [B, H, W, K]."""
+        return self.head(x, train=train)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullyConvolutional:
+    """The stages of a model up to its last maps, and a head; used as the model would be.
+
+    Attributes:
+        backbone: The model.
+        headed: Its new head.
+        taps: Stages whose maps pass on to the head.
+    """
+
+    backbone: nn.Module
+    headed: _Headed
+    taps: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those of the model that have places, and the head."""
+        return (*stages_with_maps(self.backbone), "head")
+
+    @property
+    def param_dtype(self) -> Any:
+        """That of the model."""
+        return self.backbone.param_dtype  # type: ignore[attr-defined]
+
+    def init(self, rngs: Any, x: jax.Array, *, train: bool) -> dict[str, Any]:
+        """Returns initial variables; those of the model's stages are the model's own."""
+        maps, variables = nn.init_with_output(self._through, self.backbone)(
+            rngs, x, self.stages[:-1], train
+        )
+        head = self.headed.init(rngs, maps, train=train)
+        return {**variables, "params": {**variables["params"], **head["params"]}}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        x: Any,
+        *,
+        first: str | None = None,
+        last: str | None = None,
+        train: bool,
+        rngs: Mapping[str, Any] | None = None,
+        mutable: Any = (),
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Returns what stage `last` gives for the input of `first`, and what moved."""
+        start = 0 if first is None else self.stages.index(first)
+        stop = len(self.stages) if last is None else self.stages.index(last) + 1
+        names, moved = self.stages[start:stop], {}
+        inner = tuple(name for name in names if name != "head")
+        if inner:
+            run = nn.apply(self._through, self.backbone, mutable=list(mutable))
+            x, moved = run(variables, x, inner, train, rngs=rngs)
+        if len(names) > len(inner):
+            head = {"params": {"head": variables["params"]["head"]}}
+            x = self.headed.apply(head, x, train=train, rngs=rngs)
+        return x, moved
+
+    def _through(
+        self, backbone: Any, x: Any, names: tuple[str, ...], train: bool
+    ) -> Any:
+        """Returns what some stages of the model give, with what is tapped."""
+        last, tapped = _parted(x)
+        for name in names:
+            last = backbone(last, first=name, last=name, train=train)
+            if name in self.taps:
+                tapped = {**tapped, name: last}
+        return {_LAST: last, **tapped} if tapped else last
+
+
+def fully_convolutional(
+    backbone: nn.Module,
+    *,
+    classes: int,
+    size: tuple[int, int],
+    head: Mapping[str, Any],
+    taps: tuple[str, ...] = (),
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> FullyConvolutional:
+    """Returns a model with a head that gives every pixel logits.
+
+    Args:
+        backbone: A model whose stages give maps [B, H, W, C], or tokens [B, T, D] of a
+            grid of patches.
+        classes: Logits of a pixel.
+        size: Height and width of the images.
+        head: Arguments as `make_head` takes them; hidden layers are 3x3 convolutions.
+        taps: Stages whose maps have scores too: ('stage2',) is the FCN-16s of a ResNet
+            of three stages.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+
+    Raises:
+        UserError: No such stage, or arguments that do not fit the head.
+    """
+    kinds = {"dtype": dtype, "param_dtype": param_dtype}
+    checked = make_head(head, classes=classes, **kinds)
+    stages = stages_with_maps(backbone)
+    for name in taps:
+        lookup.choose(dict.fromkeys(stages[:-1]), name, "config.model.taps")
+    ordered = tuple(name for name in stages if name in taps)
+    module = ConvHead(
+        classes=classes,
+        size=size,
+        taps=ordered,
+        hidden=tuple(checked.hidden),
+        activation=checked.activation,
+        dropout=checked.dropout,
+        initialiser=checked.initialiser,
+        **kinds,
+    )
+    return FullyConvolutional(backbone, _Headed(module), ordered)
+
+
+def stages_with_maps(backbone: nn.Module) -> tuple[str, ...]:
+    """Returns the stages of a classifier before it pools."""
+    stages: tuple[str, ...] = backbone.stages  # type: ignore[attr-defined]
+    ends = [stages.index(name) for name in _ENDS if name in stages]
+    return stages[: min(ends, default=len(stages))]
+
+
+def _parted(x: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the last maps, and those tapped by the name of their stage."""
+    if not isinstance(x, Mapping) or _LAST not in x:
+        return x, {}
+    return x[_LAST], {name: maps for name, maps in x.items() if name != _LAST}
+
+
+def as_maps(x: Any, size: tuple[int, int]) -> jax.Array:
+    """Returns features as maps [B, H, W, C].
+
+    Args:
+        x: Such maps, or tokens [B, T, D] of square patches, row by row, perhaps after a
+            class token, which is left out.
+        size: Height and width of the images.
+
+    Raises:
+        UserError: They have no places.
+    """
+    shape = getattr(x, "shape", None)
+    if shape is not None and len(shape) == 4:
+        return x
+    if shape is not None and len(shape) == 3:
+        for extra in (0, 1):
+            patch = math.isqrt(size[0] * size[1] // max(shape[1] - extra, 1)) or 1
+            rows, columns = size[0] // patch, size[1] // patch
+            if rows * columns == shape[1] - extra:
+                return x[:, extra:].reshape(shape[0], rows, columns, shape[2])
+    found = shape or f"a {type(x).__name__}"
+    raise UserError(
+        f"config.model.name: what its stages give is {found}, neither maps [B, H, W, C] "
+        f"nor tokens of a grid over {size[0]}x{size[1]} pixels; segmentation needs a "
+        "convolutional model, or a ViT"
+    )
+
+
+def enlarged(x_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Returns maps of that height and width, as torch does without aligned corners."""
+    batch, *before, channels = x_BxHxWxC.shape
+    if tuple(before) == tuple(size):
+        return x_BxHxWxC
+    return jax.image.resize(x_BxHxWxC, (batch, *size, channels), "bilinear")
