@@ -25,7 +25,7 @@ def prepare(source: Source, name: str, folder: pathlib.Path) -> None:
         name: Of the data set.
         folder: `data_dir` of TFDS.
     """
-    if source.targets:
+    if not source.class_names:
         raise UserError(f"{name}: its labels are not classes, which this script writes")
     import tensorflow_datasets as tfds
     from etils import epath

@@ -327,6 +327,30 @@ def test_masks_that_cannot_be_used_are_named_all_at_once(tmp_path):
         assert message in str(refused.value)
 
 
+def test_scenes_have_the_objects_of_their_split_and_their_masks():
+    source, digits = load_source("scenes:digits", None), load_source("digits", None)
+    sizes = {split: len(part) for split, part in source.splits.items()}
+    assert sizes == {"train": 1078, "validation": 360, "test": 359}
+    assert source.pixel_classes == ("background", *digits.class_names)
+    train, test = source.splits["train"], source.splits["test"]
+    assert train.shape == (24, 24, 1)
+    shared = {o.tobytes() for o in train.objects} & {o.tobytes() for o in test.objects}
+    assert not shared
+    image, mask = np.split(train.read(5), [1], axis=-1)
+    again = load_source("scenes:digits", None).splits["train"].read(5)
+    np.testing.assert_array_equal(again, np.concatenate([image, mask], axis=-1))
+    is_object = (mask > 0) & (mask != IGNORED)
+    assert is_object.any() and (image[is_object] >= 128).all()
+    assert (image[mask == 0] < 64).all()
+    large = train.read(5, Geometry(shape=(48, 48, 1)))
+    np.testing.assert_array_equal(large[::2, ::2, 1], mask[..., 0])
+
+
+def test_scenes_of_what_has_no_classes_are_refused():
+    with pytest.raises(UserError, match="no arrays of images with classes"):
+        load_source("scenes:iris", None)
+
+
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
@@ -357,6 +381,22 @@ def test_a_model_without_maps_and_data_without_masks_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             make_setup(data_config(tmp_path, (key, text)))
+
+
+def test_a_frozen_prefix_gives_the_head_what_the_whole_model_does():
+    overrides = ("model.lora_rank", "2"), ("model.lora_targets", "('stage1/.*',)")
+    found = task(*overrides, convolutions=(4, 4), taps=("stage1",))
+    params, stats = jax.jit(found.init)(jax.random.key(0))
+    assert found.stages == ("stage1", "stage2", "head")
+    assert "lora_a" in params["stage1"]["conv"]
+    prepared = found.prepare(batch(), jax.random.key(0), EVALUATION)
+    parted = found.with_features(params, stats, prepared, first="head")
+    assert set(parted["features"]["maps"]) == {"last", "stage1"}
+    assert "mask" not in parted and "inputs" not in parted
+    one = found.outputs(params, stats, {}, prepared)
+    other = found.outputs(params, stats, {}, parted, first="head")
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
 
 
 def test_a_classifiers_weights_are_those_of_the_stages():
@@ -398,6 +438,7 @@ def test_a_run_measures_again_and_predicts_masks_as_large_as_its_images(tmp_path
     assert len(lines) == 15
     record = json.loads(lines[0])
     mask = Image.open(record["mask"])
+    assert record["mask"] == str(workdir / "predictions_masks" / "x.png")
     assert mask.size == (12, 10) and mask.mode == "P" and np.asarray(mask).max() < 3
     assert sum(record["share"].values()) == pytest.approx(1)
 

@@ -51,7 +51,7 @@ def main(config: Config, options: Options) -> int:
         evaluator.batch_size = min(evaluator.batch_size, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
-    masks = MaskWriter(output.with_suffix(""), spec)
+    masks = MaskWriter(output.with_name(f"{output.stem}_masks"), spec)
     with part.open("w") as file:
         for names, dataset in _datasets(paths, spec, errors):
             outputs = evaluator.outputs(placed, dataset)
