@@ -2,6 +2,13 @@
 
 Question:  Do features of clothes help to segment digits, and what does tuning them add?
 Command:   python -m finetune_jax.main --config=configs/segmentation.py
+Expected:  test mean IoU 0.236 with a frozen backbone; 0.195 with
+           --config.init.pretrained=None, a frozen random one. Seed 0 alone; one CPU core,
+           40 seconds. Rate and length chosen by us, not searched.
+Data:      composed by us, and no photos: up to four of scikit-learn's digits on noise;
+           those of the test split are in no training image (data/sources/scenes.py).
+
+`:full` trains all parameters for 5 epochs.
 """
 
 import ml_collections
@@ -12,7 +19,7 @@ from finetune_jax.strategies import full, head_only
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the config; `:tiny` makes two updates of small images."""
+    """Returns the config; `:tiny` makes two updates of small images, `:full` see above."""
     config = configs.default()
     config.task.name = "segmentation"
     config.data.update(name="scenes:digits", image_size=48, mean=(0.5,), std=(0.5,))
