@@ -145,7 +145,7 @@ class FullyConvolutional:
         first: str | None = None,
         last: str | None = None,
         train: bool,
-        rngs: Mapping[str, Any] | None = None,
+        rngs: Any = None,
         mutable: Any = (),
     ) -> tuple[Any, Mapping[str, Any]]:
         """Returns what stage `last` gives for the input of `first`, and what moved."""
@@ -260,7 +260,7 @@ def as_maps(x: Any, size: tuple[int, int]) -> jax.Array:
     )
 
 
-def enlarged(x_BxHxWxC: jax.Array, size: tuple[int, int]) -> jax.Array:
+def enlarged(x_BxHxWxC: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Returns maps of that height and width, as torch does without aligned corners."""
     batch, *before, channels = x_BxHxWxC.shape
     if tuple(before) == tuple(size):

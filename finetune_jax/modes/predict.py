@@ -59,8 +59,8 @@ def main(config: Config, options: Options) -> int:
             found = setup.task.masks(outputs)
             if found is not None:
                 records = [
-                    {"mask": masks.write(*pair), **record}
-                    for record, *pair in zip(records, found, names)
+                    {"mask": masks.write(mask, name), **record}
+                    for record, mask, name in zip(records, found, names)
                 ]
             for name, record in zip(names, records):
                 file.write(json.dumps({"file": name, **record}) + "\n")
