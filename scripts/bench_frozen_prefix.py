@@ -152,9 +152,13 @@ def torch_accuracy(setup, state, epochs: int) -> float:
     from finetune_jax.run import make_store
 
     store = make_store(setup, Terminal())
+    assert store is not None
     frozen = frozen_part(setup.task, state, "head")
     parts = (setup.data.train, setup.data.held_out["test"])
-    found = [store.table(part, frozen, batch_size=BATCH) for part in parts]
+    found = []
+    for part in parts:
+        found.append(store.table(part, frozen, batch_size=BATCH))
+        assert found[-1] is not None
     features = [torch.tensor(np.asarray(part.table)) for part in found]
     labels = [torch.from_numpy(part.label).long() for part in found]
     start = state.params["head"]["logits"]

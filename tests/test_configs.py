@@ -28,6 +28,8 @@ VARIANTS = [
     "mnist_target.py:mlp,tiny",
     "pretrain_fashion_mnist.py:tiny",
     "segmentation.py:tiny",
+    "vit_full.py:tiny",
+    "vgg_partial.py:tiny",
 ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune_jax.errors import UserError
 from finetune_jax.models.convolution import convolve
-from finetune_jax.models.heads import make_head
+from finetune_jax.models.heads import check_widths, make_head
 from finetune_jax.models.pooling import max_pool
 from finetune_jax.models.stages import batch_norm, run_block, run_stages
 
@@ -195,15 +195,24 @@ def _vgg(
     classes: int,
     head: Mapping[str, Any],
     dropout: float = 0.5,
+    dense: int = DENSE,
     remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> VGG:
     if not 0 <= dropout < 1:
         raise UserError(f"config.model.dropout: {dropout} is not in [0, 1)")
-    arguments = tuple(sorted(head.items()))
+    check_widths("config.model.dense", (dense,))
     return VGG(
-        blocks, normalises, classes, arguments, dropout, remat, dtype, param_dtype
+        blocks=blocks,
+        normalises=normalises,
+        classes=classes,
+        head_arguments=tuple(sorted(head.items())),
+        dropout=dropout,
+        remat=remat,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dense=dense,
     )
 
 
