@@ -14,7 +14,7 @@ LAYERS = (
         "modes.plan",
         "modes.reproduce",
     ),
-    ("population",),
+    ("population", "predictor"),
     ("run",),
     ("loop", "summary"),
     ("updates",),

@@ -1,5 +1,6 @@
 """Images: files read as a viewer shows them, and resized as torchvision does."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
@@ -77,7 +78,7 @@ class Geometry:
 
 
 def read_image(
-    file: pathlib.Path | bytes,
+    file: pathlib.Path | bytes | Image.Image,
     geometry: Geometry | None = None,
     *,
     name: str | None = None,
@@ -90,7 +91,7 @@ def read_image(
     animation it is the first image.
 
     Args:
-        file: Where it is, or its bytes.
+        file: Where it is, its bytes, or what Pillow opened already.
         geometry: What the image is to fit, as by `fit`; None keeps its size and channels.
         name: For messages; by default the path.
         upright: Whether the EXIF orientation counts.
@@ -100,7 +101,7 @@ def read_image(
     """
     name = name or str(file)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with _opened(file) as image:
             pixels = image.width * image.height
             if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
                 raise UserError(
@@ -115,6 +116,7 @@ def read_image(
     except UserError:
         raise
     except UnidentifiedImageError as error:
+        assert not isinstance(file, Image.Image)
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
         what = f"not an image ({size} bytes)" if size else "an empty file"
         raise UserError(f"{name}: {what}") from error
@@ -127,6 +129,14 @@ def oriented_size(file: pathlib.Path) -> tuple[int, int]:
     with Image.open(file) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _SWAPPED else (width, height)
+
+
+def _opened(
+    file: pathlib.Path | bytes | Image.Image,
+) -> contextlib.AbstractContextManager[Image.Image]:
+    if isinstance(file, Image.Image):
+        return contextlib.nullcontext(file)
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
 
 
 def _read_fitted(

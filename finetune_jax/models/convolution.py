@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax.models.backend import backend
 from finetune_jax.models.depthwise import shifted_products
 from finetune_jax.models.windows import Pads, pixels_met, windows
 
@@ -55,7 +56,7 @@ def convolve(
     is_plain = all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_plain &= min(np.ravel(pads)) >= 0
     is_plain &= options.get("preferred_element_type") is None
-    if jax.default_backend() == "cpu" and is_plain:
+    if backend() == "cpu" and is_plain:
         is_pixel = (height, width) == (1, 1) and not np.any(pads)
         if is_pixel and feature_group_count == 1:
             met = x_BxHxWxC[:, :: strides[0], :: strides[1]]

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.backend import backend
 from finetune_jax.models.windows import Pads, pixels_met, windows
 
 NO_PADS: Pads = ((0, 0), (0, 0))
@@ -31,12 +32,14 @@ def max_pool(
         strides: From one window to the next.
         pads: Before and after, of height and width.
     """
-    function = _pooled if jax.default_backend() == "cpu" else _xlas
+    function = _pooled if backend() == "cpu" else _xlas
     return function(x_BxHxWxC, window, strides, pads)
 
 
 def _xlas(x_BxHxWxC, window, strides, pads):
-    return nn.max_pool(x_BxHxWxC, window, strides, cast(Any, pads))
+    return nn.max_pool(
+        x_BxHxWxC, window_shape=window, strides=strides, padding=cast(Any, pads)
+    )
 
 
 _pooled = jax.custom_vjp(_xlas, nondiff_argnums=(1, 2, 3))

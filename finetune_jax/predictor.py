@@ -1,0 +1,157 @@
+"""A finished run on new inputs: what predictions on files and in notebooks share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.config import Config
+from finetune_jax.data.dataset import Dataset, dataset_of, no_data
+from finetune_jax.data.images import read_image
+from finetune_jax.data.source import array_source
+from finetune_jax.data.spec import DataSpec, spec_from_json
+from finetune_jax.data.threads import attempts
+from finetune_jax.errors import UserError
+from finetune_jax.evaluation import Evaluator
+from finetune_jax.run import best_state
+from finetune_jax.setup import Setup, make_setup
+from finetune_jax.state import TrainState
+from finetune_jax.workdir import read_manifest
+
+ARRAYS = (".npy", ".npz")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """The best checkpoint of a run.
+
+    Attributes:
+        setup: Of the run, without its data.
+        evaluator: Runs the model.
+        placed: The state of the checkpoint, on the devices.
+        step: Of the checkpoint.
+    """
+
+    setup: Setup
+    evaluator: Evaluator
+    placed: TrainState
+    step: int
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the inputs look like."""
+        return self.setup.data.spec
+
+    def records(self, dataset: Dataset) -> list[dict[str, Any]]:
+        """Returns what is predicted of each example, ready for JSON.
+
+        Where that is a mask, 'mask' is one of class indices, uint8 [H, W], as large as the
+        model's images.
+        """
+        outputs = self.evaluator.outputs(self.placed, dataset)
+        records, masks = (
+            self.setup.task.records(outputs, {}),
+            self.setup.task.masks(outputs),
+        )
+        if masks is None:
+            return records
+        return [{"mask": mask, **record} for mask, record in zip(masks, records)]
+
+
+def open_predictor(config: Config, workdir: pathlib.Path) -> Predictor:
+    """Returns the best checkpoint of a run, ready for inputs.
+
+    Args:
+        config: Of the run, resolved.
+        workdir: The run's.
+
+    Raises:
+        UserError: There is no checkpoint yet, or the run does not say what it takes.
+    """
+    setup = make_setup(config, no_data(run_spec(config, workdir)))
+    evaluator, placed, step = best_state(setup, workdir)
+    return Predictor(setup=setup, evaluator=evaluator, placed=placed, step=step)
+
+
+def run_spec(config: Config, workdir: pathlib.Path) -> DataSpec:
+    """Returns what the data of a run look like, without the data.
+
+    Raises:
+        UserError: The run does not say.
+    """
+    looks = (read_manifest(workdir) or {}).get("data")
+    try:
+        return spec_from_json(looks or {}, config.data)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"--workdir: {workdir}/manifest.json does not say what the data look like; "
+            "it is of an older version, or damaged"
+        ) from error
+
+
+def takes_files(spec: DataSpec) -> bool:
+    """Returns whether inputs are images that lie in files."""
+    return len(spec.shape) == 3 and spec.dtype == "uint8"
+
+
+def fitted(
+    images: Sequence[Any], spec: DataSpec
+) -> tuple[Dataset | None, list[UserError | None]]:
+    """Returns those images that can be read, as the model takes them, and errors.
+
+    Args:
+        images: Paths or Pillow's images.
+        spec: Of the run.
+
+    Returns:
+        The examples, None where there are none; and of each image its error, or None.
+    """
+    geometry = spec.geometry(training=False)
+    found = attempts(lambda image: read_image(image, geometry), images)
+    errors = [error for _, error in found]
+    good = [values for values, error in found if error is None]
+    if not good:
+        return None, errors
+    # They are resized already.
+    return examples(np.stack(good), dataclasses.replace(spec, resize=None)), errors
+
+
+def examples(inputs: np.ndarray, spec: DataSpec) -> Dataset:
+    """Returns inputs [N, ...] as a split without labels."""
+    label = np.zeros(len(inputs), np.int32)
+    source = array_source("inputs", {"all": (inputs, label)})
+    return dataset_of(source, spec, np.arange(len(inputs)), label)
+
+
+def read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
+    """Returns inputs [N, ...] of an `.npy` file, or the array `x` of an `.npz` file.
+
+    Raises:
+        UserError: Names the file, and what is wrong with it.
+    """
+    try:
+        loaded: Any = np.load(path, allow_pickle=False)
+        array = loaded["x"] if path.suffix == ".npz" else loaded
+    except Exception as error:  # NumPy raises whatever the damage leads to.
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if len(spec.shape) == 3 and array.ndim == 3:
+        array = array[..., None]
+    return checked(array, spec, str(path))
+
+
+def checked(array: np.ndarray, spec: DataSpec, name: str) -> np.ndarray:
+    """Returns inputs [N, ...].
+
+    Raises:
+        UserError: The model does not take them.
+    """
+    is_image = len(spec.shape) == 3 and array.ndim == 4 and array.shape[-1] in (1, 3)
+    if not len(array) or not (is_image or array.shape[1:] == spec.shape):
+        raise UserError(f"{name}: {array.shape}, but the model takes {spec.shape} each")
+    if array.dtype != np.dtype(spec.dtype) and (
+        is_image or array.dtype.kind not in "uif"
+    ):
+        raise UserError(f"{name}: {array.dtype}, but the model takes {spec.dtype}")
+    return array
