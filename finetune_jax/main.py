@@ -24,12 +24,20 @@ from finetune_jax.workdir import read_config, read_manifest, read_recorded_confi
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"
-    for mode in ("train", "evaluate", "predict", "plan", "reproduce")
+    for mode in ("train", "evaluate", "predict", "export", "plan", "reproduce")
 }
-WORKDIR_HAS_CONFIG = ("evaluate", "predict", "reproduce")
+WORKDIR_HAS_CONFIG = ("evaluate", "predict", "export", "reproduce")
+# Flags that not every mode reads, and the modes that do.
+READ_BY = {
+    "--inputs": ("predict",),
+    "--output": ("predict", "export"),
+    "--formats": ("export",),
+    "--layout": ("export",),
+}
 PREDICTIONS_MAY_CHANGE = ("parallel", "evaluate.batch_size", "task.top_k")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
-FLAGS = ("--config", "--workdir", "--mode", "--inputs", "--output")
+FLAGS = ("--config", "--workdir", "--mode", *READ_BY)
+DEFAULT_FORMATS = "jax,safetensors"
 EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
 or --config.plan[0].peak_lr=0.01.
@@ -64,8 +72,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         help="files or folders to predict; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--output", metavar="FILE", help="default: predictions.jsonl in the workdir"
-    )
+        "--output", metavar="PATH",
+        help="default: predictions.jsonl, or the folder export, in the workdir",
+    )  # fmt: skip
+    parser.add_argument(
+        "--formats", metavar="NAMES", default="",
+        help=f"of an export, with commas between; default: {DEFAULT_FORMATS}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", metavar="NAME",
+        help="of exported weights; default: the one that they came in",
+    )  # fmt: skip
     found, rest = parser.parse_known_args(arguments)
     overrides, problems = [], []
     while rest:
@@ -160,10 +177,12 @@ def _check_flags(
     problems = []
     if flags.mode in WORKDIR_HAS_CONFIG and flags.config:
         problems.append(f"--config: --mode={flags.mode} takes that of the workdir")
-    if flags.mode != "predict":
-        given = {"--inputs": flags.inputs, "--output": flags.output}
-        problems += [f"{name}: only --mode=predict" for name in given if given[name]]
-    else:
+    problems += [
+        f"{name}: only {' and '.join(f'--mode={mode}' for mode in modes)}"
+        for name, modes in READ_BY.items()
+        if flags.mode not in modes and getattr(flags, name.removeprefix("--"))
+    ]
+    if flags.mode in ("predict", "export"):
         problems += [
             f"--config.{key}: predictions are made as the run was; there may be changed "
             f"{', '.join(PREDICTIONS_MAY_CHANGE)}"
@@ -198,6 +217,8 @@ def run(arguments: Sequence[str]) -> int:
         workdir=workdir,
         inputs=tuple(flags.inputs),
         output=flags.output,
+        formats=tuple((flags.formats or DEFAULT_FORMATS).split(",")),
+        layout=flags.layout,
     )
     return importlib.import_module(MODES[flags.mode]).main(config, options)
 

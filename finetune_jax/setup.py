@@ -9,10 +9,9 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
-from finetune_jax import lookup, tasks
+from finetune_jax import lookup
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data, make_data
-from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.mix import check_pairs
@@ -42,6 +41,7 @@ from finetune_jax.schedules import check_schedule, plateau_metric
 from finetune_jax.start import RandomStates, random_state, starting_state
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
+from finetune_jax.tasks import make_task, task_module
 from finetune_jax.tasks.task import Mode, Task
 from finetune_jax.trees import named, stage_of
 
@@ -240,30 +240,6 @@ class Setup:
         )
 
 
-def make_task(config: Config, spec: DataSpec) -> Task:
-    """Returns the task that a config describes, for data that look like `spec`.
-
-    Raises:
-        UserError: Unknown names or arguments in `config.task` or `config.model`.
-    """
-    arguments = dict(config.task)
-    return lookup.call(
-        _task_module(arguments.pop("name")).make,
-        arguments,
-        "config.task",
-        data=spec,
-        model=dict(config.model),
-        precision=config.precision,
-    )
-
-
-def _task_module(name: str) -> Any:
-    module = lookup.module(tasks, name, "config.task.name")
-    if not hasattr(module, "make"):
-        lookup.choose({}, name, "config.task.name")
-    return module
-
-
 def metric_names(config: Config) -> tuple[str, ...]:
     """Returns what is measured on each split, 'ema_' before what averaged weights give.
 
@@ -271,7 +247,7 @@ def metric_names(config: Config) -> tuple[str, ...]:
         UserError: No such task, or `config.task.metrics` is no tuple.
     """
     arguments = dict(config.task)
-    names = _task_module(arguments["name"]).METRICS
+    names = task_module(arguments["name"]).METRICS
     names = arguments["metrics"] if "metrics" in arguments else names
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")

@@ -12,10 +12,14 @@ class Options:
         config: FILE[:ARG]; empty where the workdir has the config.
         workdir: None where none was given.
         inputs: Files and folders to predict.
-        output: Where predictions go; None is a file in the workdir.
+        output: Where predictions or exports go; None is a place in the workdir.
+        formats: In which a run is exported.
+        layout: Of the exported weights; None is the one that they came in.
     """
 
     config: str
     workdir: pathlib.Path | None
     inputs: tuple[str, ...] = ()
     output: str | None = None
+    formats: tuple[str, ...] = ()
+    layout: str | None = None

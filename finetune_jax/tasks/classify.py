@@ -201,7 +201,15 @@ class Classify(Task):
             for name in dict.fromkeys((*self.metric_names, "loss"))
         }
 
-    def _known(self, logits_BxK: np.ndarray) -> np.ndarray:
+    def answers(self, outputs: dict) -> dict:
+        """Returns logits and probabilities of the data's classes."""
+        logits_BxK = self._known(outputs["logits"])
+        # Programs without this one's libraries know no bfloat16.
+        widest = jnp.promote_types(logits_BxK.dtype, jnp.float32)
+        logits_BxK = logits_BxK.astype(widest)
+        return {"logits": logits_BxK, "probabilities": jax.nn.softmax(logits_BxK)}
+
+    def _known(self, logits_BxK: Any) -> Any:
         """Returns the logits of the data's classes; a model may have more."""
         return logits_BxK[:, : len(self.data.class_names)]
 

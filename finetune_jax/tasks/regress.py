@@ -138,6 +138,13 @@ class Regress(Task):
         )
         return {"prediction": prediction_BxT}
 
+    def answers(self, outputs: dict) -> dict:
+        """Returns the predictions."""
+        prediction_BxT = outputs["prediction"]
+        # Programs without this one's libraries know no bfloat16.
+        widest = jnp.promote_types(prediction_BxT.dtype, jnp.float32)
+        return {"prediction": prediction_BxT.astype(widest)}
+
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:

@@ -127,6 +127,10 @@ class Task(abc.ABC):
         With `first`, `batch['features']` is that stage's input.
         """
 
+    def answers(self, outputs: dict) -> dict:
+        """Returns what an exported model gives, of `outputs`; traced with them."""
+        return outputs
+
     @abc.abstractmethod
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]

@@ -1,0 +1,1 @@
+"""Exports: what is written of a run for programs that do not have this one."""

@@ -1,0 +1,140 @@
+"""What of a run is exported: its best checkpoint, without what only training needs."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import UserError
+from finetune_jax.models.backend import traced_for
+from finetune_jax.models.lora import LoRA, merge
+from finetune_jax.predictor import Predictor
+from finetune_jax.step import eval_step
+from finetune_jax.tasks.task import Task
+
+# How images of the run became what the model takes.
+_PREPROCESSING = ("resize", "interpolation", "mean", "std")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The best checkpoint of a run; low-rank updates are merged into their kernels.
+
+    Attributes:
+        task: Has the model.
+        spec: What its inputs look like.
+        variables: 'params' and 'batch_stats', on the host.
+        fixed: What the task reads besides.
+        step: Of the checkpoint.
+        model: The section `config.model` of the run.
+        pretrained: The address of the weights that the run began with, if any.
+    """
+
+    task: Task
+    spec: DataSpec
+    variables: Mapping[str, Any]
+    fixed: Any
+    step: int
+    model: Mapping[str, Any]
+    pretrained: str | None
+
+    @property
+    def inputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one example."""
+        return self.task.batch_spec["inputs"]
+
+    def answer(self, variables: Any, inputs: Any) -> dict[str, jax.Array]:
+        """Returns what the model says of a batch, as evaluation computes it.
+
+        Args:
+            variables: As the attribute.
+            inputs: [B, ...], as a file has them: images in bytes, not normalised.
+        """
+        outputs = eval_step(
+            variables["params"],
+            variables["batch_stats"],
+            self.fixed,
+            {"inputs": inputs},
+            task=self.task,
+        )
+        return self.task.answers(outputs)
+
+    def about(self) -> dict[str, Any]:
+        """Returns what a program that uses the model needs to know, ready for JSON."""
+        spec, inputs = self.spec, self.inputs
+        found = {
+            "inputs": {"shape": list(inputs.shape), "dtype": str(inputs.dtype)},
+            "outputs": {
+                name: [None, *answer.shape[1:]]
+                for name, answer in self.answer_shapes().items()
+            },
+        }
+        if spec.class_names:
+            found["labels"] = list(spec.class_names)
+        if spec.targets:
+            found["targets"] = list(spec.targets)
+        looks = dataclasses.asdict(spec)
+        if len(spec.shape) == 3:
+            found["preprocessing"] = {key: looks[key] for key in _PREPROCESSING}
+        return json.loads(json.dumps(found))
+
+    def answer_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns what `answer` gives for one example."""
+        one = jax.ShapeDtypeStruct((1, *self.inputs.shape), self.inputs.dtype)
+        return jax.eval_shape(self.answer, self.variables, one)
+
+
+def trained_from(predictor: Predictor) -> Trained:
+    """Returns what is exported of an opened run.
+
+    Raises:
+        UserError: Its task has several models.
+    """
+    setup, evaluator = predictor.setup, predictor.evaluator
+    config, task = setup.config, setup.task
+    if tuple(task.models) != ("",):
+        raise UserError(
+            f"--mode=export: the task {config.task.name!r} has the models "
+            f"{', '.join(map(repr, task.models))}; only tasks of one model can be exported"
+        )
+    params = setup.devices.to_host(evaluator.chosen(predictor.placed))
+    batch_stats = setup.devices.to_host(predictor.placed.batch_stats)
+    module: Any = task.models[""]
+    if isinstance(module, LoRA):
+        params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
+        module = module.module
+    return Trained(
+        task=dataclasses.replace(task, models={"": module}),  # type: ignore[arg-type]
+        spec=predictor.spec,
+        variables={"params": params, "batch_stats": batch_stats},
+        fixed=setup.devices.to_host(evaluator.fixed["task"]),
+        step=predictor.step,
+        model=dict(config.model),
+        pretrained=config.init.pretrained,
+    )
+
+
+def for_any_platform(trained: Trained) -> Callable:
+    """Returns `trained.answer` for inputs alone, fast on each platform it runs on."""
+
+    def traced(backend: str) -> Callable:
+        def answer(variables, inputs):
+            with traced_for(backend):
+                return trained.answer(variables, inputs)
+
+        return answer
+
+    variables = jax.tree.map(jnp.asarray, trained.variables)
+    branches = {"cpu": traced("cpu"), "default": traced("gpu")}
+    return lambda inputs: jax.lax.platform_dependent(variables, inputs, **branches)
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes a dict as JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n")

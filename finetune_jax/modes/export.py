@@ -1,0 +1,97 @@
+"""`--mode=export`: the best checkpoint of a run, for programs that do not have this one."""
+
+import os
+import pathlib
+import shutil
+
+from finetune_jax.config import Config
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.exports import artifact
+from finetune_jax.exports.card import make_card
+from finetune_jax.exports.trained import trained_from, write_json
+from finetune_jax.lookup import closest
+from finetune_jax.modes.options import Options
+from finetune_jax.predictor import open_predictor
+from finetune_jax.workdir import read_json, read_manifest
+
+# Each writes its files into a folder.
+FORMATS = {"jax": artifact.write}
+
+
+def main(config: Config, options: Options) -> int:
+    """Writes what is asked for, and a model card; returns the exit status.
+
+    Raises:
+        UserError: The folder has something in it, or a format cannot be written.
+    """
+    workdir = options.workdir
+    assert workdir is not None
+    formats = checked_formats(options.formats)
+    folder = _empty(pathlib.Path(options.output or workdir / "export"))
+    predictor = open_predictor(config, workdir)
+    trained = trained_from(predictor)
+    print(f"checkpoint of step {trained.step}")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        advice = {}
+        for name in formats:
+            if text := FORMATS[name](trained, part):
+                advice[name] = text
+        about = trained.about()
+        write_json(part / "model.json", about)
+        card = make_card(
+            manifest=read_manifest(workdir) or {},
+            result=read_json(workdir / "result.json"),
+            about=about,
+            step=trained.step,
+            advice=advice,
+            formats=formats,
+        )
+        (part / "README.md").write_text(card)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for path in sorted(folder.iterdir()):
+        print(f"{path.stat().st_size:14,}  {path}")
+    return 0
+
+
+def checked_formats(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the formats that are asked for, each once.
+
+    Raises:
+        UserError: Lists those that there are not.
+    """
+    problems = [
+        f"--formats: no {name!r}{closest(name, FORMATS)}"
+        for name in formats
+        if name not in FORMATS
+    ]
+    if problems:
+        raise problems_error(
+            "The command line:", problems, f"There are {', '.join(FORMATS)}."
+        )
+    return tuple(dict.fromkeys(formats))
+
+
+def _empty(folder: pathlib.Path) -> pathlib.Path:
+    """Returns where an export goes; at most an empty folder is there.
+
+    Raises:
+        UserError: Something is there, or no folder can be made.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output: {folder} is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"--output: {folder} is not empty; an export overwrites nothing. Take away "
+            "what is there, or give another --output."
+        )
+    if not folder.parent.is_dir():
+        raise UserError(f"--output: no folder {str(folder.parent)!r}")
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"--output: {str(folder.parent)!r} cannot be written to")
+    return folder
