@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "finetune_jax"
 # From the top down; a module imports from its own row or below.
 LAYERS = (
-    ("main",),
+    ("main", "pipeline"),
     (
         "modes.train",
         "modes.evaluate",

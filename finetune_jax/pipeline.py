@@ -1,0 +1,141 @@
+"""Predictions in a notebook.
+
+from finetune_jax.pipeline import pipeline
+classify = pipeline("runs/photos")
+classify("photo.jpg")
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.threads import check_readable
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.main import pin_environment, resolved_config, set_precision
+from finetune_jax.predictor import (
+    Predictor,
+    checked,
+    examples,
+    fitted,
+    open_predictor,
+    takes_files,
+)
+
+
+def pipeline(
+    workdir: str | pathlib.Path, **overrides: Any
+) -> Callable[[Any], dict | list[dict]]:
+    """Returns a function of new inputs: what the best checkpoint of a run says of them.
+
+    An image is a path, one of Pillow's, or bytes [H, W, C] or [H, W]; where the run has
+    feature vectors, an input is one. A list of inputs, or an array [N, ...] of them, gives
+    a list of what `--mode=predict` writes of each; one alone gives that alone.
+
+    Args:
+        workdir: Of the run.
+        **overrides: What predictions may change of the config: `top_k`, `batch_size`,
+            `devices`.
+
+    Raises:
+        UserError: There is no run, or no checkpoint yet.
+    """
+    keys = {
+        "top_k": "task.top_k",
+        "batch_size": "evaluate.batch_size",
+        "devices": "parallel.devices",
+    }
+    if unknown := sorted(set(overrides) - set(keys)):
+        raise UserError(
+            f"pipeline: no {', '.join(unknown)}; there are {', '.join(keys)}"
+        )
+    folder = pathlib.Path(workdir).expanduser()
+    pairs = [(keys[name], str(value)) for name, value in overrides.items()]
+    config = resolved_config("", folder, pairs)
+    pin_environment(folder, config.deterministic)
+    set_precision(config.precision)
+    return Pipeline(open_predictor(config, folder))
+
+
+class Pipeline:
+    """A run that is called on inputs; a program is compiled for each size of batch."""
+
+    def __init__(self, predictor: Predictor):
+        self._predictor = predictor
+        self._of_size: dict[int, Predictor] = {}
+
+    def __call__(self, inputs: Any) -> dict | list[dict]:
+        """Returns a record, or a list of them for a list or an array of inputs.
+
+        Raises:
+            UserError: Lists the inputs that cannot be read.
+        """
+        spec = self._predictor.spec
+        if isinstance(inputs, np.ndarray):
+            axes = len(spec.shape)
+            if takes_files(spec) and inputs.ndim == 2:
+                inputs = inputs[..., None]
+            if inputs.ndim not in (axes, axes + 1):
+                raise UserError(
+                    f"an array {inputs.shape}, but the model takes {spec.shape} each"
+                )
+            many = inputs if inputs.ndim > axes else inputs[None]
+            records = self._records(examples(checked(many, spec, "an array"), spec))
+            return records if inputs.ndim > axes else records[0]
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+            return self._listed(inputs)
+        return self._listed([inputs])[0]
+
+    def _listed(self, inputs: Sequence[Any]) -> list[dict]:
+        """Returns the records of inputs of any kinds, in their order."""
+        spec = self._predictor.spec
+        problems = [
+            f"input {place}: {_kind(item)}"
+            for place, item in enumerate(inputs)
+            if not isinstance(item, np.ndarray)
+            and not (takes_files(spec) and isinstance(item, _FILES))
+        ]
+        if problems:
+            takes = (
+                "paths, Pillow's images or arrays" if takes_files(spec) else "arrays"
+            )
+            raise problems_error(f"The model takes {takes}, but there are:", problems)
+        found: dict[int, dict] = {}
+        files = [n for n, item in enumerate(inputs) if not isinstance(item, np.ndarray)]
+        if files:
+            dataset, errors = fitted([_file(inputs[place]) for place in files], spec)
+            check_readable(errors, "Leave them out.")
+            assert dataset is not None
+            found |= zip(files, self._records(dataset))
+        for place, item in enumerate(inputs):
+            if isinstance(item, np.ndarray):
+                record = self(item)
+                if isinstance(record, list):
+                    raise UserError(f"input {place}: {item.shape}, which are several")
+                found[place] = record
+        return [found[place] for place in range(len(inputs))]
+
+    def _records(self, dataset: Dataset) -> list[dict]:
+        largest = self._predictor.evaluator.batch_size
+        size = min(largest, 2 ** (len(dataset) - 1).bit_length())
+        if size not in self._of_size:
+            own = dataclasses.replace(
+                self._predictor.evaluator, batch_size=size, programs={}
+            )
+            self._of_size[size] = dataclasses.replace(self._predictor, evaluator=own)
+        return self._of_size[size].records(dataset)
+
+
+_FILES = (str, pathlib.Path, Image.Image)
+
+
+def _file(item: Any) -> Any:
+    return pathlib.Path(item).expanduser() if isinstance(item, str) else item
+
+
+def _kind(item: Any) -> str:
+    return f"{item!r:.60} ({type(item).__name__})"
