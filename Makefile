@@ -4,7 +4,7 @@ VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow test-3.12 oracles check lock clean
+.PHONY: env demo test test-slow test-3.12 oracles onnx check lock clean
 
 env: $(VENV)/.installed
 
@@ -30,6 +30,14 @@ oracles: env
 	$(BIN)/python -m pip install --quiet tokenizers regex typer
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/oracles.txt
 
+# What `--formats=onnx` converts with; its pins clash with those of the main environment.
+onnx: .venv-onnx/.installed
+
+.venv-onnx/.installed: requirements/onnx.txt
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --quiet -r requirements/onnx.txt
+	touch $@
+
 # The same on the other Python that is supported, in an environment of its own.
 test-3.12:
 	$(MAKE) VENV=.venv-3.12 PYTHON=python3.12 test test-slow
@@ -49,4 +57,4 @@ lock:
 	  --no-header -o requirements/py3.12.txt
 
 clean:
-	rm -rf .venv .venv-3.12 .pytest_cache .ruff_cache
+	rm -rf .venv .venv-3.12 .venv-onnx .pytest_cache .ruff_cache

@@ -26,6 +26,7 @@ from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.layout import recognise
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
@@ -112,7 +113,14 @@ def inputs_of(
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
         "weights_sha256": weights.sha256 if weights else {},
+        "weights_layout": _layout(setup, weights) if weights else None,
     }
+
+
+def _layout(setup: Setup, weights: Weights) -> str:
+    shapes = setup.shapes
+    names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
+    return recognise(names, weights.tensors, weights.address).name
 
 
 def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:

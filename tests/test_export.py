@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -13,11 +14,15 @@ import small
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.errors import UserError
+from finetune_jax.exports.onnx import VARIABLE, onnx_python
 from finetune_jax.main import resolved_config
 from finetune_jax.models.lora import UPDATES
 from finetune_jax.plan import Phase
 from finetune_jax.predictor import examples, open_predictor
+from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.pretrained.load import load_weights
 from finetune_jax.run import run
+from finetune_jax.start import random_state
 
 # Runs `load.py` where nothing of this project, nor what it stands on, can be imported.
 ALONE = """
@@ -172,3 +177,56 @@ def test_feature_vectors_and_precisions(name, precision, tolerance, tmp_path):
     found = loaded_alone(folder, inputs, tmp_path)
     key, wanted = next(iter(outputs.items()))
     assert_close(found[f"4/{key}"], wanted.astype(found[f"4/{key}"].dtype), tolerance)
+
+
+@pytest.mark.skipif(onnx_python() is None, reason="no environment: make onnx")
+def test_onnxruntime_gives_the_logits_of_predictions(finished, tmp_path):
+    folder = export(finished, tmp_path / "out", formats="onnx")
+    found = run_by_onnxruntime(folder, images(), tmp_path)
+    wanted = predicted(finished, images())["logits"]
+    assert_close(found["logits"], wanted, 1e-5)
+    assert_close(found["probabilities"].sum(axis=-1), np.ones(5))
+
+
+def run_by_onnxruntime(folder, inputs, tmp_path):
+    """Returns what `model.onnx` gives, as its card says to run it."""
+    card = (folder / "README.md").read_text()
+    (code,) = [b.split("```")[0] for b in card.split("```python\n")[1:]]
+    np.save(tmp_path / "inputs.npy", inputs)
+    code += (
+        f"\nnames = [output.name for output in session.get_outputs()]"
+        f"\ninputs = np.load({str(tmp_path / 'inputs.npy')!r})"
+        f"\nfound = session.run(names, {{'inputs': inputs}})"
+        f"\nnp.savez({str(tmp_path / 'o.npz')!r}, **dict(zip(names, found)))"
+    )
+    command = [onnx_python(), "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "o.npz") as file:
+        return dict(file)
+
+
+def test_onnx_without_its_environment_says_how_to_make_it(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(VARIABLE, "/nowhere/python")
+    with pytest.raises(UserError, match="make onnx"):
+        export(finished, tmp_path / "out", formats="jax,onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_from_nowhere_are_written_by_our_names(finished, tmp_path):
+    folder = export(finished, tmp_path / "out", formats="safetensors")
+    weights = read_weights(f"file:{folder / 'model.safetensors'}")
+    task = small.task()
+    start = random_state(task, 0)
+    variables = {"params": start.params, "batch_stats": start.batch_stats}
+    loaded = load_weights(variables, weights)
+    assert not [name for name in weights.tensors if "lora" in name]
+    outputs = task.outputs(
+        loaded["params"], loaded["batch_stats"], {},
+        {"inputs": (jnp.asarray(images()) / jnp.float32(255) - 0.3) / 0.5},
+    )  # fmt: skip
+    assert_close(np.asarray(outputs["logits"]), predicted(finished, images())["logits"])
+    with pytest.raises(UserError, match="has no names in 'timm'; it has them in finet"):
+        export(finished, tmp_path / "o", "--layout=timm", formats="safetensors")

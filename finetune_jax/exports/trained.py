@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax import config as configs
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
 from finetune_jax.models.backend import traced_for
@@ -33,7 +34,11 @@ class Trained:
         fixed: What the task reads besides.
         step: Of the checkpoint.
         model: The section `config.model` of the run.
+        config: Of the run, resolved; as JSON.
         pretrained: The address of the weights that the run began with, if any.
+        weights_sha256: Of the files there, by path.
+        came_in: The layout of these weights.
+        layout: The layout that is asked for, if any.
     """
 
     task: Task
@@ -42,7 +47,11 @@ class Trained:
     fixed: Any
     step: int
     model: Mapping[str, Any]
+    config: str
     pretrained: str | None
+    weights_sha256: Mapping[str, str]
+    came_in: str | None
+    layout: str | None
 
     @property
     def inputs(self) -> jax.ShapeDtypeStruct:
@@ -90,8 +99,15 @@ class Trained:
         return jax.eval_shape(self.answer, self.variables, one)
 
 
-def trained_from(predictor: Predictor) -> Trained:
+def trained_from(
+    predictor: Predictor, manifest: Mapping[str, Any], layout: str | None
+) -> Trained:
     """Returns what is exported of an opened run.
+
+    Args:
+        predictor: The run.
+        manifest: `manifest.json` of the run.
+        layout: That weights are asked for in; None is the one they came in.
 
     Raises:
         UserError: Its task has several models.
@@ -116,7 +132,11 @@ def trained_from(predictor: Predictor) -> Trained:
         fixed=setup.devices.to_host(evaluator.fixed["task"]),
         step=predictor.step,
         model=dict(config.model),
+        config=configs.to_json(config),
         pretrained=config.init.pretrained,
+        weights_sha256=manifest.get("weights_sha256", {}),
+        came_in=manifest.get("weights_layout"),
+        layout=layout,
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.exports import artifact
+from finetune_jax.exports import artifact, onnx, weights
 from finetune_jax.exports.card import make_card
 from finetune_jax.exports.trained import trained_from, write_json
 from finetune_jax.lookup import closest
@@ -15,7 +15,7 @@ from finetune_jax.predictor import open_predictor
 from finetune_jax.workdir import read_json, read_manifest
 
 # Each writes its files into a folder.
-FORMATS = {"jax": artifact.write}
+FORMATS = {"jax": artifact.write, "safetensors": weights.write, "onnx": onnx.write}
 
 
 def main(config: Config, options: Options) -> int:
@@ -29,7 +29,8 @@ def main(config: Config, options: Options) -> int:
     formats = checked_formats(options.formats)
     folder = _empty(pathlib.Path(options.output or workdir / "export"))
     predictor = open_predictor(config, workdir)
-    trained = trained_from(predictor)
+    manifest = read_manifest(workdir) or {}
+    trained = trained_from(predictor, manifest, options.layout)
     print(f"checkpoint of step {trained.step}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -42,7 +43,7 @@ def main(config: Config, options: Options) -> int:
         about = trained.about()
         write_json(part / "model.json", about)
         card = make_card(
-            manifest=read_manifest(workdir) or {},
+            manifest=manifest,
             result=read_json(workdir / "result.json"),
             about=about,
             step=trained.step,

@@ -25,6 +25,7 @@ def make_manifest(
     data_fingerprint: str,
     also_fingerprint: dict[str, str],
     weights_sha256: dict[str, str],
+    weights_layout: str | None,
 ) -> dict:
     """Returns what identifies a run: command, versions, commit, devices, inputs.
 
@@ -34,6 +35,7 @@ def make_manifest(
         data_fingerprint: Of the data that was read.
         also_fingerprint: Of the data of other domains, by label.
         weights_sha256: Of every weight file that was read, by path.
+        weights_layout: How their tensors are named, None where there are none.
     """
     return {
         "command": [sys.executable, *sys.argv],
@@ -53,6 +55,7 @@ def make_manifest(
         "data_fingerprint": data_fingerprint,
         "also_fingerprint": also_fingerprint,
         "weights_sha256": weights_sha256,
+        "weights_layout": weights_layout,
     }
 
 

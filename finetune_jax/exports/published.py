@@ -1,0 +1,223 @@
+"""What transformers, timm and torchvision read beside weights, and how they load them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from finetune_jax.exports.trained import Trained
+
+# Of Pillow, as transformers writes them.
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}
+_ALONE = """\
+from safetensors.torch import load_file
+
+weights = load_file("model.safetensors")"""
+
+
+def written(
+    trained: Trained, libraries: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns files by name, and a block of Python for each library that loads them.
+
+    Args:
+        trained: What is exported.
+        libraries: Words of the layout's name, among them those of libraries.
+    """
+    module = trained.task.models[""]
+    if "transformers" in libraries:
+        make = TRANSFORMERS.get(type(module).__name__)
+        if make is None:
+            return {}, [_ALONE]
+        config = make(module, trained) | _labels(trained)
+        files = {"config.json": config}
+        if len(trained.spec.shape) == 3:
+            files["preprocessor_config.json"] = _preprocessor(trained)
+        kind = config["architectures"][0]
+        code = (
+            f'import transformers\n\nmodel = transformers.{kind}.from_pretrained(".")'
+        )
+        return files, [code]
+    name, classes = trained.model["name"], _classes(trained)
+    files, code = {}, []
+    if "timm" in libraries:
+        files["config.json"] = _timm(trained)
+        made = 'timm.create_model("local-dir:.", pretrained=True)'
+        code.append(f"import timm\n\nmodel = {made}")
+    if "torchvision" in libraries:
+        made = f"torchvision.models.{_torchvision_name(name)}(num_classes={classes})"
+        code.append(
+            "import torchvision\nfrom safetensors.torch import load_file\n\n"
+            f'model = {made}\nmodel.load_state_dict(load_file("model.safetensors"))'
+        )
+    return files, code or [_ALONE]
+
+
+def _classes(trained: Trained) -> int:
+    """Returns how many outputs there are; they may be more than there are names."""
+    head = trained.variables["params"]["head"]
+    return head["logits"]["bias"].shape[0]
+
+
+def _names(trained: Trained) -> list[str]:
+    names = [*(trained.spec.class_names or trained.spec.targets)]
+    return names + [f"LABEL_{n}" for n in range(len(names), _classes(trained))]
+
+
+def _labels(trained: Trained) -> dict[str, Any]:
+    names = _names(trained)
+    return {
+        "id2label": {str(n): name for n, name in enumerate(names)},
+        "label2id": {name: n for n, name in enumerate(names)},
+        "num_labels": len(names),
+        "problem_type": "regression"
+        if trained.spec.targets
+        else "single_label_classification",
+        "dtype": str(trained.variables["params"]["head"]["logits"]["bias"].dtype),
+    }
+
+
+def _resnet(module: Any, trained: Trained) -> dict[str, Any]:
+    shape = module.shape
+    factor = 4 if shape.bottleneck else 1
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "num_channels": trained.spec.shape[-1],
+        "embedding_size": 64,
+        "hidden_sizes": [64 * 2**stage * factor for stage in range(4)],
+        "depths": list(shape.blocks),
+        "layer_type": "bottleneck" if shape.bottleneck else "basic",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+    }
+
+
+def _vit(module: Any, trained: Trained) -> dict[str, Any]:
+    shape = module.shape
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": 4 * shape.width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": module.epsilon,
+        "image_size": list(trained.spec.shape[:2]),
+        "patch_size": shape.patch,
+        "num_channels": trained.spec.shape[-1],
+        "qkv_bias": True,
+    }
+
+
+def _convnext(module: Any, trained: Trained) -> dict[str, Any]:
+    shape = module.shape
+    return {
+        "architectures": ["ConvNextForImageClassification"],
+        "model_type": "convnext",
+        "num_channels": trained.spec.shape[-1],
+        "num_stages": len(shape.blocks),
+        "depths": list(shape.blocks),
+        "hidden_sizes": list(shape.widths),
+        "patch_size": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": module.epsilon,
+        "layer_scale_init_value": module.layer_scale,
+        "image_size": trained.spec.shape[0],
+    }
+
+
+# By the class of the module.
+TRANSFORMERS: dict[str, Callable[[Any, Trained], dict[str, Any]]] = {
+    "ResNet": _resnet,
+    "VisionTransformer": _vit,
+    "ConvNeXt": _convnext,
+}
+
+
+# Families that these libraries have by our names.
+FAMILIES = ("ResNet", "EfficientNetLite", "VGG", "VisionTransformer", "ConvNeXt")
+
+
+def has(library: str, module: Any) -> bool:
+    """Returns whether a library has the model, so that it can take its weights."""
+    family = type(module).__name__
+    if library != "transformers":
+        return family in FAMILIES
+    # It has ResNets, but neither wide ones nor those of groups.
+    plain = family != "ResNet" or (module.shape.groups, module.shape.group_width) == (
+        1,
+        64,
+    )
+    return family in TRANSFORMERS and plain
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    return list(values) * (channels if len(values) == 1 else 1)
+
+
+def _preprocessor(trained: Trained) -> dict[str, Any]:
+    """Returns `preprocessor_config.json`, for a processor that can crop or stretch."""
+    spec = trained.spec
+    height, width, channels = spec.shape
+    cut = {"height": height, "width": width}
+    crops = spec.resize is not None
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": spec.resize} if crops else cut,
+        "resample": _RESAMPLE[spec.interpolation],
+        "do_center_crop": crops,
+        "crop_size": cut,
+        "do_rescale": spec.dtype == "uint8",
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _per_channel(spec.mean, channels),
+        "image_std": _per_channel(spec.std, channels),
+        "do_convert_rgb": channels == 3,
+    }
+
+
+def _timm(trained: Trained) -> dict[str, Any]:
+    spec = trained.spec
+    config: dict[str, Any] = {
+        "architecture": _timm_name(trained.model["name"]),
+        "num_classes": _classes(trained),
+        "model_args": {"in_chans": spec.shape[-1]},
+    }
+    if len(spec.shape) == 3:
+        height, width, channels = spec.shape
+        config["pretrained_cfg"] = {
+            "input_size": [channels, height, width],
+            "interpolation": spec.interpolation,
+            "crop_pct": height / spec.resize if spec.resize else 1.0,
+            "crop_mode": "center" if spec.resize else "squash",
+            "mean": _per_channel(spec.mean, channels),
+            "std": _per_channel(spec.std, channels),
+            "num_classes": _classes(trained),
+            "label_names": _names(trained),
+        }
+    return config
+
+
+def _timm_name(name: str) -> str:
+    """Returns what timm calls a model.
+
+    >>> _timm_name("efficientnet_lite0"), _timm_name("resnet18")
+    ('tf_efficientnet_lite0', 'resnet18')
+    """
+    if name.startswith("vit_"):
+        return f"{name}_224"
+    return f"tf_{name}" if name.startswith("efficientnet_lite") else name
+
+
+def _torchvision_name(name: str) -> str:
+    """Returns what torchvision calls a model.
+
+    >>> _torchvision_name("vit_base_patch16"), _torchvision_name("resnet18")
+    ('vit_b_16', 'resnet18')
+    """
+    if not name.startswith("vit_"):
+        return name
+    _, size, patch = name.split("_")
+    return f"vit_{size[0]}_{patch.removeprefix('patch')}"

@@ -1,0 +1,92 @@
+"""`model.safetensors`: the weights, named as the library they came from names them."""
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from finetune_jax.errors import UserError
+from finetune_jax.exports import published
+from finetune_jax.exports.trained import Trained, write_json
+from finetune_jax.lookup import closest
+from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.pretrained.layout import OURS, Layout, layouts
+from finetune_jax.trees import named
+
+
+def write(trained: Trained, folder: pathlib.Path) -> str:
+    """Writes `model.safetensors`, and what its library reads beside it.
+
+    Returns:
+        How the weights are loaded.
+
+    Raises:
+        UserError: The model has no names in the layout.
+    """
+    layout = chosen_layout(trained)
+    leaves = {name: np.asarray(leaf) for name, leaf in named(trained.variables).items()}
+    tensors = layout.tensors(leaves, _original(trained))
+    metadata = {"format": "pt", "layout": layout.name}
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    text = f"`model.safetensors` has the weights in the layout {layout.name!r}"
+    if layout is OURS:
+        return f"{text}: `--config.init.pretrained=file:model.safetensors` of finetune_jax."
+    files, code = published.written(trained, layout.name.split())
+    for name, values in files.items():
+        write_json(folder / name, values)
+    beside = f", with {' and '.join(f'`{name}`' for name in files)} beside it"
+    blocks = [f"```python\n{block}\n```" for block in code]
+    return "\n\n".join([f"{text}{beside if files else ''}.", *blocks])
+
+
+def chosen_layout(trained: Trained) -> Layout:
+    """Returns the layout that is asked for, or else the one that the weights came in.
+
+    Raises:
+        UserError: It is not one that the model has.
+    """
+    names = list(named(trained.variables))
+    fitting = [one for one in layouts() if set(names) == set(one.places(names))]
+    asked = trained.layout
+    if asked is None:
+        if trained.came_in is None:
+            return OURS
+        for layout in fitting:
+            if layout.name == trained.came_in:
+                return layout
+        raise UserError(
+            f"--formats=safetensors: the weights came in the layout {trained.came_in!r}, "
+            "which has no names for some parts of this model, such as hidden layers of "
+            "a head. --layout=finetune_jax writes them by our own names."
+        )
+    module, known = trained.task.models[""], {}
+    for layout in reversed(fitting):
+        # 'torchvision or timm' is both.
+        words = [word for word in layout.name.split() if word != "or"]
+        is_known = layout is OURS or published.has(words[0], module)
+        known |= (
+            {layout.name: layout, **dict.fromkeys(words, layout)} if is_known else {}
+        )
+    if asked not in known:
+        names = dict.fromkeys(one.name for one in known.values())
+        raise UserError(
+            f"--layout: the model {trained.model['name']!r} has no names in {asked!r}"
+            f"{closest(asked, known)}; it has them in {', '.join(sorted(names))}"
+        )
+    return known[asked]
+
+
+def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:
+    """Returns the tensors that the run began with, if the file is still the same.
+
+    Counts of batches and the like, which no model here has, are in no checkpoint.
+    """
+    address = trained.pretrained
+    if address is None or address.startswith(("hf:", "orbax:")) or trained.layout:
+        return None
+    try:
+        weights = read_weights(address)
+    except UserError:
+        return None
+    return weights.tensors if weights.sha256 == trained.weights_sha256 else None
