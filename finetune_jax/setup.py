@@ -281,7 +281,7 @@ def make_setup(
         raise problems_error("What is to be measured cannot be:", problems)
     if like is None:
         shapes = jax.eval_shape(lambda: random_state(task, 0))
-        random_states = RandomStates(task)
+        random_states = RandomStates(task, shapes)
     else:
         shapes, random_states = like.shapes, like.random_states
     plan = durations(plan, data.spec.train_examples, config.data.batch_size)

@@ -12,9 +12,10 @@ from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lsuv import first_examples
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
-from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.load import fresh_in, load_weights
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
+from finetune_jax.trees import like, named
 
 
 def random_state(
@@ -52,29 +53,54 @@ def _state_of_keys(task: Task, keys: Sequence[jax.Array]) -> TrainState:
 class RandomStates:
     """What `random_state` returns, on the host; one compiled program for all seeds."""
 
-    def __init__(self, task: Task):
-        """Takes the task, and compiles nothing yet."""
-        self._task, self._compiled = task, None
+    def __init__(self, task: Task, shapes: TrainState):
+        """Takes the task and what its states look like, and compiles nothing yet."""
+        self._task, self._shapes = task, shapes
+        self._compiled: dict[tuple[str, ...], Callable] = {}
 
-    def __call__(self, seeds: Mapping[str, int]) -> TrainState:
-        """Returns the state of the seeds 'init', 'augmentation' and 'dropout'."""
+    def __call__(
+        self, seeds: Mapping[str, int], wanted: Callable[[str], bool] | None = None
+    ) -> TrainState:
+        """Returns the state of the seeds 'init', 'augmentation' and 'dropout'.
+
+        Args:
+            seeds: Of all sources of randomness.
+            wanted: Says of a leaf such as 'params/head/bias' whether it is drawn; of the
+                others there are shapes only. None draws all.
+        """
         keys = [_key_data(seeds[name]) for name in ("init", "augmentation", "dropout")]
-        if self._compiled is None:
+        shapes = self._shapes
+        names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
+        drawn = tuple(name for name in names if wanted is None or wanted(name))
+        if drawn not in self._compiled:
             # Not kept: with a function jax keeps all that it has traced of it.
-            draw = functools.partial(_state_of_keys, self._task)
-            self._compiled = compiled_for_few(draw, keys)
-        return self._compiled(keys)
+            draw = functools.partial(_leaves_of_keys, self._task, drawn)
+            self._compiled[drawn] = compiled_for_few(draw, keys)
+        leaves, rest = self._compiled[drawn](keys)
+        variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+        return rest.replace(**like(variables, {**named(variables), **leaves}))
 
     def forget(self) -> None:
-        """Frees the program, which takes more memory than some models do."""
-        self._compiled = None
+        """Frees the programs, which take more memory than some models do."""
+        self._compiled.clear()
+
+
+def _leaves_of_keys(
+    task: Task, wanted: Sequence[str], keys: Sequence[jax.Array]
+) -> tuple[dict[str, jax.Array], TrainState]:
+    """Returns some leaves of a random state by name, and the state without any."""
+    state = _state_of_keys(task, keys)
+    leaves = named({"params": state.params, "batch_stats": state.batch_stats})
+    return {name: leaves[name] for name in wanted}, state.replace(
+        params={}, batch_stats={}
+    )
 
 
 def starting_state(
     task: Task,
     data: Data,
     config: Config,
-    random_states: Callable[[Mapping[str, int]], TrainState],
+    random_states: RandomStates,
     *,
     measure: bool = True,
 ) -> tuple[TrainState, Weights | None]:
@@ -90,11 +116,15 @@ def starting_state(
     Raises:
         UserError: The weights cannot be read or do not fit, or a scheme fails.
     """
-    drawn = seeds(config)
-    own = random_states(drawn)
-    state, weights, init = own, None, config.init
+    drawn, init = seeds(config), config.init
+    rules = make_rules(init.schemes, init.pretrained)
+    weights, wanted = None, None
     if init.pretrained is not None:
         weights = read_weights(init.pretrained)
+        # To draw what is loaded anyway takes longer than to load it.
+        wanted = None if rules else fresh_in(weights, init.fresh)
+    state = own = random_states(drawn, wanted)
+    if weights is not None:
         variables = load_weights(
             {"params": own.params, "batch_stats": own.batch_stats},
             weights,
@@ -108,7 +138,7 @@ def starting_state(
     state = initialise(
         own,
         state,
-        make_rules(init.schemes, init.pretrained),
+        rules,
         task=task,
         spec=data.spec,
         seed=drawn["init"],

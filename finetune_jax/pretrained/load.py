@@ -19,6 +19,19 @@ from finetune_jax.trees import like, named
 _HINTS = 20
 
 
+def fresh_in(weights: Weights, fresh: Sequence[str]) -> Callable[[str], bool]:
+    """Returns whether a leaf keeps its initial value, by its name.
+
+    Args:
+        weights: Where they have no low-rank updates, those of the model keep theirs.
+        fresh: Regexes of names, without the collection.
+    """
+    kept = fresh if any(map(is_lora, weights.tensors)) else (*fresh, UPDATES)
+    return lambda name: any(
+        re.fullmatch(pattern, name.partition("/")[2]) for pattern in kept
+    )
+
+
 def load_weights(
     variables: Mapping[str, Any],
     weights: Weights,
@@ -31,10 +44,10 @@ def load_weights(
     """Returns `variables` with every leaf taken from the weights.
 
     Args:
-        variables: 'params' and 'batch_stats' at their initial values.
+        variables: 'params' and 'batch_stats': their initial values, or only the shapes
+            of those that are not `fresh_in` the weights.
         weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
-            a name table in `layouts` describes. Where they have no low-rank updates,
-            those of the model keep their initial value.
+            a name table in `layouts` describes.
         fresh: Regexes of the names, without 'params/', that keep their initial value.
         adapt_input: Fits the kernels of stage `stem` to another number of channels:
             their mean over the channels, so that grey images give what they gave.
@@ -48,12 +61,7 @@ def load_weights(
     """
     saved, names = weights.tensors, named(dict(variables))
     layout = recognise(names, saved, weights.address)
-    kept = fresh if any(map(is_lora, saved)) else (*fresh, UPDATES)
-
-    def is_fresh(name: str) -> bool:
-        short = name.partition("/")[2]
-        return any(re.fullmatch(pattern, short) for pattern in kept)
-
+    is_fresh = fresh_in(weights, fresh)
     merged, missing, misfits, used = _merged(
         names,
         weights,
