@@ -239,6 +239,7 @@ def test_an_export_after_an_import_is_the_file_again(model, name):
     loaded = load_weights(shapes(model), given(tensors))
     found = layout(name).tensors(named(loaded), tensors)
     assert digest(found) == digest(tensors)
+    assert all(tensor.flags.c_contiguous for tensor in found.values())
     without = layout(name).tensors(named(loaded))
     counts = {k for k in tensors if k.endswith("tracked")} - {
         "some.num_batches_tracked"

@@ -156,10 +156,11 @@ class Layout:
         for name, place in places.items():
             value = place.turn.theirs(np.asarray(leaves[name]))
             parts.setdefault(place.tensor, {})[place.part] = value
+        # In memory as torch has them: safetensors writes bytes as they lie.
         found = {
-            tensor: np.concatenate([of[part] for part in sorted(of)])
+            tensor: np.concatenate([of[part] for part in sorted(of)]).copy(order="C")
             if len(of) > 1
-            else np.ascontiguousarray(of[0]).reshape(of[0].shape)
+            else of[0].copy(order="C")
             for tensor, of in parts.items()
         }
         if original is not None:
