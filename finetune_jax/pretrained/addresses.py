@@ -1,7 +1,8 @@
 """Weights addresses: where weights lie, and how they are read from there.
 
     zoo:NAME               shipped with this project
-    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`) file
+    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`) file, or
+                           the `.index.json` of several
     package:MODULE/PATH    such a file inside an installed package
     hf:OWNER/REPO[/FILE]   such a file of a repository on the Hugging Face Hub
     orbax:DIR              the workdir of a run, or an orbax checkpoint
@@ -17,14 +18,20 @@ import logging
 import pathlib
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.pretrained.shards import INDEX, joined, shards_of
 from finetune_jax.pretrained.torch_file import read_torch_file
 
 ZOO = pathlib.Path(__file__).parent / "zoo"
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,8 @@ def _file(address: str, place: str) -> Weights:
         raise UserError(
             f"config.init.pretrained: no file {place!r}{lookup.closest(place, near)}"
         )
+    if path.name.endswith(INDEX):
+        return _sharded(address, path)
     if path.suffix not in FORMATS:
         raise UserError(
             f"config.init.pretrained: {place!r} is none of {', '.join(FORMATS)}"
@@ -92,12 +101,28 @@ def _file(address: str, place: str) -> Weights:
     return Weights(address=address, tensors=tensors, sha256=sha256)
 
 
+def _sharded(address: str, index: pathlib.Path) -> Weights:
+    sha256 = {str(index): hashlib.sha256(index.read_bytes()).hexdigest()}
+
+    def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+        found = _file(address, str(path))
+        sha256.update(found.sha256)
+        return found.tensors
+
+    return Weights(address=address, tensors=joined(index, read), sha256=sha256)
+
+
 def _safetensors(data: bytes, where: str) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors import SafetensorError, deserialize
 
     try:
-        return load(data)
+        # `safetensors.numpy` has no bfloat16.
+        return {
+            name: np.frombuffer(found["data"], SAFETENSORS[found["dtype"]]).reshape(
+                found["shape"]
+            )
+            for name, found in deserialize(data)
+        }
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{where}: cannot be read as safetensors ({len(data)} bytes): {error}. "
@@ -116,6 +141,12 @@ def _npz(data: bytes, where: str) -> dict[str, np.ndarray]:
         ) from error
 
 
+SAFETENSORS = {
+    **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+    **{f"{c.upper()}{8 * n}": np.dtype(f"<{c}{n}") for c in "iu" for n in (1, 2, 4, 8)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BOOL": np.dtype(bool),
+}
 FORMATS = {
     ".safetensors": _safetensors,
     ".npz": _npz,
@@ -153,8 +184,11 @@ def _package(address: str, place: str) -> Weights:
 
 
 def _known_as(address: str, found: Weights) -> Weights:
-    (sha256,) = found.sha256.values()
-    return dataclasses.replace(found, sha256={address: sha256})
+    if len(found.sha256) == 1:
+        (sha256,) = found.sha256.values()
+        return dataclasses.replace(found, sha256={address: sha256})
+    sha256 = {f"{address}/{pathlib.Path(p).name}": h for p, h in found.sha256.items()}
+    return dataclasses.replace(found, sha256=sha256)
 
 
 def _hub(address: str, place: str) -> Weights:
@@ -165,7 +199,12 @@ def _hub(address: str, place: str) -> Weights:
         )
     repository = "/".join(parts[:2])
     files = parts[2:] or HUB_FILES
-    found = _file(address, _downloaded(repository, files))
+    path = _downloaded(repository, files)
+    if path.endswith(INDEX):
+        folder = pathlib.PurePosixPath(files[0]).parent if parts[2:] else ""
+        for name in sorted(set(shards_of(pathlib.Path(path)).values())):
+            _downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
+    found = _file(address, path)
     return _known_as(address, found)
 
 
