@@ -14,7 +14,7 @@ import small
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.errors import UserError
-from finetune_jax.exports.onnx import VARIABLE, onnx_python
+from finetune_jax.exports.onnx_model import VARIABLE, onnx_python
 from finetune_jax.main import resolved_config
 from finetune_jax.models.lora import UPDATES
 from finetune_jax.plan import Phase

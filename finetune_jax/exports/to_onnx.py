@@ -1,4 +1,4 @@
-"""Converts a model to ONNX; run by `exports.onnx` with the Python of another environment.
+"""Converts a model to ONNX; run by `exports.onnx_model` with the Python of another environment.
 
 python -m finetune_jax.exports.to_onnx HANDED FOLDER
 
@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 
 from finetune_jax import config as configs
 from finetune_jax.data.spec import spec_from_json
+from finetune_jax.exports.answer import answer
 from finetune_jax.models.backend import traced_for
 from finetune_jax.models.lora import LoRA
 from finetune_jax.tasks import make_task
-from finetune_jax.tasks.task import EVALUATION
 
 # What onnxruntime may differ by, of the largest output.
 TOLERANCE = 1e-4
@@ -47,27 +47,24 @@ def read_model(handed: pathlib.Path) -> tuple[Callable, jax.ShapeDtypeStruct]:
             place = place.setdefault(part, {})
         place[last] = leaf.astype(np.float32)
 
-    def answer(inputs):
+    def answered(inputs):
         # As on other backends, convolutions are told as such, and not as products.
         with traced_for("gpu"):
-            batch = {"inputs": inputs}
-            batch = task.prepare(batch, jax.random.key(0), EVALUATION)
-            state = variables["params"], variables["batch_stats"], {}
-            return task.answers(task.outputs(*state, batch))
+            return answer(task, variables, {}, inputs)
 
-    return answer, task.batch_spec["inputs"]
+    return answered, task.batch_spec["inputs"]
 
 
-def convert(answer: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
+def convert(answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
     """Writes a function of inputs as an ONNX model for any batch size."""
-    import onnx
-    from jax2onnx import to_onnx
+    import onnx  # type: ignore
+    from jax2onnx import to_onnx  # type: ignore
 
     shape = jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
-    names = list(jax.eval_shape(answer, shape))
+    names = list(jax.eval_shape(answered, shape))
     symbolic: Any = jax.ShapeDtypeStruct(("batch", *one.shape), one.dtype)
     model: Any = to_onnx(
-        lambda inputs: tuple(answer(inputs)[name] for name in names),
+        lambda inputs: tuple(answered(inputs)[name] for name in names),
         inputs=[symbolic],
         input_names=["inputs"],
         output_names=names,
@@ -84,10 +81,10 @@ def convert(answer: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -> 
 
 
 def difference(
-    answer: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path
+    answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path
 ) -> float:
     """Returns how far onnxruntime is from jax, of the largest output, at two sizes."""
-    import onnxruntime
+    import onnxruntime  # type: ignore
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     rng, largest = np.random.default_rng(0), 0.0
@@ -96,7 +93,7 @@ def difference(
         if np.issubdtype(one.dtype, np.integer):
             inputs = rng.integers(0, 256, (size, *one.shape)).astype(one.dtype)
         found = session.run(None, {"inputs": inputs})
-        for ours, theirs in zip(jax.jit(answer)(inputs).values(), found):
+        for ours, theirs in zip(jax.jit(answered)(inputs).values(), found):
             scale = np.abs(ours).max() or 1.0
             largest = max(largest, float(np.abs(ours - theirs).max() / scale))
     return largest
@@ -105,10 +102,10 @@ def difference(
 def main() -> None:
     """Converts, compares, and prints the difference as JSON."""
     handed, folder = map(pathlib.Path, sys.argv[1:])
-    answer, one = read_model(handed)
+    answered, one = read_model(handed)
     path = folder / "model.onnx"
-    convert(answer, one, path)
-    found = difference(answer, one, path)
+    convert(answered, one, path)
+    found = difference(answered, one, path)
     if not found <= TOLERANCE:
         sys.exit(
             f"onnxruntime differs from jax by {found:.1e} of the largest output; at most "

@@ -13,10 +13,10 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
+from finetune_jax.exports.answer import answer
 from finetune_jax.models.backend import traced_for
 from finetune_jax.models.lora import LoRA, merge
 from finetune_jax.predictor import Predictor
-from finetune_jax.step import eval_step
 from finetune_jax.tasks.task import Task
 
 # How images of the run became what the model takes.
@@ -65,14 +65,7 @@ class Trained:
             variables: As the attribute.
             inputs: [B, ...], as a file has them: images in bytes, not normalised.
         """
-        outputs = eval_step(
-            variables["params"],
-            variables["batch_stats"],
-            self.fixed,
-            {"inputs": inputs},
-            task=self.task,
-        )
-        return self.task.answers(outputs)
+        return answer(self.task, variables, self.fixed, inputs)
 
     def about(self) -> dict[str, Any]:
         """Returns what a program that uses the model needs to know, ready for JSON."""
@@ -144,11 +137,11 @@ def for_any_platform(trained: Trained) -> Callable:
     """Returns `trained.answer` for inputs alone, fast on each platform it runs on."""
 
     def traced(backend: str) -> Callable:
-        def answer(variables, inputs):
+        def traced_answer(variables, inputs):
             with traced_for(backend):
                 return trained.answer(variables, inputs)
 
-        return answer
+        return traced_answer
 
     variables = jax.tree.map(jnp.asarray, trained.variables)
     branches = {"cpu": traced("cpu"), "default": traced("gpu")}

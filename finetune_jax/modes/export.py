@@ -6,7 +6,7 @@ import shutil
 
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.exports import artifact, onnx, weights
+from finetune_jax.exports import artifact, onnx_model, weights
 from finetune_jax.exports.card import make_card
 from finetune_jax.exports.trained import trained_from, write_json
 from finetune_jax.lookup import closest
@@ -15,7 +15,11 @@ from finetune_jax.predictor import open_predictor
 from finetune_jax.workdir import read_json, read_manifest
 
 # Each writes its files into a folder.
-FORMATS = {"jax": artifact.write, "safetensors": weights.write, "onnx": onnx.write}
+FORMATS = {
+    "jax": artifact.write,
+    "safetensors": weights.write,
+    "onnx": onnx_model.write,
+}
 
 
 def main(config: Config, options: Options) -> int:
