@@ -1,4 +1,4 @@
-"""Converts a model to ONNX; run by `exports.onnx_model` with the Python of another environment.
+"""Converts a model to ONNX; `onnx_model` runs it with the Python of another environment.
 
 python -m finetune_jax.exports.to_onnx HANDED FOLDER
 
