@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.pretrained.mapped import Bytes, mapped
 from finetune_jax.pretrained.shards import INDEX, joined, shards_of
 from finetune_jax.pretrained.torch_file import read_torch_file
 
@@ -93,7 +95,7 @@ def _file(address: str, place: str) -> Weights:
             f"config.init.pretrained: {place!r} is none of {', '.join(FORMATS)}"
         )
     try:
-        data = path.read_bytes()
+        data = mapped(path)
     except OSError as error:
         raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
     tensors = FORMATS[path.suffix](data, f"config.init.pretrained: {place}")
@@ -112,25 +114,32 @@ def _sharded(address: str, index: pathlib.Path) -> Weights:
     return Weights(address=address, tensors=joined(index, read), sha256=sha256)
 
 
-def _safetensors(data: bytes, where: str) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, deserialize
+def _safetensors(data: Bytes, where: str) -> dict[str, np.ndarray]:
+    """Returns tensors where they lie; the library would copy all of them.
 
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
     try:
-        # `safetensors.numpy` has no bfloat16.
-        return {
-            name: np.frombuffer(found["data"], SAFETENSORS[found["dtype"]]).reshape(
-                found["shape"]
-            )
-            for name, found in deserialize(data)
-        }
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start]) if start <= len(data) else None
+        found = {}
+        for name, about in {**header, "__metadata__": None}.items():
+            if about is not None:
+                dtype, shape = SAFETENSORS[about["dtype"]], tuple(about["shape"])
+                begin, end = (start + offset for offset in about["data_offsets"])
+                raw = memoryview(data)[begin:end]
+                if not start <= begin <= end <= len(data):
+                    raise ValueError(f"{name!r} lies outside the file")
+                found[name] = np.frombuffer(raw, dtype).reshape(shape)
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where}: cannot be read as safetensors ({len(data)} bytes): {error}. "
             "Is it whole?"
         ) from error
 
 
-def _npz(data: bytes, where: str) -> dict[str, np.ndarray]:
+def _npz(data: Bytes, where: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

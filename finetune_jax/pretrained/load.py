@@ -137,7 +137,8 @@ def _merged(
             misfits.append(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
             )
-        merged[name] = np.asarray(value, leaf.dtype)
+        # A copy, also of what lies right: the file may change or go.
+        merged[name] = np.array(value, leaf.dtype, order="C")
     return merged, missing, misfits, used
 
 

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from finetune_jax.errors import UserError
+from finetune_jax.pretrained.mapped import Bytes, stream
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -97,7 +98,7 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
-def read_torch_file(data: bytes, where: str) -> dict[str, np.ndarray]:
+def read_torch_file(data: Bytes, where: str) -> dict[str, np.ndarray]:
     """Returns the tensors of the state dict in a file of `torch.save`, by name.
 
     Both formats are read, that of torch 1.6 and the older one. Of a checkpoint the
@@ -113,7 +114,7 @@ def read_torch_file(data: bytes, where: str) -> dict[str, np.ndarray]:
             than tensors, several state dicts, or more than its size accounts for.
     """
     try:
-        read = _read_zip if data.startswith(b"PK") else _read_legacy
+        read = _read_zip if data[:2] == b"PK" else _read_legacy
         top, held, is_swapped = read(data)
         limit_bytes = MAX_GROWTH * len(data) + MAX_GROWTH_BYTES
         return _arrays(_state_dict(top), held, is_swapped, limit_bytes)
@@ -126,9 +127,9 @@ def read_torch_file(data: bytes, where: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_zip(data: bytes) -> tuple[Any, Held, bool]:
+def _read_zip(data: Bytes) -> tuple[Any, Held, bool]:
     """Returns the pickled object, the storages' bytes, and whether they are swapped."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(stream(data)) as archive:
         infos = archive.infolist()
     entries = {info.filename: info for info in infos}
     pickles = [n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
@@ -149,7 +150,7 @@ def _read_zip(data: bytes) -> tuple[Any, Held, bool]:
     return top, held, order == b"big"
 
 
-def _entry(data: bytes, info: zipfile.ZipInfo) -> memoryview:
+def _entry(data: Bytes, info: zipfile.ZipInfo) -> memoryview:
     """Returns the bytes of an entry where they lie, so that no entry can grow."""
     name = info.filename[:100]
     is_stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
@@ -165,9 +166,9 @@ def _entry(data: bytes, info: zipfile.ZipInfo) -> memoryview:
     return content
 
 
-def _read_legacy(data: bytes) -> tuple[Any, Held, bool]:
+def _read_legacy(data: Bytes) -> tuple[Any, Held, bool]:
     """Returns the pickled object, the storages' bytes, and False: none is swapped."""
-    file = io.BytesIO(data)
+    file = stream(data)
     if _Machine().run(file) != MAGIC or _Machine().run(file) != PROTOCOL:
         raise _Unfit("it is a pickle, but not one that torch.save wrote")
     # About the machine that wrote it; numbers are little-endian whatever it says.
