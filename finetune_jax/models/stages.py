@@ -1,10 +1,11 @@
 """What all models share: running some of their stages, and normalising."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 def run_stages(
@@ -58,6 +59,20 @@ class GlobalPool(nn.Module):
         """Returns features [B, C]."""
         del train
         return x_BxHxWxC.mean(axis=(1, 2))
+
+
+class MaskedMean(nn.Module):
+    """The mean over the tokens of a text; what the mask leaves out counts nothing."""
+
+    has_parameters = False
+
+    def __call__(self, x: Mapping[str, jax.Array], *, train: bool) -> jax.Array:
+        """Returns features [B, D] of {'hidden': [B, T, D], 'mask': [B, T]}."""
+        del train
+        hidden_BxTxD, mask_BxT = x["hidden"], x["mask"].astype(bool)
+        kept_BxTxD = jnp.where(mask_BxT[..., None], hidden_BxTxD, 0)
+        count_Bx1 = jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
+        return kept_BxTxD.sum(axis=1) / count_Bx1.astype(hidden_BxTxD.dtype)
 
 
 def layer_norm(

@@ -98,7 +98,7 @@ class Layout:
             before this one over all stages. Theirs may end with `[0/3]`: ours is the
             first of three equal parts of it. A third entry says how the leaves lie,
             where kernels do not lie as torch's do.
-        needless: Regexes of tensors that no model here needs; an export keeps them.
+        needless: Regexes of tensors that a model may do without; an export keeps them.
     """
 
     name: str
@@ -164,14 +164,14 @@ class Layout:
             for tensor, of in parts.items()
         }
         if original is not None:
-            kept = set(original) - self.needed(original)
+            kept = set(original) - self.needed(original) - set(found)
             return found | {name: np.asarray(original[name]) for name in sorted(kept)}
         means = [name for name in found if name.endswith("running_mean")]
         counts = [name.removesuffix("running_mean") + _COUNT for name in means]
         return found | {name: np.array(0) for name in counts}
 
     def needed(self, theirs: Iterable[str]) -> set[str]:
-        """Returns the names in a file without those that no model needs."""
+        """Returns the names in a file without those that a model may do without."""
         needless = re.compile("|".join((rf"(.*\.)?{_COUNT}", *self.needless)))
         return {name for name in theirs if not needless.fullmatch(name)}
 

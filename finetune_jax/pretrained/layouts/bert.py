@@ -1,0 +1,71 @@
+"""Layouts of BERT encoders: those of transformers, and of sentence-transformers."""
+
+from finetune_jax.pretrained.layout import Layout
+
+
+def _bert(name: str, prefix: str, head: str) -> Layout:
+    """Returns the layout of a BERT whose encoder's names begin with a prefix."""
+    layer = f"{prefix}encoder.layer.{{b-1}}."
+    return Layout(
+        name=name,
+        rows=(
+            ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
+            ("embeddings/places", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/sentences", f"{prefix}embeddings.token_type_embeddings"),
+            ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
+            ("block{b}/attention/query", f"{layer}attention.self.query"),
+            ("block{b}/attention/key", f"{layer}attention.self.key"),
+            ("block{b}/attention/value", f"{layer}attention.self.value"),
+            ("block{b}/attention/output", f"{layer}attention.output.dense"),
+            ("block{b}/attention_norm", f"{layer}attention.output.LayerNorm"),
+            ("block{b}/dense1", f"{layer}intermediate.dense"),
+            ("block{b}/dense2", f"{layer}output.dense"),
+            ("block{b}/dense_norm", f"{layer}output.LayerNorm"),
+            ("pool/dense", f"{prefix}pooler.dense"),
+            ("head/logits", head),
+        ),
+        # Of pretraining; and what mean pooling and token tasks do without.
+        needless=(
+            r"cls\..*",
+            rf"{prefix}pooler\..*",
+            rf"{prefix}embeddings.position_ids",
+        ),
+    )
+
+
+def _distilbert(name: str, prefix: str, head: str) -> Layout:
+    layer = f"{prefix}transformer.layer.{{b-1}}."
+    return Layout(
+        name=name,
+        rows=(
+            ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
+            ("embeddings/places", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
+            ("block{b}/attention/query", f"{layer}attention.q_lin"),
+            ("block{b}/attention/key", f"{layer}attention.k_lin"),
+            ("block{b}/attention/value", f"{layer}attention.v_lin"),
+            ("block{b}/attention/output", f"{layer}attention.out_lin"),
+            ("block{b}/attention_norm", f"{layer}sa_layer_norm"),
+            ("block{b}/dense1", f"{layer}ffn.lin1"),
+            ("block{b}/dense2", f"{layer}ffn.lin2"),
+            ("block{b}/dense_norm", f"{layer}output_layer_norm"),
+            ("pool/dense", "pre_classifier"),
+            ("head/logits", head),
+        ),
+        needless=(
+            r"vocab_(transform|layer_norm|projector)\..*",
+            r"pre_classifier\..*",
+            rf"{prefix}embeddings.position_ids",
+        ),
+    )
+
+
+LAYOUTS = (
+    _bert("transformers' BERT", "", "classifier"),
+    _bert("transformers' BERT with a head", "bert.", "classifier"),
+    _bert("transformers' BERT for questions", "bert.", "qa_outputs"),
+    _bert("sentence-transformers", "0.auto_model.", "classifier"),
+    _distilbert("transformers' DistilBERT", "", "classifier"),
+    _distilbert("transformers' DistilBERT with a head", "distilbert.", "classifier"),
+    _distilbert("transformers' DistilBERT for questions", "distilbert.", "qa_outputs"),
+)
