@@ -28,12 +28,14 @@ CHOICES = {
     "data.sampling": ("uniform", "balanced"),
     "data.on_error": ("stop", "skip"),
     "data.cache": ("auto", "off"),
+    "data.labels": ("classes", "numbers"),
     "init.input_channels": ("strict", "adapt"),
 }
 MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "data.cache_views", "evaluate.batch_size", "evaluate.every_steps",
+    "data.per_class", "data.cache_views", "data.max_tokens", "evaluate.batch_size",
+    "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
     "parallel.devices", "parallel.fsdp", "parallel.steps_per_call",
@@ -173,6 +175,13 @@ def _data() -> Any:
     data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
     data.test = optional(str)
     data.batch_size = 64  # Examples in one update, over devices and micro-batches.
+    data.text = ()  # Columns of one or two sentences; empty: the data is no text.
+    data.label = "label"  # Their column of labels, which are 'classes' or 'numbers'.
+    data.labels = "classes"
+    data.header = ()  # Names of the columns of files that do not begin with them.
+    data.tokenizer = optional(str)  # Its address; None: beside the pretrained weights.
+    data.max_tokens = 128  # Of a text; what is longer is cut.
+    data.buckets = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # Lengths of batches.
     data.image_size = optional(int)  # None keeps the size of the data.
     data.channels = optional(int)  # None keeps those of the data.
     data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.

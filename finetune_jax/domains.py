@@ -12,11 +12,10 @@ import numpy as np
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import (
     Dataset,
-    check_preprocessing,
     dataset_of,
     load_source,
 )
-from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.spec import DataSpec, check_preprocessing
 from finetune_jax.data.splits import named_splits, select
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest

@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax.data.batches import Examples, evaluation_batches
+from finetune_jax.data.batches import (
+    Examples,
+    Shortened,
+    by_length,
+    evaluation_batches,
+)
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.features import FeatureStore, Frozen, frozen_part
+from finetune_jax.data.texts import TextOptions
+from finetune_jax.features import Features, FeatureStore, Frozen, frozen_part
 from finetune_jax.parallel import Compiled, Devices
 from finetune_jax.state import TrainState, eval_params
 from finetune_jax.step import eval_step
@@ -34,7 +40,8 @@ class Evaluator:
         store: Keeps what frozen stages make of the splits; None computes it again.
         first: The stage up to which the model is computed on its own; None: is not.
         frozen: The stages before it, where the states to be measured have them in common.
-        programs: Compiled so far, by name.
+        programs: Compiled so far, by name and the shapes of a batch.
+        text: How texts may be shortened; None of what is no text.
     """
 
     task: Task
@@ -48,7 +55,8 @@ class Evaluator:
     store: FeatureStore | None = None
     first: str | None = None
     frozen: Frozen | None = None
-    programs: dict[str, Compiled] = dataclasses.field(default_factory=dict)
+    programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+    text: TextOptions | None = None
 
     def freeze(self, first: str | None, state: TrainState) -> None:
         """Takes note of what the states to be measured have in common.
@@ -98,12 +106,18 @@ class Evaluator:
         params = eval_params(placed, ema=ema)
         arguments = params, placed.batch_stats, self.fixed["task"]
         examples: Examples = dataset
-        frozen = self.frozen
+        frozen, order = self.frozen, None
         if frozen is not None and not (ema and frozen.averaged):
             assert self.store is not None
             examples = self.store.held_out(dataset, frozen)
-        kind = "images" if examples is dataset else "features"
+        elif self.text is not None and self.first is None:
+            # By length, so that short texts stand beside short ones.
+            order = by_length(dataset)
+            examples = Shortened(dataset=dataset, options=self.text, order=order)
+        kind = "features" if isinstance(examples, Features) else "inputs"
         rows = self.rows(f"outputs of {self.first}, {kind}", step, arguments, examples)
+        if order is not None:
+            rows = jax.tree.map(lambda array: array[np.argsort(order)], rows)
         counts = dataset.readable(np.arange(len(dataset)))
         return {name: array[counts] for name, array in rows.items()}
 
@@ -122,11 +136,12 @@ class Evaluator:
         rows, parts = [], []
         for batch in evaluation_batches(dataset, batch_size=size):
             batch = self.devices.place_batch(batch, batch_axis=0)
-            if name not in self.programs:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            if (name, shapes) not in self.programs:
                 program = self.devices.compile_eval(step, *arguments, batch)
-                self.programs[name] = program
+                self.programs[name, shapes] = program
                 self.compile_s += program.compile_s
-            rows.append(self.programs[name].call(*arguments, batch))
+            rows.append(self.programs[name, shapes].call(*arguments, batch))
             # One batch late, so that the device need not wait, nor keep more than two.
             parts += [self.devices.rows_to_host(row) for row in rows[:-1]]
             rows = rows[-1:]

@@ -35,7 +35,7 @@ from finetune_jax.trees import digest, nbytes, stage_of
 # What has a part in how examples are read and programs compiled.
 PACKAGES = (
     "finetune_jax", "jax", "jaxlib", "numpy", "pillow", "tensorflow-datasets",
-    "array-record",
+    "array-record", "tokenizers",
 )  # fmt: skip
 
 

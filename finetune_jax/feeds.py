@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.data.batches import Examples, Views, places_of, rows_of
+from finetune_jax.data.batches import Examples, Shortened, Views, places_of, rows_of
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import Order
 from finetune_jax.features import Features
@@ -263,6 +263,8 @@ def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str 
     """
     if devices.count > 1:
         return f"there are {devices.count} devices"
+    if isinstance(examples, Shortened):
+        return "batches of texts differ in length (config.data.buckets)"
     whole = resident(examples)
     if isinstance(whole, Features):
         size = nbytes(whole.table)

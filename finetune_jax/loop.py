@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.clock import Clock
-from finetune_jax.data.batches import Examples, Views
+from finetune_jax.data.batches import Examples, Shortened, Views
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.feeds import LONGEST, Feed
@@ -188,7 +188,12 @@ class Loop:
             )
             if found is not None:
                 return found
-        return Views(dataset=data.train, views=views) if views else data.train
+        if views:
+            return Views(dataset=data.train, views=views)
+        # What stages that are computed on their own get is as long as what is kept.
+        if data.spec.text is not None and self._first(phase) is None:
+            return Shortened(dataset=data.train, options=data.spec.text.options)
+        return data.train
 
     def _update(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.dataset import Data
 from finetune_jax.domains import Domain
 from finetune_jax.errors import NotFinite, TrainingError, UserError, problems_error
 from finetune_jax.evaluation import Evaluator
@@ -41,6 +41,7 @@ from finetune_jax.run import (
     record,
 )
 from finetune_jax.setup import Setup, make_setup
+from finetune_jax.start import run_data
 from finetune_jax.state import Progress
 from finetune_jax.summary import write_report
 from finetune_jax.updates import Updates
@@ -163,7 +164,7 @@ def _setups(setup: Setup, members: list[Config]) -> list[Setup]:
         if seed not in drawn:
             data = setup.data
             if seed not in (None, configs.seeds(setup.config)["order"]):
-                data = make_data(member.data, seed=seed)
+                data = run_data(member)
             drawn[seed] = data.in_memory(member.data.memory_gb * 1e9)
         try:
             setups.append(make_setup(member, drawn[seed], like=setup))

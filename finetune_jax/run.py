@@ -27,6 +27,7 @@ from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.layout import recognise
+from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
@@ -142,6 +143,8 @@ def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
     manifest = make_manifest(config=plain, data=looks, **inputs)
     write_json(workdir / "manifest.json", manifest)
     write_text(workdir / "config.json", configs.to_json(config))
+    if setup.data.tokenizer is not None:
+        write_text(workdir / TOKENIZER, setup.data.tokenizer)
 
 
 def _taken_up(
@@ -341,6 +344,7 @@ def make_evaluator(
         chosen_ema="/ema_" in (evaluate.best or ""),
         first=setup.task.first_learning(setup.phase(len(setup.plan) - 1).mode),
         extras=make_extras(setup, start, domains),
+        text=setup.data.spec.text and setup.data.spec.text.options,
     )
 
 
@@ -353,8 +357,7 @@ def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
     if config.population:
         raise UserError(
             f"--workdir: {workdir} holds a population. Each of {workdir}/members is the "
-            "workdir of a run; `member` in result.json is the number of the best one, "
-            "which has checkpoints."
+            "workdir of a run; `member` in result.json numbers the best, with checkpoints."
         )
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax import config as configs
 from finetune_jax import lookup
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.mix import check_pairs
@@ -38,7 +37,7 @@ from finetune_jax.regularisers import (
     match_problems,
 )
 from finetune_jax.schedules import check_schedule, plateau_metric
-from finetune_jax.start import RandomStates, random_state, starting_state
+from finetune_jax.start import RandomStates, random_state, run_data, starting_state
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
 from finetune_jax.tasks import make_task, task_module
@@ -248,6 +247,8 @@ def metric_names(config: Config) -> tuple[str, ...]:
     """
     arguments = dict(config.task)
     names = task_module(arguments["name"]).METRICS
+    if isinstance(names, Mapping):
+        names = names[config.data.labels]
     names = arguments["metrics"] if "metrics" in arguments else names
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")
@@ -274,7 +275,7 @@ def make_setup(
     devices = make_devices(config.parallel)
     check_phases(config, plan, devices.count)
     if data is None:
-        data = make_data(config.data, seed=configs.seeds(config)["order"])
+        data = run_data(config)
     task = make_task(config, data.spec)
     splits = {name: part.label for name, part in data.held_out.items()}
     if problems := task.check_splits(splits):

@@ -1,4 +1,4 @@
-"""The state before the first update: at random, from weights, by schemes."""
+"""What a run begins with: its data, and a state at random, from weights, by schemes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +7,33 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.config import Config, seeds
-from finetune_jax.data.dataset import Data
+from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.errors import UserError
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lsuv import first_examples
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import fresh_in, load_weights
+from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
 from finetune_jax.trees import like, named
+
+
+def run_data(config: Config) -> Data:
+    """Returns the data that a config describes.
+
+    Raises:
+        UserError: It cannot be read, or does not fit what is said of it.
+    """
+    address, tokenizer = config.data.tokenizer, None
+    if config.data.text:
+        tokenizer = find_tokenizer(address, config.init.pretrained)
+    elif address is not None:
+        raise UserError(
+            f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
+        )
+    return make_data(config.data, seed=seeds(config)["order"], tokenizer=tokenizer)
 
 
 def random_state(

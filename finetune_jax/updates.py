@@ -154,7 +154,8 @@ class Updates:
         """
         # Averages and what is fixed are those of all phases, of which runs may differ.
         shared = tuple(placed.ema), tuple(self.fixed)
-        key = phase.program, str(self.setup.config.task), feed.kind, shared
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(call.arguments))
+        key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
         if key in self.programs:
             return self.programs[key], 0.0
         program = self.setup.devices.compile_train(

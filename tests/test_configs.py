@@ -8,6 +8,7 @@ import pathlib
 import pictures
 import pytest
 import test_data
+import texts
 from recording import Recording
 
 from finetune_jax import config as configs
@@ -20,6 +21,7 @@ VARIANTS = [
     "resnet_head.py:tiny",
     "head_population.py:tiny",
     "efficientnet_flowers.py:tiny",
+    "bert_sst2.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
@@ -53,6 +55,13 @@ def resolved(variant, tmp_path):
     if config.data.name == "folder":
         folder = pictures.make_folder(tmp_path / "photos")
         overrides += [("data.dir", str(folder)), ("data.image_size", "32")]
+    if config.data.name == "tsv":  # A small model that knows few words.
+        folder = texts.write(tmp_path / "texts")
+        overrides += [("data.dir", str(folder)), ("init.pretrained", "None")]
+        overrides += [("data.tokenizer", f"file:{folder}"), ("init.fresh", "()")]
+        small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
+        small |= {"vocabulary": "20", "positions": "128"}
+        overrides += [(f"model.{key}", value) for key, value in small.items()]
     if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
         source = variant.replace("target", "source")
         workdir = tmp_path / "source"
@@ -83,6 +92,8 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path):
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
+    if config.data.text:
+        unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
     if config.init.pretrained is None:
         unread -= {"init.fresh", "init.input_channels"}  # They are about weights.
     assert not unread

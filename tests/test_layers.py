@@ -37,6 +37,7 @@ LAYERS = (
         "parallel",
         "preemption",
         "tasks",
+        "answers",
         "initialise",
         "lsuv",
         "start",

@@ -85,7 +85,7 @@ def classify(class_weights):
 
 def test_balanced_class_weights_are_scikit_learns():
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=LABEL)
-    np.testing.assert_allclose(classify("balanced").class_weights, wanted)
+    np.testing.assert_allclose(classify("balanced").answer.class_weights, wanted)
     with pytest.raises(UserError, match="class_weights: no 'balance'"):
         classify("balance")
 
@@ -105,7 +105,7 @@ def test_a_weighted_loss_is_the_weighted_mean():
     )
     logits = x.astype(np.float64) @ kernel
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(12), label]
-    weights = np.array(task.class_weights)[label]
+    weights = np.array(task.answer.class_weights)[label]
     np.testing.assert_allclose(
         total / weight, np.average(losses, weights=weights), 1e-5
     )

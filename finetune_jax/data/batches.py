@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import Order, training_order
+from finetune_jax.data.texts import TextOptions, shortened
 
 
 class Examples(Protocol):
@@ -53,6 +54,42 @@ class Views:
     def take(self, positions: np.ndarray) -> dict[str, Any]:
         """Returns the examples of the rows."""
         return self.dataset.take(positions // self.views)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortened:
+    """A split of texts whose batches are no longer than their texts need.
+
+    Attributes:
+        dataset: The split.
+        options: Have the lengths that there may be.
+        order: In which its examples stand; None is their own.
+    """
+
+    dataset: Dataset
+    options: TextOptions
+    order: np.ndarray | None = None
+
+    @property
+    def label(self) -> np.ndarray:
+        """Class index of each example, or its targets."""
+        return self.dataset.label
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.dataset)
+
+    def take(self, positions: np.ndarray) -> dict[str, Any]:
+        """Returns the examples of the rows."""
+        rows = positions if self.order is None else self.order[positions]
+        batch = self.dataset.take(rows)
+        return {**batch, "inputs": shortened(batch["inputs"], self.options)}
+
+
+def by_length(dataset: Dataset) -> np.ndarray:
+    """Returns the positions of texts from the shortest to the longest."""
+    inputs = dataset.take(np.arange(len(dataset)))["inputs"]
+    return np.argsort((inputs[:, 1] != 0).sum(axis=-1), kind="stable")
 
 
 def training_positions(

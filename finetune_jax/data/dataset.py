@@ -13,10 +13,12 @@ from finetune_jax.data import sources
 from finetune_jax.data.classes import check_classes, check_no_classes
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.source import ArrayExamples, Source
-from finetune_jax.data.spec import PREPROCESSING, DataSpec
+from finetune_jax.data.spec import PREPROCESSING, DataSpec, check_preprocessing
 from finetune_jax.data.splits import named_splits, overlaps, per_class, select
+from finetune_jax.data.text_files import load_texts
+from finetune_jax.data.texts import options_of
 from finetune_jax.data.threads import attempts, check_readable
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import UserError
 
 ADVICE = "Mend them, take them out, or pass them over: config.data.on_error=skip."
 
@@ -170,6 +172,7 @@ class Data:
         held_out: 'validation' and 'test', where the config names them.
         fingerprint: Returns that of the source; the config says what was selected.
         warnings: What a reader of the result should know.
+        tokenizer: What the tokenizer.json of texts holds; None of what is no text.
     """
 
     spec: DataSpec
@@ -177,6 +180,7 @@ class Data:
     held_out: Mapping[str, Dataset]
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
+    tokenizer: str | None = None
 
     def unreadable(self) -> dict[str, str]:
         """Returns what was passed over so far: messages by name."""
@@ -255,24 +259,36 @@ def load_source(name: str, directory: str | None) -> Source:
     """
     module, _, argument = name.partition(":")
     found = lookup.module(sources, module, "config.data.name")
+    if not hasattr(found, "load"):
+        raise UserError(
+            f"config.data.name: {name!r} holds texts; name their columns in "
+            "config.data.text, such as ('sentence',)"
+        )
     source = found.load(directory, argument or None)
     # It may read all of the data.
     once = functools.cache(source.fingerprint)
     return dataclasses.replace(source, fingerprint=once)
 
 
-def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
+def make_data(
+    config: Mapping[str, Any], *, seed: int, tokenizer: str | None = None
+) -> Data:
     """Returns the splits that `config.data` describes.
 
     Args:
         config: The section `config.data`.
         seed: Of the run; draws the examples of `per_class`.
+        tokenizer: What a tokenizer.json holds, for texts.
 
     Raises:
         UserError: A split that is wrong or empty, a class absent from training, what
             classes are needed for where there are none.
     """
-    source = load_source(config["name"], config["dir"])
+    options, text = options_of(config), None
+    if options.text:
+        source, text = load_texts(config["name"], config["dir"], options, tokenizer)
+    else:
+        source = load_source(config["name"], config["dir"])
     if not source.class_names:
         check_no_classes(source, config)
     label = {name: part.label for name, part in source.splits.items()}
@@ -304,6 +320,7 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         targets=source.targets,
         pixel_classes=source.pixel_classes,
         train_counts=tuple(map(int, label_counts)),
+        text=text,
         **{key: config[key] for key in PREPROCESSING},
     )
     check_preprocessing(spec)
@@ -321,13 +338,14 @@ def make_data(config: Mapping[str, Any], *, seed: int) -> Data:
         held_out=made,
         fingerprint=source.fingerprint,
         warnings=tuple(overlaps(chosen)),
+        tokenizer=tokenizer if text else None,
     )
 
 
 def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
     shapes = {part.shape for part in source.splits.values()}
     shape = shapes.pop() if len(shapes) == 1 else None
-    if shape is not None and len(shape) == 1:
+    if shape is not None and len(shape) < 3:
         for key in ("image_size", "channels", "train_size"):
             if config[key] is not None:
                 raise UserError(
@@ -346,44 +364,6 @@ def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ...]:
     """Returns the shape of training examples before augmentation."""
-    if train_size is None or len(shape) == 1:
+    if train_size is None or len(shape) < 3:
         return shape
     return train_size, train_size, shape[2]
-
-
-def _need_bytes(augment: tuple) -> list[str]:
-    """Returns the steps of augmentation that need to know the range of the values."""
-    names = [step[0] for step in augment if isinstance(step, tuple) and step]
-    return [name for name in names if name in ("color_jitter", "rand_augment")]
-
-
-def check_preprocessing(spec: DataSpec) -> None:
-    """Checks that the preprocessing fits the inputs.
-
-    Raises:
-        UserError: Lists all that does not.
-    """
-    problems = [
-        f"config.data.{name}: {len(value)} numbers, but inputs have {spec.shape[-1]} "
-        "channels; give one number or one for each"
-        for name, value in (("mean", spec.mean), ("std", spec.std))
-        if len(value) not in (1, spec.shape[-1])
-    ]
-    if len(spec.shape) != 3:
-        problems += [
-            f"config.data.{name}: the data has no images"
-            for name in ("augment", "resize")
-            if getattr(spec, name)
-        ]
-    elif spec.dtype != "uint8" and (named := _need_bytes(spec.augment)):
-        problems.append(
-            f"config.data.augment: {', '.join(named)} needs bytes, whose range is known; "
-            f"the data is {spec.dtype}"
-        )
-    elif spec.resize is not None and spec.resize < max(spec.shape[:2]):
-        problems.append(
-            f"config.data.resize: {spec.resize}, but {spec.shape[0]}x{spec.shape[1]} is "
-            "cut out of what is resized; make it at least as large, or None"
-        )
-    if problems:
-        raise problems_error("The preprocessing does not fit the data:", problems)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.data.images import Geometry
+from finetune_jax.data.texts import TextOptions, TextSpec
+from finetune_jax.errors import problems_error
 
 # Keys of `config.data` that say what becomes of an example.
 PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation", "decode")
@@ -15,9 +17,11 @@ class DataSpec:
     """Shape, classes and preprocessing of the examples.
 
     Attributes:
-        shape: Of one example's inputs as the model takes them: (H, W, C) or (F,).
+        shape: Of one example's inputs as the model takes them: (H, W, C) or (F,),
+            or (2, T) of a text: ids and sentences.
         train_shape: Of a training example before augmentation.
-        dtype: 'uint8' for bytes, which the task scales to [0, 1], else 'float32'.
+        dtype: 'uint8' for bytes, which the task scales to [0, 1], 'int32' for texts, else
+            'float32'.
         class_names: In the order of the labels.
         targets: Names of the numbers that are to be predicted, where there are no classes.
         pixel_classes: Names of the classes of a mask's pixels, where images have masks.
@@ -30,6 +34,7 @@ class DataSpec:
         resize: Of an image's shorter side, before its centre is cut out; None stretches.
         interpolation: 'bilinear' or 'bicubic'.
         decode: 'fast' or 'exact', of training images; all others are decoded exactly.
+        text: What is known of texts; None of what is none.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +51,7 @@ class DataSpec:
     resize: int | None = None
     interpolation: str = "bilinear"
     decode: str = "exact"
+    text: TextSpec | None = None
 
     @property
     def train_examples(self) -> int:
@@ -88,13 +94,19 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
         key: tuple(value) if isinstance(value, list) else value
         for key, value in plain.items()
     }
+    if (text := known.pop("text", None)) is not None:
+        options = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in text["options"].items()
+        }
+        known["text"] = TextSpec(**{**text, "options": TextOptions(**options)})
     spec = DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
     shapes = (*spec.shape, *spec.train_shape)
     if not (
         all(type(size) is int and size > 0 for size in shapes)
         and len(spec.shape) == len(spec.train_shape)
-        and len(spec.shape) in (1, 3)
-        and spec.dtype in ("uint8", "float32")
+        and len(spec.shape) in (1, 2, 3)
+        and spec.dtype in ("uint8", "float32", "int32")
         and all(
             isinstance(names, tuple) and all(isinstance(name, str) for name in names)
             for names in (spec.class_names, spec.targets, spec.pixel_classes)
@@ -103,3 +115,41 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     ):
         raise ValueError("not what data look like")
     return spec
+
+
+def check_preprocessing(spec: DataSpec) -> None:
+    """Checks that the preprocessing fits the inputs.
+
+    Raises:
+        UserError: Lists all that does not.
+    """
+    problems = [
+        f"config.data.{name}: {len(value)} numbers, but inputs have {spec.shape[-1]} "
+        "channels; give one number or one for each"
+        for name, value in (("mean", spec.mean), ("std", spec.std))
+        if len(value) not in (1, spec.shape[-1])
+    ]
+    if len(spec.shape) != 3:
+        problems += [
+            f"config.data.{name}: the data has no images"
+            for name in ("augment", "resize")
+            if getattr(spec, name)
+        ]
+    elif spec.dtype != "uint8" and (named := _need_bytes(spec.augment)):
+        problems.append(
+            f"config.data.augment: {', '.join(named)} needs bytes, whose range is known; "
+            f"the data is {spec.dtype}"
+        )
+    elif spec.resize is not None and spec.resize < max(spec.shape[:2]):
+        problems.append(
+            f"config.data.resize: {spec.resize}, but {spec.shape[0]}x{spec.shape[1]} is "
+            "cut out of what is resized; make it at least as large, or None"
+        )
+    if problems:
+        raise problems_error("The preprocessing does not fit the data:", problems)
+
+
+def _need_bytes(augment: tuple) -> list[str]:
+    """Returns the steps of augmentation that need to know the range of the values."""
+    names = [step[0] for step in augment if isinstance(step, tuple) and step]
+    return [name for name in names if name in ("color_jitter", "rand_augment")]

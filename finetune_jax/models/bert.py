@@ -252,6 +252,21 @@ class Bert(nn.Module):
         pool = () if self.pooling == "none" else ("pool",)
         return ("embeddings", *blocks, *pool, "head")
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are."""
+        return dict(self.embeddings_arguments)["vocabulary"]
+
+    @property
+    def positions(self) -> int:
+        """Places that there are."""
+        return dict(self.embeddings_arguments)["positions"]
+
+    @property
+    def types(self) -> int:
+        """Sentences that are told apart."""
+        return dict(self.embeddings_arguments)["types"]
+
     def setup(self):
         """Makes a submodule a stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}

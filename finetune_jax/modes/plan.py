@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import check_preprocessing, make_data, train_shape
-from finetune_jax.data.spec import PREPROCESSING, DataSpec
+from finetune_jax.data.dataset import train_shape
+from finetune_jax.data.spec import PREPROCESSING, DataSpec, check_preprocessing
 from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.flops import count_flops
 from finetune_jax.initialise import check_rules, make_rules
@@ -34,7 +33,7 @@ from finetune_jax.setup import (
     make_task,
     phase_setup,
 )
-from finetune_jax.start import random_state
+from finetune_jax.start import random_state, run_data
 from finetune_jax.state import TrainState
 from finetune_jax.step import eval_step, train_step
 from finetune_jax.tasks.task import Task
@@ -103,8 +102,10 @@ def spec_of(config: Config) -> DataSpec:
             is there and does not fit.
     """
     try:
-        return make_data(config.data, seed=configs.seeds(config)["order"]).spec
+        return run_data(config).spec
     except DataMissing as missing:
+        if config.data.text:
+            raise  # How long texts are is not known without them.
         data, classes = config.data, config.model.classes
         needed = {
             "data.image_size": data.image_size,

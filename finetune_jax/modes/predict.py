@@ -3,20 +3,25 @@
 Where predictions are masks, a folder beside it has them as PNG files.
 """
 
+import dataclasses
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.dataset import Dataset, dataset_of
 from finetune_jax.data.images import SUFFIXES, oriented_size
 from finetune_jax.data.masks import unfitted, write_mask
+from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.text_files import INPUTS as TEXTS
+from finetune_jax.data.text_files import read_texts
+from finetune_jax.data.texts import encode, make_encoder, packed
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
@@ -29,6 +34,7 @@ from finetune_jax.predictor import (
     run_spec,
     takes_files,
 )
+from finetune_jax.pretrained.tokenizer import find_tokenizer
 
 # Files that are decoded before the model sees the first of them.
 CHUNK = 1024
@@ -42,8 +48,8 @@ def main(config: Config, options: Options) -> int:
     """
     workdir = options.workdir
     assert workdir is not None
-    paths = find_inputs(options.inputs)
     spec = run_spec(config, workdir)
+    paths = find_inputs(options.inputs, SUFFIXES if spec.text is None else TEXTS)
     _check_kinds(paths, spec)
     output = _output(options.output or str(workdir / "predictions.jsonl"))
     predictor = open_predictor(config, workdir)
@@ -55,7 +61,11 @@ def main(config: Config, options: Options) -> int:
     part, written = output.with_name(f"{output.name}.part"), 0
     masks = MaskWriter(output.with_name(f"{output.stem}_masks"), spec)
     with part.open("w") as file:
-        for names, dataset in _datasets(paths, spec, errors):
+        if spec.text is None:
+            found = _datasets(paths, spec, errors)
+        else:
+            found = _texts(paths, spec, read_tokenizer(workdir), errors)
+        for names, dataset in found:
             for name, record in zip(names, predictor.records(dataset)):
                 if "mask" in record:
                     record["mask"] = masks.write(record["mask"], name)
@@ -116,12 +126,19 @@ def _output(text: str) -> pathlib.Path:
     return path
 
 
-def find_inputs(inputs: Sequence[str]) -> list[pathlib.Path]:
-    """Returns the files that `--inputs` names; of a folder, all images below it.
+def find_inputs(
+    inputs: Sequence[str], suffixes: Collection[str] = SUFFIXES
+) -> list[pathlib.Path]:
+    """Returns the files that `--inputs` names; of a folder, all images or texts below it.
+
+    Args:
+        inputs: Files and folders.
+        suffixes: Of what is looked for in folders.
 
     Raises:
-        UserError: Lists what is not there, and folders without images.
+        UserError: Lists what is not there, and folders without such files.
     """
+    kind = "images" if suffixes is SUFFIXES else "texts"
     if not inputs:
         raise UserError("--mode=predict needs --inputs, files or folders")
     found: list[pathlib.Path] = []
@@ -129,10 +146,10 @@ def find_inputs(inputs: Sequence[str]) -> list[pathlib.Path]:
     for text in inputs:
         path = pathlib.Path(os.path.expanduser(text))
         if text and path.is_dir():
-            inside = [p for p in files_below(path) if p.suffix.lower() in SUFFIXES]
+            inside = [p for p in files_below(path) if p.suffix.lower() in suffixes]
             found += inside
             if not inside:
-                problems.append(f"--inputs: no images in {text!r}")
+                problems.append(f"--inputs: no {kind} in {text!r}")
         elif text and path.is_file():
             found.append(path)
         else:
@@ -142,8 +159,28 @@ def find_inputs(inputs: Sequence[str]) -> list[pathlib.Path]:
     return found
 
 
+def read_tokenizer(workdir: pathlib.Path) -> str:
+    """Returns the tokenizer that a run of texts has kept.
+
+    Raises:
+        UserError: It is gone.
+    """
+    found = find_tokenizer(f"file:{workdir}", None)
+    assert found is not None
+    return found
+
+
 def _check_kinds(paths: Sequence[pathlib.Path], spec: DataSpec) -> None:
     """Checks that images are given to models of images, and arrays to the others."""
+    if spec.text is not None:
+        problems = [f"{p}: no texts" for p in paths if p.suffix.lower() not in TEXTS]
+        if problems:
+            raise problems_error(
+                "--inputs: files that this model does not take:",
+                problems,
+                f"It takes {', '.join(TEXTS)}.",
+            )
+        return
     files, problems = takes_files(spec), []
     for path in paths:
         if path.suffix in ARRAYS or (files and path.suffix.lower() in SUFFIXES):
@@ -175,3 +212,33 @@ def _datasets(
         if dataset is not None:
             good = [str(path) for path, error in zip(chunk, found) if error is None]
             yield good, dataset
+
+
+def _texts(
+    paths: Sequence[pathlib.Path],
+    spec: DataSpec,
+    tokenizer: str,
+    errors: list[UserError | None],
+) -> Iterator[tuple[list[str], Dataset]]:
+    """Yields names and texts file by file; adds an entry a file to errors."""
+    assert spec.text is not None
+    options = spec.text.options
+    encoder = make_encoder(tokenizer, options.max_tokens)
+    for path in paths:
+        (found, error), *_ = attempts(lambda p: read_texts(p, options), [path])
+        errors.append(error)
+        if error is None:
+            rows, texts = found
+            tokens = encode(encoder, texts)
+            length = options.padded(max(len(ids) for ids, _ in tokens))
+            label = np.zeros(len(texts), np.int32)
+            examples = ArrayExamples(values=packed(tokens, length), label=label)
+            source = Source(
+                name=str(path),
+                splits={"all": examples},
+                class_names=(),
+                fingerprint=str,
+            )
+            fitted = dataclasses.replace(spec, shape=(2, length))
+            names = [f"{path}#{line}" for line in rows.lines]
+            yield names, dataset_of(source, fitted, np.arange(len(texts)), label)

@@ -18,6 +18,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -121,7 +122,7 @@ def _safetensors(data: Bytes, where: str) -> dict[str, np.ndarray]:
     """
     try:
         start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start]) if start <= len(data) else None
+        header: dict[str, Any] = json.loads(data[8:start])
         found = {}
         for name, about in {**header, "__metadata__": None}.items():
             if about is not None:
@@ -208,16 +209,16 @@ def _hub(address: str, place: str) -> Weights:
         )
     repository = "/".join(parts[:2])
     files = parts[2:] or HUB_FILES
-    path = _downloaded(repository, files)
+    path = downloaded(repository, files)
     if path.endswith(INDEX):
         folder = pathlib.PurePosixPath(files[0]).parent if parts[2:] else ""
         for name in sorted(set(shards_of(pathlib.Path(path)).values())):
-            _downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
+            downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
     found = _file(address, path)
     return _known_as(address, found)
 
 
-def _downloaded(repository: str, files: Sequence[str]) -> str:
+def downloaded(repository: str, files: Sequence[str]) -> str:
     """Returns the path of the first of some files that a repository has.
 
     It comes from the cache where it lies there already and the hub cannot be reached.

@@ -10,39 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import lookup, losses, metrics
+from finetune_jax import losses
+from finetune_jax.answers import Classes, logits_asked, make_classes
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
-from finetune_jax.metrics import check_metrics
 from finetune_jax.mix import check_mix, mixed
 from finetune_jax.models import make_model
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
 
-
-def _equal(data: DataSpec) -> tuple[float, ...]:
-    del data
-    return ()
-
-
-def _balanced(data: DataSpec) -> tuple[float, ...]:
-    """Source: scikit-learn's class_weight='balanced'."""
-    mean = data.train_examples / len(data.class_names)
-    return tuple(mean / count for count in data.train_counts)
-
-
 METRICS = ("accuracy", "loss")
-CLASS_WEIGHTS = {"none": _equal, "balanced": _balanced}
-
-
-def _target(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
-    """Returns the shares of the classes: of a mixture, or all of it the label's."""
-    classes, dtype = logits_BxK.shape[-1], logits_BxK.dtype
-    if "target" not in batch:
-        return losses.one_hot(batch["label"], classes, dtype)
-    # A model may have more logits than the data has classes.
-    absent = classes - batch["target"].shape[-1]
-    return jnp.pad(batch["target"], ((0, 0), (0, absent))).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,29 +29,19 @@ class Classify(Task):
     Attributes:
         models: The one model, under ''.
         data: What the examples look like.
-        loss_name: A name in `losses.CLASSIFICATION`.
-        loss_args: Its arguments.
-        label_smoothing: In training only.
-        class_weights: Of the examples of each class in the training loss; empty is 1.
-        top_k: Classes that a prediction names.
-        metric_names: What is measured on a split; 'loss' always is.
+        answer: Has losses and metrics.
     """
 
     models: Mapping[str, nn.Module]
     data: DataSpec
-    loss_name: str = "cross_entropy"
-    loss_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] = ()
-    top_k: int = 5
-    metric_names: tuple[str, ...] = METRICS
+    answer: Classes
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Inputs as the source gives them, and class indices."""
         return {
             "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
-            "label": jax.ShapeDtypeStruct((), np.dtype(np.int32)),
+            "label": self.answer.label,
         }
 
     @property
@@ -154,21 +121,8 @@ class Classify(Task):
             first=first,
             rng=rng,
         )
-        weight_B, label_B = batch["weight"], batch["label"]
-        target_BxK = _target(batch, logits_BxK)
-        loss_B = losses.CLASSIFICATION[self.loss_name](
-            logits_BxK,
-            losses.smoothed(target_BxK, self.label_smoothing),
-            **self.loss_args,
-        )
-        right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
-        accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
-        if self.class_weights:
-            class_weight_1xK = jnp.asarray(self.class_weights, weight_B.dtype)[None]
-            target_BxK = target_BxK[:, : len(self.class_weights)]
-            weight_B *= jnp.sum(target_BxK * class_weight_1xK, axis=-1)
-        loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
-        return loss, (batch_stats, {"loss": loss, "accuracy": accuracy})
+        loss, found = self.answer.loss(logits_BxK, batch)
+        return loss, (batch_stats, found)
 
     def outputs(
         self,
@@ -189,61 +143,28 @@ class Classify(Task):
             mode=EVALUATION,
             first=first,
         )
-        return {"logits": logits_BxK}
+        return self.answer.outputs(logits_BxK)
 
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
         """Returns what is to be measured; 'loss' is the unsmoothed cross entropy."""
-        logits_BxK, label_B = self._known(outputs["logits"]), batch["label"]
-        return {
-            name: metrics.metric(name)(logits_BxK, label_B)
-            for name in dict.fromkeys((*self.metric_names, "loss"))
-        }
+        return self.answer.metrics(outputs, batch)
 
     def answers(self, outputs: dict) -> dict:
         """Returns logits and probabilities of the data's classes."""
-        logits_BxK = self._known(outputs["logits"])
-        # Programs without this one's libraries know no bfloat16.
-        widest = jnp.promote_types(logits_BxK.dtype, jnp.float32)
-        logits_BxK = logits_BxK.astype(widest)
-        return {"logits": logits_BxK, "probabilities": jax.nn.softmax(logits_BxK)}
-
-    def _known(self, logits_BxK: Any) -> Any:
-        """Returns the logits of the data's classes; a model may have more."""
-        return logits_BxK[:, : len(self.data.class_names)]
+        return self.answer.answers(outputs)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the splits that lack a class without which a metric has no value."""
-        ranking = [name for name in self.metric_names if name in metrics.RANKING]
-        problems = []
-        for split, label in labels.items():
-            there = set(label.tolist())
-            absent = [n for k, n in enumerate(self.data.class_names) if k not in there]
-            problems += [
-                f"config.task.metrics: {name!r} needs examples of every class, but "
-                f"the split {split!r} has none of {', '.join(absent[:20])}; choose "
-                "another split, or leave the metric out"
-                for name in ranking
-                if absent
-            ]
-        return problems
+        return self.answer.check_splits(labels)
 
     def records(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
         """Returns the class names of the highest probabilities, best first."""
         del batch
-        probability_BxK = metrics.probabilities(self._known(outputs["logits"]))
-        top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
-        names = self.data.class_names
-        return [
-            {
-                "class": names[top[0]],
-                "top": [{"class": names[k], "probability": float(row[k])} for k in top],
-            }
-            for row, top in zip(probability_BxK, top_BxK)
-        ]
+        return self.answer.records(outputs)
 
 
 def make(
@@ -285,22 +206,23 @@ def make(
             "config.task.name: 'classify', but the data has a mask for each image: use "
             "task.name='segmentation'"
         )
-    bound = losses.make_loss("classification", loss, loss_args)
-    check_metrics("classification", metrics, len(data.class_names))
-    lookup.choose(CLASS_WEIGHTS, class_weights, "config.task.class_weights")
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"config.task.label_smoothing: {label_smoothing}; 0 to 1")
-    if top_k < 1:
-        raise UserError(f"config.task.top_k: {top_k}; at least 1 is needed")
+    if data.text is not None:
+        raise UserError(
+            "config.task.name: 'classify', but the data is text: use 'text'"
+        )
+    answer = make_classes(
+        data,
+        loss=loss,
+        loss_args=loss_args,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        top_k=top_k,
+        metrics=metrics,
+    )
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     check_mix(data.mix, data.shape)
     arguments = {**model}
-    classes = arguments.pop("classes") or len(data.class_names)
-    if classes < len(data.class_names):
-        raise UserError(
-            f"config.model.classes: {classes}, but the data has "
-            f"{len(data.class_names)} classes; None takes the data's number."
-        )
+    classes = logits_asked(arguments.pop("classes"), answer)
     module = make_model(
         arguments.pop("name"),
         arguments,
@@ -308,13 +230,4 @@ def make(
         dtype=jnp.dtype(precision),
         param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
     )
-    return Classify(
-        models={"": module},
-        data=data,
-        loss_name=loss,
-        loss_args=bound.keywords,
-        label_smoothing=label_smoothing,
-        class_weights=CLASS_WEIGHTS[class_weights](data),
-        top_k=top_k,
-        metric_names=metrics,
-    )
+    return Classify(models={"": module}, data=data, answer=answer)

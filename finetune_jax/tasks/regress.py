@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import losses, metrics
+from finetune_jax.answers import Numbers, logits_asked, make_numbers
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
-from finetune_jax.metrics import check_metrics
 from finetune_jax.models import make_model
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
 
 METRICS = ("mse", "mae", "r2")
-LOSS_ON_HOST = {"mse": metrics.mse, "mae": metrics.mae, "huber": metrics.huber}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,24 +27,19 @@ class Regress(Task):
     Attributes:
         models: The one model, under ''; what would be logits are the predictions.
         data: What the examples look like.
-        loss_name: A name in `losses.REGRESSION`.
-        loss_args: Its arguments.
-        metric_names: What is measured on a split; 'loss' always is.
+        answer: Has losses and metrics.
     """
 
     models: Mapping[str, nn.Module]
     data: DataSpec
-    loss_name: str = "mse"
-    loss_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    metric_names: tuple[str, ...] = METRICS
+    answer: Numbers
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Inputs as the source gives them, and targets [T]."""
-        targets = (len(self.data.targets),)
         return {
             "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
-            "label": jax.ShapeDtypeStruct(targets, np.dtype(np.float32)),
+            "label": self.answer.label,
         }
 
     @property
@@ -109,13 +102,8 @@ class Regress(Task):
             first=first,
             rng=rng,
         )
-        weight_B = batch["weight"]
-        target_BxT = batch["label"].astype(prediction_BxT.dtype)
-        loss_B = losses.REGRESSION[self.loss_name](
-            prediction_BxT, target_BxT, **self.loss_args
-        )
-        loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
-        return loss, (batch_stats, {"loss": loss})
+        loss, found = self.answer.loss(prediction_BxT, batch)
+        return loss, (batch_stats, found)
 
     def outputs(
         self,
@@ -136,45 +124,28 @@ class Regress(Task):
             mode=EVALUATION,
             first=first,
         )
-        return {"prediction": prediction_BxT}
+        return self.answer.outputs(prediction_BxT)
 
     def answers(self, outputs: dict) -> dict:
         """Returns the predictions."""
-        prediction_BxT = outputs["prediction"]
-        # Programs without this one's libraries know no bfloat16.
-        widest = jnp.promote_types(prediction_BxT.dtype, jnp.float32)
-        return {"prediction": prediction_BxT.astype(widest)}
+        return self.answer.answers(outputs)
 
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
         """Returns what is to be measured, and the mean loss."""
-        prediction_BxT, target_BxT = outputs["prediction"], batch["label"]
-        loss = LOSS_ON_HOST[self.loss_name]
-        return {
-            name: metrics.REGRESSION[name](prediction_BxT, target_BxT)
-            for name in self.metric_names
-            if name != "loss"
-        } | {"loss": loss(prediction_BxT, target_BxT, **self.loss_args)}
+        return self.answer.metrics(outputs, batch)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the splits on which R2 has no value."""
-        return [
-            f"config.task.metrics: 'r2' needs targets that differ, but the split {split!r} "
-            f"has {len(label)} examples of the same; choose another split, or leave it out"
-            for split, label in labels.items()
-            if "r2" in self.metric_names and (label == label[:1]).all(axis=0).any()
-        ]
+        return self.answer.check_splits(labels)
 
     def records(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
         """Returns the predicted number of each target."""
         del batch
-        return [
-            {"prediction": dict(zip(self.data.targets, map(float, row)))}
-            for row in outputs["prediction"]
-        ]
+        return self.answer.records(outputs)
 
 
 def make(
@@ -206,21 +177,18 @@ def make(
             "config.task.name: 'regress', but the data's labels are classes: use "
             "task.name='classify', or data with floating-point labels"
         )
-    if class_weights != "none":
-        raise UserError(
-            f"config.task.class_weights: {class_weights!r}, but the data's labels are "
-            "numbers, not classes; leave it at 'none'"
-        )
-    bound = losses.make_loss("regression", loss, loss_args)
-    check_metrics("regression", metrics)
+    if data.text is not None:
+        raise UserError("config.task.name: 'regress', but the data is text: use 'text'")
+    answer = make_numbers(
+        data,
+        loss=loss,
+        loss_args=loss_args,
+        class_weights=class_weights,
+        metrics=metrics,
+    )
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     arguments = {**model}
-    targets = arguments.pop("classes") or len(data.targets)
-    if targets != len(data.targets):
-        raise UserError(
-            f"config.model.classes: {targets}, but the data has {len(data.targets)} "
-            "targets; None takes the data's number."
-        )
+    targets = logits_asked(arguments.pop("classes"), answer)
     module = make_model(
         arguments.pop("name"),
         arguments,
@@ -228,10 +196,4 @@ def make(
         dtype=jnp.dtype(precision),
         param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
     )
-    return Regress(
-        models={"": module},
-        data=data,
-        loss_name=loss,
-        loss_args=bound.keywords,
-        metric_names=metrics,
-    )
+    return Regress(models={"": module}, data=data, answer=answer)

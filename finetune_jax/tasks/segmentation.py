@@ -234,6 +234,10 @@ class Segmentation(Task):
             "loss": jnp.sum(loss_BxHxW * is_counted_BxHxW, axis=(1, 2)),
         }
 
+    def answers(self, outputs: dict) -> dict:
+        """Returns the predicted masks."""
+        return {"prediction": outputs["prediction"]}
+
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:

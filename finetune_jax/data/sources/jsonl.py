@@ -1,0 +1,23 @@
+"""`jsonl`: texts and labels as a JSON object a line.
+
+`config.data.dir` is a folder with train.jsonl, dev.jsonl, test.jsonl, or one file.
+"""
+
+from collections.abc import Sequence
+
+from finetune_jax.data.text_files import read_json_lines, read_splits
+from finetune_jax.data.texts import Rows
+
+READ = read_json_lines
+
+
+def load_rows(
+    directory: str | None, argument: str | None, header: Sequence[str]
+) -> dict[str, Rows]:
+    """Returns the rows of each split.
+
+    Raises:
+        UserError: No such files, or what of them cannot be read, all at once.
+    """
+    del argument
+    return read_splits(directory, ".jsonl", header, READ)

@@ -1,0 +1,25 @@
+"""`tsv`: texts and labels separated by tabs, without quotes.
+
+`config.data.dir` is a folder with train.tsv, dev.tsv, test.tsv, or one file.
+"""
+
+import csv
+import functools
+from collections.abc import Sequence
+
+from finetune_jax.data.text_files import read_separated, read_splits
+from finetune_jax.data.texts import Rows
+
+READ = functools.partial(read_separated, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def load_rows(
+    directory: str | None, argument: str | None, header: Sequence[str]
+) -> dict[str, Rows]:
+    """Returns the rows of each split.
+
+    Raises:
+        UserError: No such files, or what of them cannot be read, all at once.
+    """
+    del argument
+    return read_splits(directory, ".tsv", header, READ)

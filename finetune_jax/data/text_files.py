@@ -1,0 +1,235 @@
+"""Text files as tables: found by split, decoded, and cut into rows."""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from finetune_jax import lookup
+from finetune_jax.data import sources
+from finetune_jax.data.source import Source
+from finetune_jax.data.texts import (
+    Rows,
+    TextOptions,
+    TextSpec,
+    text_problems,
+    text_source,
+)
+from finetune_jax.errors import DataMissing, UserError, problems_error
+
+# What files are called that hold a split.
+SPLITS = {
+    "train": "train", "training": "train", "dev": "validation", "val": "validation",
+    "valid": "validation", "validation": "validation", "test": "test",
+}  # fmt: skip
+# What files are read whose texts are to be predicted; '.txt' has a text a line.
+INPUTS = {".txt": None, ".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
+Reader = Callable[[pathlib.Path, Sequence[str]], Rows]
+
+
+def load_texts(
+    name: str, directory: str | None, options: TextOptions, tokenizer: str | None
+) -> tuple[Source, TextSpec]:
+    """Returns the source of texts that `config.data` describes.
+
+    Args:
+        name: `config.data.name`.
+        directory: `config.data.dir`.
+        options: Of the texts.
+        tokenizer: What a tokenizer.json holds.
+
+    Raises:
+        UserError: No such source, or its data cannot be read or used.
+    """
+    module, _, argument = name.partition(":")
+    found = lookup.module(sources, module, "config.data.name")
+    if not hasattr(found, "load_rows"):
+        raise UserError(
+            f"config.data.text: {options.text}, but {name!r} holds no texts; leave it empty"
+        )
+    rows = found.load_rows(directory, argument or None, options.header)
+    return text_source(f"{name} {directory or ''}".strip(), rows, options, tokenizer)
+
+
+def read_splits(
+    directory: str | None, suffix: str, header: Sequence[str], read: Reader
+) -> dict[str, Rows]:
+    """Returns the rows by split of the folder or file `config.data.dir`.
+
+    A file alone is the split 'all', to be cut.
+
+    Args:
+        directory: The folder, or the file.
+        suffix: Of the files.
+        header: Names of the columns; empty where files begin with them.
+        read: Reads one file.
+
+    Raises:
+        UserError: No such files, or what of them cannot be read, all at once.
+    """
+    if directory is None:
+        raise DataMissing(
+            f"config.data.dir: the folder of the {suffix} files is needed"
+        )
+    place = pathlib.Path(directory).expanduser()
+    if place.is_file():
+        return {"all": read(place, header)}
+    if not place.is_dir():
+        raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
+    files = sorted(path for path in place.glob(f"*{suffix}") if path.is_file())
+    found: dict[str, Rows] = {}
+    problems = []
+    for path in files:
+        split = SPLITS.get(path.stem.lower())
+        if split is None and len(files) == 1:
+            split = "all"
+        if split is None or split in found:
+            names = ", ".join(f"{name}{suffix}" for name in SPLITS)
+            problems.append(
+                f"{path}: {'a split of its own is needed' if split is None else split}"
+                f"; the files of splits are called {names}, one for each"
+            )
+            continue
+        try:
+            found[split] = read(path, header)
+        except UserError as error:
+            problems.append(str(error))
+    if not files:
+        raise DataMissing(f"config.data.dir: no {suffix} files in {directory!r}")
+    if found and not problems and not {"train", "all"} & set(found):
+        problems.append(f"{place}: no train{suffix}")
+    if problems:
+        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    return found
+
+
+def decoded(path: pathlib.Path) -> str:
+    """Returns the text of a file.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8; names the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 ({error.reason}, byte "
+            f"0x{data[error.start]:02x}); convert the file to UTF-8"
+        ) from error
+
+
+def read_separated(
+    path: pathlib.Path, header: Sequence[str], *, delimiter: str, quoting: int
+) -> Rows:
+    """Returns the rows of a file of separated values.
+
+    Raises:
+        UserError: Not UTF-8, or lists the rows that have not as many values as columns.
+    """
+    text = io.StringIO(decoded(path), newline="")
+    reader = csv.reader(text, delimiter=delimiter, quoting=quoting)  # type: ignore
+    columns, cells, lines, problems = list(header), [], [], []
+    while True:
+        begin = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {begin}: {error}") from error
+        if values is None:
+            break
+        if not values:
+            continue
+        if not columns:
+            columns = values
+        elif len(values) != len(columns):
+            problems.append(
+                f"{path}, line {begin}: {len(values)} values, but there are "
+                f"{len(columns)} columns ({', '.join(columns[:20])})"
+            )
+        else:
+            cells.append(dict(zip(columns, values)))
+            lines.append(begin)
+    if problems:
+        more = len(problems) - 20
+        problems = problems[:20] + ([f"and {more} more"] if more > 0 else [])
+        advice = "config.data.header names the columns of files without such a line."
+        raise UserError("\n  ".join([*problems, advice]))
+    return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
+
+
+def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
+    """Returns the rows of a file that has a JSON object a line.
+
+    Raises:
+        UserError: Not UTF-8, or lists the lines that hold something else.
+    """
+    if header:
+        raise UserError(
+            "config.data.header: lines of JSON name their values themselves"
+        )
+    cells: list[Mapping[str, Any]] = []
+    lines, problems = [], []
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}, line {number}: not JSON: {error}")
+            continue
+        if not isinstance(value, dict):
+            problems.append(f"{path}, line {number}: not an object: {line[:40]!r}")
+            continue
+        cells.append(value)
+        lines.append(number)
+    if problems:
+        more = len(problems) - 20
+        problems = problems[:20] + ([f"and {more} more"] if more > 0 else [])
+        raise UserError("\n  ".join(problems))
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
+
+
+def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list[tuple]]:
+    """Returns the rows of a file without need of labels, and the texts in them.
+
+    Args:
+        path: Its suffix, one of `INPUTS`, says how it is read.
+        options: Of the data that were trained on; a file of separated values may have
+            all its columns, or those of the texts alone.
+
+    Raises:
+        UserError: It cannot be read, or lists columns that are missing and empty texts.
+    """
+    kind = INPUTS[path.suffix.lower()]
+    if kind is None:
+        lines = decoded(path).splitlines()
+        column = options.text[0]
+        rows = Rows(
+            where=str(path),
+            columns=(column,),
+            cells=[{column: line} for line in lines],
+            lines=range(1, len(lines) + 1),
+        )
+    else:
+        read = lookup.module(sources, kind, "--inputs").READ
+        header = options.header if kind != "jsonl" else ()
+        if header and _has_texts_alone(path, kind, len(options.text)):
+            header = options.text
+        rows = read(path, header)
+    if problems := text_problems(rows, options):
+        raise UserError("\n  ".join(problems[:20]))
+    return rows, [tuple(row[column] for column in options.text) for row in rows.cells]
+
+
+def _has_texts_alone(path: pathlib.Path, kind: str, columns: int) -> bool:
+    separator = {"tsv": "\t", "csv": ","}[kind]
+    first = next(csv.reader(decoded(path).splitlines(), delimiter=separator), [])
+    return len(first) == columns

@@ -1,0 +1,229 @@
+"""Texts of one or two sentences: one class, or one number, each."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax.answers import Answer, logits_asked, make_classes, make_numbers
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.models import make_model
+from finetune_jax.models.lora import LoRA
+from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+
+# By what `config.data.labels` says.
+METRICS = {"classes": ("accuracy", "loss"), "numbers": ("mse", "mae", "r2")}
+# Embeddings are at times larger than the vocabulary, up to a multiple of this.
+PADDED_TO = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Task):
+    """Answers texts.
+
+    Attributes:
+        models: The one model, under ''.
+        data: What the examples look like.
+        answer: Has losses and metrics.
+    """
+
+    models: Mapping[str, nn.Module]
+    data: DataSpec
+    answer: Answer
+
+    @property
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Ids and sentences [2, T], and what the label is."""
+        return {
+            "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(np.int32)),
+            "label": self.answer.label,
+        }
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters, and no batch statistics."""
+        x = tokens(jnp.ones((1, 2, 2), jnp.int32))
+        return self.models[""].init(rng, x, train=False)["params"], {}
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch with inputs as encoders take them."""
+        del rng, mode
+        return {**batch, "inputs": tokens(batch["inputs"])}
+
+    def loss(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        rng: jax.Array,
+        progress: jax.Array,
+        mode: Mode,
+        first: str | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
+        """Returns the weighed loss and its metrics as (total, weight) pairs."""
+        del fixed, progress
+        logits_BxK, batch_stats = apply(
+            self,
+            "",
+            {"params": params, "batch_stats": batch_stats},
+            batch["features" if first else "inputs"],
+            mode=mode,
+            first=first,
+            rng=rng,
+        )
+        loss, found = self.answer.loss(logits_BxK, batch)
+        return loss, (batch_stats, found)
+
+    def outputs(
+        self,
+        params: Any,
+        batch_stats: Any,
+        fixed: Any,
+        batch: dict,
+        *,
+        first: str | None = None,
+    ) -> dict:
+        """Returns what metrics and records are made of."""
+        del fixed
+        logits_BxK, _ = apply(
+            self,
+            "",
+            {"params": params, "batch_stats": batch_stats},
+            batch["features" if first else "inputs"],
+            mode=EVALUATION,
+            first=first,
+        )
+        return self.answer.outputs(logits_BxK)
+
+    def metrics(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Returns what is to be measured."""
+        return self.answer.metrics(outputs, batch)
+
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Returns what cannot be measured on some splits."""
+        return self.answer.check_splits(labels)
+
+    def answers(self, outputs: dict) -> dict:
+        """Returns what the labels are answered with."""
+        return self.answer.answers(outputs)
+
+    def records(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> list[dict]:
+        """Returns the classes, best first, or the number of each text."""
+        del batch
+        return self.answer.records(outputs)
+
+
+def tokens(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
+    """Returns ids and sentences as an encoder takes them."""
+    ids_BxT, sentence_BxT = inputs_Bx2xT[:, 0], inputs_Bx2xT[:, 1]
+    return {
+        "ids": ids_BxT,
+        "types": jnp.maximum(sentence_BxT - 1, 0),
+        "mask": (sentence_BxT > 0).astype(jnp.int32),
+    }
+
+
+def check_encoder(module: Any, name: str, data: DataSpec) -> None:
+    """Checks that a model can read the texts.
+
+    Args:
+        module: The model.
+        name: `config.model.name`.
+        data: What the examples look like.
+
+    Raises:
+        UserError: It is no encoder, has another vocabulary, or too few positions.
+    """
+    encoder = module.module if isinstance(module, LoRA) else module
+    if data.text is None:
+        raise UserError(
+            "config.task.name: this task is for texts; name their columns in "
+            "config.data.text, such as ('sentence',)"
+        )
+    if not hasattr(encoder, "vocabulary"):
+        raise UserError(f"config.model.name: {name!r} takes no texts; 'minilm_l6' does")
+    known, tokens = data.text.vocabulary, data.text.options.max_tokens
+    problems = []
+    if not known <= encoder.vocabulary < known + PADDED_TO:
+        problems.append(
+            f"config.model.vocabulary: {encoder.vocabulary} embeddings, but the tokenizer "
+            f"knows {known} tokens: it is another model's; see config.data.tokenizer"
+        )
+    if tokens > encoder.positions:
+        problems.append(
+            f"config.data.max_tokens: {tokens}, but {name!r} has {encoder.positions} "
+            "positions; longer texts are cut to max_tokens"
+        )
+    if len(data.text.options.text) > max(encoder.types, 1) and encoder.types:
+        problems.append(
+            f"config.model.types: {encoder.types}, but there are 2 sentences"
+        )
+    if problems:
+        raise problems_error("Texts and model do not fit together:", problems)
+
+
+def make(
+    *,
+    data: DataSpec,
+    model: Mapping[str, Any],
+    precision: str,
+    loss: str | None = None,
+    loss_args: Mapping[str, Any] = MappingProxyType({}),
+    label_smoothing: float = 0.0,
+    class_weights: str = "none",
+    top_k: int = 5,
+    metrics: tuple[str, ...] | None = None,
+) -> Text:
+    """Returns the task that `config.task` describes.
+
+    Args:
+        data: What the examples look like.
+        model: The section `config.model`.
+        precision: 'float32', 'bfloat16' or 'float64'.
+        loss: A name in `losses.CLASSIFICATION`, or in `losses.REGRESSION` where labels
+            are numbers; None is cross entropy, or the squared error.
+        loss_args: Its arguments by name.
+        label_smoothing: As `tasks.classify` has it.
+        class_weights: Likewise.
+        top_k: Likewise.
+        metrics: Names in `metrics.METRICS`; None is `METRICS`.
+
+    Raises:
+        UserError: Something unknown or out of range, or a model that cannot read texts.
+    """
+    kind = "numbers" if data.targets else "classes"
+    shared = {
+        "loss": loss or {"numbers": "mse", "classes": "cross_entropy"}[kind],
+        "loss_args": loss_args,
+        "class_weights": class_weights,
+        "metrics": METRICS[kind] if metrics is None else metrics,
+    }
+    answer: Answer
+    if kind == "numbers":
+        answer = make_numbers(data, **shared)
+    else:
+        answer = make_classes(
+            data, label_smoothing=label_smoothing, top_k=top_k, **shared
+        )
+    arguments = {**model}
+    name = arguments.pop("name")
+    module = make_model(
+        name,
+        arguments,
+        classes=logits_asked(arguments.pop("classes"), answer),
+        dtype=jnp.dtype(precision),
+        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
+    )
+    check_encoder(module, name, data)
+    return Text(models={"": module}, data=data, answer=answer)
