@@ -28,7 +28,7 @@ CHOICES = {
     "data.sampling": ("uniform", "balanced"),
     "data.on_error": ("stop", "skip"),
     "data.cache": ("auto", "off"),
-    "data.labels": ("classes", "numbers"),
+    "data.labels": ("classes", "numbers", "tags"),
     "init.input_channels": ("strict", "adapt"),
 }
 MOST_CLASSES = 10**6
@@ -176,7 +176,7 @@ def _data() -> Any:
     data.test = optional(str)
     data.batch_size = 64  # Examples in one update, over devices and micro-batches.
     data.text = ()  # Columns of one or two sentences; empty: the data is no text.
-    data.label = "label"  # Their column of labels, which are 'classes' or 'numbers'.
+    data.label = "label"  # Their column of labels, 'classes', 'numbers' or 'tags'.
     data.labels = "classes"
     data.header = ()  # Names of the columns of files that do not begin with them.
     data.tokenizer = optional(str)  # Its address; None: beside the pretrained weights.

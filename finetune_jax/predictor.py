@@ -51,10 +51,8 @@ class Predictor:
         model's images.
         """
         outputs = self.evaluator.outputs(self.placed, dataset)
-        records, masks = (
-            self.setup.task.records(outputs, {}),
-            self.setup.task.masks(outputs),
-        )
+        records = self.setup.task.records(outputs, {"label": dataset.label})
+        masks = self.setup.task.masks(outputs)
         if masks is None:
             return records
         return [{"mask": mask, **record} for mask, record in zip(masks, records)]

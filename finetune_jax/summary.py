@@ -67,7 +67,7 @@ def write_report(
             figure = _segments(setup, outputs["prediction"], dataset)
             (folder / "segments.png").write_bytes(plots.png(figure))
             segments = for_page(figure, f"Of {caption}")
-        else:
+        elif "logits" in outputs:
             # A model may have more logits than the data has classes.
             outputs["logits"] = outputs["logits"][:, : len(names)]
             counts = confusion_matrix(outputs["logits"], dataset.label)

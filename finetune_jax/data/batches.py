@@ -83,7 +83,10 @@ class Shortened:
         """Returns the examples of the rows."""
         rows = positions if self.order is None else self.order[positions]
         batch = self.dataset.take(rows)
-        return {**batch, "inputs": shortened(batch["inputs"], self.options)}
+        batch["inputs"] = shortened(batch["inputs"], self.options)
+        if self.options.labels == "tags":
+            batch["label"] = batch["label"][:, : batch["inputs"].shape[-1]]
+        return batch
 
 
 def by_length(dataset: Dataset) -> np.ndarray:

@@ -289,7 +289,7 @@ def make_data(
         source, text = load_texts(config["name"], config["dir"], options, tokenizer)
     else:
         source = load_source(config["name"], config["dir"])
-    if not source.class_names:
+    if not source.class_names or options.labels == "tags":
         check_no_classes(source, config)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
@@ -305,10 +305,11 @@ def make_data(
         chosen["train"] = per_class(
             chosen["train"], everything[chosen["train"]], config["per_class"], seed
         )
-    check_classes(source, everything, chosen["train"])
+    if everything.ndim == 1:
+        check_classes(source, everything, chosen["train"])
     shape = _shape(source, config)
     label_counts = [len(chosen["train"])]
-    if source.class_names:
+    if source.class_names and everything.ndim == 1:
         label_counts = np.bincount(
             everything[chosen["train"]], minlength=len(source.class_names)
         )

@@ -90,16 +90,18 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     Raises:
         ValueError, TypeError: It is not such a thing.
     """
-    known = {
+    known: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in plain.items()
     }
-    if (text := known.pop("text", None)) is not None:
-        options = {
+    text: Any = known.pop("text", None)
+    if text is not None:
+        options: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in text["options"].items()
         }
-        known["text"] = TextSpec(**{**text, "options": TextOptions(**options)})
+        vocabulary = text["vocabulary"]
+        known["text"] = TextSpec(options=TextOptions(**options), vocabulary=vocabulary)
     spec = DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
     shapes = (*spec.shape, *spec.train_shape)
     if not (

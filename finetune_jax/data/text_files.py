@@ -10,12 +10,13 @@ from typing import Any
 from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.source import Source
+from finetune_jax.data.tags import word_problems, words_of
+from finetune_jax.data.text_source import text_source
 from finetune_jax.data.texts import (
     Rows,
     TextOptions,
     TextSpec,
     text_problems,
-    text_source,
 )
 from finetune_jax.errors import DataMissing, UserError, problems_error
 
@@ -197,7 +198,7 @@ def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
     return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
 
 
-def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list[tuple]]:
+def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list]:
     """Returns the rows of a file without need of labels, and the texts in them.
 
     Args:
@@ -224,8 +225,11 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list[tup
         if header and _has_texts_alone(path, kind, len(options.text)):
             header = options.text
         rows = read(path, header)
-    if problems := text_problems(rows, options):
+    find = word_problems if options.labels == "tags" else text_problems
+    if problems := find(rows, options):
         raise UserError("\n  ".join(problems[:20]))
+    if options.labels == "tags":
+        return rows, [words_of(row[options.text[0]]) or [] for row in rows.cells]
     return rows, [tuple(row[column] for column in options.text) for row in rows.cells]
 
 

@@ -6,17 +6,13 @@ of `data.buckets`, so that few programs are compiled.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
-
-_SHOWN = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +22,7 @@ class TextOptions:
     Attributes:
         text: Names of the columns of one or two sentences; empty where there are none.
         label: Name of the column of what is to be predicted.
-        labels: What that holds: 'classes' or 'numbers'.
+        labels: What that holds: 'classes', 'numbers', or 'tags', one for each word.
         header: Names of the columns where files do not begin with them.
         max_tokens: Of a text, special ones too; what is longer is cut.
         buckets: Lengths to which texts are padded; `max_tokens` is one, too.
@@ -96,6 +92,8 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
             if given[name] != getattr(plain, name)
         ]
     else:
+        if options.labels == "tags" and len(options.text) > 1:
+            problems.append(f"config.data.text: {options.text}; tags need one column")
         if len(options.text) > 2:
             problems.append(
                 f"config.data.text: {options.text}; one or two are possible"
@@ -116,59 +114,14 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
     return options
 
 
-def text_source(
-    name: str, splits: Mapping[str, Rows], options: TextOptions, tokenizer: str | None
-) -> tuple[Source, TextSpec]:
-    """Returns a source of tokens, and what is known of them.
-
-    Args:
-        name: For messages.
-        splits: Rows by split.
-        options: Of the data.
-        tokenizer: What a tokenizer.json holds.
-
-    Raises:
-        UserError: Lists columns that are missing, texts and labels that are empty, and
-            what no tokenizer is.
-    """
-    problems = [text for rows in splits.values() for text in _problems(rows, options)]
-    if tokenizer is None:
-        problems.append(
-            "config.data.tokenizer: texts need one, and none lies beside the weights; "
-            "give its address, such as file:DIR/tokenizer.json or hf:OWNER/REPO"
-        )
-    if problems:
-        more = len(problems) - _SHOWN
-        problems = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise problems_error(f"The data {name} cannot be used:", problems)
-    assert tokenizer is not None
-    encoder = make_encoder(tokenizer, options.max_tokens)
-    label, class_names = _labels(
-        {
-            split: [r[options.label] for r in rows.cells]
-            for split, rows in splits.items()
-        },
-        options.labels,
-    )
-    tokens = {
-        split: encode(encoder, [_sentences(row, options) for row in rows.cells])
-        for split, rows in splits.items()
-    }
-    longest = max(len(ids) for rows in tokens.values() for ids, _ in rows)
-    examples = {
-        split: ArrayExamples(
-            values=packed(rows, options.padded(longest)), label=label[split]
-        )
-        for split, rows in tokens.items()
-    }
-    source = Source(
-        name=name,
-        splits=examples,
-        class_names=class_names,
-        targets=(options.label,) if options.labels == "numbers" else (),
-        fingerprint=lambda: _fingerprint(examples),
-    )
-    return source, TextSpec(options=options, vocabulary=vocabulary_of(encoder))
+def missing_columns(rows: Rows, wanted: Sequence[str]) -> list[str]:
+    """Returns which of some columns a file lacks."""
+    return [
+        f"{rows.where}: no column {column!r}{closest(column, rows.columns)} "
+        f"There are: {', '.join(rows.columns)}."
+        for column in wanted
+        if column not in rows.columns
+    ]
 
 
 def text_problems(
@@ -181,12 +134,7 @@ def text_problems(
         options: Have the columns of texts.
         wanted: Other columns that are needed.
     """
-    missing = [
-        f"{rows.where}: no column {column!r}{closest(column, rows.columns)} "
-        f"There are: {', '.join(rows.columns)}."
-        for column in (*options.text, *wanted)
-        if column not in rows.columns
-    ]
+    missing = missing_columns(rows, (*options.text, *wanted))
     if missing or not rows.cells:
         return missing or [f"{rows.where}: no rows"]
     problems = []
@@ -198,53 +146,6 @@ def text_problems(
             elif not value.strip():
                 problems.append(f"{at}: {column!r} is empty")
     return problems
-
-
-def _problems(rows: Rows, options: TextOptions) -> list[str]:
-    """Returns what of a file cannot be used."""
-    problems = text_problems(rows, options, (options.label,))
-    if options.label not in rows.columns:
-        return problems
-    for line, row in zip(rows.lines, rows.cells):
-        value, at = row.get(options.label), f"{rows.where}, line {line}"
-        if value is None or not str(value).strip():
-            problems.append(f"{at}: {options.label!r} is empty")
-        elif isinstance(value, list | dict):
-            problems.append(f"{at}: {options.label!r} is {value!r}, not one label")
-        elif options.labels == "numbers" and not _is_number(value):
-            problems.append(f"{at}: {options.label!r} is {value!r}, not a number")
-    return problems
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return bool(np.isfinite(np.float32(value)))
-    except (ValueError, TypeError, OverflowError):
-        return False
-
-
-def _labels(
-    given: Mapping[str, list], kind: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Returns the labels of each split, and the names of the classes if they are such."""
-    if kind == "numbers":
-        numbers = {k: np.array(v, np.float32).reshape(-1, 1) for k, v in given.items()}
-        return numbers, ()
-    plain = {split: [str(v).strip() for v in values] for split, values in given.items()}
-    names = {name for values in plain.values() for name in values}
-    # Classes that are numbered keep the order of their numbers.
-    numbered = all(name.isascii() and name.isdigit() for name in names)
-    ordered = sorted(names, key=int) if numbered else sorted(names)
-    places = {name: index for index, name in enumerate(ordered)}
-    label = {
-        split: np.array([places[name] for name in values], np.int32)
-        for split, values in plain.items()
-    }
-    return label, tuple(ordered)
-
-
-def _sentences(row: Mapping[str, Any], options: TextOptions) -> tuple[str, ...]:
-    return tuple(row[column] for column in options.text)
 
 
 def make_encoder(tokenizer: str, max_tokens: int) -> Any:
@@ -279,10 +180,10 @@ def vocabulary_of(encoder: Any) -> int:
 
 
 def encode(
-    encoder: Any, texts: Sequence[tuple[str, ...]]
+    encoder: Any, texts: Sequence[Sequence[str]]
 ) -> list[tuple[list[int], list[int]]]:
     """Returns ids and sentences, from 1 on, of each text of one or two sentences."""
-    plain: list[Any] = [text if len(text) > 1 else text[0] for text in texts]
+    plain: list[Any] = [tuple(text) if len(text) > 1 else text[0] for text in texts]
     found = encoder.encode_batch(plain)
     return [(one.ids, [kind + 1 for kind in one.type_ids]) for one in found]
 
@@ -305,12 +206,3 @@ def shortened(values: np.ndarray, options: TextOptions) -> np.ndarray:
     is_used = (values[..., 1, :] != 0).reshape(-1, values.shape[-1]).any(axis=0)
     tokens = int(np.flatnonzero(is_used)[-1]) + 1 if is_used.any() else 1
     return values[..., : min(options.padded(tokens), values.shape[-1])]
-
-
-def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
-    digester = hashlib.sha256()
-    for name, examples in sorted(splits.items()):
-        digester.update(f"{name}{examples.values.shape}".encode())
-        digester.update(examples.values.data)
-        digester.update(examples.label.data)
-    return digester.hexdigest()

@@ -19,6 +19,7 @@ from finetune_jax.data.masks import unfitted, write_mask
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.tags import encode_words, tag_labels
 from finetune_jax.data.text_files import INPUTS as TEXTS
 from finetune_jax.data.text_files import read_texts
 from finetune_jax.data.texts import encode, make_encoder, packed
@@ -229,9 +230,16 @@ def _texts(
         errors.append(error)
         if error is None:
             rows, texts = found
-            tokens = encode(encoder, texts)
+            if options.labels == "tags":
+                tokens, begins = encode_words(encoder, texts)
+            else:
+                tokens, begins = encode(encoder, texts), None
             length = options.padded(max(len(ids) for ids, _ in tokens))
             label = np.zeros(len(texts), np.int32)
+            if begins is not None:  # Words are known by having a label, whichever.
+                any_tag = [[spec.class_names[0]] * len(words) for words in texts]
+                named, _ = tag_labels({"all": begins}, {"all": any_tag}, length)
+                label = named["all"]
             examples = ArrayExamples(values=packed(tokens, length), label=label)
             source = Source(
                 name=str(path),

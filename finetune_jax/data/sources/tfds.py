@@ -7,12 +7,14 @@ one from arrays; image data sets of TFDS are prepared by TFDS itself, with Tenso
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune_jax.data.images import Geometry, fit_named, read_image
 from finetune_jax.data.source import Source
+from finetune_jax.data.texts import Rows
 from finetune_jax.errors import DataMissing, UserError
 
 _JPEG = b"\xff\xd8\xff"
@@ -59,11 +61,13 @@ class TfdsExamples:
         return f"example {index}"
 
 
-def load(directory: str | None = None, argument: str | None = None) -> Source:
-    """Returns the splits of the data set `argument`, found in `config.data.dir`.
+def _opened(
+    directory: str | None, argument: str | None
+) -> tuple[Any, dict[str, Any], set[str]]:
+    """Returns the info of a data set, its records by split, and its encoded features.
 
     Raises:
-        UserError: Not prepared there, or features that are no classification.
+        UserError: Not prepared in the folder.
     """
     if not argument:
         raise UserError("config.data.name: tfds needs a name, as in 'tfds:mnist'")
@@ -97,10 +101,22 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             f"{directory or 'the default folder of TFDS'}. Prepare it there with "
             "file_format='array_record', or set config.data.dir."
         )
+    return info, records, set(decoders)
+
+
+def load(directory: str | None = None, argument: str | None = None) -> Source:
+    """Returns the splits of the data set `argument`, found in `config.data.dir`.
+
+    Raises:
+        UserError: Not prepared there, or features that are no classification.
+    """
+    import tensorflow_datasets as tfds
+
+    info, records, encoded = _opened(directory, argument)
     keys = _keys(tfds, argument, info)
     feature, classes = info.features[keys[0]], info.features[keys[1]]
     examples = {
-        split: TfdsExamples(part, keys, feature, keys[0] in decoders)
+        split: TfdsExamples(part, keys, feature, keys[0] in encoded)
         for split, part in records.items()
     }
     if len(examples) == 1:
@@ -112,6 +128,52 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         class_names=tuple(classes.names),
         fingerprint=lambda: hashlib.sha256(content.encode()).hexdigest(),
     )
+
+
+def load_rows(
+    directory: str | None, argument: str | None, header: Sequence[str]
+) -> dict[str, Rows]:
+    """Returns the texts and labels of the data set `argument`, a column a feature.
+
+    Raises:
+        UserError: Not prepared in `config.data.dir`.
+    """
+    if header:
+        raise UserError("config.data.header: the features of TFDS have names")
+    info, records, _ = _opened(directory, argument)
+    found = {
+        split: Rows(
+            where=f"tfds:{argument}, {split}",
+            columns=list(info.features),
+            cells=[
+                _plain(part[row], info.features, f"tfds:{argument}, {split}, row {row}")
+                for row in range(len(part))
+            ],
+            lines=range(len(part)),
+        )
+        for split, part in records.items()
+    }
+    return {"all": next(iter(found.values()))} if len(found) == 1 else found
+
+
+def _plain(record: Mapping[str, Any], features: Any, where: str) -> dict[str, Any]:
+    """Returns the values of a record as a file of texts would have them."""
+
+    def plain(key: str, value: Any) -> Any:
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: {key!r} is not UTF-8: {error}") from error
+        if np.ndim(value):
+            return [plain(key, part) for part in value]
+        feature = getattr(features[key], "feature", features[key])
+        if hasattr(feature, "int2str"):
+            # GLUE's test splits have -1 for labels that are not published.
+            return feature.int2str(int(value)) if int(value) >= 0 else None
+        return np.asarray(value).item()
+
+    return {key: plain(key, value) for key, value in record.items()}
 
 
 def _keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:

@@ -1,0 +1,166 @@
+"""From rows of a table to a source of tokens with labels."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.tags import encode_words, tag_labels, tag_problems, words_of
+from finetune_jax.data.texts import (
+    Rows,
+    TextOptions,
+    TextSpec,
+    encode,
+    make_encoder,
+    packed,
+    text_problems,
+    vocabulary_of,
+)
+from finetune_jax.errors import problems_error
+
+_SHOWN = 50
+
+
+def text_source(
+    name: str, splits: Mapping[str, Rows], options: TextOptions, tokenizer: str | None
+) -> tuple[Source, TextSpec]:
+    """Returns a source of tokens, and what is known of them.
+
+    Args:
+        name: For messages.
+        splits: Rows by split.
+        options: Of the data.
+        tokenizer: What a tokenizer.json holds.
+
+    Raises:
+        UserError: Lists columns that are missing, texts and labels that are empty, and
+            what no tokenizer is.
+    """
+    find = tag_problems if options.labels == "tags" else _problems
+    problems = [text for rows in splits.values() for text in find(rows, options)]
+    if tokenizer is None:
+        problems.append(
+            "config.data.tokenizer: texts need one, and none lies beside the weights; "
+            "give its address, such as file:DIR/tokenizer.json or hf:OWNER/REPO"
+        )
+    if problems:
+        more = len(problems) - _SHOWN
+        problems = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise problems_error(f"The data {name} cannot be used:", problems)
+    assert tokenizer is not None
+    encoder = make_encoder(tokenizer, options.max_tokens)
+    if options.labels == "tags":
+        examples, class_names = _tagged(splits, options, encoder)
+    else:
+        examples, class_names = _labelled(splits, options, encoder)
+    source = Source(
+        name=name,
+        splits=examples,
+        class_names=class_names,
+        targets=(options.label,) if options.labels == "numbers" else (),
+        fingerprint=lambda: _fingerprint(examples),
+    )
+    return source, TextSpec(options=options, vocabulary=vocabulary_of(encoder))
+
+
+def _labelled(
+    splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+) -> tuple[dict[str, ArrayExamples], tuple[str, ...]]:
+    """Returns the examples by split, one label each, and the names of the classes."""
+    label, class_names = _labels(
+        {
+            split: [r[options.label] for r in rows.cells]
+            for split, rows in splits.items()
+        },
+        options.labels,
+    )
+    tokens = {
+        split: encode(encoder, [_sentences(row, options) for row in rows.cells])
+        for split, rows in splits.items()
+    }
+    return _examples(tokens, label, options), class_names
+
+
+def _tagged(
+    splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+) -> tuple[dict[str, ArrayExamples], tuple[str, ...]]:
+    """Returns the examples by split, a tag for each word, and the names of the tags."""
+    tokens, begins, tags = {}, {}, {}
+    for split, rows in splits.items():
+        words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
+        tokens[split], begins[split] = encode_words(encoder, words)
+        tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
+    label, names = tag_labels(begins, tags, _length(tokens, options))
+    return _examples(tokens, label, options), names
+
+
+def _length(tokens: Mapping[str, Any], options: TextOptions) -> int:
+    return options.padded(max(len(ids) for rows in tokens.values() for ids, _ in rows))
+
+
+def _examples(
+    tokens: Mapping[str, Any], label: Mapping[str, np.ndarray], options: TextOptions
+) -> dict[str, ArrayExamples]:
+    length = _length(tokens, options)
+    return {
+        split: ArrayExamples(values=packed(rows, length), label=label[split])
+        for split, rows in tokens.items()
+    }
+
+
+def _problems(rows: Rows, options: TextOptions) -> list[str]:
+    """Returns what of a file cannot be used."""
+    problems = text_problems(rows, options, (options.label,))
+    if options.label not in rows.columns:
+        return problems
+    for line, row in zip(rows.lines, rows.cells):
+        value, at = row.get(options.label), f"{rows.where}, line {line}"
+        if value is None or not str(value).strip():
+            problems.append(f"{at}: {options.label!r} is empty")
+        elif isinstance(value, list | dict):
+            problems.append(f"{at}: {options.label!r} is {value!r}, not one label")
+        elif options.labels == "numbers" and not _is_number(value):
+            problems.append(f"{at}: {options.label!r} is {value!r}, not a number")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return bool(np.isfinite(np.float32(value)))
+    except (ValueError, TypeError, OverflowError):
+        return False
+
+
+def _labels(
+    given: Mapping[str, list], kind: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Returns the labels of each split, and the names of the classes if they are such."""
+    if kind == "numbers":
+        numbers = {k: np.array(v, np.float32).reshape(-1, 1) for k, v in given.items()}
+        return numbers, ()
+    plain = {split: [str(v).strip() for v in values] for split, values in given.items()}
+    names = {name for values in plain.values() for name in values}
+    # Classes that are numbered keep the order of their numbers.
+    numbered = all(name.isascii() and name.isdigit() for name in names)
+    ordered = sorted(names, key=int) if numbered else sorted(names)
+    places = {name: index for index, name in enumerate(ordered)}
+    label = {
+        split: np.array([places[name] for name in values], np.int32)
+        for split, values in plain.items()
+    }
+    return label, tuple(ordered)
+
+
+def _sentences(row: Mapping[str, Any], options: TextOptions) -> tuple[str, ...]:
+    return tuple(row[column] for column in options.text)
+
+
+def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
+    digester = hashlib.sha256()
+    for name, examples in sorted(splits.items()):
+        digester.update(f"{name}{examples.values.shape}".encode())
+        digester.update(examples.values.data)
+        digester.update(examples.label.data)
+    return digester.hexdigest()
