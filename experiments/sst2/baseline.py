@@ -88,7 +88,7 @@ def main() -> None:
     groups = [
         {
             "params": [p for n, p in named.items() if n not in plain],
-            "weight_decay": decay,
+            "weight_decay": DECAY,
         },
         {"params": [p for n, p in named.items() if n in plain], "weight_decay": 0.0},
     ]
