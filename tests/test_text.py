@@ -148,14 +148,16 @@ def test_a_stopped_run_of_texts_goes_on_to_the_same_bits(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pool"])
-def test_cached_features_of_texts_give_the_bits_of_none(folder, tmp_path, stage):
+@pytest.mark.parametrize("stage", ["pool", "block2"])
+def test_cached_features_of_texts_give_what_none_give(folder, tmp_path, stage):
+    """To the bit behind the encoder; within it last bits differ, see reproducibility.md."""
     rules = HEAD if stage == "pool" else ((r"(block2|head)/.*", 1.0), (".*", 0.0))
     plan = (Phase(name="top", steps=12, peak_lr=1e-2, rules=rules),)
     cached = run(config(folder, plan=plan), tmp_path / "a")
     anew = run(config(folder, plan=plan, cache="off"), tmp_path / "b")
-    assert cached["params_sha256"] == anew["params_sha256"]
-    assert cached["final"] == anew["final"]
+    assert cached["final"] == pytest.approx(anew["final"], rel=1e-6)
+    if stage == "pool":
+        assert cached["params_sha256"] == anew["params_sha256"]
 
 
 def test_numbers_are_learned(tmp_path):
