@@ -160,12 +160,18 @@ def stage_by_stage(model, variables, x):
     return {stage: np.asarray(x) for stage, x in run(variables, x).items()}
 
 
-def assert_close(ours, theirs, tolerance):
+def errors(ours, theirs):
+    """Returns the largest difference in each stage, relative to the largest value."""
     assert len(theirs) >= 5 and theirs.keys() <= ours.keys()
+    found = {}
     for stage, wanted in theirs.items():
-        found = ours[stage].reshape(wanted.shape) if stage != "head" else ours[stage]
-        error = np.abs(found - wanted).max() / np.abs(wanted).max()
-        assert error <= tolerance, stage
+        mine = ours[stage].reshape(wanted.shape) if stage != "head" else ours[stage]
+        found[stage] = np.abs(mine - wanted).max() / np.abs(wanted).max()
+    return found
+
+
+def assert_close(ours, theirs, tolerance):
+    assert max(errors(ours, theirs).values()) <= tolerance, errors(ours, theirs)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=map(str, ROWS))
@@ -175,7 +181,17 @@ def test_stages_and_logits_are_the_oracles(row):
     variables, _ = loaded(row, model, oracle.tensors(), jnp.float32)
     x = np.random.default_rng(0).normal(size=(2, row.size, row.size, 3))
     x = x.astype(np.float32)
-    assert_close(stage_by_stage(model, variables, x), oracle.run(x), 1e-5)
+    ours, theirs = stage_by_stage(model, variables, x), oracle.run(x)
+    if not row.name.startswith("efficientnet"):
+        assert_close(ours, theirs, 1e-5)
+        return
+    # Within these, torch's single precision is further than that from its double one.
+    oracle.module.double()
+    exact = oracle.run(x.astype(np.float64))
+    own = errors(theirs, exact)
+    for stage, error in errors(ours, exact).items():
+        assert error <= max(1e-5, 2 * own[stage]), stage
+    assert errors(ours, theirs)["head"] <= 1e-5
 
 
 @pytest.mark.parametrize("number", range(5))
