@@ -2,7 +2,7 @@
 
 Question:  How much of the accuracy of full tuning does tuning the last stages give?
 Command:   python -m finetune_jax.main --config=configs/vgg_partial.py
-Expected:  TODO
+Expected:  not yet run to its end.
 Chosen:    rates and lengths by us, not searched.
 
 `:folder=DIR` does it with a VGG-16 of ImageNet on photos, a folder a class. Not run by us:

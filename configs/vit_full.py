@@ -2,7 +2,7 @@
 
 Question:  What does a transformer learn from a thousand images, with and without weights?
 Command:   python -m finetune_jax.main --config=configs/vit_full.py
-Expected:  TODO
+Expected:  not yet run to its end.
 Chosen:    rates and lengths by us, not searched.
 
 `:folder=DIR` tunes a ViT-S/16 of ImageNet-21k on photos, a folder a class. Not run by us:

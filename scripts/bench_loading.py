@@ -99,7 +99,8 @@ def torchs(name: str, file: str) -> Watch:
     from oracles import import_torchvision, import_transformers  # type: ignore
     from safetensors.torch import load_file
 
-    import_torchvision(), import_transformers().BertForSequenceClassification
+    import_torchvision()
+    getattr(import_transformers(), "BertForSequenceClassification")  # noqa: B009
     with Watch() as watch:
         made = module(name)
         made.load_state_dict(load_file(file))
