@@ -64,15 +64,13 @@ def both(phases, folder, **overrides):
     return kept, again, [json.loads(about.read_text()) for about in tables]
 
 
-@pytest.mark.parametrize(
-    "batch_stats", [pytest.param("hold", marks=pytest.mark.slow), "update"]
-)
+@pytest.mark.parametrize("batch_stats", ["hold", "update"])
 @pytest.mark.parametrize(
     "learning",
     [
         pytest.param(("head",), marks=pytest.mark.slow),
         pytest.param(("stage3", "head"), marks=pytest.mark.slow),
-        ("stage2", "stage3", "head"),
+        pytest.param(("stage2", "stage3", "head"), marks=pytest.mark.slow),
     ],
 )
 def test_what_is_kept_changes_no_bit(tmp_path, learning, batch_stats):

@@ -77,7 +77,7 @@ CASES = {
     ),
     "mlp": ((Phase(name="all", steps=30),), {"model.name": "mlp"}),
 }  # fmt: skip
-SLOW = set(CASES) - {"two phases"}
+SLOW = set(CASES) - {"mlp"}
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,7 @@ def test_lines_of_json_name_their_faults(tmp_path):
     assert "line 2: not an object" in text and "line 3: not JSON" in text
 
 
+@pytest.mark.slow
 def test_new_texts_are_predicted_from_files_of_every_kind(folder, tmp_path):
     plan = (Phase(name="all", steps=30, peak_lr=3e-2, optimizer="adam"),)
     given, workdir = config(folder, plan=plan), tmp_path / "run"
