@@ -86,7 +86,8 @@ def loaded_alone(folder, inputs, tmp_path):
         return dict(file)
 
 
-def assert_close(found, wanted, tolerance=1e-6):
+# Two compilations of a network round differently.
+def assert_close(found, wanted, tolerance=1e-5):
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
