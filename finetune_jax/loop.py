@@ -103,10 +103,8 @@ class Loop:
         """Measures and saves the state before update 0."""
         state = self._held()
         self.evaluator.freeze(self._first(self.setup.phase(0)), state)
-        placed, splits = (
-            self.setup.devices.place(state),
-            tuple(self.setup.data.held_out),
-        )
+        placed = self.setup.devices.place(state)
+        splits = tuple(self.setup.data.held_out)
         self._measure(placed, self.setup.plan[0].name, 0, splits)
         self._save(state)
 

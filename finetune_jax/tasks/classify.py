@@ -17,7 +17,7 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
 from finetune_jax.mix import check_mix, mixed
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+from finetune_jax.tasks.task import EVALUATION, Mode, Task
 
 METRICS = ("accuracy", "loss")
 
@@ -112,14 +112,8 @@ class Classify(Task):
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
         """Returns the weighed loss and accuracy as (total, weight) pairs."""
         del fixed, progress
-        logits_BxK, batch_stats = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=mode,
-            first=first,
-            rng=rng,
+        logits_BxK, batch_stats = self.given(
+            params, batch_stats, batch, mode=mode, first=first, rng=rng
         )
         loss, found = self.answer.loss(logits_BxK, batch)
         return loss, (batch_stats, found)
@@ -135,14 +129,7 @@ class Classify(Task):
     ) -> dict:
         """Returns the logits."""
         del fixed
-        logits_BxK, _ = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=EVALUATION,
-            first=first,
-        )
+        logits_BxK, _ = self.given(params, batch_stats, batch, first=first)
         return self.answer.outputs(logits_BxK)
 
     def metrics(

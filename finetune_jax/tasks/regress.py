@@ -15,7 +15,7 @@ from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+from finetune_jax.tasks.task import EVALUATION, Mode, Task
 
 METRICS = ("mse", "mae", "r2")
 
@@ -93,14 +93,8 @@ class Regress(Task):
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
         """Returns the loss and its metrics as (total, weight) pairs."""
         del fixed, progress
-        prediction_BxT, batch_stats = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=mode,
-            first=first,
-            rng=rng,
+        prediction_BxT, batch_stats = self.given(
+            params, batch_stats, batch, mode=mode, first=first, rng=rng
         )
         loss, found = self.answer.loss(prediction_BxT, batch)
         return loss, (batch_stats, found)
@@ -116,14 +110,7 @@ class Regress(Task):
     ) -> dict:
         """Returns the predictions."""
         del fixed
-        prediction_BxT, _ = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=EVALUATION,
-            first=first,
-        )
+        prediction_BxT, _ = self.given(params, batch_stats, batch, first=first)
         return self.answer.outputs(prediction_BxT)
 
     def answers(self, outputs: dict) -> dict:

@@ -168,6 +168,24 @@ class Task(abc.ABC):
             return None
         return self.stages[runs.index(True)]
 
+    def given(
+        self,
+        params: Any,
+        batch_stats: Any,
+        batch: dict,
+        *,
+        mode: Mode = EVALUATION,
+        first: str | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        """Returns what the one model gives of a prepared batch, and batch statistics.
+
+        With `first`, `batch['features']` is that stage's input.
+        """
+        variables = {"params": params, "batch_stats": batch_stats}
+        x = batch["features" if first else "inputs"]
+        return apply(self, "", variables, x, mode=mode, first=first, rng=rng)
+
     def with_features(
         self, params: Any, batch_stats: Any, batch: dict, *, first: str
     ) -> dict:

@@ -14,7 +14,7 @@ from finetune_jax.answers import Answer, logits_asked, make_classes, make_number
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.encoders import check_encoder, tokens
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+from finetune_jax.tasks.task import Mode, Task
 
 # By what `config.data.labels` says.
 METRICS = {"classes": ("accuracy", "loss"), "numbers": ("mse", "mae", "r2")}
@@ -66,14 +66,8 @@ class Text(Task):
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
         """Returns the weighed loss and its metrics as (total, weight) pairs."""
         del fixed, progress
-        logits_BxK, batch_stats = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=mode,
-            first=first,
-            rng=rng,
+        logits_BxK, batch_stats = self.given(
+            params, batch_stats, batch, mode=mode, first=first, rng=rng
         )
         loss, found = self.answer.loss(logits_BxK, batch)
         return loss, (batch_stats, found)
@@ -89,14 +83,7 @@ class Text(Task):
     ) -> dict:
         """Returns what metrics and records are made of."""
         del fixed
-        logits_BxK, _ = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=EVALUATION,
-            first=first,
-        )
+        logits_BxK, _ = self.given(params, batch_stats, batch, first=first)
         return self.answer.outputs(logits_BxK)
 
     def metrics(

@@ -17,7 +17,7 @@ from finetune_jax.entities import entity_scores
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
 
@@ -69,14 +69,8 @@ class Tokens(Task):
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
         """Returns cross entropy and accuracy over words as (total, weight) pairs."""
         del fixed, progress
-        logits_BxTxK, batch_stats = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=mode,
-            first=first,
-            rng=rng,
+        logits_BxTxK, batch_stats = self.given(
+            params, batch_stats, batch, mode=mode, first=first, rng=rng
         )
         label_BxT = batch["label"]
         weight_BxT = (label_BxT != NONE) * batch["weight"][:, None]
@@ -100,14 +94,7 @@ class Tokens(Task):
     ) -> dict:
         """Returns the tag of every place, and the summed loss of each text."""
         del fixed
-        logits_BxTxK, _ = apply(
-            self,
-            "",
-            {"params": params, "batch_stats": batch_stats},
-            batch["features" if first else "inputs"],
-            mode=EVALUATION,
-            first=first,
-        )
+        logits_BxTxK, _ = self.given(params, batch_stats, batch, first=first)
         label_BxT = batch["label"]
         loss_BxT = _cross_entropy(logits_BxTxK, label_BxT) * (label_BxT != NONE)
         known_BxTxK = logits_BxTxK[..., : len(self.data.class_names)]
