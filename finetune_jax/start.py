@@ -11,13 +11,14 @@ from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.errors import UserError
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lsuv import first_examples
+from finetune_jax.machine import memory
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import fresh_in, load_weights
 from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
-from finetune_jax.trees import like, named
+from finetune_jax.trees import like, named, nbytes
 
 
 def run_data(config: Config) -> Data:
@@ -98,6 +99,19 @@ class RandomStates:
         variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
         return rest.replace(**like(variables, {**named(variables), **leaves}))
 
+    def check_size(self) -> None:
+        """Checks that the states can be in this machine's memory.
+
+        Raises:
+            UserError: Parameters alone cannot.
+        """
+        needed, there = nbytes(self._shapes.params), memory()
+        if needed > there:
+            raise UserError(
+                f"config.model: its parameters take {needed / 1e9:,.1f} GB, but this "
+                f"machine has {there / 1e9:.1f} GB of memory; choose a smaller model"
+            )
+
     def forget(self) -> None:
         """Frees the programs, which take more memory than some models do."""
         self._compiled.clear()
@@ -132,8 +146,10 @@ def starting_state(
         measure: Whether schemes that run the model on examples do so.
 
     Raises:
-        UserError: The weights cannot be read or do not fit, or a scheme fails.
+        UserError: The model is too large, the weights cannot be read or do not fit, or a
+            scheme fails.
     """
+    random_states.check_size()
     drawn, init = seeds(config), config.init
     rules = make_rules(init.schemes, init.pretrained)
     weights, wanted = None, None

@@ -1,6 +1,7 @@
 """Parameter names, and what is computed from a tree of named arrays."""
 
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def count(tree: Any) -> int:
 def nbytes(tree: Any) -> int:
     """Returns the number of bytes of a tree of arrays or shapes."""
     return sum(
-        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
 

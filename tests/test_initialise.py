@@ -512,3 +512,9 @@ def test_a_run_that_goes_on_takes_its_start_from_checkpoint_0(tmp_path, monkeypa
 
     monkeypatch.setattr(finetune_jax.initialise, "scale_layers", again)
     assert run(given, tmp_path / "run")["steps"] == 2
+
+
+def test_a_model_larger_than_the_machine_is_refused(tmp_path):
+    with pytest.raises(UserError, match="take 620.0 GB, but this machine has"):
+        run(small.config(model="mlp", hidden=(10**9,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
