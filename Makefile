@@ -18,10 +18,10 @@ demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
 
 test: env
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-slow: env
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 # torch, torchvision, timm and transformers, which some tests compare with; without them
 # those tests skip, saying so.

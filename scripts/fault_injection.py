@@ -151,17 +151,21 @@ def main() -> None:
     photos, draw = root / "photos", random.Random(given.seed)
     make_photos(photos)
     wanted, total = {}, {}
-    for phases in range(1, PHASES + 1):
-        alone = root / f"alone-{phases}"
-        left_alone(phases, alone, photos)
-        wanted[phases], total[phases] = outcome(alone), lines_of(alone)
+
+    def know(phases: int) -> None:
+        if phases not in wanted:
+            alone = root / f"alone-{phases}"
+            left_alone(phases, alone, photos)
+            wanted[phases], total[phases] = outcome(alone), lines_of(alone)
+
     kills = same = runs = 0
-    rows = {phases: [0, 0, 0] for phases in wanted}
+    rows = {phases: [0, 0, 0] for phases in range(1, PHASES + 1)}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         while kills < given.kills:
             trials = []
             for _ in range(given.jobs):
                 phases = runs % PHASES + 1
+                know(phases)
                 # Between two lines an update, an evaluation or a save is under way.
                 at = [draw.randint(1, total[phases]) for _ in range(draw.randint(1, 4))]
                 moments = [(lines, draw.uniform(0, 0.3)) for lines in sorted(at)]

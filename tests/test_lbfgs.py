@@ -12,7 +12,7 @@ from finetune_jax.run import run
 from finetune_jax.setup import make_setup
 from finetune_jax.tasks.task import EVALUATION, apply
 
-STRENGTH, EXAMPLES = 1e-2, 360
+STRENGTH, EXAMPLES = 1e-2, 100
 
 
 @pytest.mark.slow
