@@ -23,7 +23,10 @@ from finetune_jax.trees import digest, named
 
 # Which layouts have a table for which models.
 FAMILIES = {
-    "resnet50": ("finetune_jax", "torchvision or timm", "transformers"),
+    "resnet50": (
+        "finetune_jax", "torchvision or timm", "transformers",
+        "transformers without a head",
+    ),
     "efficientnet_lite0": ("finetune_jax", "efficientnet-lite-pytorch", "timm"),
     "vgg11": ("finetune_jax", "torchvision VGG", "timm VGG"),
     "vgg13_bn": (
@@ -41,6 +44,7 @@ FAMILIES = {
     "bert_base": (
         "finetune_jax", "transformers' BERT", "transformers' BERT with a head",
         "transformers' BERT for questions", "sentence-transformers",
+        "transformers' BERT, older names", "transformers' BERT with a head, older names",
     ),
     "distilbert_base": (
         "finetune_jax", "transformers' DistilBERT",

@@ -40,14 +40,14 @@ class Embeddings(nn.Module):
     Attributes:
         width: Of the vectors.
         vocabulary: Tokens that there are.
-        positions: Places that there are.
+        places: Of a text that are told apart.
         types: Sentences of a text that are told apart; 0 tells none apart.
         dropout: Rate.
     """
 
     width: int
     vocabulary: int
-    positions: int
+    places: int
     types: int
     dropout: float
     dtype: Any = None
@@ -58,7 +58,7 @@ class Embeddings(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         table = partial(nn.Embed, features=self.width, embedding_init=INITIAL, **kinds)
         self.words = table(self.vocabulary)
-        self.places = table(self.positions)
+        self.positions = table(self.places)
         if self.types:
             self.sentences = table(self.types)
         self.norm = _norm(kinds)
@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
         hidden_BxTxD = self.words(x["ids"])
         if self.types:
             hidden_BxTxD += self.sentences(x["types"])
-        hidden_BxTxD += self.places(jnp.arange(x["ids"].shape[1]))[None]
+        hidden_BxTxD += self.positions(jnp.arange(x["ids"].shape[1]))[None]
         hidden_BxTxD = self.drop(self.norm(hidden_BxTxD), deterministic=not train)
         return {"hidden": hidden_BxTxD, "mask": x["mask"]}
 
@@ -260,7 +260,7 @@ class Bert(nn.Module):
     @property
     def positions(self) -> int:
         """Places that there are."""
-        return dict(self.embeddings_arguments)["positions"]
+        return dict(self.embeddings_arguments)["places"]
 
     @property
     def types(self) -> int:
@@ -324,7 +324,7 @@ def _bert(
         types,
     )  # fmt: skip
     embeddings = {
-        "width": width, "vocabulary": vocabulary, "positions": positions,
+        "width": width, "vocabulary": vocabulary, "places": positions,
         "types": types, "dropout": dropout,
     }  # fmt: skip
     block = {

@@ -1,6 +1,8 @@
 """Layouts of BERT encoders: those of transformers, and of sentence-transformers."""
 
-from finetune_jax.pretrained.layout import Layout
+import dataclasses
+
+from finetune_jax.pretrained.layout import Layout, Row
 
 
 def _bert(name: str, prefix: str, head: str) -> Layout:
@@ -10,7 +12,7 @@ def _bert(name: str, prefix: str, head: str) -> Layout:
         name=name,
         rows=(
             ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
-            ("embeddings/places", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/positions", f"{prefix}embeddings.position_embeddings"),
             ("embeddings/sentences", f"{prefix}embeddings.token_type_embeddings"),
             ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
             ("block{b}/attention/query", f"{layer}attention.self.query"),
@@ -39,7 +41,7 @@ def _distilbert(name: str, prefix: str, head: str) -> Layout:
         name=name,
         rows=(
             ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
-            ("embeddings/places", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/positions", f"{prefix}embeddings.position_embeddings"),
             ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
             ("block{b}/attention/query", f"{layer}attention.q_lin"),
             ("block{b}/attention/key", f"{layer}attention.k_lin"),
@@ -60,10 +62,27 @@ def _distilbert(name: str, prefix: str, head: str) -> Layout:
     )
 
 
+def _older(name: str, layout: Layout) -> Layout:
+    """Returns a layout with LayerNorms as the first files of BERT name their numbers."""
+    rows: list[Row] = []
+    for row in layout.rows:
+        ours, theirs = row[:2]
+        if theirs.endswith("LayerNorm"):
+            rows.append((f"{ours}/scale", f"{theirs}.gamma"))
+            rows.append((f"{ours}/bias", f"{theirs}.beta"))
+        else:
+            rows.append(row)
+    return dataclasses.replace(layout, name=name, rows=tuple(rows))
+
+
+_PLAIN = _bert("transformers' BERT", "", "classifier")
+_HEADED = _bert("transformers' BERT with a head", "bert.", "classifier")
 LAYOUTS = (
-    _bert("transformers' BERT", "", "classifier"),
-    _bert("transformers' BERT with a head", "bert.", "classifier"),
+    _PLAIN,
+    _HEADED,
     _bert("transformers' BERT for questions", "bert.", "qa_outputs"),
+    _older("transformers' BERT, older names", _PLAIN),
+    _older("transformers' BERT with a head, older names", _HEADED),
     _bert("sentence-transformers", "0.auto_model.", "classifier"),
     _distilbert("transformers' DistilBERT", "", "classifier"),
     _distilbert("transformers' DistilBERT with a head", "distilbert.", "classifier"),

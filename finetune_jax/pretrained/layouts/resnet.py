@@ -1,6 +1,20 @@
 """Layouts of ResNets: those of torchvision and timm, which agree, and transformers'."""
 
-from finetune_jax.pretrained.layout import Layout
+from finetune_jax.pretrained.layout import Layout, Row
+
+
+def _transformers(prefix: str) -> list[Row]:
+    block = f"{prefix}encoder.stages.{{s-1}}.layers.{{b-1}}"
+    return [
+        ("stem/conv", f"{prefix}embedder.embedder.convolution"),
+        ("stem/bn", f"{prefix}embedder.embedder.normalization"),
+        ("stage{s}/block{b}/conv{k}", f"{block}.layer.{{k-1}}.convolution"),
+        ("stage{s}/block{b}/bn{k}", f"{block}.layer.{{k-1}}.normalization"),
+        ("stage{s}/block{b}/shortcut_conv", f"{block}.shortcut.convolution"),
+        ("stage{s}/block{b}/shortcut_bn", f"{block}.shortcut.normalization"),
+        ("head/logits", "classifier.1"),
+    ]
+
 
 LAYOUTS = (
     Layout(
@@ -15,28 +29,6 @@ LAYOUTS = (
             ("head/logits", "fc"),
         ),
     ),
-    Layout(
-        name="transformers",
-        rows=(
-            ("stem/conv", "resnet.embedder.embedder.convolution"),
-            ("stem/bn", "resnet.embedder.embedder.normalization"),
-            (
-                "stage{s}/block{b}/conv{k}",
-                "resnet.encoder.stages.{s-1}.layers.{b-1}.layer.{k-1}.convolution",
-            ),
-            (
-                "stage{s}/block{b}/bn{k}",
-                "resnet.encoder.stages.{s-1}.layers.{b-1}.layer.{k-1}.normalization",
-            ),
-            (
-                "stage{s}/block{b}/shortcut_conv",
-                "resnet.encoder.stages.{s-1}.layers.{b-1}.shortcut.convolution",
-            ),
-            (
-                "stage{s}/block{b}/shortcut_bn",
-                "resnet.encoder.stages.{s-1}.layers.{b-1}.shortcut.normalization",
-            ),
-            ("head/logits", "classifier.1"),
-        ),
-    ),
+    Layout(name="transformers", rows=_transformers("resnet.")),
+    Layout(name="transformers without a head", rows=_transformers("")),
 )
