@@ -282,6 +282,8 @@ def _range_problems(config: Config) -> list[str]:
             found = values[name]
             problems.append(f"config.{name}: {found}; 0 to 2**32 - 1 is needed")
     for name in ("data.mean", "data.std"):
+        if values[name] is None:
+            continue
         if not values[name] or any(type(v) not in (int, float) for v in values[name]):
             problems.append(f"config.{name}: {values[name]!r}; numbers are needed")
         elif name == "data.std" and not all(v > 0 for v in values[name]):

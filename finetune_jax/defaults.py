@@ -184,10 +184,12 @@ def _data() -> Any:
     data.buckets = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # Lengths of batches.
     data.image_size = optional(int)  # None keeps the size of the data.
     data.channels = optional(int)  # None keeps those of the data.
-    data.mean = (0.0,)  # Subtracted after scaling bytes to [0, 1]; one, or a channel's.
-    data.std = (1.0,)
+    # Of these, what is None is as it was for the pretrained weights, where files beside
+    # them say so; otherwise 0, 1, bilinear, and the size of the data.
+    data.mean = optional(tuple)  # Subtracted from bytes in [0, 1]; one, or a channel's.
+    data.std = optional(tuple)
     data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
-    data.interpolation = "bilinear"
+    data.interpolation = optional(str)
     data.decode = "fast"  # Of training photos, a few grey levels off; or 'exact'.
     data.train_size = optional(int)  # Of training images, before a crop.
     data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).

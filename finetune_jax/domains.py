@@ -15,7 +15,7 @@ from finetune_jax.data.dataset import (
     dataset_of,
     load_source,
 )
-from finetune_jax.data.spec import DataSpec, check_preprocessing
+from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import named_splits, select
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
@@ -170,8 +170,9 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         UserError: The data cannot be read, or does not fit the model.
     """
     data = setup.config.data
+    given = {**preprocessing_of(data), "dir": data.dir}
     given = {
-        key: data[key] if entry[key] is None else entry[key]
+        key: given[key] if entry[key] is None else entry[key]
         for key in ("dir", "mean", "std", "resize")
     }
     source = load_source(entry.name, given.pop("dir"))
@@ -186,7 +187,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         where=where,
         dtype=next(iter(source.splits.values())).dtype,
         class_names=source.class_names,
-        interpolation=data.interpolation,
+        interpolation=setup.data.spec.interpolation,
         **given,
     )
 

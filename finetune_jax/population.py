@@ -26,6 +26,7 @@ from finetune_jax.loop import Preempted
 from finetune_jax.metrics import is_better
 from finetune_jax.plan import plan_problems
 from finetune_jax.preemption import Stop
+from finetune_jax.pretrained.preprocessing import filled
 from finetune_jax.report.table import as_csv, table
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
@@ -119,6 +120,7 @@ def run_population(
         Preempted: The population was asked to stop; members that are finished stay so.
     """
     begin, terminal = time.perf_counter(), Terminal()
+    config, _ = filled(config)
     check_same_run(workdir, config)
     members = member_configs(config)
     setup, domains = open_run(config, terminal)

@@ -26,14 +26,14 @@ from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.addresses import Weights
-from finetune_jax.pretrained.layout import recognise
-from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
+from finetune_jax.pretrained.preprocessing import filled
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import Tracker, make_trackers
 from finetune_jax.setup import Setup, make_setup
+from finetune_jax.start import layout_of, tokenizer_of, told_of
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
 from finetune_jax.tables import Tables
@@ -66,10 +66,13 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
+    config, _ = filled(config)
     check_same_run(workdir, config)
     setup, domains = open_run(config, terminal)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, weights = setup.start(measure=not begun)
+    for line in told_of(weights, config.precision):
+        terminal.warn(line)
     setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, weights)
@@ -114,14 +117,8 @@ def inputs_of(
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
         "weights_sha256": weights.sha256 if weights else {},
-        "weights_layout": _layout(setup, weights) if weights else None,
+        "weights_layout": layout_of(setup.shapes, weights) if weights else None,
     }
-
-
-def _layout(setup: Setup, weights: Weights) -> str:
-    shapes = setup.shapes
-    names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
-    return recognise(names, weights.tensors, weights.address).name
 
 
 def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:
@@ -143,8 +140,8 @@ def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
     manifest = make_manifest(config=plain, data=looks, **inputs)
     write_json(workdir / "manifest.json", manifest)
     write_text(workdir / "config.json", configs.to_json(config))
-    if setup.data.tokenizer is not None:
-        write_text(workdir / TOKENIZER, setup.data.tokenizer)
+    for name, text in tokenizer_of(setup.data, config).items():
+        write_text(workdir / name, text)
 
 
 def _taken_up(

@@ -14,8 +14,11 @@ from finetune_jax.lsuv import first_examples
 from finetune_jax.machine import memory
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
+from finetune_jax.pretrained.labels import check_labels
+from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import fresh_in, load_weights
-from finetune_jax.pretrained.tokenizer import find_tokenizer
+from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
+from finetune_jax.pretrained.tokenizer import files_beside, find_tokenizer
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
 from finetune_jax.trees import like, named, nbytes
@@ -35,6 +38,37 @@ def run_data(config: Config) -> Data:
             f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
         )
     return make_data(config.data, seed=seeds(config)["order"], tokenizer=tokenizer)
+
+
+def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
+    """Returns the files of a run's tokenizer, by name; none of what is no text."""
+    if data.tokenizer is None:
+        return {}
+    beside = files_beside(config.data.tokenizer, config.init.pretrained)
+    return {TOKENIZER: data.tokenizer, **beside}
+
+
+def layout_of(shapes: TrainState, weights: Weights) -> str:
+    """Returns the name of the layout of weights, given the shapes of a state."""
+    names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
+    return recognise(names, weights.tensors, weights.address).name
+
+
+def told_of(weights: Weights | None, precision: str) -> list[str]:
+    """Returns what a reader should know of the weights that a run begins with.
+
+    Args:
+        weights: They, if there are any.
+        precision: Of the run's computation.
+    """
+    kinds = [t.dtype.name for t in (weights.tensors if weights else {}).values()]
+    half = {"float16", "bfloat16"} - {precision}
+    return [
+        f"{weights.address}: {kinds.count(kind)} of {len(kinds)} tensors are {kind}; they "
+        "become float32, and have no more digits for it"
+        for kind in sorted(half & set(kinds))
+        if weights is not None
+    ]
 
 
 def random_state(
@@ -155,8 +189,11 @@ def starting_state(
     weights, wanted = None, None
     if init.pretrained is not None:
         weights = read_weights(init.pretrained)
+        is_fresh = fresh_in(weights, init.fresh)
+        if not is_fresh("params/head/logits/kernel"):
+            check_labels(init.pretrained, data.spec.class_names)
         # To draw what is loaded anyway takes longer than to load it.
-        wanted = None if rules else fresh_in(weights, init.fresh)
+        wanted = None if rules else is_fresh
     state = own = random_states(drawn, wanted)
     if weights is not None:
         variables = load_weights(

@@ -11,6 +11,7 @@ from test_weights import given, layout, problems, shapes, values
 from finetune_jax.errors import UserError
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.start import told_of
 from finetune_jax.trees import digest, named
 
 
@@ -67,6 +68,11 @@ def test_half_precision_is_widened(kind, tmp_path):
     assert loaded[name].dtype == np.float32
     wanted = values("vit_tiny_patch16")[name].astype(kind).astype(np.float32)
     np.testing.assert_array_equal(loaded[name], wanted)
+    (told,) = told_of(weights, "float32")
+    count, kind = len(half), np.dtype(kind).name
+    assert f"{count} of {count} tensors are {kind}; they become float32" in told
+    assert len(told_of(weights, "bfloat16")) == (kind == "float16")
+    assert not told_of(None, "float32") and not told_of(given(tensors()), "float32")
 
 
 def test_another_width_is_told_by_parts_of_tensors_and_shapes():

@@ -13,7 +13,7 @@ from finetune_jax.data import sources
 from finetune_jax.data.classes import check_classes, check_no_classes
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.source import ArrayExamples, Source
-from finetune_jax.data.spec import PREPROCESSING, DataSpec, check_preprocessing
+from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import named_splits, overlaps, per_class, select
 from finetune_jax.data.text_files import load_texts
 from finetune_jax.data.texts import TextSpec, options_of
@@ -316,7 +316,7 @@ def make_data(
         pixel_classes=source.pixel_classes,
         train_counts=tuple(map(int, label_counts)),
         text=text,
-        **{key: config[key] for key in PREPROCESSING},
+        **preprocessing_of(config),
     )
     check_preprocessing(spec)
     skip = config["on_error"] == "skip"

@@ -80,6 +80,18 @@ class DataSpec:
         return {key: plain[key] for key in plain if key not in PREPROCESSING}
 
 
+def preprocessing_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a spec that `config.data` has, the plain ones where it is None.
+
+    Args:
+        data: The section.
+    """
+    plain = {field.name: field.default for field in dataclasses.fields(DataSpec)}
+    return {
+        key: plain[key] if data[key] is None else data[key] for key in PREPROCESSING
+    }
+
+
 def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpec:
     """Returns the spec that `to_json` wrote.
 
@@ -102,7 +114,7 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
         }
         vocabulary = text["vocabulary"]
         known["text"] = TextSpec(options=TextOptions(**options), vocabulary=vocabulary)
-    spec = DataSpec(**known, **{key: data[key] for key in PREPROCESSING})
+    spec = DataSpec(**known, **preprocessing_of(data))
     shapes = (*spec.shape, *spec.train_shape)
     if not (
         all(type(size) is int and size > 0 for size in shapes)

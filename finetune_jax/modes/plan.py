@@ -18,7 +18,7 @@ from rich.table import Table
 
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import train_shape
-from finetune_jax.data.spec import PREPROCESSING, DataSpec, check_preprocessing
+from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.flops import count_flops
 from finetune_jax.initialise import check_rules, make_rules
@@ -26,6 +26,7 @@ from finetune_jax.modes.options import Options
 from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
 from finetune_jax.population import member_configs
+from finetune_jax.pretrained.preprocessing import filled
 from finetune_jax.setup import (
     PhaseSetup,
     check_groups_of,
@@ -46,6 +47,9 @@ MASKED = ("segmentation",)
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
+    config, lines = filled(config)
+    for line in lines:
+        print(line)
     if config.population:
         count_of = len(member_configs(config))
         print(f"{count_of} members; this is the plan without what they override")
@@ -125,7 +129,7 @@ def spec_of(config: Config) -> DataSpec:
             dtype="uint8",
             class_names=() if segments else names,
             pixel_classes=names if segments else (),
-            **{key: data[key] for key in PREPROCESSING},
+            **preprocessing_of(data),
         )
         check_preprocessing(spec)
         return spec

@@ -7,6 +7,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes.options import Options
 from finetune_jax.preemption import EXIT_STATUS, Stop, stop_on_signals
+from finetune_jax.pretrained.preprocessing import filled
 from finetune_jax.run import run
 from finetune_jax.workdir import check_same_run, new_workdir, read_json
 
@@ -14,6 +15,9 @@ from finetune_jax.workdir import check_same_run, new_workdir, read_json
 def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
     workdir = options.workdir or new_workdir(options.config)
+    config, lines = filled(config)
+    for line in lines:
+        print(line)
     with stop_on_signals(config.checkpoint.grace_s) as stop:
         return _train(config, workdir, stop)
 

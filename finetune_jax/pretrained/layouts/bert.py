@@ -78,13 +78,13 @@ def _older(name: str, layout: Layout) -> Layout:
 _PLAIN = _bert("transformers' BERT", "", "classifier")
 _HEADED = _bert("transformers' BERT with a head", "bert.", "classifier")
 LAYOUTS = (
-    _PLAIN,
     _HEADED,
+    _PLAIN,
     _bert("transformers' BERT for questions", "bert.", "qa_outputs"),
     _older("transformers' BERT, older names", _PLAIN),
     _older("transformers' BERT with a head, older names", _HEADED),
     _bert("sentence-transformers", "0.auto_model.", "classifier"),
-    _distilbert("transformers' DistilBERT", "", "classifier"),
     _distilbert("transformers' DistilBERT with a head", "distilbert.", "classifier"),
+    _distilbert("transformers' DistilBERT", "", "classifier"),
     _distilbert("transformers' DistilBERT for questions", "distilbert.", "qa_outputs"),
 )
