@@ -1,5 +1,6 @@
 """What an exported model computes: from inputs as files have them to answers."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,14 @@ def answer(
         task: Has the model.
         variables: 'params' and 'batch_stats'.
         fixed: What the task reads besides.
-        inputs: [B, ...], as a file has them: images in bytes, not normalised.
+        inputs: [B, ...], as a file has them: images in bytes, not normalised; of
+            texts [B, 2, T], ids and sentences.
     """
+    data = getattr(task, "data", None)
+    if data is not None and data.text is not None:
+        # Texts may have another length than those of the run.
+        data = dataclasses.replace(data, shape=inputs.shape[1:])
+        task = dataclasses.replace(task, data=data)  # type: ignore[call-arg]
     # Outputs may have a part that compares with labels, which is left out of answers.
     batch = {
         name: jnp.zeros((inputs.shape[0], *leaf.shape), leaf.dtype)

@@ -1,6 +1,7 @@
 """`model.jax`: a program with its weights, which jax alone runs, for any batch size."""
 
 import pathlib
+from typing import Any
 
 import jax
 from jax import export
@@ -26,9 +27,8 @@ def write(trained: Trained, folder: pathlib.Path) -> None:
             f"--formats=jax: the weights have {size:,} bytes; such a file has less than "
             f"{LARGEST:,}. Leave it out: --formats=safetensors"
         )
-    (batch,) = export.symbolic_shape("b")
     inputs = trained.inputs
-    shape = jax.ShapeDtypeStruct((batch, *inputs.shape), inputs.dtype)
+    shape = jax.ShapeDtypeStruct(_sizes(trained), inputs.dtype)
     program = jax.jit(for_any_platform(trained))
     exported = export.export(program, platforms=PLATFORMS)(shape)
     (folder / "model.jax").write_bytes(exported.serialize())
@@ -38,3 +38,12 @@ def write(trained: Trained, folder: pathlib.Path) -> None:
             "\n\ndef ", '\njax.config.update("jax_enable_x64", True)\n\n\ndef ', 1
         )
     (folder / "load.py").write_text(text)
+
+
+def _sizes(trained: Trained) -> tuple[Any, ...]:
+    """Returns the shape of a batch: of any size, and of texts of any length, too."""
+    if trained.spec.text is None:
+        return *export.symbolic_shape("b"), *trained.inputs.shape
+    longest = trained.inputs.shape[-1]
+    batch, tokens = export.symbolic_shape("b, t", constraints=[f"t <= {longest}"])
+    return batch, 2, tokens

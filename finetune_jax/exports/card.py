@@ -30,6 +30,45 @@ print(session.run(["{output}"], {{"inputs": inputs}})[0])
 ```""",
 }
 
+_TOKENS = """\
+import numpy as np
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({max_tokens})
+tokenizer.enable_padding({padding})
+found = tokenizer.encode_batch([{example}])
+mask = np.array([text.attention_mask for text in found])
+ids = np.array([text.ids for text in found]) * mask
+sentences = (np.array([text.type_ids for text in found]) + 1) * mask
+inputs = np.stack([ids, sentences], axis=1).astype(np.int32)"""
+_OF_TEXTS = {
+    "jax": """\
+`model.jax` has program and weights, and runs on CPU and CUDA, for batches of any size and
+texts of any length up to the longest. It needs jax, numpy and flatbuffers, and `load.py`;
+tokenizers makes the inputs:
+
+```python
+{tokens}
+
+from load import load
+
+model = load()
+print(model(inputs)["{output}"])
+```""",
+    "onnx": """\
+`model.onnx` takes the same inputs, padded to the longest:
+
+```python
+{tokens}
+
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+print(session.run(["{output}"], {{"inputs": inputs}})[0])
+```""",
+}
+
 
 def make_card(
     *,
@@ -65,6 +104,7 @@ def make_card(
         _inputs(about),
         "## Files",
     ]
+    advice = {**_of_texts(about), **advice}
     example = {
         "inputs": (1, *about["inputs"]["shape"]),
         "dtype": about["inputs"]["dtype"],
@@ -79,6 +119,21 @@ def make_card(
         _data(manifest),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _of_texts(about: Mapping[str, Any]) -> dict[str, str]:
+    """Returns how texts become what each format takes, by format."""
+    if "text" not in about:
+        return {}
+    text, output = about["text"], next(reversed(about["outputs"]))
+    example = '"A text."' if text["sentences"] == 1 else '("One.", "Another.")'
+    cut, inputs = {"max_tokens": text["max_tokens"], "example": example}, {}
+    for name, padding in (("jax", ""), ("onnx", f"length={text['max_tokens']}")):
+        inputs[name] = _TOKENS.format(padding=padding, **cut)
+    return {
+        "jax": _OF_TEXTS["jax"].format(tokens=inputs["jax"], output=output),
+        "onnx": _OF_TEXTS["onnx"].format(tokens=inputs["onnx"], output=output),
+    }
 
 
 def _labels(about: Mapping[str, Any]) -> str:
@@ -114,6 +169,13 @@ def _metrics(result: Mapping[str, Any] | None, step: int) -> str:
 def _inputs(about: Mapping[str, Any]) -> str:
     inputs, looks = about["inputs"], about.get("preprocessing")
     text = f"{inputs['dtype']} of shape {[None, *inputs['shape']]}"
+    if "text" in about:
+        return (
+            f"{text}: token ids, and at each token the number of its sentence, from 1; "
+            f"both are 0 behind the end of a text. `tokenizer.json` makes them; a text "
+            f"has {about['text']['max_tokens']} tokens at most, and what is longer is "
+            "cut."
+        )
     if looks is None:
         return f"{text}: as the data have them; the model normalises them itself."
     height, width, channels = inputs["shape"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from finetune_jax.exports import texts
 from finetune_jax.exports.trained import Trained
 
 # Of Pillow, as transformers writes them.
@@ -11,18 +12,46 @@ _ALONE = """\
 from safetensors.torch import load_file
 
 weights = load_file("model.safetensors")"""
+_OF_TEXTS = """\
+import transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+model = transformers.{kind}.from_pretrained(".")
+inputs = tokenizer(["A text."], padding=True, truncation=True, return_tensors="pt")
+print(model(**inputs))"""
+_OF_SENTENCES = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(".")
+print(model.encode(["A text."]))  # Logits."""
+
+
+def words_of(layout: str) -> list[str]:
+    """Returns the words of a layout's name, among them those of libraries.
+
+    >>> words_of("transformers' BERT")
+    ['transformers', 'BERT']
+    """
+    return layout.replace("'", "").split()
 
 
 def written(
-    trained: Trained, libraries: Sequence[str]
+    trained: Trained, layout: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Returns files by name, and a block of Python for each library that loads them.
 
     Args:
         trained: What is exported.
-        libraries: Words of the layout's name, among them those of libraries.
+        layout: The name of the layout of its weights.
     """
-    module = trained.task.models[""]
+    module, libraries = trained.task.models[""], words_of(layout)
+    if texts.is_encoder(trained):
+        kind = texts.architecture(trained, layout)
+        if "transformers" not in libraries or kind is None:
+            return {}, [_ALONE]
+        config = texts.model_config(trained, kind) | _labels(trained)
+        block = _OF_SENTENCES if texts.pools_by_mean(trained) else _OF_TEXTS
+        return {"config.json": config}, [block.format(kind=kind)]
     if "transformers" in libraries:
         make = TRANSFORMERS.get(type(module).__name__)
         if make is None:
@@ -43,7 +72,10 @@ def written(
         made = 'timm.create_model("local-dir:.", pretrained=True)'
         code.append(f"import timm\n\nmodel = {made}")
     if "torchvision" in libraries:
-        made = f"torchvision.models.{_torchvision_name(name)}(num_classes={classes})"
+        arguments = f"num_classes={classes}"
+        if type(module).__name__ == "VisionTransformer":
+            arguments += f", image_size={trained.spec.shape[0]}"
+        made = f"torchvision.models.{_torchvision_name(name)}({arguments})"
         code.append(
             "import torchvision\nfrom safetensors.torch import load_file\n\n"
             f'model = {made}\nmodel.load_state_dict(load_file("model.safetensors"))'
@@ -142,6 +174,8 @@ FAMILIES = ("ResNet", "EfficientNetLite", "VGG", "VisionTransformer", "ConvNeXt"
 def has(library: str, module: Any) -> bool:
     """Returns whether a library has the model, so that it can take its weights."""
     family = type(module).__name__
+    if family == "Bert":
+        return library in ("transformers", "sentence-transformers")
     if library != "transformers":
         return family in FAMILIES
     # It has ResNets, but neither wide ones nor those of groups.
@@ -183,7 +217,7 @@ def _timm(trained: Trained) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architecture": _timm_name(trained.model["name"]),
         "num_classes": _classes(trained),
-        "model_args": {"in_chans": spec.shape[-1]},
+        "model_args": {"in_chans": spec.shape[-1], **_timm_arguments(trained)},
     }
     if len(spec.shape) == 3:
         height, width, channels = spec.shape
@@ -200,14 +234,42 @@ def _timm(trained: Trained) -> dict[str, Any]:
     return config
 
 
+def _timm_arguments(trained: Trained) -> dict[str, Any]:
+    """Returns what of a model its name does not say there."""
+    module: Any = trained.task.models[""]
+    family = type(module).__name__
+    if family == "ConvNeXt":
+        return {"depths": list(module.shape.blocks), "dims": list(module.shape.widths)}
+    if family != "VisionTransformer":
+        return {}
+    shape, kind = module.shape, module.pool_kind
+    found = {
+        "img_size": list(trained.spec.shape[:2]),
+        "patch_size": shape.patch,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "class_token": module.class_token,
+        "global_pool": "token" if kind == "token" else "avg",
+    }
+    return found | ({} if kind == "token" else {"fc_norm": kind == "mean_norm"})
+
+
+# Those of Vision Transformers whose sizes it has a name for.
+_TIMM_VITS = (
+    "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch32", "vit_base_patch16",
+    "vit_base_patch32", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
+)  # fmt: skip
+
+
 def _timm_name(name: str) -> str:
-    """Returns what timm calls a model.
+    """Returns what timm calls a model, or one that becomes it by arguments.
 
     >>> _timm_name("efficientnet_lite0"), _timm_name("resnet18")
     ('tf_efficientnet_lite0', 'resnet18')
     """
     if name.startswith("vit_"):
-        return f"{name}_224"
+        return f"{name if name in _TIMM_VITS else 'vit_base_patch16'}_224"
     return f"tf_{name}" if name.startswith("efficientnet_lite") else name
 
 

@@ -29,8 +29,10 @@ TOLERANCE = 1e-4
 LARGEST = 1.5e9
 
 
-def read_model(handed: pathlib.Path) -> tuple[Callable, jax.ShapeDtypeStruct]:
-    """Returns a function of inputs, and what one example looks like."""
+def read_model(
+    handed: pathlib.Path,
+) -> tuple[Callable, jax.ShapeDtypeStruct, int | None]:
+    """Returns a function of inputs, what one example looks like, and tokens of texts."""
     config = configs.from_json((handed / "config.json").read_text(), "config.json")
     # onnxruntime has no bfloat16 on CPU.
     config.precision = "float32"
@@ -52,7 +54,7 @@ def read_model(handed: pathlib.Path) -> tuple[Callable, jax.ShapeDtypeStruct]:
         with traced_for("gpu"):
             return answer(task, variables, {}, inputs)
 
-    return answered, task.batch_spec["inputs"]
+    return answered, task.batch_spec["inputs"], spec.text and spec.text.vocabulary
 
 
 def convert(answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
@@ -81,7 +83,10 @@ def convert(answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -
 
 
 def difference(
-    answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path
+    answered: Callable,
+    one: jax.ShapeDtypeStruct,
+    path: pathlib.Path,
+    vocabulary: int | None = None,
 ) -> float:
     """Returns how far onnxruntime is from jax, of the largest output, at two sizes."""
     import onnxruntime  # type: ignore
@@ -92,6 +97,10 @@ def difference(
         inputs = rng.normal(size=(size, *one.shape)).astype(np.float32)
         if np.issubdtype(one.dtype, np.integer):
             inputs = rng.integers(0, 256, (size, *one.shape)).astype(one.dtype)
+        if vocabulary is not None:  # Ids of tokens, all of the first sentence.
+            inputs = np.stack(
+                [inputs[:, 0] % vocabulary, np.ones_like(inputs[:, 1])], 1
+            )
         found = session.run(None, {"inputs": inputs})
         for ours, theirs in zip(jax.jit(answered)(inputs).values(), found):
             scale = np.abs(ours).max() or 1.0
@@ -102,10 +111,10 @@ def difference(
 def main() -> None:
     """Converts, compares, and prints the difference as JSON."""
     handed, folder = map(pathlib.Path, sys.argv[1:])
-    answered, one = read_model(handed)
+    answered, one, vocabulary = read_model(handed)
     path = folder / "model.onnx"
     convert(answered, one, path)
-    found = difference(answered, one, path)
+    found = difference(answered, one, path, vocabulary)
     if not found <= TOLERANCE:
         sys.exit(
             f"onnxruntime differs from jax by {found:.1e} of the largest output; at most "

@@ -39,6 +39,7 @@ class Trained:
         weights_sha256: Of the files there, by path.
         came_in: The layout of these weights.
         layout: The layout that is asked for, if any.
+        tokenizer: Its files as the run has kept them, by name; empty of what is no text.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Trained:
     weights_sha256: Mapping[str, str]
     came_in: str | None
     layout: str | None
+    tokenizer: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def inputs(self) -> jax.ShapeDtypeStruct:
@@ -82,6 +84,13 @@ class Trained:
         if spec.targets:
             found["targets"] = list(spec.targets)
         looks = dataclasses.asdict(spec)
+        if spec.text is not None:
+            options = spec.text.options
+            found["text"] = {
+                "sentences": len(options.text),
+                "max_tokens": options.max_tokens,
+                "tokenizer": "tokenizer.json",
+            }
         if len(spec.shape) == 3:
             found["preprocessing"] = {key: looks[key] for key in _PREPROCESSING}
         return json.loads(json.dumps(found))
@@ -93,7 +102,10 @@ class Trained:
 
 
 def trained_from(
-    predictor: Predictor, manifest: Mapping[str, Any], layout: str | None
+    predictor: Predictor,
+    manifest: Mapping[str, Any],
+    layout: str | None,
+    tokenizer: Mapping[str, str],
 ) -> Trained:
     """Returns what is exported of an opened run.
 
@@ -101,6 +113,7 @@ def trained_from(
         predictor: The run.
         manifest: `manifest.json` of the run.
         layout: That weights are asked for in; None is the one they came in.
+        tokenizer: Its files in the workdir, by name.
 
     Raises:
         UserError: Its task has several models.
@@ -118,9 +131,14 @@ def trained_from(
     if isinstance(module, LoRA):
         params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
         module = module.module
+    spec, changes = predictor.spec, {"models": {"": module}}
+    if spec.text is not None:  # Others may be longer than those of the run.
+        shape = (2, spec.text.options.max_tokens)
+        spec = dataclasses.replace(spec, shape=shape, train_shape=shape)
+        changes["data"] = spec
     return Trained(
-        task=dataclasses.replace(task, models={"": module}),  # type: ignore[arg-type]
-        spec=predictor.spec,
+        task=dataclasses.replace(task, **changes),  # type: ignore[arg-type]
+        spec=spec,
         variables={"params": params, "batch_stats": batch_stats},
         fixed=setup.devices.to_host(evaluator.fixed["task"]),
         step=predictor.step,
@@ -130,6 +148,7 @@ def trained_from(
         weights_sha256=manifest.get("weights_sha256", {}),
         came_in=manifest.get("weights_layout"),
         layout=layout,
+        tokenizer=tokenizer,
     )
 
 
@@ -148,6 +167,6 @@ def for_any_platform(trained: Trained) -> Callable:
     return lambda inputs: jax.lax.platform_dependent(variables, inputs, **branches)
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a dict as JSON."""
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Writes a dict, or a list, as JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")

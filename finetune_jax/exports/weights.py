@@ -1,5 +1,6 @@
 """`model.safetensors`: the weights, named as the library they came from names them."""
 
+import json
 import pathlib
 from collections.abc import Mapping
 
@@ -7,12 +8,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from finetune_jax.errors import UserError
-from finetune_jax.exports import published
+from finetune_jax.exports import published, texts
 from finetune_jax.exports.trained import Trained, write_json
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.layout import OURS, Layout, layouts
 from finetune_jax.trees import named
+
+# The last dense layer, as torch has it.
+_HEAD = {"weight": "params/head/logits/kernel", "bias": "params/head/logits/bias"}
 
 
 def write(trained: Trained, folder: pathlib.Path) -> str:
@@ -28,12 +32,23 @@ def write(trained: Trained, folder: pathlib.Path) -> str:
     leaves = {name: np.asarray(leaf) for name, leaf in named(trained.variables).items()}
     tensors = layout.tensors(leaves, _original(trained))
     metadata = {"format": "pt", "layout": layout.name}
+    files, code = {}, []
+    if layout is not OURS:
+        files, code = published.written(trained, layout.name)
+    if files and texts.pools_by_mean(trained):
+        # Where transformers reads it, another head would take it for its own.
+        names = layout.names(_HEAD.values())
+        head = {leaf: tensors.pop(names[name]) for leaf, name in _HEAD.items()}
+        more, dense = texts.sentence_files(trained, head)
+        files |= more
+        (folder / texts.DENSE).mkdir()
+        save_file(dense, folder / texts.DENSE / "model.safetensors")
     save_file(tensors, folder / "model.safetensors", metadata=metadata)
     text = f"`model.safetensors` has the weights in the layout {layout.name!r}"
     if layout is OURS:
         return f"{text}: `--config.init.pretrained=file:model.safetensors` of finetune_jax."
-    files, code = published.written(trained, layout.name.split())
     for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
     beside = f", with {' and '.join(f'`{name}`' for name in files)} beside it"
     blocks = [f"```python\n{block}\n```" for block in code]
@@ -54,7 +69,7 @@ def chosen_layout(trained: Trained) -> Layout:
             return OURS
         for layout in fitting:
             if layout.name == trained.came_in:
-                return layout
+                return _for_task(layout, trained)
         raise UserError(
             f"--formats=safetensors: the weights came in the layout {trained.came_in!r}, "
             "which has no names for some parts of this model, such as hidden layers of "
@@ -63,7 +78,7 @@ def chosen_layout(trained: Trained) -> Layout:
     module, known = trained.task.models[""], {}
     for layout in reversed(fitting):
         # 'torchvision or timm' is both.
-        words = [word for word in layout.name.split() if word != "or"]
+        words = [word for word in published.words_of(layout.name) if word != "or"]
         is_known = layout is OURS or published.has(words[0], module)
         known |= (
             {layout.name: layout, **dict.fromkeys(words, layout)} if is_known else {}
@@ -74,7 +89,16 @@ def chosen_layout(trained: Trained) -> Layout:
             f"--layout: the model {trained.model['name']!r} has no names in {asked!r}"
             f"{closest(asked, known)}; it has them in {', '.join(sorted(names))}"
         )
-    return known[asked]
+    return _for_task(known[asked], trained)
+
+
+def _for_task(layout: Layout, trained: Trained) -> Layout:
+    """Returns the layout whose head is named as transformers names that of the task."""
+    if json.loads(trained.config)["task"]["name"] != "qa":
+        return layout
+    family = " ".join(layout.name.split(" ")[:2]).rstrip(",")
+    same = {one.name: one for one in layouts()}
+    return same.get(f"{family} for questions", layout)
 
 
 def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:

@@ -6,12 +6,13 @@ import shutil
 
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.exports import artifact, onnx_model, weights
+from finetune_jax.exports import artifact, onnx_model, texts, weights
 from finetune_jax.exports.card import make_card
 from finetune_jax.exports.trained import trained_from, write_json
 from finetune_jax.lookup import closest
 from finetune_jax.modes.options import Options
 from finetune_jax.predictor import open_predictor
+from finetune_jax.pretrained.tokenizer import kept_files
 from finetune_jax.workdir import read_json, read_manifest
 
 # Each writes its files into a folder.
@@ -34,7 +35,8 @@ def main(config: Config, options: Options) -> int:
     folder = _empty(pathlib.Path(options.output or workdir / "export"))
     predictor = open_predictor(config, workdir)
     manifest = read_manifest(workdir) or {}
-    trained = trained_from(predictor, manifest, options.layout)
+    tokenizer = kept_files(workdir) if predictor.spec.text is not None else {}
+    trained = trained_from(predictor, manifest, options.layout, tokenizer)
     print(f"checkpoint of step {trained.step}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -44,6 +46,8 @@ def main(config: Config, options: Options) -> int:
         for name in formats:
             if text := FORMATS[name](trained, part):
                 advice[name] = text
+        for name, text in texts.tokenizer_files(trained).items():
+            (part / name).write_text(text)
         about = trained.about()
         write_json(part / "model.json", about)
         card = make_card(
@@ -58,7 +62,7 @@ def main(config: Config, options: Options) -> int:
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:14,}  {path}")
     return 0
 

@@ -104,6 +104,10 @@ class Tokens(Task):
         tag_BxT = jnp.pad(tag_BxT, ((0, 0), (0, absent)))
         return {"tag": tag_BxT, "loss": loss_BxT.sum(axis=1)}
 
+    def answers(self, outputs: dict) -> dict:
+        """Returns the tags, as places in the list of their names."""
+        return {"tag": outputs["tag"]}
+
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
