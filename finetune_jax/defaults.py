@@ -28,7 +28,7 @@ CHOICES = {
     "data.sampling": ("uniform", "balanced"),
     "data.on_error": ("stop", "skip"),
     "data.cache": ("auto", "off"),
-    "data.labels": ("classes", "numbers", "tags"),
+    "data.labels": ("classes", "numbers", "tags", "answers"),
     "init.input_channels": ("strict", "adapt"),
 }
 MOST_CLASSES = 10**6
@@ -176,11 +176,14 @@ def _data() -> Any:
     data.test = optional(str)
     data.batch_size = 64  # Examples in one update, over devices and micro-batches.
     data.text = ()  # Columns of one or two sentences; empty: the data is no text.
-    data.label = "label"  # Their column of labels, 'classes', 'numbers' or 'tags'.
-    data.labels = "classes"
+    data.label = "label"  # Their column of what is to be predicted.
+    data.labels = "classes"  # Or 'numbers', 'tags', 'answers': see your-text.md.
     data.header = ()  # Names of the columns of files that do not begin with them.
     data.tokenizer = optional(str)  # Its address; None: beside the pretrained weights.
     data.max_tokens = 128  # Of a text; what is longer is cut.
+    data.overlap = optional(
+        int
+    )  # Tokens that windows of a passage share; None: a third.
     data.buckets = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # Lengths of batches.
     data.image_size = optional(int)  # None keeps the size of the data.
     data.channels = optional(int)  # None keeps those of the data.

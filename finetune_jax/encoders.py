@@ -1,12 +1,15 @@
 """What tasks of texts share: texts as encoders take them, and encoders that can."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.models import make_model
 from finetune_jax.models.lora import LoRA
 
 # Embeddings are at times larger than the vocabulary, up to a multiple of this.
@@ -21,6 +24,53 @@ def tokens(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
         "types": jnp.maximum(sentence_BxT - 1, 0),
         "mask": (sentence_BxT > 0).astype(jnp.int32),
     }
+
+
+def questions(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
+    """Returns ids and sentences likewise; the mask is 2 where the passage is.
+
+    It is the second sentence, without the special token at its end.
+    """
+    found, sentence_BxT = tokens(inputs_Bx2xT), inputs_Bx2xT[:, 1]
+    next_BxT = jnp.pad(sentence_BxT[:, 1:], ((0, 0), (0, 1)))
+    is_passage_BxT = (sentence_BxT == 2) & (next_BxT == 2)
+    return {**found, "mask": found["mask"] + is_passage_BxT}
+
+
+def token_model(
+    data: DataSpec, model: Mapping[str, Any], *, classes: int, precision: str
+) -> tuple[nn.Module, list[str]]:
+    """Returns a model that gives each token its logits, and what does not fit it.
+
+    Args:
+        data: What the examples look like.
+        model: The section `config.model`.
+        classes: Logits of a token.
+        precision: 'float32', 'bfloat16' or 'float64'.
+
+    Raises:
+        UserError: It cannot read the texts.
+    """
+    arguments = {**model}
+    name = arguments.pop("name")
+    module = make_model(
+        name,
+        {key: value for key, value in arguments.items() if key != "classes"},
+        classes=classes,
+        dtype=jnp.dtype(precision),
+        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
+    )
+    check_encoder(module, name, data)
+    problems = []
+    if "pool" in module.stages:  # type: ignore[attr-defined]
+        problems.append("config.model.pool: 'none' keeps a vector for every token")
+    return module, problems
+
+
+def initial(module: nn.Module, rng: jax.Array) -> tuple[Any, Any]:
+    """Returns random parameters of an encoder, and no batch statistics."""
+    x = tokens(jnp.ones((1, 2, 2), jnp.int32))
+    return module.init(rng, x, train=False)["params"], {}
 
 
 def check_encoder(module: Any, name: str, data: DataSpec) -> None:

@@ -161,7 +161,7 @@ class Evaluator:
         for split, dataset in splits.items():
             for kind, ema in self._kinds.items():
                 outputs = self._outputs(placed, dataset, ema=ema)
-                metrics = self.task.metrics(outputs, {"label": dataset.kept().label})
+                metrics = self.task.metrics(outputs, dataset.kept().on_host())
                 found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
         for extra in self.extras:
             found |= extra(self, placed)

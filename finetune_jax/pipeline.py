@@ -7,13 +7,15 @@ classify("photo.jpg")
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.text_files import check_texts
+from finetune_jax.data.texts import Rows
 from finetune_jax.data.threads import check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.main import pin_environment, resolved_config, set_precision
@@ -24,6 +26,7 @@ from finetune_jax.predictor import (
     fitted,
     open_predictor,
     takes_files,
+    text_examples,
 )
 
 
@@ -33,8 +36,9 @@ def pipeline(
     """Returns a function of new inputs: what the best checkpoint of a run says of them.
 
     An image is a path, one of Pillow's, or bytes [H, W, C] or [H, W]; where the run has
-    feature vectors, an input is one. A list of inputs, or an array [N, ...] of them, gives
-    a list of what `--mode=predict` writes of each; one alone gives that alone.
+    feature vectors, an input is one; a text is one, or a dict of texts by their columns,
+    such as {'question': ..., 'context': ...}. A list of inputs, or an array [N, ...] of
+    them, gives a list of what `--mode=predict` writes of each; one alone gives that alone.
 
     Args:
         workdir: Of the run.
@@ -75,6 +79,10 @@ class Pipeline:
             UserError: Lists the inputs that cannot be read.
         """
         spec = self._predictor.spec
+        if spec.text is not None:
+            alone = isinstance(inputs, str | Mapping)
+            records = self._of_texts([inputs] if alone else list(inputs))
+            return records[0] if alone else records
         if isinstance(inputs, np.ndarray):
             axes = len(spec.shape)
             if takes_files(spec) and inputs.ndim == 2:
@@ -118,6 +126,34 @@ class Pipeline:
                     raise UserError(f"input {place}: {item.shape}, which are several")
                 found[place] = record
         return [found[place] for place in range(len(inputs))]
+
+    def _of_texts(self, inputs: Sequence[Any]) -> list[dict]:
+        """Returns the records of texts, or of what has several by their columns."""
+        spec = self._predictor.spec
+        assert spec.text is not None
+        options = spec.text.options
+        kinds = (str, Mapping) if len(options.text) == 1 else (Mapping,)
+        problems = [
+            f"input {place}: {_kind(item)}"
+            for place, item in enumerate(inputs)
+            if not isinstance(item, kinds)
+        ]
+        if problems:
+            columns = " and ".join(map(repr, options.text))
+            takes = "texts, or dicts with" if str in kinds else "dicts with"
+            raise problems_error(f"The model takes {takes} {columns}:", problems)
+        rows = Rows(
+            where="inputs",
+            columns=options.text,
+            cells=[
+                {options.text[0]: item} if isinstance(item, str) else item
+                for item in inputs
+            ],
+            lines=range(len(inputs)),
+            unit="number",
+        )
+        check_texts(rows, options)
+        return self._records(text_examples(rows, spec, self._predictor.encoder))
 
     def _records(self, dataset: Dataset) -> list[dict]:
         largest = self._predictor.evaluator.batch_size

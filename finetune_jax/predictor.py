@@ -10,11 +10,15 @@ import numpy as np
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
 from finetune_jax.data.images import read_image
-from finetune_jax.data.source import array_source
+from finetune_jax.data.questions import asked_in, encode_questions
+from finetune_jax.data.source import ArrayExamples, Source, array_source
 from finetune_jax.data.spec import DataSpec, spec_from_json
+from finetune_jax.data.tags import encode_words, tag_labels, words_of
+from finetune_jax.data.texts import Rows, TextOptions, encode, make_encoder, packed
 from finetune_jax.data.threads import attempts
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.run import best_state
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.state import TrainState
@@ -32,12 +36,14 @@ class Predictor:
         evaluator: Runs the model.
         placed: The state of the checkpoint, on the devices.
         step: Of the checkpoint.
+        encoder: The tokenizer of a run of texts, else None.
     """
 
     setup: Setup
     evaluator: Evaluator
     placed: TrainState
     step: int
+    encoder: Any = None
 
     @property
     def spec(self) -> DataSpec:
@@ -51,7 +57,7 @@ class Predictor:
         model's images.
         """
         outputs = self.evaluator.outputs(self.placed, dataset)
-        records = self.setup.task.records(outputs, {"label": dataset.label})
+        records = self.setup.task.records(outputs, dataset.on_host())
         masks = self.setup.task.masks(outputs)
         if masks is None:
             return records
@@ -66,11 +72,19 @@ def open_predictor(config: Config, workdir: pathlib.Path) -> Predictor:
         workdir: The run's.
 
     Raises:
-        UserError: There is no checkpoint yet, or the run does not say what it takes.
+        UserError: There is no checkpoint yet, the run does not say what it takes, or its
+            tokenizer is gone.
     """
-    setup = make_setup(config, no_data(run_spec(config, workdir)))
+    spec, encoder = run_spec(config, workdir), None
+    setup = make_setup(config, no_data(spec))
+    if spec.text is not None:
+        tokenizer = find_tokenizer(f"file:{workdir}", None)
+        assert tokenizer is not None
+        encoder = make_encoder(tokenizer, spec.text.options.max_tokens)
     evaluator, placed, step = best_state(setup, workdir)
-    return Predictor(setup=setup, evaluator=evaluator, placed=placed, step=step)
+    return Predictor(
+        setup=setup, evaluator=evaluator, placed=placed, step=step, encoder=encoder
+    )
 
 
 def run_spec(config: Config, workdir: pathlib.Path) -> DataSpec:
@@ -121,6 +135,50 @@ def examples(inputs: np.ndarray, spec: DataSpec) -> Dataset:
     label = np.zeros(len(inputs), np.int32)
     source = array_source("inputs", {"all": (inputs, label)})
     return dataset_of(source, spec, np.arange(len(inputs)), label)
+
+
+def text_examples(rows: Rows, spec: DataSpec, encoder: Any) -> Dataset:
+    """Returns texts as a split without labels, in groups where they are passages.
+
+    Args:
+        rows: That have texts.
+        spec: Of the run.
+        encoder: `Predictor.encoder`.
+
+    Raises:
+        UserError: Lists the questions that leave no room for a passage.
+    """
+    assert spec.text is not None
+    options, notes = spec.text.options, None
+    if options.labels == "answers":
+        asked = asked_in(rows, options, answered=False)
+        windows = encode_questions(encoder, asked, options)
+        tokens, label, notes = windows.tokens, windows.label, windows.notes
+        length = _length(tokens, options)
+    elif options.labels == "tags":
+        words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
+        tokens, begins = encode_words(encoder, words)
+        length = _length(tokens, options)
+        # Words are known by having a label, whichever.
+        any_tag = [[spec.class_names[0]] * len(row) for row in words]
+        label = tag_labels({"all": begins}, {"all": any_tag}, length)[0]["all"]
+    else:
+        texts = [tuple(row[column] for column in options.text) for row in rows.cells]
+        tokens, label = encode(encoder, texts), np.zeros(len(texts), np.int32)
+        length = _length(tokens, options)
+    source = Source(
+        name=rows.where,
+        splits={"all": ArrayExamples(values=packed(tokens, length), label=label)},
+        class_names=(),
+        fingerprint=str,
+        notes=notes,
+    )
+    spec = dataclasses.replace(spec, shape=(2, length))
+    return dataset_of(source, spec, np.arange(len(tokens)), label)
+
+
+def _length(tokens: Sequence[tuple[Any, Any]], options: TextOptions) -> int:
+    return options.padded(max(len(ids) for ids, _ in tokens))
 
 
 def read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:

@@ -243,12 +243,14 @@ def metric_names(config: Config) -> tuple[str, ...]:
     """Returns what is measured on each split, 'ema_' before what averaged weights give.
 
     Raises:
-        UserError: No such task, or `config.task.metrics` is no tuple.
+        UserError: No such task, one of other labels, or `config.task.metrics` is no
+            tuple.
     """
     arguments = dict(config.task)
     names = task_module(arguments["name"]).METRICS
     if isinstance(names, Mapping):
-        names = names[config.data.labels]
+        where = f"config.data.labels, for the task {arguments['name']!r}"
+        names = lookup.choose(names, config.data.labels, where)
     names = arguments["metrics"] if "metrics" in arguments else names
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")

@@ -53,6 +53,7 @@ LAYERS = (
         "losses",
         "metrics",
         "entities",
+        "matches",
         "config",
         "trees",
         "flops",

@@ -15,6 +15,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
+from finetune_jax.pipeline import pipeline
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.run import run
@@ -274,25 +275,16 @@ def test_new_texts_are_predicted_from_files_of_every_kind(folder, tmp_path):
     assert len(found) == 24 and classes[:6] == [label for _, label in told]
     assert classes == classes[:6] * 4
     assert found[7]["file"] == f"{tmp_path / 'b.tsv'}#2"
+    classify = pipeline(workdir)
+    notebook = classify([told[0][0], {"sentence": told[1][0]}])
+    assert [record["class"] for record in notebook] == classes[:2]
+    assert classify(told[1][0])["class"] == classes[1]
+    with pytest.raises(UserError, match="input 1: 3 .int."):
+        classify(["good", 3])
     with pytest.raises(UserError, match="e.txt, line 2: 'sentence' is empty"):
         predict(inputs[0], str(tmp_path / "e.txt"))
     with pytest.raises(UserError, match="no texts"):
         predict(str(workdir / "config.json"))
-
-
-def tagged(folder, sizes=(("train", 40), ("dev", 20), ("test", 20))):
-    """Writes sentences whose good words are entities; returns the folder."""
-    texts.write(folder)
-    for seed, (split, count) in enumerate(sizes):
-        (folder / f"{split}.tsv").unlink()
-        lines = []
-        for text, _ in texts.rows(count, seed):
-            words = text.split()
-            good = texts.WORDS[: texts.GOOD]
-            tags = ["B-GOOD" if word in good else "O" for word in words]
-            lines.append(json.dumps({"words": words, "tags": tags}))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 def tag_config(folder, **fields):
@@ -304,7 +296,7 @@ def tag_config(folder, **fields):
 
 
 def test_words_have_tags_at_their_first_tokens(tmp_path):
-    data = run_data(tag_config(tagged(tmp_path)))
+    data = run_data(tag_config(texts.write_tagged(tmp_path)))
     assert data.spec.class_names == ("O", "B-GOOD")
     batch = data.train.take(np.array([1]))
     text = texts.rows(40)[1][0].split()
@@ -319,7 +311,7 @@ def test_words_have_tags_at_their_first_tokens(tmp_path):
 
 @pytest.mark.slow
 def test_tags_are_learned_and_predicted(tmp_path):
-    folder, workdir = tagged(tmp_path / "texts"), tmp_path / "run"
+    folder, workdir = texts.write_tagged(tmp_path / "texts"), tmp_path / "run"
     plan = (Phase(name="all", steps=40, peak_lr=3e-2, optimizer="adam"),)
     found = run(tag_config(folder, plan=plan), workdir)
     assert found["test/f1"] > 0.9 and found["test/accuracy"] > 0.9
@@ -332,6 +324,7 @@ def test_tags_are_learned_and_predicted(tmp_path):
     lines = (tmp_path / "found.jsonl").read_text().splitlines()
     tags = [json.loads(line)["tags"] for line in lines]
     assert tags == [["O", "B-GOOD", "O"], ["O", "O"]]
+    assert pipeline(workdir)("the good film") == {"tags": tags[0]}
 
 
 @pytest.mark.parametrize(

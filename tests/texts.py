@@ -61,3 +61,21 @@ def write(folder, suffix="tsv", sizes=(("train", 40), ("dev", 20), ("test", 20))
         (folder / f"{split}.{suffix}").write_text("\n".join(lines) + "\n")
     (folder / "tokenizer.json").write_text(tokenizer())
     return folder
+
+
+def write_tagged(
+    folder,
+    sizes=(("train", 40), ("dev", 20), ("test", 20)),
+    columns=("words", "tags"),
+):
+    """Writes such a folder of sentences whose good words are entities; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (split, count) in enumerate(sizes):
+        lines = []
+        for text, _ in rows(count, seed):
+            words = text.split()
+            tags = ["B-GOOD" if word in WORDS[:GOOD] else "O" for word in words]
+            lines.append(json.dumps(dict(zip(columns, (words, tags)))))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "tokenizer.json").write_text(tokenizer())
+    return folder

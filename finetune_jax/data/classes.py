@@ -21,7 +21,8 @@ def check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
         if config[key] != default
     ]
     if problems:
-        kind = "numbers" if source.targets else "masks"
+        kinds = {"numbers": source.targets, "masks": source.pixel_classes}
+        kind = next((name for name, given in kinds.items() if given), "parts of texts")
         raise problems_error(f"The labels of {source.name} are {kind}:", problems)
 
 

@@ -14,7 +14,7 @@ from finetune_jax.data.classes import check_classes, check_no_classes
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
-from finetune_jax.data.splits import named_splits, overlaps, per_class, select
+from finetune_jax.data.splits import choose, overlaps, per_class
 from finetune_jax.data.text_files import load_texts
 from finetune_jax.data.texts import TextSpec, options_of
 from finetune_jax.data.threads import attempts, check_readable
@@ -87,6 +87,13 @@ class Dataset:
             "label": self.label[positions],
             "weight": self.readable(positions).astype(np.float32),
         }
+
+    def on_host(self) -> dict[str, np.ndarray]:
+        """Returns 'label', and 'note' where there are notes, as metrics read them."""
+        found = {"label": self.label}
+        if self.source.notes is not None:
+            found["note"] = self.source.notes[self.indices]
+        return found
 
     def readable(self, positions: np.ndarray) -> np.ndarray:
         """Returns which examples, taken already, could be read, bool [n]."""
@@ -287,14 +294,7 @@ def make_data(
     source, text = _opened(config, tokenizer)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
-    # What has no classes is cut at random, as if all were of one class.
-    strata = {k: v if v.ndim == 1 else np.zeros(len(v)) for k, v in label.items()}
-    splits = named_splits(strata, config["split_seed"])
-    chosen = {
-        key: select(splits, config[key], f"config.data.{key}")
-        for key in ("train", "validation", "test")
-        if config[key] is not None
-    }
+    chosen = choose(label, source.groups, config)
     if config["per_class"] is not None:
         chosen["train"] = per_class(
             chosen["train"], everything[chosen["train"]], config["per_class"], seed

@@ -105,6 +105,10 @@ class Source:
         pixel_classes: Names of the classes of a mask's pixels, in the order of their
             indices.
         fingerprint: Returns what changes when the content does; may read all of it.
+        groups: By split, how many examples belong together, one group after another, so
+            that no two splits share a group; None: each example is a group.
+        notes: What metrics and predictions read of each example besides its label, an
+            array of objects, the splits one after another; None: nothing.
     """
 
     name: str
@@ -113,6 +117,8 @@ class Source:
     fingerprint: Callable[[], str]
     targets: tuple[str, ...] = ()
     pixel_classes: tuple[str, ...] = ()
+    groups: Mapping[str, np.ndarray] | None = None
+    notes: np.ndarray | None = None
 
 
 def array_source(

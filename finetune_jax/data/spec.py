@@ -112,8 +112,7 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
             key: tuple(value) if isinstance(value, list) else value
             for key, value in text["options"].items()
         }
-        vocabulary = text["vocabulary"]
-        known["text"] = TextSpec(options=TextOptions(**options), vocabulary=vocabulary)
+        known["text"] = TextSpec(**{**text, "options": TextOptions(**options)})
     spec = DataSpec(**known, **preprocessing_of(data))
     shapes = (*spec.shape, *spec.train_shape)
     if not (

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -136,6 +137,52 @@ def per_class(
             )
         keep[rng.permutation(members)[:count]] = True
     return indices[keep]
+
+
+def choose(
+    label: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray] | None,
+    config: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Returns the indices of the examples of each split that the config names.
+
+    Args:
+        label: Labels by the source's own splits.
+        groups: The sizes of groups of examples, likewise, which stay together.
+        config: The section `config.data`.
+
+    Raises:
+        UserError: A split that is wrong or empty.
+    """
+    # What has no classes is cut at random, as if all were of one class.
+    strata = {
+        split: values if groups is None and values.ndim == 1 else np.zeros(len(values))
+        for split, values in (label if groups is None else groups).items()
+    }
+    splits = named_splits(strata, config["split_seed"])
+    chosen = {
+        key: select(splits, config[key], f"config.data.{key}")
+        for key in ("train", "validation", "test")
+        if config[key] is not None
+    }
+    if groups is None:
+        return chosen
+    sizes = np.concatenate(list(groups.values()))
+    return {key: _members(indices, sizes) for key, indices in chosen.items()}
+
+
+def _members(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Returns the examples of some groups, in their order.
+
+    Args:
+        groups: Indices of groups.
+        sizes: How many examples each group has, one group after another.
+
+    >>> _members(np.array([2, 0]), np.array([2, 1, 3])).tolist()
+    [3, 4, 5, 0, 1]
+    """
+    examples = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
+    return np.concatenate([examples[group] for group in groups])
 
 
 def overlaps(chosen: Mapping[str, np.ndarray]) -> list[str]:

@@ -30,7 +30,7 @@ def word_problems(rows: Rows, options: TextOptions) -> list[str]:
     if problems or not rows.cells:
         return problems or [f"{rows.where}: no rows"]
     for line, row in zip(rows.lines, rows.cells):
-        words, at = words_of(row.get(column)), f"{rows.where}, line {line}"
+        words, at = words_of(row.get(column)), f"{rows.where}, {rows.unit} {line}"
         if words is None:
             problems.append(f"{at}: {column!r} is {row.get(column)!r}, not words")
         elif not words or not all(word.strip() for word in words):
@@ -45,7 +45,7 @@ def tag_problems(rows: Rows, options: TextOptions) -> list[str]:
     if problems:
         return problems
     for line, row in zip(rows.lines, rows.cells):
-        at = f"{rows.where}, line {line}"
+        at = f"{rows.where}, {rows.unit} {line}"
         words = words_of(row[options.text[0]]) or []
         tags = words_of(row.get(options.label))
         if tags is None:

@@ -4,13 +4,14 @@ import csv
 import io
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.source import Source
-from finetune_jax.data.tags import word_problems, words_of
+from finetune_jax.data.tags import word_problems
 from finetune_jax.data.text_source import text_source
 from finetune_jax.data.texts import (
     Rows,
@@ -27,6 +28,8 @@ SPLITS = {
 }  # fmt: skip
 # What files are read whose texts are to be predicted; '.txt' has a text a line.
 INPUTS = {".txt": None, ".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
+# Questions have passages, so that they take several columns.
+QUESTIONS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
 Reader = Callable[[pathlib.Path, Sequence[str]], Rows]
 
 
@@ -83,7 +86,7 @@ def read_splits(
     found: dict[str, Rows] = {}
     problems = []
     for path in files:
-        split = SPLITS.get(path.stem.lower())
+        split = SPLITS.get(re.sub(r"-v[\d.]+$", "", path.stem.lower()))
         if split is None and len(files) == 1:
             split = "all"
         if split is None or split in found:
@@ -198,18 +201,23 @@ def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
     return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
 
 
-def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list]:
-    """Returns the rows of a file without need of labels, and the texts in them.
+def inputs_of(options: TextOptions) -> dict[str, str | None]:
+    """Returns suffixes of files whose texts can be predicted, and how they are read."""
+    return {**(QUESTIONS if options.labels == "answers" else INPUTS)}
+
+
+def read_texts(path: pathlib.Path, options: TextOptions) -> Rows:
+    """Returns the rows of a file, which have texts and need no labels.
 
     Args:
-        path: Its suffix, one of `INPUTS`, says how it is read.
+        path: Its suffix, one of `inputs_of`, says how it is read.
         options: Of the data that were trained on; a file of separated values may have
             all its columns, or those of the texts alone.
 
     Raises:
         UserError: It cannot be read, or lists columns that are missing and empty texts.
     """
-    kind = INPUTS[path.suffix.lower()]
+    kind = inputs_of(options)[path.suffix.lower()]
     if kind is None:
         lines = decoded(path).splitlines()
         column = options.text[0]
@@ -221,16 +229,23 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> tuple[Rows, list]:
         )
     else:
         read = lookup.module(sources, kind, "--inputs").READ
-        header = options.header if kind != "jsonl" else ()
+        header = options.header if kind in ("tsv", "csv") else ()
         if header and _has_texts_alone(path, kind, len(options.text)):
             header = options.text
         rows = read(path, header)
+    check_texts(rows, options)
+    return rows
+
+
+def check_texts(rows: Rows, options: TextOptions) -> None:
+    """Checks that rows have texts; labels they need not have.
+
+    Raises:
+        UserError: Lists columns that are missing and empty texts.
+    """
     find = word_problems if options.labels == "tags" else text_problems
     if problems := find(rows, options):
         raise UserError("\n  ".join(problems[:20]))
-    if options.labels == "tags":
-        return rows, [words_of(row[options.text[0]]) or [] for row in rows.cells]
-    return rows, [tuple(row[column] for column in options.text) for row in rows.cells]
 
 
 def _has_texts_alone(path: pathlib.Path, kind: str, columns: int) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.questions import answer_problems, asked_in, encode_questions
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.tags import encode_words, tag_labels, tag_problems, words_of
 from finetune_jax.data.texts import (
@@ -38,7 +39,9 @@ def text_source(
         UserError: Lists columns that are missing, texts and labels that are empty, and
             what no tokenizer is.
     """
-    find = tag_problems if options.labels == "tags" else _problems
+    find = {"tags": tag_problems, "answers": answer_problems}.get(
+        options.labels, _problems
+    )
     problems = [text for rows in splits.values() for text in find(rows, options)]
     if tokenizer is None:
         problems.append(
@@ -51,6 +54,8 @@ def text_source(
         raise problems_error(f"The data {name} cannot be used:", problems)
     assert tokenizer is not None
     encoder = make_encoder(tokenizer, options.max_tokens)
+    if options.labels == "answers":
+        return _asked(name, splits, options, encoder)
     if options.labels == "tags":
         examples, class_names = _tagged(splits, options, encoder)
     else:
@@ -94,6 +99,39 @@ def _tagged(
         tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
     label, names = tag_labels(begins, tags, _length(tokens, options))
     return _examples(tokens, label, options), names
+
+
+def _asked(
+    name: str, splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+) -> tuple[Source, TextSpec]:
+    """Returns windows of the passages of questions, and what is known of them."""
+    asked = {k: asked_in(rows, options, answered=True) for k, rows in splits.items()}
+    together = [one for rows in asked.values() for one in rows]
+    windows = encode_questions(encoder, together, options)
+    ends = np.cumsum([len(rows) for rows in asked.values()])[:-1]
+    groups = dict(zip(asked, np.split(windows.sizes, ends)))
+    stops = np.cumsum([sizes.sum() for sizes in groups.values()])
+    rows = {
+        split: slice(stop - groups[split].sum(), stop)
+        for split, stop in zip(groups, stops)
+    }
+    tokens = {split: windows.tokens[where] for split, where in rows.items()}
+    label = {split: windows.label[where] for split, where in rows.items()}
+    examples = _examples(tokens, label, options)
+    answers = repr([one.answers for one in together]).encode()
+    source = Source(
+        name=name,
+        splits=examples,
+        class_names=(),
+        fingerprint=lambda: _fingerprint(examples, answers),
+        groups=groups,
+        notes=windows.notes,
+    )
+    return source, TextSpec(
+        options=options,
+        vocabulary=vocabulary_of(encoder),
+        unanswerable=any(not one.answers for one in together),
+    )
 
 
 def _length(tokens: Mapping[str, Any], options: TextOptions) -> int:
@@ -157,8 +195,8 @@ def _sentences(row: Mapping[str, Any], options: TextOptions) -> tuple[str, ...]:
     return tuple(row[column] for column in options.text)
 
 
-def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
-    digester = hashlib.sha256()
+def _fingerprint(splits: Mapping[str, ArrayExamples], rest: bytes = b"") -> str:
+    digester = hashlib.sha256(rest)
     for name, examples in sorted(splits.items()):
         digester.update(f"{name}{examples.values.shape}".encode())
         digester.update(examples.values.data)

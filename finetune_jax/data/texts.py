@@ -22,9 +22,13 @@ class TextOptions:
     Attributes:
         text: Names of the columns of one or two sentences; empty where there are none.
         label: Name of the column of what is to be predicted.
-        labels: What that holds: 'classes', 'numbers', or 'tags', one for each word.
+        labels: What that holds: 'classes', 'numbers', 'tags', one for each word, or
+            'answers' in the second text, a passage, to the first, a question.
         header: Names of the columns where files do not begin with them.
-        max_tokens: Of a text, special ones too; what is longer is cut.
+        max_tokens: Of a text, special ones too; what is longer is cut, passages into
+            windows.
+        overlap: Tokens that two windows of a passage share; None is a third of
+            `max_tokens`. They never share more than half of what is in them.
         buckets: Lengths to which texts are padded; `max_tokens` is one, too.
     """
 
@@ -33,6 +37,7 @@ class TextOptions:
     labels: str = "classes"
     header: tuple[str, ...] = ()
     max_tokens: int = 128
+    overlap: int | None = None
     buckets: tuple[int, ...] = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 
     def lengths(self) -> tuple[int, ...]:
@@ -52,10 +57,12 @@ class TextSpec:
     Attributes:
         options: Of the data.
         vocabulary: Tokens that the tokenizer knows.
+        unanswerable: Whether there are questions that their passage does not answer.
     """
 
     options: TextOptions
     vocabulary: int
+    unanswerable: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +74,14 @@ class Rows:
         columns: Names, in order.
         cells: A list of values by column for each row.
         lines: Where each row is, for messages.
+        unit: What `lines` count.
     """
 
     where: str
     columns: Sequence[str]
     cells: Sequence[Mapping[str, Any]]
     lines: Sequence[int]
+    unit: str = "line"
 
 
 def options_of(config: Mapping[str, Any]) -> TextOptions:
@@ -94,6 +103,7 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
     else:
         if options.labels == "tags" and len(options.text) > 1:
             problems.append(f"config.data.text: {options.text}; tags need one column")
+        problems += _window_problems(options)
         if len(options.text) > 2:
             problems.append(
                 f"config.data.text: {options.text}; one or two are possible"
@@ -112,6 +122,26 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
     if problems:
         raise problems_error("config.data does not fit:", problems)
     return options
+
+
+def _window_problems(options: TextOptions) -> list[str]:
+    """Returns what does not fit about windows of passages."""
+    problems, overlap = [], options.overlap
+    if options.labels == "answers" and len(options.text) != 2:
+        problems.append(
+            f"config.data.text: {options.text}; answers need two columns, of the question "
+            "and of the passage, such as ('question', 'context')"
+        )
+    if options.labels != "answers" and overlap is not None:
+        problems.append(
+            f"config.data.overlap: {overlap}, but only passages have windows: "
+            "config.data.labels='answers'"
+        )
+    if overlap is not None and not 0 <= overlap <= options.max_tokens // 2:
+        problems.append(
+            f"config.data.overlap: {overlap}; from 0 to half of max_tokens is possible"
+        )
+    return problems
 
 
 def missing_columns(rows: Rows, wanted: Sequence[str]) -> list[str]:
@@ -140,7 +170,7 @@ def text_problems(
     problems = []
     for line, row in zip(rows.lines, rows.cells):
         for column in options.text:
-            value, at = row.get(column), f"{rows.where}, line {line}"
+            value, at = row.get(column), f"{rows.where}, {rows.unit} {line}"
             if not isinstance(value, str):
                 problems.append(f"{at}: {column!r} is {value!r}, not a text")
             elif not value.strip():
@@ -188,7 +218,7 @@ def encode(
     return [(one.ids, [kind + 1 for kind in one.type_ids]) for one in found]
 
 
-def packed(rows: Sequence[tuple[list[int], list[int]]], length: int) -> np.ndarray:
+def packed(rows: Sequence[tuple[Any, Any]], length: int) -> np.ndarray:
     """Returns texts as an array [N, 2, length] of ids and sentences; 0 is padding.
 
     >>> packed([([7, 8], [1, 1]), ([9], [1])], 2).tolist()

@@ -3,26 +3,23 @@
 Where predictions are masks, a folder beside it has them as PNG files.
 """
 
-import dataclasses
 import itertools
 import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import Dataset, dataset_of
+from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.images import SUFFIXES, oriented_size
 from finetune_jax.data.masks import unfitted, write_mask
-from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.tags import encode_words, tag_labels
-from finetune_jax.data.text_files import INPUTS as TEXTS
-from finetune_jax.data.text_files import read_texts
-from finetune_jax.data.texts import encode, make_encoder, packed
+from finetune_jax.data.text_files import inputs_of, read_texts
+from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
@@ -34,8 +31,8 @@ from finetune_jax.predictor import (
     read_array,
     run_spec,
     takes_files,
+    text_examples,
 )
-from finetune_jax.pretrained.tokenizer import find_tokenizer
 
 # Files that are decoded before the model sees the first of them.
 CHUNK = 1024
@@ -50,14 +47,15 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     spec = run_spec(config, workdir)
-    paths = find_inputs(options.inputs, SUFFIXES if spec.text is None else TEXTS)
+    suffixes = SUFFIXES if spec.text is None else inputs_of(spec.text.options)
+    paths = find_inputs(options.inputs, suffixes)
     _check_kinds(paths, spec)
     output = _output(options.output or str(workdir / "predictions.jsonl"))
     predictor = open_predictor(config, workdir)
     print(f"checkpoint of step {predictor.step}")
-    if not any(path.suffix in ARRAYS for path in paths):
-        evaluator = predictor.evaluator
-        evaluator.batch_size = min(evaluator.batch_size, len(paths))
+    evaluator, largest = predictor.evaluator, predictor.evaluator.batch_size
+    if spec.text is None and not any(path.suffix in ARRAYS for path in paths):
+        evaluator.batch_size = min(largest, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
     masks = MaskWriter(output.with_name(f"{output.stem}_masks"), spec)
@@ -65,9 +63,11 @@ def main(config: Config, options: Options) -> int:
         if spec.text is None:
             found = _datasets(paths, spec, errors)
         else:
-            found = _texts(paths, spec, read_tokenizer(workdir), errors)
+            found = _texts(paths, spec, predictor.encoder, errors)
         for names, dataset in found:
-            for name, record in zip(names, predictor.records(dataset)):
+            if spec.text is not None:  # How many texts a file has, it alone says.
+                evaluator.batch_size = min(largest, len(dataset))
+            for name, record in zip(names, predictor.records(dataset), strict=True):
                 if "mask" in record:
                     record["mask"] = masks.write(record["mask"], name)
                 file.write(json.dumps({"file": name, **record}) + "\n")
@@ -160,26 +160,16 @@ def find_inputs(
     return found
 
 
-def read_tokenizer(workdir: pathlib.Path) -> str:
-    """Returns the tokenizer that a run of texts has kept.
-
-    Raises:
-        UserError: It is gone.
-    """
-    found = find_tokenizer(f"file:{workdir}", None)
-    assert found is not None
-    return found
-
-
 def _check_kinds(paths: Sequence[pathlib.Path], spec: DataSpec) -> None:
     """Checks that images are given to models of images, and arrays to the others."""
     if spec.text is not None:
-        problems = [f"{p}: no texts" for p in paths if p.suffix.lower() not in TEXTS]
+        suffixes = inputs_of(spec.text.options)
+        problems = [f"{p}: no texts" for p in paths if p.suffix.lower() not in suffixes]
         if problems:
             raise problems_error(
                 "--inputs: files that this model does not take:",
                 problems,
-                f"It takes {', '.join(TEXTS)}.",
+                f"It takes {', '.join(suffixes)}.",
             )
         return
     files, problems = takes_files(spec), []
@@ -218,35 +208,24 @@ def _datasets(
 def _texts(
     paths: Sequence[pathlib.Path],
     spec: DataSpec,
-    tokenizer: str,
+    encoder: Any,
     errors: list[UserError | None],
 ) -> Iterator[tuple[list[str], Dataset]]:
     """Yields names and texts file by file; adds an entry a file to errors."""
     assert spec.text is not None
     options = spec.text.options
-    encoder = make_encoder(tokenizer, options.max_tokens)
     for path in paths:
-        (found, error), *_ = attempts(lambda p: read_texts(p, options), [path])
+        (found, error), *_ = attempts(
+            lambda p: _told(p, options, spec, encoder), [path]
+        )
         errors.append(error)
         if error is None:
-            rows, texts = found
-            if options.labels == "tags":
-                tokens, begins = encode_words(encoder, texts)
-            else:
-                tokens, begins = encode(encoder, texts), None
-            length = options.padded(max(len(ids) for ids, _ in tokens))
-            label = np.zeros(len(texts), np.int32)
-            if begins is not None:  # Words are known by having a label, whichever.
-                any_tag = [[spec.class_names[0]] * len(words) for words in texts]
-                named, _ = tag_labels({"all": begins}, {"all": any_tag}, length)
-                label = named["all"]
-            examples = ArrayExamples(values=packed(tokens, length), label=label)
-            source = Source(
-                name=str(path),
-                splits={"all": examples},
-                class_names=(),
-                fingerprint=str,
-            )
-            fitted = dataclasses.replace(spec, shape=(2, length))
-            names = [f"{path}#{line}" for line in rows.lines]
-            yield names, dataset_of(source, fitted, np.arange(len(texts)), label)
+            rows, dataset = found
+            yield [f"{path}#{line}" for line in rows.lines], dataset
+
+
+def _told(
+    path: pathlib.Path, options: TextOptions, spec: DataSpec, encoder: Any
+) -> tuple[Rows, Dataset]:
+    rows = read_texts(path, options)
+    return rows, text_examples(rows, spec, encoder)

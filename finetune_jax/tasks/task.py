@@ -135,7 +135,13 @@ class Task(abc.ABC):
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
-        """Returns the metrics of a split from the rows of all its examples."""
+        """Returns the metrics of a split from the rows of all its examples.
+
+        Args:
+            outputs: Of all examples.
+            batch: Their 'label', and 'note' where the source has notes; examples of one
+                group stand one after another.
+        """
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns what cannot be measured on some splits, given their labels by name."""
@@ -146,7 +152,7 @@ class Task(abc.ABC):
     def records(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> list[dict]:
-        """Returns what a prediction says of each example, ready for JSON."""
+        """Returns what a prediction says of each example, or group, ready for JSON."""
 
     def masks(self, outputs: dict[str, np.ndarray]) -> np.ndarray | None:
         """Returns the masks that a prediction has, uint8 [B, H, W]; None where it has none.

@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune_jax.answers import Answer, logits_asked, make_classes, make_numbers
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.encoders import check_encoder, tokens
+from finetune_jax.encoders import check_encoder, initial, tokens
 from finetune_jax.models import make_model
 from finetune_jax.tasks.task import Mode, Task
 
@@ -44,8 +44,7 @@ class Text(Task):
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters, and no batch statistics."""
-        x = tokens(jnp.ones((1, 2, 2), jnp.int32))
-        return self.models[""].init(rng, x, train=False)["params"], {}
+        return initial(self.models[""], rng)
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch with inputs as encoders take them."""

@@ -12,11 +12,10 @@ import optax
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.tags import NONE
-from finetune_jax.encoders import check_encoder, tokens
+from finetune_jax.encoders import initial, token_model, tokens
 from finetune_jax.entities import entity_scores
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
-from finetune_jax.models import make_model
 from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
@@ -47,8 +46,7 @@ class Tokens(Task):
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters, and no batch statistics."""
-        x = tokens(jnp.ones((1, 2, 2), jnp.int32))
-        return self.models[""].init(rng, x, train=False)["params"], {}
+        return initial(self.models[""], rng)
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch with inputs as encoders take them."""
@@ -170,23 +168,15 @@ def make(
         for name in metrics
         if name not in METRICS
     ]
-    arguments = {**model}
-    name, classes = arguments.pop("name"), arguments.pop("classes")
+    classes = model["classes"]
     if (classes or len(data.class_names)) < len(data.class_names):
         problems.append(
             f"config.model.classes: {classes}, but the data has "
             f"{len(data.class_names)} tags; None takes the data's number"
         )
-    module = make_model(
-        name,
-        arguments,
-        classes=classes or len(data.class_names),
-        dtype=jnp.dtype(precision),
-        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
+    module, unfit = token_model(
+        data, model, classes=classes or len(data.class_names), precision=precision
     )
-    check_encoder(module, name, data)
-    if "pool" in module.stages:  # type: ignore[attr-defined]
-        problems.append("config.model.pool: 'none' keeps a vector for every token")
-    if problems:
+    if problems := problems + unfit:
         raise problems_error("The task does not fit:", problems)
     return Tokens(models={"": module}, data=data, metric_names=metrics)

@@ -165,6 +165,8 @@ def _plain(record: Mapping[str, Any], features: Any, where: str) -> dict[str, An
                 return value.decode()
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: {key!r} is not UTF-8: {error}") from error
+        if isinstance(value, Mapping):
+            return {name: plain(key, part) for name, part in value.items()}
         if np.ndim(value):
             return [plain(key, part) for part in value]
         feature = getattr(features[key], "feature", features[key])
