@@ -2,11 +2,13 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import pathlib
 
 import pictures
 import pytest
+import questions
 import test_data
 import texts
 from recording import Recording
@@ -21,6 +23,8 @@ VARIANTS = [
     "resnet_head.py:tiny",
     "head_population.py:tiny",
     "efficientnet_flowers.py:tiny",
+    "bert_ner.py:tiny",
+    "bert_qa.py:tiny",
     "bert_sst2.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
@@ -36,6 +40,13 @@ VARIANTS = [
 
 
 QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
+
+
+TEXTS = {
+    "classes": texts.write,
+    "tags": functools.partial(texts.write_tagged, columns=("tokens", "ner_tags")),
+    "answers": questions.write_squad,
+}
 
 
 def resolved(variant, tmp_path):
@@ -55,12 +66,13 @@ def resolved(variant, tmp_path):
     if config.data.name == "folder":
         folder = pictures.make_folder(tmp_path / "photos")
         overrides += [("data.dir", str(folder)), ("data.image_size", "32")]
-    if config.data.name == "tsv":  # A small model that knows few words.
-        folder = texts.write(tmp_path / "texts")
+    if config.data.text:  # A small model that knows few words.
+        folder = TEXTS[config.data.labels](tmp_path / "texts")
         overrides += [("data.dir", str(folder)), ("init.pretrained", "None")]
-        overrides += [("data.tokenizer", f"file:{folder}"), ("init.fresh", "()")]
+        tokenizer = tmp_path / "texts" / "tokenizer.json"
+        overrides += [("data.tokenizer", f"file:{tokenizer}"), ("init.fresh", "()")]
         small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
-        small |= {"vocabulary": "20", "positions": "128"}
+        small |= {"vocabulary": "30", "positions": "384"}
         overrides += [(f"model.{key}", value) for key, value in small.items()]
     if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
         source = variant.replace("target", "source")
