@@ -65,8 +65,9 @@ def main(config: Config, options: Options) -> int:
         else:
             found = _texts(paths, spec, predictor.encoder, errors)
         for names, dataset in found:
-            if spec.text is not None:  # How many texts a file has, it alone says.
-                evaluator.batch_size = min(largest, len(dataset))
+            if spec.text is not None:  # A program is compiled for each size of batch.
+                size = 2 ** (len(dataset) - 1).bit_length()
+                evaluator.batch_size = min(largest, size)
             for name, record in zip(names, predictor.records(dataset), strict=True):
                 if "mask" in record:
                     record["mask"] = masks.write(record["mask"], name)
