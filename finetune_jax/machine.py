@@ -1,12 +1,15 @@
 """The machine that a run is on: its processor, and where results are kept between runs."""
 
+import contextlib
 import ctypes
+import gc
 import hashlib
 import json
 import os
 import pathlib
 import platform
 import tempfile
+from collections.abc import Iterator
 
 # Bytes from which an array has pages of its own, and the number of that option in glibc.
 LARGE, M_MMAP_THRESHOLD = 2**20, -3
@@ -58,6 +61,21 @@ def give_back_memory() -> None:
     """Returns what is free to the system; glibc keeps what a compiler has freed."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Has Python not look for cycles of garbage meanwhile, as around a trace by jax.
+
+    It makes so many objects that are kept that a fifth of its time would go into looking.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _cpu_lines() -> dict[str, str]:

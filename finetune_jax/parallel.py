@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.machine import give_back_memory
+from finetune_jax.machine import give_back_memory, uncollected
 from finetune_jax.plan import Phase
 
 # Smaller arrays are cheaper to repeat than to gather; chosen by us.
@@ -176,7 +176,9 @@ class Devices:
 def _timed(jitted: Any, *arguments: Any) -> Compiled:
     begin = time.perf_counter()
     options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    compiled = jitted.lower(*arguments).compile(compiler_options=options)
+    with uncollected():
+        lowered = jitted.lower(*arguments)
+    compiled = lowered.compile(compiler_options=options)
     give_back_memory()
     return Compiled(call=compiled, compile_s=time.perf_counter() - begin)
 
@@ -198,7 +200,9 @@ def compiled_for_few(function: Callable, *arguments: Any) -> Callable:
         *arguments: For their shapes.
     """
     options: Any = {"xla_backend_optimization_level": 1}
-    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
+    with uncollected():
+        lowered = jax.jit(function).lower(*arguments)
+    compiled = lowered.compile(compiler_options=options)
     give_back_memory()
     return lambda *given: jax.tree.map(np.asarray, compiled(*given))
 

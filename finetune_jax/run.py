@@ -116,7 +116,7 @@ def inputs_of(
     return {
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": weights.sha256 if weights else {},
+        "weights_sha256": dict(weights.sha256) if weights else {},
         "weights_layout": layout_of(setup.shapes, weights) if weights else None,
     }
 

@@ -13,6 +13,7 @@ from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, make_rules
+from finetune_jax.machine import uncollected
 from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
     check_groups,
@@ -283,7 +284,8 @@ def make_setup(
     if problems := task.check_splits(splits):
         raise problems_error("What is to be measured cannot be:", problems)
     if like is None:
-        shapes = jax.eval_shape(lambda: random_state(task, 0))
+        with uncollected():
+            shapes = jax.eval_shape(lambda: random_state(task, 0))
         random_states = RandomStates(task, shapes)
     else:
         shapes, random_states = like.shapes, like.random_states

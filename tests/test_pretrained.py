@@ -7,8 +7,10 @@ import small
 from safetensors.numpy import load_file, save_file
 
 from finetune_jax.errors import UserError
+from finetune_jax.pretrained import digests
 from finetune_jax.pretrained.addresses import ZOO, read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.mapped import copied
 from finetune_jax.setup import make_setup
 from finetune_jax.trees import digest, named
 
@@ -43,6 +45,29 @@ def test_every_tensor_arrives_to_the_bit(tmp_path):
     assert digest(merged) == digest(tensors)
     data = (tmp_path / "w.safetensors").read_bytes()
     assert list(weights.sha256.values()) == [hashlib.sha256(data).hexdigest()]
+
+
+def test_a_file_that_changes_before_its_digest_is_known_is_an_error(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with digests._TURN:  # So that no digest is computed yet.
+        weights = saved(path, source())
+        assert list(weights.sha256) == [str(path)]
+        path.write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(UserError, match="w.safetensors.* it has changed"):
+        dict(weights.sha256)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 300), (2, 3, 4, 259)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_copies_are_right_in_every_order_and_lie_as_jax_reads_them(shape, dtype):
+    array = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32)
+    views = [array, array.T, array[::2] if shape else array, np.moveaxis(array, -1, 0)]
+    for view in views if shape else [array]:
+        copy = copied(view, np.dtype(dtype))
+        assert copy.flags.c_contiguous and copy.dtype == dtype
+        assert not np.shares_memory(copy, view)
+        assert copy.ctypes.data % 64 == 0 or not copy.size
+        np.testing.assert_array_equal(copy, view.astype(dtype))
 
 
 def test_all_misfits_are_told_at_once(tmp_path):

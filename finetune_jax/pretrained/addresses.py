@@ -17,7 +17,7 @@ import io
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +25,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.pretrained.digests import digests_of, gathered
 from finetune_jax.pretrained.mapped import Bytes, mapped
 from finetune_jax.pretrained.shards import INDEX, joined, shards_of
 from finetune_jax.pretrained.torch_file import read_torch_file
@@ -44,12 +45,13 @@ class Weights:
     Attributes:
         address: Where they come from.
         tensors: By their names there.
-        sha256: Of every file that was read, by path.
+        sha256: Of every file that was read, by path. It may still be computed: to look
+            at one waits for it, and raises a UserError if the file has changed since.
     """
 
     address: str
     tensors: dict[str, np.ndarray]
-    sha256: dict[str, str]
+    sha256: Mapping[str, str]
 
 
 def read_weights(address: str) -> Weights:
@@ -96,23 +98,23 @@ def _file(address: str, place: str) -> Weights:
             f"config.init.pretrained: {place!r} is none of {', '.join(FORMATS)}"
         )
     try:
-        data = mapped(path)
+        sha256, data = digests_of(path), mapped(path)
     except OSError as error:
         raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
     tensors = FORMATS[path.suffix](data, f"config.init.pretrained: {place}")
-    sha256 = {str(path): hashlib.sha256(data).hexdigest()}
     return Weights(address=address, tensors=tensors, sha256=sha256)
 
 
 def _sharded(address: str, index: pathlib.Path) -> Weights:
-    sha256 = {str(index): hashlib.sha256(index.read_bytes()).hexdigest()}
+    sha256: list[Mapping[str, str]] = [digests_of(index)]
 
     def read(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _file(address, str(path))
-        sha256.update(found.sha256)
+        sha256.append(found.sha256)
         return found.tensors
 
-    return Weights(address=address, tensors=joined(index, read), sha256=sha256)
+    tensors = joined(index, read)
+    return Weights(address=address, tensors=tensors, sha256=gathered(*sha256))
 
 
 def _safetensors(data: Bytes, where: str) -> dict[str, np.ndarray]:
@@ -194,11 +196,12 @@ def _package(address: str, place: str) -> Weights:
 
 
 def _known_as(address: str, found: Weights) -> Weights:
-    if len(found.sha256) == 1:
-        (sha256,) = found.sha256.values()
-        return dataclasses.replace(found, sha256={address: sha256})
-    sha256 = {f"{address}/{pathlib.Path(p).name}": h for p, h in found.sha256.items()}
-    return dataclasses.replace(found, sha256=sha256)
+    is_one = len(found.sha256) == 1
+
+    def renamed(path: str) -> str:
+        return address if is_one else f"{address}/{pathlib.Path(path).name}"
+
+    return dataclasses.replace(found, sha256=gathered(found.sha256, renamed=renamed))
 
 
 def _hub(address: str, place: str) -> Weights:

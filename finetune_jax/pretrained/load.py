@@ -12,6 +12,7 @@ from finetune_jax.lookup import closest
 from finetune_jax.models.lora import UPDATES, is_lora
 from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.layout import OURS, Layout, Place, recognise
+from finetune_jax.pretrained.mapped import copied
 from finetune_jax.pretrained.positions import POSITIONS, resized
 from finetune_jax.trees import like, named
 
@@ -138,7 +139,7 @@ def _merged(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
             )
         # A copy, also of what lies right: the file may change or go.
-        merged[name] = np.array(value, leaf.dtype, order="C")
+        merged[name] = copied(value, np.dtype(leaf.dtype))
     return merged, missing, misfits, used
 
 

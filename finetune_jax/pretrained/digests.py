@@ -1,0 +1,91 @@
+"""Digests of weight files, computed beside what else is done."""
+
+import functools
+import hashlib
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from typing import IO
+
+from finetune_jax.errors import UserError
+
+# Bytes that are read at a time: few turns at the interpreter's lock, and little memory.
+_PIECE = 2**22
+# One file after the other: the rest of the machine is for what waits for no digest.
+_TURN = threading.Lock()
+
+
+class Digests(Mapping[str, str]):
+    """The sha256 of files, by name; to look at one waits for it.
+
+    Raises:
+        UserError: When one is looked at: its file cannot be read, or has changed since.
+    """
+
+    def __init__(self, found: Mapping[str, Callable[[], str]]):
+        """Takes what returns each of them."""
+        self._found = found
+
+    def __getitem__(self, name: str) -> str:
+        """Returns the sha256 of one file."""
+        return self._found[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Returns the names, and waits for nothing."""
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        return len(self._found)
+
+
+def gathered(*parts: Mapping[str, str], renamed: Callable[[str], str] = str) -> Digests:
+    """Returns all digests of some, by names that may be others, and waits for none."""
+    return Digests(
+        {
+            renamed(name): functools.partial(part.__getitem__, name)
+            for part in parts
+            for name in part
+        }
+    )
+
+
+def digests_of(path: pathlib.Path) -> Digests:
+    """Returns the sha256 of a file by its path, which a thread computes.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    coming: Future[str] = Future()
+    file = path.open("rb")
+
+    before = os.fstat(file.fileno())
+
+    def compute():
+        try:
+            with file, _TURN:
+                found = _sha256(file)
+                after = os.fstat(file.fileno())
+            if (before.st_size, before.st_mtime_ns) != (
+                after.st_size,
+                after.st_mtime_ns,
+            ):
+                raise OSError("it has changed while it was read")
+            coming.set_result(found)
+        except OSError as error:
+            problem = f"config.init.pretrained: {str(path)!r} cannot be read: {error}"
+            coming.set_exception(UserError(problem))
+
+    # Nothing waits for it where a process ends early.
+    threading.Thread(target=compute, name="digest", daemon=True).start()
+    return Digests({str(path): coming.result})
+
+
+def _sha256(file: IO[bytes]) -> str:
+    """Returns the digest of a file, read and not mapped: it may be cut off meanwhile."""
+    digester, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    while count := file.readinto(piece):  # type: ignore[attr-defined]
+        digester.update(piece[:count])
+    return digester.hexdigest()
