@@ -34,7 +34,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.model.name = "vgg11_bn"
         config.model.dense = 256  # Instead of 4096, for a thousand small images.
         config.init.pretrained = None
-        return configs.tiny(config) if arg == "tiny" else config
+        if arg == "tiny":
+            config.data.update(train="train[:64]", validation="validation[:32]")
+            config.data.test = "test[:32]"
+            return configs.tiny(config)
+        return config
     kind, _, folder = arg.partition("=")
     if kind != "folder" or not folder:
         raise ValueError(f"no variant {arg!r}; there are all and folder=DIR")

@@ -17,7 +17,7 @@ from finetune_jax.strategies import full
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the config; `:tiny` makes two updates on digits."""
+    """Returns the config; `:tiny` makes two updates on few digits."""
     config = configs.default()
     config.data.update(train="train", validation="validation", test="test")
     config.data.update(mean=(0.5,), std=(0.5,), batch_size=32)
@@ -30,7 +30,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.init.pretrained = None
         phase |= {"epochs": 20, "peak_lr": 1e-3, "warmup_steps": 100}
         config.plan = as_config(full(**phase))
-        return configs.tiny(config) if arg == "tiny" else config
+        if arg == "tiny":
+            config.data.update(train="train[:64]", validation="validation[:32]")
+            config.data.test = "test[:32]"
+            return configs.tiny(config)
+        return config
     kind, _, folder = arg.partition("=")
     if kind != "folder" or not folder:
         raise ValueError(f"no variant {arg!r}; there is folder=DIR")
