@@ -60,27 +60,30 @@ def digests_of(path: pathlib.Path) -> Digests:
     """
     coming: Future[str] = Future()
     file = path.open("rb")
-
-    before = os.fstat(file.fileno())
+    before = _version(file)
 
     def compute():
         try:
             with file, _TURN:
                 found = _sha256(file)
-                after = os.fstat(file.fileno())
-            if (before.st_size, before.st_mtime_ns) != (
-                after.st_size,
-                after.st_mtime_ns,
-            ):
-                raise OSError("it has changed while it was read")
+                if _version(file) != before:
+                    raise OSError("it has changed while it was read")
             coming.set_result(found)
         except OSError as error:
             problem = f"config.init.pretrained: {str(path)!r} cannot be read: {error}"
             coming.set_exception(UserError(problem))
+        except Exception as error:  # Whoever waits would wait for ever.
+            coming.set_exception(error)
 
     # Nothing waits for it where a process ends early.
     threading.Thread(target=compute, name="digest", daemon=True).start()
     return Digests({str(path): coming.result})
+
+
+def _version(file: IO[bytes]) -> tuple[int, int]:
+    """Returns what differs once a file was written to."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _sha256(file: IO[bytes]) -> str:
