@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle_models
 import oracles
@@ -19,12 +18,10 @@ from finetune_jax import config as configs
 from finetune_jax.exports import weights
 from finetune_jax.exports.trained import Trained
 from finetune_jax.models import convnext, efficientnet_lite, vit
-from finetune_jax.plan import Phase
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.layout import layouts
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.start import layout_of, random_state, run_data
-from finetune_jax.state import TrainState
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import digest, named
 
@@ -78,7 +75,6 @@ CONVNEXT = {"widths": NARROW, "depths": ONCE}
 VGG = {"dense": 8, "dropout": 0.0}
 EPSILON = {"epsilon": 1e-12}
 VITS = "vit_tiny_patch16"
-KEYS = ("key.bias", "k_lin.bias")
 LITE = Row("timm", "efficientnet_lite0", theirs={"depth": 1})
 ROWS = [
     Row("timm", VITS, theirs=VIT, says=True),
@@ -135,17 +131,17 @@ def began(task, config, address, tokenizer=None):
     )
 
 
-def fine_tuned(trained, batch):
-    """Returns the same after two updates of all parameters."""
-    keys = jnp.stack(list(jax.random.split(jax.random.key(0))))
-    variables = jax.tree.map(jnp.asarray, trained.variables)
-    state = TrainState.create(variables["params"], variables["batch_stats"], keys)
-    phase = Phase(name="all", steps=2, optimizer="sgd")
-    trainer = small.Trainer(trained.task, phase, state=state)
-    for _ in range(2):
-        trainer.update(batch, rate=1e-2)
-    after = {"params": trainer.state.params, "batch_stats": trainer.state.batch_stats}
-    return dataclasses.replace(trained, variables=jax.device_get(after))
+def fine_tuned(trained):
+    """Returns the same with every number moved, as updates do; compiling them is dear.
+
+    Whole runs are exported in `test_export_published` and `test_export_texts`.
+    """
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda leaf: (leaf * rng.uniform(0.9, 1.1, leaf.shape)).astype(leaf.dtype),
+        trained.variables,
+    )
+    return dataclasses.replace(trained, variables=variables)
 
 
 def written(trained, folder):
@@ -161,9 +157,9 @@ def assert_same(found, wanted):
 
 
 def assert_moved(after, before):
-    """Every tensor that learns has moved; keys' biases change no softmax."""
+    """Every tensor that learns has moved."""
     still = [name for name in after if np.array_equal(after[name], before[name])]
-    assert not [n for n in still if before[n].ndim and not n.endswith(KEYS)], still
+    assert not [name for name in still if before[name].ndim], still
 
 
 def answers_of(trained, inputs, key="logits"):
@@ -208,7 +204,7 @@ def test_weights_go_back_to_their_library(row, tmp_path):
     save_file({k: np.array(v) for k, v in before.items()}, tmp_path / "w.safetensors")
     trained = began(task, config, f"file:{tmp_path}/w.safetensors")
     assert_same(written(trained, tmp_path / "same")[0], before)
-    trained = fine_tuned(trained, small.batch(4, (32, 32, 3)))
+    trained = fine_tuned(trained)
     after, _ = written(trained, tmp_path / "after")
     assert_moved(after, before)
     if row.layout:
@@ -268,8 +264,8 @@ def their_logits(folder, kind, inputs):
     from safetensors.torch import load_file
 
     transformers = oracles.import_transformers()
-    auto = {"BertModel": "AutoModel"}.get(kind, "AutoModel" + kind[kind.index("For") :])
-    make = getattr(transformers, auto, None) or getattr(transformers, kind)
+    make = getattr(transformers, f"AutoModel{kind.partition('Bert')[2]}", None)
+    make = make or transformers.AutoModel
     module, info = make.from_pretrained(folder, output_loading_info=True)
     assert type(module).__name__ == kind
     assert not [value for value in info.values() if value]
@@ -303,8 +299,7 @@ def test_encoders_go_back_to_transformers(row, tmp_path):
             config.init.fresh = ("head/.*",)
     trained = began(task, config, f"file:{tmp_path}/w.safetensors")
     assert_same(written(trained, tmp_path / "same")[0], before)
-    micro = {key: value[None] for key, value in batch.items()}
-    trained = fine_tuned(trained, micro)
+    trained = fine_tuned(trained)
     after, text = written(trained, tmp_path / "after")
     pooler = {n for n in before if kind == "BertModel" and "pooler" in n}
     assert_moved({n: t for n, t in after.items() if n not in pooler}, before)

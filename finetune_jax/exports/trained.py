@@ -131,7 +131,7 @@ def trained_from(
     if isinstance(module, LoRA):
         params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
         module = module.module
-    spec, changes = predictor.spec, {"models": {"": module}}
+    spec, changes = predictor.spec, dict[str, Any](models={"": module})
     if spec.text is not None:  # Others may be longer than those of the run.
         shape = (2, spec.text.options.max_tokens)
         spec = dataclasses.replace(spec, shape=shape, train_shape=shape)

@@ -14,8 +14,6 @@ from finetune_jax.config import Config
 from finetune_jax.errors import UserError
 from finetune_jax.pretrained.beside import read_beside
 
-# Where neither the config nor the weights say anything.
-PLAIN = {"mean": (0.0,), "std": (1.0,), "interpolation": "bilinear"}
 # Of Pillow, as transformers writes them.
 _RESAMPLED = {2: "bilinear", 3: "bicubic"}
 # What belongs together: an image size of one and a crop of the other would not.
@@ -28,6 +26,7 @@ def filled(config: Config) -> tuple[Config, list[str]]:
     """Returns the config with the preprocessing of its weights, and lines that tell it.
 
     What the config says counts; where the weights say something else, a line tells both.
+    Where they say nothing it is the config itself.
 
     Args:
         config: Resolved; None in `data` is what is not given.
@@ -35,6 +34,8 @@ def filled(config: Config) -> tuple[Config, list[str]]:
     found, where = {}, None
     if config.init.pretrained is not None and not config.data.text:
         found, where = beside(config.init.pretrained)
+    if not found:
+        return config, []
     full = copy.deepcopy(config)
     data, lines, taken = full.data, [], {}
     if config.data.channels == 1:
@@ -51,9 +52,6 @@ def filled(config: Config) -> tuple[Config, list[str]]:
                 f"config.data.{key}: {given!r}, but {where} says {value!r}, with which "
                 "the weights were trained"
             )
-    for key, value in PLAIN.items():
-        if data[key] is None:
-            data[key] = value
     if taken:
         told = ", ".join(f"{key}={value!r}" for key, value in taken.items())
         lines.insert(0, f"config.data: {told}, as {where} says")
