@@ -44,6 +44,6 @@ def _sizes(trained: Trained) -> tuple[Any, ...]:
     """Returns the shape of a batch: of any size, and of texts of any length, too."""
     if trained.spec.text is None:
         return *export.symbolic_shape("b"), *trained.inputs.shape
-    longest = trained.inputs.shape[-1]
+    rows, longest = trained.inputs.shape
     batch, tokens = export.symbolic_shape("b, t", constraints=[f"t <= {longest}"])
-    return batch, 2, tokens
+    return batch, rows, tokens

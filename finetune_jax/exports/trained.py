@@ -133,7 +133,7 @@ def trained_from(
         module = module.module
     spec, changes = predictor.spec, dict[str, Any](models={"": module})
     if spec.text is not None:  # Others may be longer than those of the run.
-        shape = (2, spec.text.options.max_tokens)
+        shape = (spec.shape[0], spec.text.options.max_tokens)
         spec = dataclasses.replace(spec, shape=shape, train_shape=shape)
         changes["data"] = spec
     return Trained(
