@@ -237,7 +237,7 @@ def text_task(tmp_path, name, pool, **arguments):
     """Returns a config, its task and a batch of texts."""
     is_tagged = pool == "none"
     folder = tmp_path / "texts"
-    (test_text.tagged if is_tagged else texts.write)(folder)
+    (texts.write_tagged if is_tagged else texts.write)(folder)
     make = test_text.tag_config if is_tagged else test_text.config
     config = make(folder)
     with config.unlocked():
