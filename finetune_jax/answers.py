@@ -131,12 +131,18 @@ class Classes:
         )
         right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
         accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
-        if self.class_weights:
-            class_weight_1xK = jnp.asarray(self.class_weights, weight_B.dtype)[None]
-            target_BxK = target_BxK[:, : len(self.class_weights)]
-            weight_B *= jnp.sum(target_BxK * class_weight_1xK, axis=-1)
+        weight_B = self.weights(logits_BxK, batch)
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         return loss, {"loss": loss, "accuracy": accuracy}
+
+    def weights(self, logits_BxK: jax.Array, batch: Mapping) -> jax.Array:
+        """Returns how much each example counts in the loss, its class considered."""
+        weight_B = batch["weight"]
+        if self.class_weights:
+            class_weight_1xK = jnp.asarray(self.class_weights, weight_B.dtype)[None]
+            target_BxK = _target(batch, logits_BxK)[:, : len(self.class_weights)]
+            weight_B *= jnp.sum(target_BxK * class_weight_1xK, axis=-1)
+        return weight_B
 
     def outputs(self, logits_BxK: jax.Array) -> dict:
         """Returns the logits."""

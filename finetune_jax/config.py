@@ -22,6 +22,7 @@ from finetune_jax.defaults import (
     ENTRIES,
     MOST_CLASSES,
     NO_RESULT_DEPENDS_ON,
+    OPEN_ENTRIES,
     OPEN_SECTIONS,
     OPTIONAL,
     POSITIVE,
@@ -137,7 +138,9 @@ def entry_of(
         )
         entry = {}
     for key in entry:
-        if key not in full:
+        if key not in full and table in OPEN_ENTRIES:
+            full[key] = _as_value(entry[key])
+        elif key not in full:
             found.append(f"config.{path}{key}: unknown{closest(key, full)}")
         elif isinstance(full[key], ml_collections.ConfigDict):
             if not hasattr(entry[key], "keys"):
@@ -170,6 +173,16 @@ _A_KIND = {
 
 def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_value(value: Any) -> Any:
+    is_section = hasattr(value, "keys")
+    return ml_collections.ConfigDict(dict(value)) if is_section else _as_tuple(value)
+
+
+def _is_open(path: str) -> bool:
+    """Returns whether a section, or an entry of a table, takes keys of any name."""
+    return path in OPEN_SECTIONS or re.sub(r"\[\d+\]$", "", path) in OPEN_ENTRIES
 
 
 def _is_optional(name: str) -> bool:
@@ -210,8 +223,10 @@ def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
     section, seen = config, ""
     for part in parts[:-1]:
         inside = part.startswith("[")
-        if seen in OPEN_SECTIONS and part.endswith("_args") and part not in section:
-            section[part] = ml_collections.ConfigDict()
+        is_section = part.endswith("_args") or (part == "head" and "[" in seen)
+        if _is_open(seen) and is_section and part not in section:
+            with section.unlocked():
+                section[part] = ml_collections.ConfigDict()
         position: Any = int(part[1:-1]) if inside else part
         try:
             section = section[position]
@@ -222,7 +237,8 @@ def _override(config: Any, key: str, text: str, problems: list[str]) -> None:
             return
         seen += part if inside or not seen else f".{part}"
     name = parts[-1] if parts else ""
-    is_open = seen in OPEN_SECTIONS or seen.endswith("_args")
+    # What a member says of its head stands before what `model` says.
+    is_open = _is_open(seen) or seen.endswith(("_args", "].head"))
     if name and is_open and name not in section:
         with section.unlocked():
             section[name] = _as_tuple(_parse(text, object))
@@ -330,8 +346,10 @@ def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def to_json(config: Config) -> str:
     """Returns the config as JSON text; tuples become lists."""
     plain = config.to_dict()
-    plain["plan"] = [entry.to_dict() for entry in config.plan]
-    plain["evaluate"]["also"] = [entry.to_dict() for entry in config.evaluate.also]
+    for table in ENTRIES:
+        section, _, key = table.rpartition(".")
+        holder = plain[section] if section else plain
+        holder[key] = [entry.to_dict() for entry in holder[key]]
     return json.dumps(plain, indent=2) + "\n"
 
 

@@ -84,7 +84,16 @@ ALSO: dict[str, Any] = {
     "resize": None,
     "split_seed": 0,
 }
-ENTRIES: dict[str, dict[str, Any]] = {"plan": PHASE, "evaluate.also": ALSO}
+# An entry of `model.members`: one of several models. What else may stand in it is what
+# may stand in `model`, which says all that an entry does not: see members.py.
+MEMBER: dict[str, Any] = {"label": None, "name": None, "pretrained": None}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "plan": PHASE,
+    "evaluate.also": ALSO,
+    "model.members": MEMBER,
+}
+# Tables whose entries have other keys, too, like `OPEN_SECTIONS`.
+OPEN_ENTRIES = ("model.members",)
 OPTIONAL: dict[str, dict[str, type]] = {
     "plan": {
         "steps": int,
@@ -101,6 +110,7 @@ OPTIONAL: dict[str, dict[str, type]] = {
         "std": tuple,
         "resize": int,
     },
+    "model.members": {"label": str, "name": str, "pretrained": str},
 }
 
 
@@ -124,6 +134,7 @@ def default() -> Config:
     config.model.lora_rank = 0  # Of the low-rank updates; 0 has none.
     config.model.lora_alpha = 1.0  # Their product is scaled by alpha / rank.
     config.model.lora_targets = (r"(?!head/).*",)  # Regexes of the kernels.
+    config.model.members = ()  # Of tasks with several models: see members.py.
     config.init = ml_collections.ConfigDict()
     config.init.pretrained = optional(str)  # A weights address; None starts at random.
     config.init.fresh = ()  # Regexes of the names that keep their initial value.

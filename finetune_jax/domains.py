@@ -81,7 +81,7 @@ def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarr
     return {
         name: leaf
         for name, leaf in named({"params": params, "batch_stats": batch_stats}).items()
-        if stage_of(name.partition("/")[2], task.prefixes) == task.stages[-1]
+        if stage_of(name.partition("/")[2], task.prefixes) in task.heads
     }
 
 
@@ -287,8 +287,9 @@ def _pretrained_head(task: Task, weights: Weights) -> dict[str, np.ndarray]:
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
         {"params": shapes.params, "batch_stats": shapes.batch_stats},
     )
-    others = (rf"(?!{re.escape(task.stages[-1])}/).*",)
-    loaded = load_weights(zeros, weights, fresh=others if len(task.stages) > 1 else ())
+    others = (rf"(?!({'|'.join(map(re.escape, task.heads))})/).*",)
+    has_others = len(task.stages) > len(task.heads)
+    loaded = load_weights(zeros, weights, fresh=others if has_others else ())
     return _last_stage(task, loaded["params"], loaded["batch_stats"])
 
 

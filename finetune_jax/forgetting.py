@@ -17,7 +17,7 @@ from finetune_jax.setup import Setup
 from finetune_jax.state import TrainState
 from finetune_jax.step import eval_step
 from finetune_jax.tasks.task import EVALUATION, Task, apply
-from finetune_jax.trees import count, like, named, stage_of
+from finetune_jax.trees import count, like, named, part, stage_of
 
 # Features whose Gram matrix is taken at once, and values of the gradients of examples
 # that lie on the device at once: bounds of memory, chosen by us.
@@ -190,7 +190,7 @@ def stage_features(
         prefix, _, name = stage.rpartition("/")
         if name == task.models[prefix].stages[0]:  # type: ignore[attr-defined]
             x = batch["inputs"]
-        variables = {k: t.get(prefix, {}) if prefix else t for k, t in trees.items()}
+        variables = {key: part(tree, prefix) for key, tree in trees.items()}
         x, _ = apply(task, prefix, variables, x, mode=EVALUATION, first=name, last=name)
         found[stage] = jnp.concatenate(
             [
@@ -266,7 +266,7 @@ def domain_fisher(
         found |= {
             name: np.zeros_like(leaf)
             for name, leaf in named(start.params).items()
-            if stage_of(name, domain.task.prefixes) == domain.task.stages[-1]
+            if stage_of(name, domain.task.prefixes) in domain.task.heads
         }
     return like(start.params, found)
 

@@ -150,12 +150,12 @@ def cut(
     return ((f"({upper})/.*", scheme, *arguments),)
 
 
-def make_rules(schemes: Sequence[Any], pretrained: str | None) -> tuple[Rule, ...]:
+def make_rules(schemes: Sequence[Any], *pretrained: str | None) -> tuple[Rule, ...]:
     """Returns the rules of `config.init.schemes`, checked as far as they can be alone.
 
     Args:
         schemes: From the config.
-        pretrained: `config.init.pretrained`.
+        *pretrained: Addresses of the weights that models begin with, if any.
 
     Raises:
         UserError: Lists what is no rule, unknown schemes and arguments that do not fit.
@@ -177,7 +177,7 @@ def make_rules(schemes: Sequence[Any], pretrained: str | None) -> tuple[Rule, ..
             problems.append(f"{where}: no scheme {name!r}{hint} There are: {known}.")
             continue
         problems += [f"{where}: {text}" for text in _misfits(name, arguments)]
-        if SCHEMES[name].reads_weights and pretrained is None:
+        if SCHEMES[name].reads_weights and not any(pretrained):
             problems.append(
                 f"{where}: {name!r} starts from pretrained values, but "
                 "config.init.pretrained is None"
@@ -254,15 +254,11 @@ def check_rules(
             if not classes:
                 problems.append(f"{where}, {rule.name!r}: the data has no classes")
                 continue
-            ends = {
-                (f"{prefix}/" if prefix else "") + module.stages[-1]  # type: ignore
-                for prefix, module in task.models.items()
-            }
             problems += [
                 f"{where}, {rule.name!r}: {name} {shapes[name].shape} is not the last "
                 f"layer's bias, with a value for each of the {classes} classes"
                 for name in names
-                if stage_of(name, task.prefixes) not in ends
+                if stage_of(name, task.prefixes) not in task.heads
                 or name.rpartition("/")[2] != "bias"
                 or shapes[name].shape != (classes,)
             ]

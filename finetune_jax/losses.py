@@ -117,6 +117,23 @@ def huber(
     return optax.huber_loss(prediction_BxT, target_BxT, delta=delta).mean(axis=-1)
 
 
+def divergence(
+    teacher_BxK: jax.Array, logits_BxK: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """Returns how far predictions are from a teacher's, KL(teacher || own) T^2, [B].
+
+    Both are logits, divided by the temperature T before the softmax; T^2 makes the
+    gradient as large as at T = 1.
+
+    Source: Hinton et al. 2015, section 2.
+    """
+    kind = jnp.promote_types(logits_BxK.dtype, jnp.float32)
+    own_BxK = jax.nn.log_softmax(logits_BxK.astype(kind) / temperature)
+    wanted_BxK = jax.nn.log_softmax(teacher_BxK.astype(kind) / temperature)
+    apart_B = jnp.sum(jnp.exp(wanted_BxK) * (wanted_BxK - own_BxK), axis=-1)
+    return apart_B * temperature**2
+
+
 CLASSIFICATION = {
     "cross_entropy": cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,

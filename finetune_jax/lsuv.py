@@ -19,7 +19,7 @@ from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import EVALUATION, Task, apply
-from finetune_jax.trees import like, named
+from finetune_jax.trees import like, named, part
 
 
 def scale_layers(
@@ -53,10 +53,7 @@ def scale_layers(
         prepared = task.prepare(batch, jax.random.key(0), EVALUATION)
         for prefix in task.prefixes:
             trees = {"params": params, "batch_stats": batch_stats}
-            variables = {
-                key: tree.get(prefix, {}) if prefix else tree
-                for key, tree in trees.items()
-            }
+            variables = {key: part(tree, prefix) for key, tree in trees.items()}
             with nn.intercept_methods(_recorder(prefix, chosen, found)):
                 apply(task, prefix, variables, prepared["inputs"], mode=EVALUATION)
         order[:] = found

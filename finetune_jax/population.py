@@ -125,8 +125,8 @@ def run_population(
     members = member_configs(config)
     setup, domains = open_run(config, terminal)
     setups = _setups(setup, members)
-    _, weights = setup.start(measure=False)
-    inputs = inputs_of(setup, domains, weights)
+    _, loaded = setup.start(measure=False)
+    inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs)

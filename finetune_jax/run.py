@@ -25,7 +25,6 @@ from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
-from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.preprocessing import filled
 from finetune_jax.regularisers import READS_FISHER
 from finetune_jax.report.log import MetricsLog
@@ -33,7 +32,7 @@ from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import Tracker, make_trackers
 from finetune_jax.setup import Setup, make_setup
-from finetune_jax.start import layout_of, tokenizer_of, told_of
+from finetune_jax.start import Loaded, tokenizer_of
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
 from finetune_jax.tables import Tables
@@ -70,13 +69,12 @@ def run(
     check_same_run(workdir, config)
     setup, domains = open_run(config, terminal)
     begun = (workdir / "checkpoints" / "0").is_dir()
-    start, weights = setup.start(measure=not begun)
-    for line in told_of(weights, config.precision):
+    start, loaded = setup.start(measure=not begun)
+    for line in loaded.told:
         terminal.warn(line)
     setup.random_states.forget()
     setup = setup.in_memory()
-    inputs = inputs_of(setup, domains, weights)
-    del weights  # They take as much memory as the model.
+    inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs)
@@ -110,14 +108,14 @@ def open_run(config: Config, terminal: Terminal) -> tuple[Setup, tuple[Domain, .
 
 
 def inputs_of(
-    setup: Setup, domains: tuple[Domain, ...], weights: Weights | None
+    setup: Setup, domains: tuple[Domain, ...], loaded: Loaded
 ) -> dict[str, Any]:
     """Returns what the manifest says of data and weights."""
     return {
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": dict(weights.sha256) if weights else {},
-        "weights_layout": layout_of(setup.shapes, weights) if weights else None,
+        "weights_sha256": dict(loaded.sha256),
+        "weights_layout": loaded.layout,
     }
 
 
@@ -269,6 +267,9 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
         return None
     if data.on_error == "skip":
         terminal.say("inputs of later stages are not kept: config.data.on_error=skip")
+        return None
+    if setup.task.prefixes != ("",):
+        terminal.say("inputs of later stages are not kept: there are several models")
         return None
     return FeatureStore(
         task=setup.task,

@@ -14,6 +14,7 @@ from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, make_rules
 from finetune_jax.machine import uncollected
+from finetune_jax.members import weights_addresses
 from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
     check_groups,
@@ -30,7 +31,6 @@ from finetune_jax.plan import (
     groups,
     plan_from_config,
 )
-from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.regularisers import (
     READS_FISHER,
     READS_START,
@@ -38,10 +38,16 @@ from finetune_jax.regularisers import (
     match_problems,
 )
 from finetune_jax.schedules import check_schedule, plateau_metric
-from finetune_jax.start import RandomStates, random_state, run_data, starting_state
+from finetune_jax.start import (
+    Loaded,
+    RandomStates,
+    random_state,
+    run_data,
+    starting_state,
+)
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
-from finetune_jax.tasks import make_task, task_module
+from finetune_jax.tasks import check_members, make_task, task_module
 from finetune_jax.tasks.task import Mode, Task
 from finetune_jax.trees import named, stage_of
 
@@ -225,8 +231,8 @@ class Setup:
         data = self.data.in_memory(self.config.data.memory_gb * 1e9)
         return dataclasses.replace(self, data=data)
 
-    def start(self, *, measure: bool = True) -> tuple[TrainState, Weights | None]:
-        """Returns the state before the first update, on the host, and its weights.
+    def start(self, *, measure: bool = True) -> tuple[TrainState, Loaded]:
+        """Returns the state before the first update, on the host, and its origin.
 
         Args:
             measure: Whether schemes that run the model on examples do so. A run that
@@ -248,7 +254,8 @@ def metric_names(config: Config) -> tuple[str, ...]:
             tuple.
     """
     arguments = dict(config.task)
-    names = task_module(arguments["name"]).METRICS
+    module = task_module(arguments["name"])
+    names = module.METRICS
     if isinstance(names, Mapping):
         where = f"config.data.labels, for the task {arguments['name']!r}"
         names = lookup.choose(names, config.data.labels, where)
@@ -256,6 +263,8 @@ def metric_names(config: Config) -> tuple[str, ...]:
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")
     names = tuple(dict.fromkeys((*names, "loss")))
+    if hasattr(module, "measured"):
+        names = module.measured(config, names)
     has_ema = config.evaluate.ema_decay is not None
     return names + tuple(f"ema_{name}" for name in names if has_ema)
 
@@ -274,7 +283,7 @@ def make_setup(
         UserError: Anything in the config that does not fit anything else.
     """
     plan = plan_from_config(config.plan)
-    rules = make_rules(config.init.schemes, config.init.pretrained)
+    rules = make_rules(config.init.schemes, *weights_addresses(config).values())
     devices = make_devices(config.parallel)
     check_phases(config, plan, devices.count)
     if data is None:
@@ -334,7 +343,8 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         UserError: Optimizers, schedules or metrics that there are not; a batch that does
             not divide.
     """
-    problems = [text for phase in plan for text in check_schedule(phase)]
+    problems = check_members(config)
+    problems += [text for phase in plan for text in check_schedule(phase)]
     for phase in plan:
         where = f"phase {phase.name!r}, regularise"
         if wrong := entry_problems(phase.regularise, where):

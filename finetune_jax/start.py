@@ -1,17 +1,22 @@
 """What a run begins with: its data, and a state at random, from weights, by schemes."""
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data, make_data
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import initialise, make_rules
+from finetune_jax.lookup import closest
 from finetune_jax.lsuv import first_examples
 from finetune_jax.machine import memory
+from finetune_jax.members import weights_addresses
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import check_labels
@@ -21,7 +26,7 @@ from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
 from finetune_jax.pretrained.tokenizer import files_beside, find_tokenizer
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
-from finetune_jax.trees import like, named, nbytes
+from finetune_jax.trees import like, named, nbytes, part, with_part
 
 
 def run_data(config: Config) -> Data:
@@ -162,6 +167,26 @@ def _leaves_of_keys(
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Where the weights of a state came from.
+
+    Attributes:
+        sha256: Of every file, by its path.
+        layouts: By the prefix of the models that they are of.
+        told: What a reader should know of them.
+    """
+
+    sha256: Mapping[str, str]
+    layouts: Mapping[str, str]
+    told: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Any:
+        """That of the one address, or one for each model that had one."""
+        return self.layouts[""] if "" in self.layouts else dict(self.layouts) or None
+
+
 def starting_state(
     task: Task,
     data: Data,
@@ -169,8 +194,8 @@ def starting_state(
     random_states: RandomStates,
     *,
     measure: bool = True,
-) -> tuple[TrainState, Weights | None]:
-    """Returns the state before the first update, on the host, and its weights.
+) -> tuple[TrainState, Loaded]:
+    """Returns the state before the first update, on the host, and what it was read from.
 
     Args:
         task: Has the models.
@@ -185,34 +210,79 @@ def starting_state(
     """
     random_states.check_size()
     drawn, init = seeds(config), config.init
-    rules = make_rules(init.schemes, init.pretrained)
-    weights, wanted = None, None
-    if init.pretrained is not None:
-        weights = read_weights(init.pretrained)
-        is_fresh = fresh_in(weights, init.fresh)
-        if not is_fresh("params/head/logits/kernel"):
-            check_labels(init.pretrained, data.spec.class_names)
-        # To draw what is loaded anyway takes longer than to load it.
-        wanted = None if rules else is_fresh
-    state = own = random_states(drawn, wanted)
-    if weights is not None:
-        variables = load_weights(
-            {"params": own.params, "batch_stats": own.batch_stats},
-            weights,
+    weights = {p: read_weights(a) for p, a in weights_addresses(config).items()}
+    rules = make_rules(init.schemes, *(w.address for w in weights.values()))
+    # To draw what is loaded anyway takes longer than to load it.
+    wanted = None if rules or not weights else _not_loaded(weights, init.fresh)
+    own = random_states(drawn, wanted)
+    variables = {"params": own.params, "batch_stats": own.batch_stats}
+    layouts, told = {}, []
+    for prefix, read in weights.items():
+        mine = {key: part(tree, prefix) for key, tree in variables.items()}
+        if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
+            check_labels(read.address, data.spec.class_names)
+        told += told_of(read, config.precision)
+        layouts[prefix] = recognise(named(mine), read.tensors, read.address).name
+        loaded = load_weights(
+            mine,
+            read,
             fresh=init.fresh,
             adapt_input=init.input_channels == "adapt",
-            stem=task.stages[0],
-            left_out=task.left_out(),
+            stem=_first_stage(task, prefix),
+            left_out=() if prefix else task.left_out(),
+            prefix=prefix,
         )
-        state = own.replace(**variables)
+        variables = {k: with_part(t, prefix, loaded[k]) for k, t in variables.items()}
+    if weights and "" not in weights:
+        _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
     state = initialise(
         own,
-        state,
+        own.replace(**variables),
         rules,
         task=task,
         spec=data.spec,
         seed=drawn["init"],
         first_batch=batch if measure else None,
     )
-    return state, weights
+    sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
+    return state, Loaded(sha256=sha256, layouts=layouts, told=tuple(told))
+
+
+def _first_stage(task: Task, prefix: str) -> str:
+    """Returns the first stage of a model, without its prefix."""
+    names = [
+        stage for stage in task.stages if not prefix or stage.startswith(f"{prefix}/")
+    ]
+    return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
+
+
+def _not_loaded(
+    weights: Mapping[str, Weights], fresh: Sequence[str]
+) -> Callable[[str], bool]:
+    """Returns whether a leaf is not taken from the weights, by its full name."""
+    is_fresh = {p: fresh_in(w, fresh, p) for p, w in weights.items()}
+
+    def wanted(name: str) -> bool:
+        kind, _, rest = name.partition("/")
+        prefix, _, inside = rest.partition("/")
+        if prefix in is_fresh:
+            return is_fresh[prefix](f"{kind}/{inside}")
+        return "" not in is_fresh or is_fresh[""](name)
+
+    return wanted
+
+
+def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
+    """Checks that every regex matches something.
+
+    Raises:
+        UserError: Lists those that do not.
+    """
+    problems = [
+        f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, names)}"
+        for pattern in fresh
+        if not any(re.fullmatch(pattern, name) for name in names)
+    ]
+    if problems:
+        raise problems_error("What shall keep its initial value:", problems)

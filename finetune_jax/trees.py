@@ -40,6 +40,18 @@ def stage_of(name: str, prefixes: tuple[str, ...] = ("",)) -> str:
     return "/".join(parts[: 2 if parts[0] in prefixes else 1])
 
 
+def part(tree: Any, prefix: str) -> Any:
+    """Returns what a tree has of one model: nothing, or all of it for the prefix ''."""
+    return tree.get(prefix, {}) if prefix else tree
+
+
+def with_part(tree: Any, prefix: str, of_model: Any) -> Any:
+    """Returns a tree with what it has of one model replaced, where it has anything."""
+    if not prefix:
+        return of_model
+    return {**tree, prefix: of_model} if prefix in tree else tree
+
+
 def count(tree: Any) -> int:
     """Returns the number of values in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

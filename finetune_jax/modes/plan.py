@@ -22,6 +22,7 @@ from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_
 from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.flops import count_flops
 from finetune_jax.initialise import check_rules, make_rules
+from finetune_jax.members import labels_of, weights_addresses
 from finetune_jax.modes.options import Options
 from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
@@ -54,7 +55,7 @@ def main(config: Config, options: Options) -> int:
         count_of = len(member_configs(config))
         print(f"{count_of} members; this is the plan without what they override")
     plan = plan_from_config(config.plan)
-    rules = make_rules(config.init.schemes, config.init.pretrained)
+    rules = make_rules(config.init.schemes, *weights_addresses(config).values())
     check_phases(config, plan, make_devices(config.parallel).count)
     spec = spec_of(config)
     task = make_task(config, spec)
@@ -74,7 +75,8 @@ def main(config: Config, options: Options) -> int:
         outputs = f"{len(spec.pixel_classes)} classes of pixels"
     console = Console(soft_wrap=True)
     console.print(
-        f"{config.model.name}: {count(state.params):,} parameters in "
+        f"{', '.join(labels_of(config.model)) or config.model.name}: "
+        f"{count(state.params):,} parameters in "
         f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
         f"{'x'.join(map(str, spec.shape))}, {outputs}; "
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",

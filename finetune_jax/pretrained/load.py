@@ -20,16 +20,20 @@ from finetune_jax.trees import like, named
 _HINTS = 20
 
 
-def fresh_in(weights: Weights, fresh: Sequence[str]) -> Callable[[str], bool]:
+def fresh_in(
+    weights: Weights, fresh: Sequence[str], prefix: str = ""
+) -> Callable[[str], bool]:
     """Returns whether a leaf keeps its initial value, by its name.
 
     Args:
         weights: Where they have no low-rank updates, those of the model keep theirs.
         fresh: Regexes of names, without the collection.
+        prefix: Of the model, which these names begin with and those asked for do not.
     """
     kept = fresh if any(map(is_lora, weights.tensors)) else (*fresh, UPDATES)
+    before = f"{prefix}/" if prefix else ""
     return lambda name: any(
-        re.fullmatch(pattern, name.partition("/")[2]) for pattern in kept
+        re.fullmatch(pattern, before + name.partition("/")[2]) for pattern in kept
     )
 
 
@@ -41,6 +45,7 @@ def load_weights(
     adapt_input: bool = False,
     stem: str = "",
     left_out: Sequence[str] = (),
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Returns `variables` with every leaf taken from the weights.
 
@@ -55,14 +60,16 @@ def load_weights(
         stem: The model's first stage.
         left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
             may have besides, and that are not wanted.
+        prefix: Of the model, where these are the variables of one of several.
 
     Raises:
         UserError: Lists every leaf that the weights lack or have in another shape, every
-            tensor that is not used, and every regex in `fresh` that matches nothing.
+            tensor that is not used, and every regex in `fresh` that matches nothing, if
+            there is no prefix.
     """
     saved, names = weights.tensors, named(dict(variables))
     layout = recognise(names, saved, weights.address)
-    is_fresh = fresh_in(weights, fresh)
+    is_fresh = fresh_in(weights, fresh, prefix)
     merged, missing, misfits, used = _merged(
         names,
         weights,
@@ -83,11 +90,12 @@ def load_weights(
     problems += [
         f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, everything)}"
         for pattern in fresh
-        if not any(re.fullmatch(pattern, name) for name in everything)
+        if not prefix and not any(re.fullmatch(pattern, name) for name in everything)
     ]
     if problems:
         raise problems_error(
-            f"{weights.address} (layout: {layout.name}) does not fit the model:",
+            f"{weights.address} (layout: {layout.name}) does not fit the model"
+            f"{f' {prefix!r}' if prefix else ''}:",
             problems,
             "Name what should keep its initial value in config.init.fresh, such as "
             "('head/.*',); config.init.input_channels='adapt' fits a stem to other "

@@ -1,11 +1,14 @@
 """Tasks: `task.py` is the contract, every other file one task, found by its name."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from finetune_jax import lookup
 from finetune_jax.config import Config
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.members import member_models, member_problems
 from finetune_jax.tasks.task import Task
 
 
@@ -16,14 +19,33 @@ def make_task(config: Config, spec: DataSpec) -> Task:
         UserError: Unknown names or arguments in `config.task` or `config.model`.
     """
     arguments = dict(config.task)
-    return lookup.call(
-        task_module(arguments.pop("name")).make,
-        arguments,
-        "config.task",
-        data=spec,
-        model=dict(config.model),
-        precision=config.precision,
-    )
+    make = task_module(arguments.pop("name")).make
+    given = {"data": spec, "precision": config.precision}
+    given["model"] = {k: config.model[k] for k in config.model if k != "members"}
+    if takes_members(make):
+        given["members"] = member_models(config.model)
+    return lookup.call(make, arguments, "config.task", **given)
+
+
+def takes_members(make: Callable) -> bool:
+    """Returns whether a task is one of several models."""
+    return "members" in inspect.signature(make).parameters
+
+
+def check_members(config: Config) -> list[str]:
+    """Returns what is wrong with `config.model.members`, before data is opened.
+
+    Raises:
+        UserError: No such task.
+    """
+    name, members = config.task["name"], config.model.members
+    if members and not takes_members(task_module(name).make):
+        return [
+            f"config.model.members: {len(members)} of them, but the task {name!r} has "
+            "one model, which config.model describes; leave them out, or choose a task "
+            "of several models, such as 'mutual'"
+        ]
+    return member_problems(config)
 
 
 def task_module(name: str) -> Any:

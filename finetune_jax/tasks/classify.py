@@ -10,14 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import losses
 from finetune_jax.answers import Classes, logits_asked, make_classes
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError
-from finetune_jax.mix import check_mix, mixed
+from finetune_jax.inputs import (
+    batch_specs,
+    check_has_classes,
+    prepared,
+    random_variables,
+    with_mixtures,
+)
+from finetune_jax.mix import check_mix
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task
+from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("accuracy", "loss")
 
@@ -39,61 +44,25 @@ class Classify(Task):
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Inputs as the source gives them, and class indices."""
-        return {
-            "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
-            "label": self.answer.label,
-        }
+        return batch_specs(self.data, self.answer.label, training=False)
 
     @property
     def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The same; images as large as augmentation takes them."""
-        inputs = self.batch_spec["inputs"]
-        shape = self.data.train_shape
-        return self.batch_spec | {"inputs": jax.ShapeDtypeStruct(shape, inputs.dtype)}
+        return batch_specs(self.data, self.answer.label, training=True)
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
-        x = jnp.zeros((1, *self.data.shape), jnp.float32)
-        variables = self.models[""].init(rng, x, train=False)
-        # Flax starts running averages in float32, whatever the parameters are.
-        batch_stats = jax.tree.map(
-            lambda leaf: leaf.astype(self._float()), variables.get("batch_stats", {})
-        )
-        return variables["params"], batch_stats
+        return random_variables(self.models, self.data.shape, rng, self._float())
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch with inputs augmented (in training) and normalised.
 
         Where examples are mixed, 'target' [B, K] has the shares of the classes.
         """
-        inputs = batch["inputs"]
-        if jnp.issubdtype(inputs.dtype, jnp.integer):
-            inputs = inputs / jnp.asarray(255, self._float())
-        inputs = inputs.astype(self._float())
-        if mode != EVALUATION and self.data.augment:
-            keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            augment = make_augment(
-                self.data.augment, self.data.shape[:2], fill=self.data.mean
-            )
-            inputs = augment(inputs, keys(batch["position"]))
-        last = (1,) * (inputs.ndim - 1) + (-1,)
-        mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
-        std = jnp.asarray(self.data.std, self._float()).reshape(last)
-        batch = {**batch, "inputs": (inputs - mean) / std}
-        if mode != EVALUATION and self.data.mix:
-            classes = len(self.data.class_names)
-            target_BxK = losses.one_hot(batch["label"], classes, self._float())
-            batch["inputs"], batch["target"] = mixed(
-                batch["inputs"],
-                target_BxK,
-                batch["position"],
-                rng,
-                entries=self.data.mix,
-            )
-            # Who is mixed with what could not be read counts as little.
-            both = batch["weight"].reshape(-1, 2).prod(axis=1)
-            batch["weight"] = jnp.repeat(both, 2)
-        return batch
+        looks = {"data": self.data, "kind": self._float()}
+        batch = prepared(batch, rng, mode, **looks)
+        return with_mixtures(batch, rng, mode, **looks)
 
     def _float(self) -> Any:
         return self.models[""].param_dtype  # type: ignore[attr-defined]
@@ -183,20 +152,7 @@ def make(
     Raises:
         UserError: Something unknown or out of range, or too few logits for the data.
     """
-    if data.targets:
-        raise UserError(
-            f"config.task.name: 'classify', but the data's labels are not classes but "
-            f"numbers ({', '.join(data.targets[:20])}): use task.name='regress'"
-        )
-    if data.pixel_classes:
-        raise UserError(
-            "config.task.name: 'classify', but the data has a mask for each image: use "
-            "task.name='segmentation'"
-        )
-    if data.text is not None:
-        raise UserError(
-            "config.task.name: 'classify', but the data is text: use 'text'"
-        )
+    check_has_classes(data, "classify")
     answer = make_classes(
         data,
         loss=loss,

@@ -14,8 +14,9 @@ from finetune_jax.answers import Numbers, logits_asked, make_numbers
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
+from finetune_jax.inputs import batch_specs, prepared, random_variables
 from finetune_jax.models import make_model
-from finetune_jax.tasks.task import EVALUATION, Mode, Task
+from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("mse", "mae", "r2")
 
@@ -37,44 +38,20 @@ class Regress(Task):
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Inputs as the source gives them, and targets [T]."""
-        return {
-            "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(self.data.dtype)),
-            "label": self.answer.label,
-        }
+        return batch_specs(self.data, self.answer.label, training=False)
 
     @property
     def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The same; images as large as augmentation takes them."""
-        inputs = self.batch_spec["inputs"]
-        shape = self.data.train_shape
-        return self.batch_spec | {"inputs": jax.ShapeDtypeStruct(shape, inputs.dtype)}
+        return batch_specs(self.data, self.answer.label, training=True)
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
-        x = jnp.zeros((1, *self.data.shape), jnp.float32)
-        variables = self.models[""].init(rng, x, train=False)
-        # Flax starts running averages in float32, whatever the parameters are.
-        batch_stats = jax.tree.map(
-            lambda leaf: leaf.astype(self._float()), variables.get("batch_stats", {})
-        )
-        return variables["params"], batch_stats
+        return random_variables(self.models, self.data.shape, rng, self._float())
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch with inputs augmented (in training) and normalised."""
-        inputs = batch["inputs"]
-        if jnp.issubdtype(inputs.dtype, jnp.integer):
-            inputs = inputs / jnp.asarray(255, self._float())
-        inputs = inputs.astype(self._float())
-        if mode != EVALUATION and self.data.augment:
-            keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            augment = make_augment(
-                self.data.augment, self.data.shape[:2], fill=self.data.mean
-            )
-            inputs = augment(inputs, keys(batch["position"]))
-        last = (1,) * (inputs.ndim - 1) + (-1,)
-        mean = jnp.asarray(self.data.mean, self._float()).reshape(last)
-        std = jnp.asarray(self.data.std, self._float()).reshape(last)
-        return {**batch, "inputs": (inputs - mean) / std}
+        return prepared(batch, rng, mode, data=self.data, kind=self._float())
 
     def _float(self) -> Any:
         return self.models[""].param_dtype  # type: ignore[attr-defined]

@@ -6,12 +6,15 @@ measures where the config does not say.
 
 import abc
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+
+from finetune_jax.trees import part, with_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,17 +183,23 @@ class Task(abc.ABC):
         batch_stats: Any,
         batch: dict,
         *,
+        prefix: str = "",
         mode: Mode = EVALUATION,
         first: str | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        """Returns what the one model gives of a prepared batch, and batch statistics.
+        """Returns what a model gives of a prepared batch, and batch statistics of all.
 
-        With `first`, `batch['features']` is that stage's input.
+        With `first`, `batch['features']` is that stage's input. Models drop by keys of
+        their own.
         """
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = {"params": part(params, prefix)}
+        variables["batch_stats"] = part(batch_stats, prefix)
         x = batch["features" if first else "inputs"]
-        return apply(self, "", variables, x, mode=mode, first=first, rng=rng)
+        if rng is not None:
+            rng = key_of(rng, prefix)
+        y, moved = apply(self, prefix, variables, x, mode=mode, first=first, rng=rng)
+        return y, with_part(batch_stats, prefix, moved)
 
     def with_features(
         self, params: Any, batch_stats: Any, batch: dict, *, first: str
@@ -218,13 +227,31 @@ class Task(abc.ABC):
         return tuple(
             f"{prefix}/{stage}" if prefix else stage
             for prefix, module in self.models.items()
-            for stage in module.stages  # type: ignore[attr-defined]
+            for stage in _staged(module).stages
         )
 
     @property
     def prefixes(self) -> tuple[str, ...]:
         """The prefixes of the models."""
         return tuple(self.models)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The last stage of each model, with its prefix."""
+        return tuple(
+            f"{prefix}/{_staged(module).stages[-1]}".removeprefix("/")
+            for prefix, module in self.models.items()
+        )
+
+
+def _staged(module: nn.Module) -> Any:
+    """Returns a model: that modules have stages is not known of their type."""
+    return module
+
+
+def key_of(rng: jax.Array, prefix: str) -> jax.Array:
+    """Returns the key of one model, which no other model changes."""
+    return jax.random.fold_in(rng, zlib.crc32(prefix.encode())) if prefix else rng
 
 
 def apply(
