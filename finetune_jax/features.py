@@ -27,9 +27,9 @@ from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel import Devices
 from finetune_jax.state import TrainState
-from finetune_jax.step import features_step
+from finetune_jax.step import features_step, taught_step
 from finetune_jax.tables import Tables
-from finetune_jax.tasks.task import EVALUATION, Mode, Task
+from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
 from finetune_jax.trees import digest, nbytes, stage_of
 
 # What has a part in how examples are read and programs compiled.
@@ -70,7 +70,7 @@ class Features:
 
 @dataclasses.dataclass(kw_only=True)
 class Frozen:
-    """The stages before a stage, while they stay as they are.
+    """The stages before a stage, while they stay as they are; or teachers.
 
     Attributes:
         first: The stage.
@@ -78,18 +78,31 @@ class Frozen:
         rng: Of the state.
         averaged: Whether averaged weights of them are others.
         sha256: Digest of the variables.
+        teaches: Whether what is meant is what `Task.taught` says instead.
         tables: What held-out splits gave, None where that cannot be kept, with the
             split itself; by its identity.
     """
 
     first: str
-    variables: tuple[Any, Any]
+    variables: tuple[Any, ...]
     rng: Any
     averaged: bool
     sha256: str
+    teaches: bool = False
     tables: dict[int, tuple[Dataset, Features | None]] = dataclasses.field(
         default_factory=dict
     )
+
+    @property
+    def what(self) -> str:
+        """What is made of the examples, for a person."""
+        return "answers of teachers" if self.teaches else f"inputs of {self.first!r}"
+
+    def step(self, task: Task, mode: Mode) -> Callable:
+        """Returns what makes it of a batch, of the variables and the rng."""
+        if self.teaches:
+            return functools.partial(taught_step, task=task, mode=mode)
+        return functools.partial(features_step, task=task, first=self.first, mode=mode)
 
     def is_like(self, other: "Frozen | None") -> bool:
         """Returns whether the same variables of the same stages are meant."""
@@ -119,6 +132,46 @@ def frozen_part(task: Task, state: TrainState, first: str) -> Frozen:
         averaged=any(stage_of(name) in before for name in state.ema),
         sha256=digest((params, batch_stats)),
     )
+
+
+def teaching_part(fixed: Any, rng: Any) -> Frozen:
+    """Returns what `Task.taught` is computed from.
+
+    Args:
+        fixed: What the task reads and nobody updates, on the host.
+        rng: Of the state.
+    """
+    return Frozen(
+        first="", variables=(fixed,), rng=rng, averaged=False,
+        sha256=digest(fixed), teaches=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taught:
+    """A training split with what teachers say of its examples.
+
+    Attributes:
+        examples: The split, or what stands for it.
+        said: A table as long as these.
+    """
+
+    examples: Examples
+    said: Features
+
+    @property
+    def label(self) -> np.ndarray:
+        """That of the examples."""
+        return self.examples.label
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.examples)
+
+    def take(self, positions: np.ndarray) -> dict[str, Any]:
+        """Returns what the examples do, and 'taught'."""
+        said = self.said.take(positions)["features"]
+        return {**self.examples.take(positions), TAUGHT: said}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -180,7 +233,7 @@ class FeatureStore:
                 "config.data.cache_views=K keeps K versions of each"
             )
         if reason is not None:
-            self.tables.say(f"inputs of {frozen.first!r} are not kept: {reason}")
+            self.tables.say(f"{frozen.what} are not kept: {reason}")
             return None
         return self.table(
             dataset,
@@ -246,8 +299,8 @@ class FeatureStore:
         drawn: str,
     ) -> Features | None:
         """Returns what `table` does, from the disk or computed; `drawn` is of the rng."""
-        first, variables, rng = frozen.first, frozen.variables, frozen.rng
-        step = functools.partial(features_step, task=self.task, first=first, mode=mode)
+        variables, rng = frozen.variables, frozen.rng
+        step = frozen.step(self.task, mode)
         seen = Views(dataset=dataset, views=views)
         example = next(evaluation_batches(seen, batch_size=batch_size))
         shapes = jax.eval_shape(step, *variables, rng, example)
@@ -255,7 +308,7 @@ class FeatureStore:
             lambda leaf: jax.ShapeDtypeStruct((len(seen), *leaf.shape[1:]), leaf.dtype),
             shapes,
         )
-        what = f"{len(seen):,} inputs of {first!r}"
+        what = f"{len(seen):,} {frozen.what}"
         if nbytes(table) > self.tables.limit:
             self.tables.say(
                 f"{what} are not kept: {nbytes(table) / 1e9:.1f} GB, more than "
@@ -266,7 +319,7 @@ class FeatureStore:
         batch = self.devices.place_batch(example, batch_axis=0)
         lowered = self.devices.lower_eval(step, *placed, batch)
         about = {
-            "inputs_of": first,
+            "inputs_of": frozen.first,
             "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
             "variables": frozen.sha256,
             "rng": drawn,

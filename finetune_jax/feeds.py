@@ -18,9 +18,10 @@ import numpy as np
 from finetune_jax.data.batches import Examples, Shortened, Views, places_of, rows_of
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import Order
-from finetune_jax.features import Features
+from finetune_jax.features import Features, Taught
 from finetune_jax.flops import inner_programs
 from finetune_jax.parallel import Devices
+from finetune_jax.tasks.task import TAUGHT
 from finetune_jax.trees import nbytes
 
 # Updates that a call can make at most.
@@ -88,7 +89,7 @@ class Stepwise:
         self._batches = itertools.chain([begun], batches)
         if repeats:
             self._batches = itertools.repeat(begun)
-        self.kind = ("stepwise", "features" in begun)
+        self.kind = ("stepwise", "features" in begun, TAUGHT in begun)
 
     def program(self, step: Callable) -> Callable:
         """Returns the update itself."""
@@ -140,7 +141,7 @@ class Scanned:
         self._updates = 1 if updates is None else min(updates, LONGEST)
         self._placed = placed
         self._rows_each = len(examples) // len(resident(examples))
-        self.kind = ("scanned", "features" in placed, self._rows_each)
+        self.kind = ("scanned", "features" in placed, TAUGHT in placed, self._rows_each)
 
     def program(self, step: Callable) -> Callable:
         """Returns a loop of updates."""
@@ -233,16 +234,18 @@ def many_steps(
     return jax.lax.fori_loop(0, updates, update, (state, kept))
 
 
-def resident(examples: Examples) -> Dataset | Features:
+def resident(examples: Examples) -> Dataset | Features | Taught:
     """Returns what lies on the device for a split: the split without repetitions."""
     whole = examples.dataset if isinstance(examples, Views) else examples
-    assert isinstance(whole, Dataset | Features)
+    assert isinstance(whole, Dataset | Features | Taught)
     return whole
 
 
-def everything(whole: Dataset | Features) -> dict[str, Any]:
+def everything(whole: Dataset | Features | Taught) -> dict[str, Any]:
     """Returns what `take` does of all rows of a split; what is there is not copied."""
     count = len(whole)
+    if isinstance(whole, Taught):
+        return {**everything(resident(whole.examples)), TAUGHT: whole.said.table}
     if isinstance(whole, Features):
         label = np.repeat(whole.label, whole.views, axis=0)
         weight = np.ones(count, np.float32)
@@ -265,7 +268,13 @@ def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str 
         return f"there are {devices.count} devices"
     if isinstance(examples, Shortened):
         return "batches of texts differ in length (config.data.buckets)"
+    if isinstance(examples, Taught):
+        if isinstance(examples.examples, Views):
+            return "examples have several views (config.data.cache_views)"
+        limit -= nbytes(examples.said.table)
+        return why_not_resident(examples.examples, devices, limit)
     whole = resident(examples)
+    assert not isinstance(whole, Taught)
     if isinstance(whole, Features):
         size = nbytes(whole.table)
     elif whole.nbytes:

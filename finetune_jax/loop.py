@@ -1,6 +1,7 @@
 """The loop over phases and updates: train, measure, save, in an order that is fixed."""
 
 import dataclasses
+import functools
 import math
 import time
 
@@ -11,6 +12,7 @@ from finetune_jax.clock import Clock
 from finetune_jax.data.batches import Examples, Shortened, Views
 from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.features import Taught, teaching_part
 from finetune_jax.feeds import LONGEST, Feed
 from finetune_jax.metrics import is_better
 from finetune_jax.nonfinite import Guard, Unread
@@ -168,26 +170,36 @@ class Loop:
 
     def _examples(self, phase: PhaseSetup, state: TrainState, updates: int) -> Examples:
         """Returns the training split, or what frozen stages make of it where they do."""
-        data, views = self.setup.data, self.setup.views
-        batch_size = self.setup.config.data.batch_size
+        data, batch_size = self.setup.data, self.setup.config.data.batch_size
         if phase.phase.fixed_batch:
             updates = 1
         self.evaluator.freeze(self._first(phase), state)
         frozen, store = self.evaluator.frozen, self.evaluator.store
-        if frozen is not None and store is not None:
-            found = store.training(
+        is_taught, found, said = self.setup.task.is_taught, None, None
+        if store is not None:
+            kept = functools.partial(
+                store.training,
                 data.train,
-                frozen,
                 spec=data.spec,
                 mode=phase.mode,
-                views=views,
+                views=self.setup.views,
                 batch_size=batch_size // phase.phase.accumulate_steps,
                 examples=updates * batch_size,
             )
-            if found is not None:
-                return found
-        if views:
-            return Views(dataset=data.train, views=views)
+            if is_taught:
+                fixed = self.setup.devices.to_host(self.evaluator.fixed["task"])
+                said = kept(teaching_part(fixed, state.rng))
+            # Teachers see inputs, which are not there where a stage's stand for them.
+            if frozen is not None and is_taught == (said is not None):
+                found = kept(frozen)
+        examples = self._uncached(phase) if found is None else found
+        return examples if said is None else Taught(examples=examples, said=said)
+
+    def _uncached(self, phase: PhaseSetup) -> Examples:
+        """Returns the training split."""
+        data = self.setup.data
+        if self.setup.views:
+            return Views(dataset=data.train, views=self.setup.views)
         # What stages that are computed on their own get is as long as what is kept.
         if data.spec.text is not None and self._first(phase) is None:
             return Shortened(dataset=data.train, options=data.spec.text.options)

@@ -61,8 +61,13 @@ def weights_addresses(config: Config) -> dict[str, str]:
     return {label: e.pretrained for label, e in labelled if e.pretrained is not None}
 
 
-def member_problems(config: Config) -> list[str]:
-    """Returns what is wrong with the labels and addresses of the members."""
+def member_problems(config: Config, *, learn: bool) -> list[str]:
+    """Returns what is wrong with the labels and addresses of the members.
+
+    Args:
+        config: Of the run.
+        learn: Whether the members do; otherwise they teach.
+    """
     problems, seen = [], set()
     for index, label in enumerate(labels_of(config.model)):
         where = f"config.model.members[{index}]"
@@ -78,7 +83,12 @@ def member_problems(config: Config) -> list[str]:
             problems.append(f"{where}.label: {label!r} twice; give each its own label")
         seen.add(label)
         both = config.model.members[index].pretrained, config.init.pretrained
-        if None not in both:
+        if both[0] is None and not learn:
+            problems.append(
+                f"{where}.pretrained: None; a teacher needs the address of its weights, "
+                "or 'start', which is the model as the run begins with it"
+            )
+        if None not in both and learn:
             problems.append(
                 f"{where}.pretrained: {both[0]!r}, and config.init.pretrained, from which "
                 f"all members begin, {both[1]!r}; give one or the other"

@@ -25,6 +25,7 @@ from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.state import Progress
 from finetune_jax.step import NORMS
+from finetune_jax.trees import named
 from finetune_jax.workdir import write_json
 
 
@@ -170,7 +171,7 @@ class Guard:
             sampling=config.data.sampling,
         )
         place.mkdir(parents=True, exist_ok=True)
-        np.savez(place / "batch.npz", allow_pickle=False, **made.batch())
+        np.savez(place / "batch.npz", allow_pickle=False, **named(made.batch()))
         norms = {
             kind: {stage: str(float(norm)) for stage, norm in of_stage.items()}
             for kind, of_stage in made.metrics[NORMS].items()

@@ -107,14 +107,12 @@ def open_run(config: Config, terminal: Terminal) -> tuple[Setup, tuple[Domain, .
     return setup, domains
 
 
-def inputs_of(
-    setup: Setup, domains: tuple[Domain, ...], loaded: Loaded
-) -> dict[str, Any]:
+def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
     """Returns what the manifest says of data and weights."""
     return {
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": dict(loaded.sha256),
+        "weights_sha256": {**loaded.sha256, **setup.task.fixed_sha256()},
         "weights_layout": loaded.layout,
     }
 
@@ -270,6 +268,7 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
         return None
     if setup.task.prefixes != ("",):
         terminal.say("inputs of later stages are not kept: there are several models")
+    if setup.task.prefixes != ("",) and not setup.task.is_taught:
         return None
     return FeatureStore(
         task=setup.task,
@@ -323,7 +322,11 @@ def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
 
 
 def make_evaluator(
-    setup: Setup, start: TrainState, domains: tuple[Domain, ...] = ()
+    setup: Setup,
+    start: TrainState,
+    domains: tuple[Domain, ...] = (),
+    *,
+    training: bool = True,
 ) -> Evaluator:
     """Returns what measures states of a run that began with `start`.
 
@@ -331,12 +334,13 @@ def make_evaluator(
         setup: Of the run.
         start: The state before the first update, on the host.
         domains: Others, on which states are measured too.
+        training: Whether there will be updates.
     """
     evaluate = setup.config.evaluate
     return Evaluator(
         task=setup.task,
         devices=setup.devices,
-        fixed=setup.devices.place(setup.fixed(start)),
+        fixed=setup.devices.place(setup.fixed(start, training=training)),
         batch_size=evaluate.batch_size,
         ema=evaluate.ema_decay is not None,
         chosen_ema="/ema_" in (evaluate.best or ""),
@@ -395,4 +399,5 @@ def best_state(
         start = checkpoints.restore(0, setup.target(Progress()))
     finally:
         checkpoints.close()
-    return make_evaluator(setup, start, domains), setup.devices.place(state), step
+    evaluator = make_evaluator(setup, start, domains, training=False)
+    return evaluator, setup.devices.place(state), step

@@ -191,13 +191,14 @@ class Setup:
             shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def fixed(self, start: TrainState) -> dict[str, Any]:
+    def fixed(self, start: TrainState, *, training: bool = True) -> dict[str, Any]:
         """Returns what updates read and nobody updates, for their `fixed`.
 
         Args:
             start: The state before the first update.
+            training: Whether there will be updates.
         """
-        found = {"task": self.task.fixed(start)}
+        found = {"task": self.task.fixed(start, training=training)}
         if self.regularisers & set(READS_START):
             found["start"] = dict(named(start.params))
         return found
@@ -292,6 +293,8 @@ def make_setup(
     splits = {name: part.label for name, part in data.held_out.items()}
     if problems := task.check_splits(splits):
         raise problems_error("What is to be measured cannot be:", problems)
+    if problems := task.check_fixed():
+        raise problems_error("What is to be learned cannot be:", problems)
     if like is None:
         with uncollected():
             shapes = jax.eval_shape(lambda: random_state(task, 0))

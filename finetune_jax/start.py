@@ -210,15 +210,24 @@ def starting_state(
     """
     random_states.check_size()
     drawn, init = seeds(config), config.init
-    weights = {p: read_weights(a) for p, a in weights_addresses(config).items()}
+    weights = {
+        prefix: read_weights(address)
+        for prefix, address in weights_addresses(config).items()
+        if prefix in ("", *task.prefixes)
+    }
     rules = make_rules(init.schemes, *(w.address for w in weights.values()))
     # To draw what is loaded anyway takes longer than to load it.
-    wanted = None if rules or not weights else _not_loaded(weights, init.fresh)
+    # Beside a model without a prefix, those with one have no weights in its files.
+    others = [p for p in task.prefixes if p] if "" in task.prefixes else []
+    wanted = None if rules or not weights else _not_loaded(weights, init.fresh, others)
     own = random_states(drawn, wanted)
     variables = {"params": own.params, "batch_stats": own.batch_stats}
     layouts, told = {}, []
     for prefix, read in weights.items():
-        mine = {key: part(tree, prefix) for key, tree in variables.items()}
+        mine = {
+            kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
+            for kind, tree in variables.items()
+        }
         if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
             check_labels(read.address, data.spec.class_names)
         told += told_of(read, config.precision)
@@ -232,7 +241,10 @@ def starting_state(
             left_out=() if prefix else task.left_out(),
             prefix=prefix,
         )
-        variables = {k: with_part(t, prefix, loaded[k]) for k, t in variables.items()}
+        variables = {
+            kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
+            for kind, tree in variables.items()
+        }
     if weights and "" not in weights:
         _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
@@ -258,9 +270,15 @@ def _first_stage(task: Task, prefix: str) -> str:
 
 
 def _not_loaded(
-    weights: Mapping[str, Weights], fresh: Sequence[str]
+    weights: Mapping[str, Weights], fresh: Sequence[str], others: Sequence[str]
 ) -> Callable[[str], bool]:
-    """Returns whether a leaf is not taken from the weights, by its full name."""
+    """Returns whether a leaf is not taken from the weights, by its full name.
+
+    Args:
+        weights: By the prefix of the models that they are of.
+        fresh: Regexes of what is not taken.
+        others: Prefixes of models that have none.
+    """
     is_fresh = {p: fresh_in(w, fresh, p) for p, w in weights.items()}
 
     def wanted(name: str) -> bool:
@@ -268,7 +286,7 @@ def _not_loaded(
         prefix, _, inside = rest.partition("/")
         if prefix in is_fresh:
             return is_fresh[prefix](f"{kind}/{inside}")
-        return "" not in is_fresh or is_fresh[""](name)
+        return "" not in is_fresh or prefix in others or is_fresh[""](name)
 
     return wanted
 

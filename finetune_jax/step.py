@@ -10,7 +10,7 @@ import optax
 
 from finetune_jax.regularisers import PENALTIES, penalty
 from finetune_jax.state import TrainState, averaged
-from finetune_jax.tasks.task import EVALUATION, Mode, Task
+from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task, with_taught
 from finetune_jax.trees import like, name_of, named, stage_of
 
 # Where the metrics of an update have norms of what learns, by stage; not logged.
@@ -222,6 +222,7 @@ class _Objective:
         if "features" in batch:
             return batch
         batch = static.task.prepare(batch, rng, static.mode)
+        batch = with_taught(static.task, self.fixed["task"], batch)
         if static.first is None:
             return batch
         return static.task.with_features(
@@ -345,6 +346,20 @@ def eval_step(
         if first is not None:
             batch = task.with_features(params, batch_stats, batch, first=first)
     return task.outputs(params, batch_stats, fixed, batch, first=first)
+
+
+def taught_step(fixed: Any, rng: Any, batch: dict, *, task: Task, mode: Mode) -> Any:
+    """Returns what `Task.taught` says of a batch, a row an example.
+
+    Args:
+        fixed: What the task reads and nobody updates.
+        rng: Of the state; used where the mode augments.
+        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
+        task: Has the teachers.
+        mode: EVALUATION augments nothing.
+    """
+    batch = task.prepare(batch, augmentation_key(rng, 0), mode)
+    return with_taught(task, fixed, batch)[TAUGHT]
 
 
 def features_step(

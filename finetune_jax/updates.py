@@ -12,7 +12,7 @@ from finetune_jax import config as configs
 from finetune_jax.data.batches import Examples, training_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import training_order
-from finetune_jax.features import Features
+from finetune_jax.features import Features, Taught
 from finetune_jax.feeds import (
     Call,
     Feed,
@@ -101,7 +101,7 @@ class Updates:
         )
         return Stepwise(batches, self.setup.devices, repeats=fixed)
 
-    def _placed(self, whole: Dataset | Features) -> Any:
+    def _placed(self, whole: Dataset | Features | Taught) -> Any:
         """Returns all of a split on the device; the one placed last is kept."""
         if not self.placed or self.placed[0][0] is not whole:
             placed = self.setup.devices.place(everything(whole))
@@ -124,7 +124,8 @@ class Updates:
             return why
         if jax.default_backend() != "cpu":
             return None
-        key = phase.program, str(config.task), type(examples)
+        kinds = type(examples), type(getattr(examples, "examples", None))
+        key = phase.program, str(config.task), kinds
         if key not in self.stock:
             size = config.data.batch_size
             batch = examples.take(np.zeros(size, int))

@@ -26,6 +26,8 @@ VARIANTS = [
     "bert_ner.py:tiny",
     "bert_qa.py:tiny",
     "bert_sst2.py:tiny",
+    "distill_digits.py:tiny",
+    "mutual_digits.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
@@ -79,6 +81,10 @@ def resolved(variant, tmp_path):
         workdir = tmp_path / "source"
         run(resolved(source, tmp_path), workdir)
         overrides.append(("init.pretrained", f"orbax:{workdir}"))
+    if members := config.model.get("members", ()):
+        if members[0].get("pretrained"):  # A teacher.
+            run(resolved("distill_digits.py:teacher,tiny", tmp_path), tmp_path / "t")
+            overrides.append(("model.members[0].pretrained", f"orbax:{tmp_path / 't'}"))
     config, problems = configs.resolve(config, overrides)
     assert not problems
     return config

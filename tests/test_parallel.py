@@ -36,10 +36,10 @@ def trained(kind, task, phase, batches):
     opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(state.params))
     step = functools.partial(train_step, static=setup.update(task))
     placed = devices.place(state.replace(opt_state=opt_state))
-    program, losses = None, []
+    program, losses, fixed = None, [], devices.place(FIXED)
     for batch in batches:
         batch = devices.place_batch(batch, batch_axis=1)
-        arguments = (placed, FIXED, batch, np.float32(0.01), np.float32(0))
+        arguments = (placed, fixed, batch, np.float32(0.01), np.float32(0))
         program = program or devices.compile_train(step, *arguments)
         placed, metrics = program.call(*arguments)
         norms = metrics.pop(NORMS)

@@ -119,13 +119,14 @@ def trained_from(
         UserError: Its task has several models.
     """
     setup, evaluator = predictor.setup, predictor.evaluator
-    config, task = setup.config, setup.task
+    config, task = setup.config, setup.task.served()
     if tuple(task.models) != ("",):
         raise UserError(
             f"--mode=export: the task {config.task.name!r} has the models "
             f"{', '.join(map(repr, task.models))}; only tasks of one model can be exported"
         )
     params = setup.devices.to_host(evaluator.chosen(predictor.placed))
+    params = {k: v for k, v in params.items() if k in task.stages}
     batch_stats = setup.devices.to_host(predictor.placed.batch_stats)
     module: Any = task.models[""]
     if isinstance(module, LoRA):

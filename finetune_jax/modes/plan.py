@@ -59,6 +59,8 @@ def main(config: Config, options: Options) -> int:
     check_phases(config, plan, make_devices(config.parallel).count)
     spec = spec_of(config)
     task = make_task(config, spec)
+    if problems := task.check_fixed():
+        raise problems_error("What is to be learned cannot be:", problems)
     state = jax.eval_shape(lambda: random_state(task, 0))
     if spec.train_examples:
         plan = durations(plan, spec.train_examples, config.data.batch_size)
@@ -75,8 +77,7 @@ def main(config: Config, options: Options) -> int:
         outputs = f"{len(spec.pixel_classes)} classes of pixels"
     console = Console(soft_wrap=True)
     console.print(
-        f"{', '.join(labels_of(config.model)) or config.model.name}: "
-        f"{count(state.params):,} parameters in "
+        f"{_learners(config, task)}: {count(state.params):,} parameters in "
         f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
         f"{'x'.join(map(str, spec.shape))}, {outputs}; "
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
@@ -98,6 +99,13 @@ def main(config: Config, options: Options) -> int:
         table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
     Console(width=None if console.is_terminal else 160).print(table)
     return 0
+
+
+def _learners(config: Config, task: Task) -> str:
+    """Returns what the models are called that learn, and those that teach them."""
+    names = config.model.name if "" in task.prefixes else ", ".join(task.prefixes)
+    teachers = ", ".join(labels_of(config.model))
+    return f"{names}, taught by {teachers}" if task.is_taught else names
 
 
 def spec_of(config: Config) -> DataSpec:
@@ -151,7 +159,7 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
     batch = _batch(task.batch_spec, (batch_size,))
-    fixed = jax.eval_shape(task.fixed, state)
+    fixed = task.fixed_shapes(state)
     return _flops(step, state.params, state.batch_stats, fixed, batch)
 
 
@@ -178,7 +186,7 @@ def step_flops(
         step,
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
         {
-            "task": jax.eval_shape(task.fixed, state),
+            "task": task.fixed_shapes(state),
             **dict.fromkeys(("start", "fisher"), named(state.params)),
         },
         _batch(task.train_batch_spec, (micro, batch_size // micro)),

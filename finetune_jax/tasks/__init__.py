@@ -22,14 +22,23 @@ def make_task(config: Config, spec: DataSpec) -> Task:
     make = task_module(arguments.pop("name")).make
     given = {"data": spec, "precision": config.precision}
     given["model"] = {k: config.model[k] for k in config.model if k != "members"}
-    if takes_members(make):
-        given["members"] = member_models(config.model)
+    role = role_of_members(make)
+    if role is not None:
+        given[role] = member_models(config.model)
+    if role == "teachers":
+        for described, entry in zip(given[role].values(), config.model["members"]):
+            described["pretrained"] = entry["pretrained"]
     return lookup.call(make, arguments, "config.task", **given)
 
 
-def takes_members(make: Callable) -> bool:
-    """Returns whether a task is one of several models."""
-    return "members" in inspect.signature(make).parameters
+def role_of_members(make: Callable) -> str | None:
+    """Returns what a task takes `config.model.members` for.
+
+    They are 'members', which learn, or 'teachers', from which config.model learns; None
+    where a task has one model.
+    """
+    names = inspect.signature(make).parameters
+    return next((role for role in ("members", "teachers") if role in names), None)
 
 
 def check_members(config: Config) -> list[str]:
@@ -39,13 +48,14 @@ def check_members(config: Config) -> list[str]:
         UserError: No such task.
     """
     name, members = config.task["name"], config.model.members
-    if members and not takes_members(task_module(name).make):
+    role = role_of_members(task_module(name).make)
+    if members and role is None:
         return [
             f"config.model.members: {len(members)} of them, but the task {name!r} has "
             "one model, which config.model describes; leave them out, or choose a task "
             "of several models, such as 'mutual'"
         ]
-    return member_problems(config)
+    return member_problems(config, learn=role == "members")
 
 
 def task_module(name: str) -> Any:

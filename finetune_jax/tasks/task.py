@@ -42,6 +42,8 @@ class Mode:
 
 
 EVALUATION = Mode()
+# What `Task.taught` gives, in a batch.
+TAUGHT = "taught"
 
 
 class Task(abc.ABC):
@@ -74,15 +76,46 @@ class Task(abc.ABC):
         """
         return ()
 
-    def fixed(self, start: Any) -> Any:
+    def fixed(self, start: Any, *, training: bool = True) -> Any:
         """Returns what the loss reads and nobody updates.
 
         Args:
             start: The state before the first update. What is returned shares no buffer
                 with it.
+            training: Whether the loss will be asked for; otherwise what it alone reads
+                may be left out.
         """
-        del start
+        del start, training
         return {}
+
+    def fixed_shapes(self, start: Any) -> Any:
+        """Returns the shapes of what `fixed` returns, without reading anything."""
+        return jax.eval_shape(self.fixed, start)
+
+    def check_fixed(self) -> list[str]:
+        """Returns why what `fixed` would read cannot be learned from."""
+        return []
+
+    def fixed_sha256(self) -> dict[str, str]:
+        """Returns the digest of each file that `fixed` reads, by its path."""
+        return {}
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the loss reads `batch['taught']`."""
+        return False
+
+    def taught(self, fixed: Any, batch: dict) -> Any:
+        """Returns what the loss reads of a prepared batch that no update changes.
+
+        Arrays of one row an example. They are kept where the examples stay as they are.
+        """
+        del fixed, batch
+        return {}
+
+    def served(self) -> "Task":
+        """Returns the task of a model that is trained: without what only the loss reads."""
+        return self
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
         """Returns the batch as the models take it: normalised, in training augmented.
@@ -254,8 +287,36 @@ def key_of(rng: jax.Array, prefix: str) -> jax.Array:
     return jax.random.fold_in(rng, zlib.crc32(prefix.encode())) if prefix else rng
 
 
+def with_taught(task: Task, fixed: Any, batch: dict) -> dict:
+    """Returns a prepared batch with what `Task.taught` says of it, if it has not got it."""
+    if not task.is_taught or TAUGHT in batch:
+        return batch
+    # Computed on its own, as it is where it is kept: so both are the same bits.
+    inputs = jax.lax.optimization_barrier(batch["inputs"])
+    said = task.taught(fixed, {**batch, "inputs": inputs})
+    return {**batch, TAUGHT: jax.lax.optimization_barrier(said)}
+
+
 def apply(
     task: Task,
+    prefix: str,
+    variables: Mapping[str, Any],
+    x: Any,
+    *,
+    mode: Mode,
+    first: str | None = None,
+    last: str | None = None,
+    rng: jax.Array | None = None,
+) -> tuple[Any, Any]:
+    """Returns the output of a model of a task: see `apply_model`."""
+    module = task.models[prefix]
+    return apply_model(
+        module, prefix, variables, x, mode=mode, first=first, last=last, rng=rng
+    )
+
+
+def apply_model(
+    model: nn.Module,
     prefix: str,
     variables: Mapping[str, Any],
     x: Any,
@@ -272,8 +333,8 @@ def apply(
     only, so the model's prefix is added.
 
     Args:
-        task: Has the model.
-        prefix: Which of its models.
+        model: The model.
+        prefix: Of its stages in the mode.
         variables: 'params' and 'batch_stats' of this model.
         x: Input of stage `first`.
         mode: How the stages run.
@@ -296,7 +357,7 @@ def apply(
 
     has_stats = bool(jax.tree.leaves(variables.get("batch_stats", {})))
     with nn.intercept_methods(set_mode):
-        y, moved = task.models[prefix].apply(
+        y, moved = model.apply(
             variables,
             x,
             first=first,

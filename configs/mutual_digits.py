@@ -1,0 +1,33 @@
+"""Two networks that teach one another: digits, 10 labels of each class.
+
+Question:  Do models that learn together know more than those that learn alone?
+Command:   python -m finetune_jax.main --config=configs/mutual_digits.py
+Argument:  `alone` trains the same two, from the same starts, without one another.
+Expected:  EXPECTED
+Chosen:    by us; steps and rate are those at which models alone stop to improve.
+"""
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.plan import as_config
+from finetune_jax.strategies import full
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config; `tiny` makes two updates: `:tiny`, `:alone,tiny`."""
+    words = [word for word in arg.split(",") if word]
+    if set(words) - {"alone", "tiny"}:
+        raise ValueError(f"no variant {arg!r}; there are alone and tiny")
+    config = configs.default()
+    config.data.update(validation="validation", test="test", per_class=10)
+    config.data.update(image_size=16, batch_size=50, mean=(0.5,), std=(0.5,))
+    config.task.name = "mutual"
+    config.task.weight = 0.0 if "alone" in words else 1.0  # Zhang et al. 2018, eq. 6.
+    config.model.name = "cnn"
+    config.model.members = (
+        ml_collections.ConfigDict({"label": "small", "convolutions": (8, 16)}),
+        ml_collections.ConfigDict({"label": "large", "convolutions": (16, 32)}),
+    )
+    config.plan = as_config(full(steps=300, optimizer="adam", peak_lr=1e-3))
+    return configs.tiny(config) if "tiny" in words else config
