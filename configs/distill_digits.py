@@ -6,7 +6,8 @@ Command:   python -m finetune_jax.main --config=configs/distill_digits.py:teache
            python -m finetune_jax.main --config=configs/distill_digits.py
 Argument:  `teacher` fine-tunes a ResNet-20 on all labels of the training split; `plain`
            trains the student without it; `tiny` makes two updates: `:teacher,tiny`.
-Expected:  EXPECTED
+Expected:  with seed 0, test accuracy 0.989 of the teacher and 0.928 of the student without
+           it. The student with it was not run. Two CPU cores, less than two minutes.
 Chosen:    by us; temperature and share are those of Hinton et al. 2015, section 3.
 """
 

@@ -3,8 +3,10 @@
 Question:  Do models that learn together know more than those that learn alone?
 Command:   python -m finetune_jax.main --config=configs/mutual_digits.py
 Argument:  `alone` trains the same two, from the same starts, without one another.
-Expected:  EXPECTED
-Chosen:    by us; steps and rate are those at which models alone stop to improve.
+Expected:  with seed 0, test accuracy 0.933 and 0.936 of the two, 0.942 of both together;
+           alone 0.928, 0.928 and 0.939. Other seeds were not run. Two CPU cores, less
+           than a minute.
+Chosen:    by us, and not searched for.
 """
 
 import ml_collections

@@ -322,11 +322,7 @@ def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
 
 
 def make_evaluator(
-    setup: Setup,
-    start: TrainState,
-    domains: tuple[Domain, ...] = (),
-    *,
-    training: bool = True,
+    setup: Setup, start: TrainState, domains: tuple = (), *, training: bool = True
 ) -> Evaluator:
     """Returns what measures states of a run that began with `start`.
 

@@ -15,6 +15,7 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.hints import Regressors, make_pairs, regressor_widths
 from finetune_jax.models import make_model
 from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.pretrained.labels import labels_beside
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.tasks.task import EVALUATION, apply_model
 
@@ -100,7 +101,7 @@ class Teacher:
     def says(self, variables: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
         """Returns 'logits', and the output of each stage that is asked for."""
 
-        def run(x: Any, **stages: str | None) -> Any:
+        def run(x: Any, **stages: Any) -> Any:
             return apply_model(
                 self.module, "", variables, x, mode=EVALUATION, **stages
             )[0]
@@ -153,7 +154,7 @@ def stage_shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     def outputs(x: Any) -> dict[str, Any]:
         variables = module.init(jax.random.key(0), x, train=False)
 
-        def run(x: Any, **stages: str | None) -> Any:
+        def run(x: Any, **stages: Any) -> Any:
             return apply_model(module, "", variables, x, mode=EVALUATION, **stages)[0]
 
         return tapped(run, module.stages, module.stages[:-1], x)[1]
@@ -162,13 +163,17 @@ def stage_shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def make_teachers(
-    members: Mapping[str, Mapping[str, Any]], *, classes: int, precision: str
+    members: Mapping[str, Mapping[str, Any]],
+    *,
+    data_names: tuple[str, ...],
+    precision: str,
 ) -> dict[str, Teacher]:
     """Returns the teachers by label. Their weights are not read yet.
 
     Args:
         members: What describes each model, and `pretrained`, the address of its weights.
-        classes: Of the data; what a teacher has of which nothing else is known.
+        data_names: Of the data's classes; a teacher of which nothing else is known has
+            as many.
         precision: 'float32', 'bfloat16' or 'float64'.
 
     Raises:
@@ -184,8 +189,8 @@ def make_teachers(
     for index, (label, described) in enumerate(members.items()):
         apart, address = ("name", "classes", "pretrained"), described["pretrained"]
         arguments = {k: v for k, v in described.items() if k not in apart}
-        names = None if address == START else saved_class_names(address)
-        count = described["classes"] or (len(names) if names else classes)
+        names = None if address == START else saved_class_names(address, data_names)
+        count = described["classes"] or len(names or data_names)
         module = make_model(
             described["name"],
             arguments,
@@ -203,12 +208,22 @@ def make_teachers(
     return found
 
 
-def saved_class_names(address: str) -> tuple[str, ...] | None:
-    """Returns the classes that the run at an address learned, where it tells."""
+def saved_class_names(
+    address: str, data_names: Sequence[str]
+) -> tuple[str, ...] | None:
+    """Returns the classes that the model at an address learned, where something tells.
+
+    Args:
+        address: A former run's, whose manifest tells; or of weights with a file beside
+            them. If none of the names there is the data's, they may be the same classes
+            in other words.
+        data_names: Of the data's classes.
+    """
     kind, _, place = address.partition(":")
     manifest = pathlib.Path(place).expanduser() / "manifest.json"
     if kind != "orbax" or not manifest.is_file():
-        return None
+        found = labels_beside(address)
+        return found if set(found) & set(data_names) else None
     try:
         return tuple(json.loads(manifest.read_text())["data"]["class_names"]) or None
     except (OSError, ValueError, KeyError, TypeError):
@@ -289,7 +304,8 @@ def compared(
         for teacher in teachers.values()
         if teacher.address == START and teacher.module != student
     ]
-    models, found = {"": student}, {"hints": (), "attention": ()}
+    models: dict[str, nn.Module] = {"": student}
+    found: dict[str, Any] = {"hints": (), "attention": ()}
     if hints or attention or head == "teacher":
         module: Any = student
         own = stage_shapes(module, shape)

@@ -236,7 +236,7 @@ class Distill(Task):
             wanted.add(self._before_head)
         stats = batch_stats
 
-        def run(x: Any, **stages: str | None) -> Any:
+        def run(x: Any, **stages: Any) -> Any:
             nonlocal stats
             variables = {"params": params, "batch_stats": stats}
             y, stats = apply(self, "", variables, x, mode=mode, rng=rng, **stages)
@@ -262,7 +262,7 @@ class Distill(Task):
             apart.append(
                 losses.divergence(their_BxK, own_BxK, temperature=self.temperature)
             )
-        return sum(apart) / len(apart)
+        return jnp.stack(apart).mean(axis=0)
 
     @property
     def _before_head(self) -> str:
@@ -392,7 +392,7 @@ def make(
         dtype=jnp.dtype(precision),
         param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
     )
-    made = make_teachers(teachers, classes=len(answer.names), precision=precision)
+    made = make_teachers(teachers, data_names=answer.names, precision=precision)
     return Distill(
         **compared(student, made, data.shape, head, hints, attention),
         data=data, answer=answer, alpha=alpha, temperature=temperature, head=head,
