@@ -29,13 +29,14 @@ CHOICES = {
     "data.on_error": ("stop", "skip"),
     "data.cache": ("auto", "off"),
     "data.labels": ("classes", "numbers", "tags", "answers"),
+    "data.mixing": ("weights", "size", "round_robin"),
     "init.input_channels": ("strict", "adapt"),
 }
 MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "data.cache_views", "data.max_tokens", "evaluate.batch_size",
-    "evaluate.every_steps",
+    "data.per_class", "data.cache_views", "data.max_tokens", "data.mixing_temperature",
+    "evaluate.batch_size", "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
     "parallel.devices", "parallel.fsdp", "parallel.steps_per_call",
@@ -87,10 +88,41 @@ ALSO: dict[str, Any] = {
 # An entry of `model.members`: one of several models. What else may stand in it is what
 # may stand in `model`, which says all that an entry does not: see members.py.
 MEMBER: dict[str, Any] = {"label": None, "name": None, "pretrained": None}
+# What an entry of `data.domains` may say otherwise than `data`; what is None is that of
+# `data`.
+OF_DOMAIN: dict[str, type] = {
+    "name": str,
+    "dir": str,
+    "train": str,
+    "validation": str,
+    "test": str,
+    "image_size": int,
+    "channels": int,
+    "shift": tuple,
+    "mean": tuple,
+    "std": tuple,
+    "resize": int,
+    "interpolation": str,
+    "decode": str,
+    "train_size": int,
+    "augment": tuple,
+    "mix": tuple,
+    "sampling": str,
+    "per_class": int,
+    "split_seed": int,
+    "stratified": bool,
+}
+DOMAIN: dict[str, Any] = {
+    "domain": "",  # Its metrics are `test/DOMAIN/accuracy`.
+    "labelled": True,  # False: labels are read where it is measured, nowhere else.
+    "weight": 1.0,  # Its share of an update, with data.mixing='weights'.
+    **dict.fromkeys(OF_DOMAIN),
+}
 ENTRIES: dict[str, dict[str, Any]] = {
     "plan": PHASE,
     "evaluate.also": ALSO,
     "model.members": MEMBER,
+    "data.domains": DOMAIN,
 }
 # Tables whose entries have other keys, too, like `OPEN_SECTIONS`.
 OPEN_ENTRIES = ("model.members",)
@@ -111,6 +143,7 @@ OPTIONAL: dict[str, dict[str, type]] = {
         "resize": int,
     },
     "model.members": {"label": str, "name": str, "pretrained": str},
+    "data.domains": OF_DOMAIN,
 }
 
 
@@ -221,4 +254,9 @@ def _data() -> Any:
     data.cache_gb = 10.0  # Tables of features take no more of the disk.
     data.cache_dir = optional(str)  # None: FINETUNE_JAX_CACHE, or the user's cache.
     data.split_seed = 0  # Of the splits that a source without its own is cut into.
+    data.stratified = True  # That cut has the classes in their proportions.
+    data.shift = ()  # Steps such as ("invert",) that make another domain of the data.
+    data.domains = ()  # Several data sets instead of one: see DOMAIN.
+    data.mixing = "weights"  # Shares of them in an update; 'size'; 'round_robin'.
+    data.mixing_temperature = 1.0  # 'size': examples ** (1 / temperature).
     return data

@@ -15,6 +15,7 @@ from finetune_jax.data.batches import (
     evaluation_batches,
 )
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.mixture import Mixture
 from finetune_jax.data.texts import TextOptions
 from finetune_jax.features import Features, FeatureStore, Frozen, frozen_part
 from finetune_jax.parallel import Compiled, Devices
@@ -95,14 +96,28 @@ class Evaluator:
         """Returns the parameters that predictions are made with."""
         return eval_params(placed, ema=self.chosen_ema)
 
-    def outputs(self, placed: TrainState, dataset: Dataset) -> dict[str, np.ndarray]:
-        """Returns the outputs of a placed state, a row an example of `dataset.kept()`."""
-        return self._outputs(placed, dataset, ema=self.chosen_ema)
+    def outputs(
+        self, placed: TrainState, dataset: Dataset, domain: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs of a placed state, a row an example of `dataset.kept()`.
+
+        Args:
+            placed: The state.
+            dataset: Of one domain, where there are several.
+            domain: Its name.
+        """
+        return self._outputs(placed, dataset, ema=self.chosen_ema, domain=domain)
 
     def _outputs(
-        self, placed: TrainState, dataset: Dataset, *, ema: bool
+        self,
+        placed: TrainState,
+        dataset: Dataset,
+        *,
+        ema: bool,
+        domain: str | None = None,
     ) -> dict[str, np.ndarray]:
-        step = functools.partial(eval_step, task=self.task, first=self.first)
+        task = self.task if domain is None else self.task.of_domain(domain)
+        step = functools.partial(eval_step, task=task, first=self.first)
         params = eval_params(placed, ema=ema)
         arguments = params, placed.batch_stats, self.fixed["task"]
         examples: Examples = dataset
@@ -115,7 +130,8 @@ class Evaluator:
             order = by_length(dataset)
             examples = Shortened(dataset=dataset, options=self.text, order=order)
         kind = "features" if isinstance(examples, Features) else "inputs"
-        rows = self.rows(f"outputs of {self.first}, {kind}", step, arguments, examples)
+        name = f"outputs of {domain or self.first}, {kind}"
+        rows = self.rows(name, step, arguments, examples)
         if order is not None:
             rows = jax.tree.map(lambda array: array[np.argsort(order)], rows)
         counts = dataset.readable(np.arange(len(dataset)))
@@ -151,21 +167,58 @@ class Evaluator:
         )
 
     def measure(
-        self, placed: TrainState, splits: Mapping[str, Dataset]
+        self, placed: TrainState, splits: Mapping[str, Dataset | Mixture]
     ) -> dict[str, float]:
         """Returns the metrics of a placed state on some splits, as `split/name`.
 
-        What `extras` measure is among them, under names of its own.
+        Of several domains they are `split/domain/name`, and `split/name` is the mean
+        over domains. What `extras` measure is among them, under names of its own.
         """
         found = {}
         for split, dataset in splits.items():
             for kind, ema in self._kinds.items():
-                outputs = self._outputs(placed, dataset, ema=ema)
-                metrics = self.task.metrics(outputs, dataset.kept().on_host())
-                found |= {f"{split}/{kind}{name}": v for name, v in metrics.items()}
+                if not isinstance(dataset, Mixture):
+                    metrics = self._metrics(placed, dataset, ema=ema)
+                    found |= {f"{split}/{kind}{n}": v for n, v in metrics.items()}
+                    continue
+                domains = {
+                    domain: self._metrics(placed, part, ema=ema, domain=domain)
+                    for domain, part in dataset.parts.items()
+                }
+                for domain, metrics in domains.items():
+                    own = f"{split}/{domain}/{kind}"
+                    found |= {f"{own}{name}": v for name, v in metrics.items()}
+                means = mean_metrics(domains)
+                found |= {f"{split}/{kind}{name}": v for name, v in means.items()}
         for extra in self.extras:
             found |= extra(self, placed)
         return found
+
+    def _metrics(
+        self,
+        placed: TrainState,
+        dataset: Dataset,
+        *,
+        ema: bool,
+        domain: str | None = None,
+    ) -> dict[str, float]:
+        task = self.task if domain is None else self.task.of_domain(domain)
+        outputs = self._outputs(placed, dataset, ema=ema, domain=domain)
+        return task.metrics(outputs, dataset.kept().on_host())
+
+
+def mean_metrics(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean over domains of each metric that all of them have.
+
+    >>> mean_metrics({"one": {"loss": 1.0, "auc": 0.5}, "two": {"loss": 2.0}})
+    {'loss': 1.5}
+    """
+    first, *others = domains.values()
+    return {
+        name: sum(metrics[name] for metrics in domains.values()) / len(domains)
+        for name in first
+        if all(name in metrics for metrics in others)
+    }
 
 
 # Returns metrics of a placed state by their full names.

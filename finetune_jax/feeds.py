@@ -17,6 +17,7 @@ import numpy as np
 
 from finetune_jax.data.batches import Examples, Shortened, Views, places_of, rows_of
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.mixture import Mixture
 from finetune_jax.data.order import Order
 from finetune_jax.features import Features, Taught
 from finetune_jax.flops import inner_programs
@@ -256,7 +257,9 @@ def everything(whole: Dataset | Features | Taught) -> dict[str, Any]:
     return {**whole.parts(whole.decoded), "label": whole.label, "weight": weight}
 
 
-def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str | None:
+def why_not_resident(
+    examples: Examples | Mixture, devices: Devices, limit: float
+) -> str | None:
     """Returns why a split does not lie on the device, or None if it can.
 
     Args:
@@ -266,6 +269,8 @@ def why_not_resident(examples: Examples, devices: Devices, limit: float) -> str 
     """
     if devices.count > 1:
         return f"there are {devices.count} devices"
+    if isinstance(examples, Mixture):
+        return "there are several domains"
     if isinstance(examples, Shortened):
         return "batches of texts differ in length (config.data.buckets)"
     if isinstance(examples, Taught):

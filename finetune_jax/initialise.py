@@ -249,6 +249,9 @@ def check_rules(
                 for name in names
                 if any(re.fullmatch(pattern, name) for pattern in fresh)
             ]
+        if rule.name in ("class_frequencies", "lsuv") and spec.domains:
+            problems.append(f"{where}, {rule.name!r}: not with config.data.domains")
+            continue
         if rule.name == "class_frequencies":
             classes = len(spec.class_names)
             if not classes:

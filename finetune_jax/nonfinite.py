@@ -20,6 +20,7 @@ from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.data.batches import training_positions
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.mixture import Mixture
 from finetune_jax.errors import NotFinite
 from finetune_jax.report.log import MetricsLog
 from finetune_jax.report.terminal import Terminal
@@ -122,7 +123,7 @@ class Guard:
     policy: str
     limit: int
     config: Config
-    dataset: Dataset
+    dataset: Dataset | Mixture
     log: MetricsLog
     terminal: Terminal
     folder: pathlib.Path
@@ -162,14 +163,7 @@ class Guard:
 
     def _keep(self, made: Made, checkpoint: int) -> pathlib.Path:
         """Writes what the update got and gave; returns the folder of it."""
-        place, config = self.folder / str(made.step), self.config
-        positions = training_positions(
-            self.dataset.label,
-            seed=configs.seeds(config)["order"],
-            batch_size=config.data.batch_size,
-            update=made.update,
-            sampling=config.data.sampling,
-        )
+        place = self.folder / str(made.step)
         place.mkdir(parents=True, exist_ok=True)
         np.savez(place / "batch.npz", allow_pickle=False, **named(made.batch()))
         norms = {
@@ -183,7 +177,22 @@ class Guard:
             "loss": str(float(made.metrics["loss"])),
             "norms": norms,
             "checkpoint": checkpoint,
-            "examples": {str(p): self.dataset.name(int(p)) for p in positions},
+            "examples": self._examples(made.update),
         }
         write_json(place / "update.json", found)
         return place
+
+    def _examples(self, update: int) -> dict[str, str] | list[str]:
+        """Returns the names of the examples of an update."""
+        config, dataset = self.config, self.dataset
+        seed = configs.seeds(config)["order"]
+        if isinstance(dataset, Mixture):
+            return dataset.examples_of(update, dataset.orders(seed))
+        positions = training_positions(
+            dataset.label,
+            seed=seed,
+            batch_size=config.data.batch_size,
+            update=update,
+            sampling=config.data.sampling,
+        )
+        return {str(p): dataset.name(int(p)) for p in positions}

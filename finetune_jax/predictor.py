@@ -18,6 +18,7 @@ from finetune_jax.data.texts import Rows, TextOptions, encode, make_encoder, pac
 from finetune_jax.data.threads import attempts
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
+from finetune_jax.parts import Several
 from finetune_jax.pretrained.tokenizer import find_tokenizer
 from finetune_jax.run import best_state
 from finetune_jax.setup import Setup, make_setup
@@ -71,23 +72,45 @@ def open_predictor(config: Config, workdir: pathlib.Path) -> Predictor:
         config: Of the run, resolved.
         workdir: The run's.
 
+    Of several domains it is the last one's model that predicts.
+
     Raises:
         UserError: There is no checkpoint yet, the run does not say what it takes, or its
             tokenizer is gone.
     """
-    spec, encoder = run_spec(config, workdir), None
+    spec, encoder = _whole_spec(config, workdir), None
     setup = make_setup(config, no_data(spec))
     if spec.text is not None:
         tokenizer = find_tokenizer(f"file:{workdir}", None)
         assert tokenizer is not None
         encoder = make_encoder(tokenizer, spec.text.options.max_tokens)
     evaluator, placed, step = best_state(setup, workdir)
+    if isinstance(setup.task, Several):
+        domain = list(setup.task.parts)[-1]
+        task, own = setup.task.parts[domain], spec.domains[domain]
+        params = evaluator.chosen(placed)
+        params, stats = setup.task.gather(domain, params, placed.batch_stats)
+        placed = placed.replace(params=params, batch_stats=stats, opt_state={}, ema={})
+        setup = dataclasses.replace(setup, task=task, data=no_data(own))
+        evaluator = dataclasses.replace(
+            evaluator, task=task, ema=False, chosen_ema=False, first=None
+        )
     return Predictor(
         setup=setup, evaluator=evaluator, placed=placed, step=step, encoder=encoder
     )
 
 
 def run_spec(config: Config, workdir: pathlib.Path) -> DataSpec:
+    """Returns what the inputs of a run's predictions look like, without its data.
+
+    Raises:
+        UserError: The run does not say.
+    """
+    spec = _whole_spec(config, workdir)
+    return list(spec.domains.values())[-1] if spec.domains else spec
+
+
+def _whole_spec(config: Config, workdir: pathlib.Path) -> DataSpec:
     """Returns what the data of a run look like, without the data.
 
     Raises:

@@ -23,6 +23,7 @@ from finetune_jax.optimizer import (
     make_optimizer,
 )
 from finetune_jax.parallel import Devices, check_batch, make_devices
+from finetune_jax.parts import chosen_by, domain_problems, split_problems
 from finetune_jax.plan import (
     Group,
     Phase,
@@ -142,7 +143,9 @@ def phase_setup(
     """
     learns = groups(plan, index, names)
     mode = Mode(
-        learning=frozenset(stage_of(name, task.prefixes) for name in learns),
+        learning=task.learning(
+            frozenset(stage_of(name, task.prefixes) for name in learns)
+        ),
         batch_stats=plan[index].batch_stats,
         axis_name=axis_name,
     )
@@ -267,7 +270,8 @@ def metric_names(config: Config) -> tuple[str, ...]:
     if hasattr(module, "measured"):
         names = module.measured(config, names)
     has_ema = config.evaluate.ema_decay is not None
-    return names + tuple(f"ema_{name}" for name in names if has_ema)
+    names += tuple(f"ema_{name}" for name in names if has_ema)
+    return chosen_by(config.data.domains, names) if config.data.domains else names
 
 
 def make_setup(
@@ -290,9 +294,11 @@ def make_setup(
     if data is None:
         data = run_data(config)
     task = make_task(config, data.spec)
-    splits = {name: part.label for name, part in data.held_out.items()}
-    if problems := task.check_splits(splits):
+    if problems := [*split_problems(task, data), *domain_problems(config, data)]:
         raise problems_error("What is to be measured cannot be:", problems)
+    for domain in data.spec.domains.values():
+        check_batch(domain.share, plan, devices.count)
+        check_pairs(domain.mix, domain.share, plan, devices.count)
     if problems := task.check_fixed():
         raise problems_error("What is to be learned cannot be:", problems)
     if like is None:
@@ -387,4 +393,5 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     if problems:
         raise problems_error("The plan cannot be run:", problems)
     check_batch(config.data.batch_size, plan, devices)
-    check_pairs(config.data.mix, config.data.batch_size, plan, devices)
+    if not config.data.domains:
+        check_pairs(config.data.mix, config.data.batch_size, plan, devices)

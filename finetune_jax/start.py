@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.mixture import make_mixture
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lookup import closest
@@ -18,6 +19,7 @@ from finetune_jax.lsuv import first_examples
 from finetune_jax.machine import memory
 from finetune_jax.members import weights_addresses
 from finetune_jax.parallel import compiled_for_few
+from finetune_jax.parts import Several
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import check_labels
 from finetune_jax.pretrained.layout import recognise
@@ -35,6 +37,9 @@ def run_data(config: Config) -> Data:
     Raises:
         UserError: It cannot be read, or does not fit what is said of it.
     """
+    seed = seeds(config)["order"]
+    if config.data.domains:
+        return make_mixture(config.data, seed=seed)
     address, tokenizer = config.data.tokenizer, None
     if config.data.text:
         tokenizer = find_tokenizer(address, config.init.pretrained)
@@ -42,7 +47,7 @@ def run_data(config: Config) -> Data:
         raise UserError(
             f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
         )
-    return make_data(config.data, seed=seeds(config)["order"], tokenizer=tokenizer)
+    return make_data(config.data, seed=seed, tokenizer=tokenizer)
 
 
 def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
@@ -210,24 +215,22 @@ def starting_state(
     """
     random_states.check_size()
     drawn, init = seeds(config), config.init
-    weights = {
-        prefix: read_weights(address)
-        for prefix, address in weights_addresses(config).items()
-        if prefix in ("", *task.prefixes)
-    }
+    weights = _weights_of(task, config)
     rules = make_rules(init.schemes, *(w.address for w in weights.values()))
     # To draw what is loaded anyway takes longer than to load it.
     # Beside a model without a prefix, those with one have no weights in its files.
     others = [p for p in task.prefixes if p] if "" in task.prefixes else []
-    wanted = None if rules or not weights else _not_loaded(weights, init.fresh, others)
+    wanted = None
+    if weights and not rules and not isinstance(task, Several):
+        wanted = _not_loaded(weights, init.fresh, others)
     own = random_states(drawn, wanted)
     variables = {"params": own.params, "batch_stats": own.batch_stats}
     layouts, told = {}, []
     for prefix, read in weights.items():
-        mine = {
-            kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
-            for kind, tree in variables.items()
-        }
+        if isinstance(task, Several):
+            variables, layouts[""] = _with_parts_loaded(task, variables, read, config)
+            continue
+        mine = _of_model(variables, prefix, others)
         if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
             check_labels(read.address, data.spec.class_names)
         told += told_of(read, config.precision)
@@ -245,7 +248,7 @@ def starting_state(
             kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
             for kind, tree in variables.items()
         }
-    if weights and "" not in weights:
+    if weights and ("" not in weights or isinstance(task, Several)):
         _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
     state = initialise(
@@ -257,8 +260,64 @@ def starting_state(
         seed=drawn["init"],
         first_batch=batch if measure else None,
     )
-    sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
+    sha256 = {k: sha for w in weights.values() for k, sha in w.sha256.items()}
     return state, Loaded(sha256=sha256, layouts=layouts, told=tuple(told))
+
+
+def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
+    """Returns the weights that models begin with, by their prefix."""
+    return {
+        prefix: read_weights(address)
+        for prefix, address in weights_addresses(config).items()
+        if prefix in ("", *task.prefixes)
+    }
+
+
+def _of_model(
+    variables: Mapping[str, Any], prefix: str, others: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the variables of a model, without those of others beside it."""
+    return {
+        kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
+        for kind, tree in variables.items()
+    }
+
+
+def _with_parts_loaded(
+    task: Several, variables: Mapping[str, Any], read: Weights, config: Config
+) -> tuple[dict[str, Any], str]:
+    """Returns variables with the model of every domain loaded, and the weights' layout."""
+    found = {kind: dict(named(tree)) for kind, tree in variables.items()}
+    layout = ""
+    for domain, own_task in task.parts.items():
+        own = task.gather(domain, variables["params"], variables["batch_stats"])
+        mine = {"params": own[0], "batch_stats": own[1]}
+        places = {
+            kind: {
+                name: task.place(domain, name, of_stats=kind == "batch_stats")
+                for name in named(tree)
+            }
+            for kind, tree in mine.items()
+        }
+        # A rule is about the names that the state has.
+        fresh = {
+            re.escape(name)
+            for by_name in places.values()
+            for name, place in by_name.items()
+            if any(re.fullmatch(pattern, place) for pattern in config.init.fresh)
+        }
+        layout = recognise(named(mine), read.tensors, read.address).name
+        loaded = load_weights(
+            mine,
+            read,
+            fresh=sorted(fresh),
+            adapt_input=config.init.input_channels == "adapt",
+            stem=own_task.stages[0],
+            left_out=own_task.left_out(),
+        )
+        for kind, tree in loaded.items():
+            found[kind] |= {places[kind][n]: leaf for n, leaf in named(tree).items()}
+    return {kind: like(variables[kind], found[kind]) for kind in variables}, layout
 
 
 def _first_stage(task: Task, prefix: str) -> str:

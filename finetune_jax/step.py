@@ -215,6 +215,10 @@ class _Objective:
             )
             for index in range(jax.tree.leaves(batch)[0].shape[0])
         ]
+        sums = [static.task.whole(micro) for micro in self.micro_batches]
+        if sums[0]:
+            whole = jax.tree.map(lambda *parts: static.over_devices(sum(parts)), *sums)
+            self.micro_batches = [m | {"whole": whole} for m in self.micro_batches]
 
     def _prepared(self, batch: dict, rng: jax.Array) -> dict:
         """Returns a micro-batch as the loss takes it."""

@@ -1,5 +1,6 @@
 """What a finished run shows: its pictures and its page, in `report/`."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -53,18 +54,20 @@ def write_report(
     lines = read_metrics(workdir / "metrics.jsonl")
     plots.learning_curves(lines, folder / "learning_curves.png")
     confusion, right, wrong, segments = None, [], [], None
-    held_out = setup.data.held_out
+    setup_of, domain = _shown_domain(setup)
+    held_out = setup_of.data.held_out
     split = next((name for name in ("test", "validation") if name in held_out), None)
     if split is not None:
-        dataset, spec = held_out[split], setup.data.spec
-        names, outputs = spec.class_names, evaluator.outputs(placed, dataset)
+        dataset, spec = held_out[split], setup_of.data.spec
+        names, outputs = spec.class_names, evaluator.outputs(placed, dataset, domain)
         dataset = dataset.kept()
-        caption = f"{split}, {len(dataset):,} examples"
+        which = split if domain is None else f"{split} of {domain}"
+        caption = f"{which}, {len(dataset):,} examples"
         if spec.targets:
             found, path = outputs["prediction"], folder / "predicted.png"
             plots.predicted(found, dataset.label, spec.targets, path, caption)
         elif spec.pixel_classes:
-            figure = _segments(setup, outputs["prediction"], dataset)
+            figure = _segments(setup_of, outputs["prediction"], dataset)
             (folder / "segments.png").write_bytes(plots.png(figure))
             segments = for_page(figure, f"Of {caption}")
         elif "logits" in outputs:
@@ -73,7 +76,7 @@ def write_report(
             counts = confusion_matrix(outputs["logits"], dataset.label)
             confusion, path = (counts, names, caption), folder / "confusion_matrix.png"
             plots.confusion_matrix(counts, names, path, caption)
-            right, wrong = _predictions(setup, outputs, dataset)
+            right, wrong = _predictions(setup_of, outputs, dataset)
     config = read_json(workdir / "config.json") or {}
     page = Page(
         title=_title(config),
@@ -89,6 +92,20 @@ def write_report(
         segments=segments,
     )
     write_page(page, folder / "index.html")
+
+
+def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
+    """Returns a run as its last domain sees it, and that domain's name, if it has any."""
+    if not setup.data.spec.domains:
+        return setup, None
+    domain = list(setup.data.spec.domains)[-1]
+    data = dataclasses.replace(
+        setup.data,
+        spec=setup.data.spec.domains[domain],
+        held_out={s: m.parts[domain] for s, m in setup.data.held_out.items()},
+    )
+    task = setup.task.of_domain(domain)
+    return dataclasses.replace(setup, task=task, data=data), domain
 
 
 def _title(config: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.data.batches import Examples, training_batches
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.mixture import Mixture, mixed_batches
 from finetune_jax.data.order import training_order
 from finetune_jax.features import Features, Taught
 from finetune_jax.feeds import (
@@ -56,7 +57,7 @@ class Updates:
     def feed(
         self,
         phase: PhaseSetup,
-        examples: Examples,
+        examples: Examples | Mixture,
         state: TrainState,
         first: int,
         end: int,
@@ -79,6 +80,7 @@ class Updates:
         }
         why = self._why_stepwise(phase, examples, state)
         if why is None:
+            assert not isinstance(examples, Mixture)
             return Scanned(
                 examples,
                 training_order(examples.label, seed, sampling),
@@ -91,14 +93,17 @@ class Updates:
             self.told.add(why)
             self.say(f"every update is a call of its own: {why}")
         fixed = phase.phase.fixed_batch
-        batches = training_batches(
-            examples,
-            seed=seed,
-            sampling=sampling,
-            start=first if fixed else start,
-            stop=first + 1 if fixed else end,
-            **shape,
-        )
+        updates = {
+            "start": first if fixed else start,
+            "stop": first + 1 if fixed else end,
+        }
+        if isinstance(examples, Mixture):
+            parts = phase.phase.accumulate_steps
+            batches = mixed_batches(examples, seed=seed, micro_batches=parts, **updates)
+        else:
+            batches = training_batches(
+                examples, seed=seed, sampling=sampling, **updates, **shape
+            )
         return Stepwise(batches, self.setup.devices, repeats=fixed)
 
     def _placed(self, whole: Dataset | Features | Taught) -> Any:
@@ -109,7 +114,7 @@ class Updates:
         return self.placed[0][1]
 
     def _why_stepwise(
-        self, phase: PhaseSetup, examples: Examples, state: TrainState
+        self, phase: PhaseSetup, examples: Examples | Mixture, state: TrainState
     ) -> str | None:
         """Returns why a call shall make one update only, or None if it may make more."""
         config = self.setup.config
@@ -122,6 +127,7 @@ class Updates:
         limit = config.data.memory_gb * 1e9
         if why := why_not_resident(examples, self.setup.devices, limit):
             return why
+        assert not isinstance(examples, Mixture)
         if jax.default_backend() != "cpu":
             return None
         kinds = type(examples), type(getattr(examples, "examples", None))
@@ -155,7 +161,9 @@ class Updates:
         """
         # Averages and what is fixed are those of all phases, of which runs may differ.
         shared = tuple(placed.ema), tuple(self.fixed)
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(call.arguments))
+        # Updates may differ in the domains that they have.
+        leaves, names = jax.tree.flatten(call.arguments)
+        shapes = names, tuple(leaf.shape for leaf in leaves)
         key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
         if key in self.programs:
             return self.programs[key], 0.0

@@ -23,11 +23,13 @@ VARIANTS = [
     "resnet_head.py:tiny",
     "head_population.py:tiny",
     "efficientnet_flowers.py:tiny",
+    "adapt_digits.py:tiny",
     "bert_ner.py:tiny",
     "bert_qa.py:tiny",
     "bert_sst2.py:tiny",
     "distill_digits.py:tiny",
     "mutual_digits.py:tiny",
+    "joint_digits_fashion.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
@@ -55,7 +57,8 @@ def resolved(variant, tmp_path):
     """Returns a variant on one device, with data and weights that it can find."""
     overrides = [("parallel.devices", "1"), ("data.batch_size", "10")]
     config = configs.load(str(ROOT / "configs" / variant))
-    if config.data.name == "idx":
+    domains = {entry.name: i for i, entry in enumerate(config.data.domains)}
+    if config.data.name == "idx" or "idx" in domains:
         import numpy as np
 
         rng = np.random.default_rng(0)
@@ -64,7 +67,8 @@ def resolved(variant, tmp_path):
             labels = (np.arange(size) % 10).astype(np.uint8)
             test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
             test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
-        overrides.append(("data.dir", str(tmp_path)))
+        place = f"data.domains[{domains['idx']}].dir" if domains else "data.dir"
+        overrides.append((place, str(tmp_path)))
     if config.data.name == "folder":
         folder = pictures.make_folder(tmp_path / "photos")
         overrides += [("data.dir", str(folder)), ("data.image_size", "32")]

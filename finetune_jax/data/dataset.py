@@ -12,6 +12,7 @@ from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.classes import check_classes, check_no_classes
 from finetune_jax.data.images import Geometry
+from finetune_jax.data.shifts import shifted
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import choose, overlaps, per_class
@@ -146,6 +147,18 @@ class Dataset:
             decoded=decoded,
         )
 
+    def without_labels(self) -> "Dataset":
+        """Returns the split with zeros for labels."""
+        return dataclasses.replace(self, label=np.zeros_like(self.label))
+
+    def messages(self) -> dict[str, str]:
+        """Returns what was passed over so far: messages by name."""
+        places = {int(index): at for at, index in enumerate(self.indices)}
+        return {
+            self.name(places[index]): message
+            for index, message in sorted((self.unreadable or {}).items())
+        }
+
     def name(self, position: int) -> str:
         """Returns what a person knows the example at a position by."""
         owners, places = self._owners(self.indices[[position]])
@@ -175,16 +188,16 @@ class Data:
 
     Attributes:
         spec: What the examples look like.
-        train: The training split.
-        held_out: 'validation' and 'test', where the config names them.
+        train: The training split, a `Dataset`, or a `Mixture` of several domains.
+        held_out: 'validation' and 'test', where the config names them; likewise.
         fingerprint: Returns that of the source; the config says what was selected.
         warnings: What a reader of the result should know.
         tokenizer: What the tokenizer.json of texts holds; None of what is no text.
     """
 
     spec: DataSpec
-    train: Dataset
-    held_out: Mapping[str, Dataset]
+    train: Any
+    held_out: Mapping[str, Any]
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
     tokenizer: str | None = None
@@ -193,9 +206,7 @@ class Data:
         """Returns what was passed over so far: messages by name."""
         found = {}
         for part in (self.train, *self.held_out.values()):
-            places = {int(index): at for at, index in enumerate(part.indices)}
-            for index, message in sorted((part.unreadable or {}).items()):
-                found[part.name(places[index])] = message
+            found |= part.messages()
         return found
 
     def in_memory(self, limit: float) -> "Data":
@@ -278,7 +289,11 @@ def load_source(name: str, directory: str | None) -> Source:
 
 
 def make_data(
-    config: Mapping[str, Any], *, seed: int, tokenizer: str | None = None
+    config: Mapping[str, Any],
+    *,
+    seed: int,
+    tokenizer: str | None = None,
+    labelled: bool = True,
 ) -> Data:
     """Returns the splits that `config.data` describes.
 
@@ -286,6 +301,8 @@ def make_data(
         config: The section `config.data`.
         seed: Of the run; draws the examples of `per_class`.
         tokenizer: What a tokenizer.json holds, for texts.
+        labelled: Whether training may know labels. Otherwise nothing that training sees,
+            not even which examples are in it, depends on them.
 
     Raises:
         UserError: A split that is wrong or empty, a class absent from training, what
@@ -294,16 +311,17 @@ def make_data(
     source, text = _opened(config, tokenizer)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
-    chosen = choose(label, source.groups, config)
+    stratified = labelled and config["stratified"]
+    chosen = choose(label, source.groups, config, stratified=stratified)
     if config["per_class"] is not None:
         chosen["train"] = per_class(
             chosen["train"], everything[chosen["train"]], config["per_class"], seed
         )
-    if everything.ndim == 1:
+    if everything.ndim == 1 and labelled:
         check_classes(source, everything, chosen["train"])
     shape = _shape(source, config)
     label_counts = [len(chosen["train"])]
-    if source.class_names and everything.ndim == 1:
+    if source.class_names and everything.ndim == 1 and labelled:
         label_counts = np.bincount(
             everything[chosen["train"]], minlength=len(source.class_names)
         )
@@ -316,6 +334,7 @@ def make_data(
         pixel_classes=source.pixel_classes,
         train_counts=tuple(map(int, label_counts)),
         text=text,
+        labelled=labelled,
         **preprocessing_of(config),
     )
     check_preprocessing(spec)
@@ -329,7 +348,7 @@ def make_data(
     train = made.pop("train")
     return Data(
         spec=spec,
-        train=train,
+        train=train if labelled else train.without_labels(),
         held_out=made,
         fingerprint=source.fingerprint,
         warnings=tuple(overlaps(chosen)),
@@ -346,6 +365,8 @@ def _opened(
         source, text = load_texts(config["name"], config["dir"], options, tokenizer)
     else:
         source = load_source(config["name"], config["dir"])
+    if config["shift"]:
+        source = shifted(source, config["shift"])
     if not source.class_names or options.labels == "tags":
         check_no_classes(source, config)
     return source, text

@@ -35,6 +35,11 @@ class DataSpec:
         interpolation: 'bilinear' or 'bicubic'.
         decode: 'fast' or 'exact', of training images; all others are decoded exactly.
         text: What is known of texts; None of what is none.
+        labelled: Whether updates get labels.
+        share: Examples in one update, of a domain among several.
+        domains: What the examples of each domain look like, by its name; empty where
+            there is one data set. All else then is the first's, but `train_counts`, one
+            number.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +57,9 @@ class DataSpec:
     interpolation: str = "bilinear"
     decode: str = "exact"
     text: TextSpec | None = None
+    labelled: bool = True
+    share: int = 0
+    domains: "Mapping[str, DataSpec]" = dataclasses.field(default_factory=dict)
 
     @property
     def train_examples(self) -> int:
@@ -102,10 +110,14 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     Raises:
         ValueError, TypeError: It is not such a thing.
     """
-    known: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in plain.items()
+    known: dict[str, Any] = {key: _as_tuple(value) for key, value in plain.items()}
+    # Theirs is known as a whole: the config has what they have in common.
+    known["domains"] = {
+        name: spec_from_json(domain, domain)
+        for name, domain in known.pop("domains", {}).items()
     }
+    data = {key: _as_tuple(data[key]) for key in PREPROCESSING}
+    known = {key: value for key, value in known.items() if key not in data}
     text: Any = known.pop("text", None)
     if text is not None:
         options: dict[str, Any] = {
@@ -128,6 +140,10 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     ):
         raise ValueError("not what data look like")
     return spec
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def check_preprocessing(spec: DataSpec) -> None:

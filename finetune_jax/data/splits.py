@@ -40,16 +40,23 @@ def stratified_order(label: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(place[shuffled], kind="stable")]
 
 
-def named_splits(label: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def named_splits(
+    label: Mapping[str, np.ndarray], seed: int, *, stratified: bool = True
+) -> dict[str, np.ndarray]:
     """Returns the indices of each named split into the concatenation of all examples.
 
     Args:
         label: Labels by the source's own splits, in their order; {'all': ...} for a
             source that has none and is cut here.
         seed: Of that cut.
+        stratified: Whether it has the classes in their proportions. What has no classes
+            is cut at random, as if all were of one class.
     """
     if set(label) == {"all"}:
-        order = stratified_order(label["all"], seed)
+        values = label["all"]
+        if not stratified or values.ndim > 1:
+            values = np.zeros(len(values))
+        order = stratified_order(values, seed)
         bounds = {
             name: (round(start * len(order)), round(stop * len(order)))
             for name, (start, stop) in CUTS.items()
@@ -143,6 +150,8 @@ def choose(
     label: Mapping[str, np.ndarray],
     groups: Mapping[str, np.ndarray] | None,
     config: Mapping[str, Any],
+    *,
+    stratified: bool = True,
 ) -> dict[str, np.ndarray]:
     """Returns the indices of the examples of each split that the config names.
 
@@ -150,16 +159,16 @@ def choose(
         label: Labels by the source's own splits.
         groups: The sizes of groups of examples, likewise, which stay together.
         config: The section `config.data`.
+        stratified: As in `named_splits`.
 
     Raises:
         UserError: A split that is wrong or empty.
     """
-    # What has no classes is cut at random, as if all were of one class.
-    strata = {
-        split: values if groups is None and values.ndim == 1 else np.zeros(len(values))
-        for split, values in (label if groups is None else groups).items()
-    }
-    splits = named_splits(strata, config["split_seed"])
+    splits = named_splits(
+        label if groups is None else groups,
+        config["split_seed"],
+        stratified=stratified and groups is None,
+    )
     chosen = {
         key: select(splits, config[key], f"config.data.{key}")
         for key in ("train", "validation", "test")

@@ -75,11 +75,14 @@ def main(config: Config, options: Options) -> int:
         outputs = f"{len(spec.targets)} targets"
     if spec.pixel_classes:
         outputs = f"{len(spec.pixel_classes)} classes of pixels"
+    inputs = "x".join(map(str, spec.shape))
+    if spec.domains:
+        inputs, outputs = _domains(spec), f"{len(spec.domains)} domains"
     console = Console(soft_wrap=True)
     console.print(
         f"{_learners(config, task)}: {count(state.params):,} parameters in "
         f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
-        f"{'x'.join(map(str, spec.shape))}, {outputs}; "
+        f"{inputs}, {outputs}; "
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
         highlight=False,
     )
@@ -106,6 +109,16 @@ def _learners(config: Config, task: Task) -> str:
     names = config.model.name if "" in task.prefixes else ", ".join(task.prefixes)
     teachers = ", ".join(labels_of(config.model))
     return f"{names}, taught by {teachers}" if task.is_taught else names
+
+
+def _domains(spec: DataSpec) -> str:
+    """Returns what each domain's inputs are, and what an update has of them."""
+    found = [
+        f"{name} {'x'.join(map(str, of.shape))} ({len(of.class_names)} classes, "
+        f"{of.share} an update{'' if of.labelled else ', without labels'})"
+        for name, of in spec.domains.items()
+    ]
+    return "; ".join(found)
 
 
 def spec_of(config: Config) -> DataSpec:
@@ -145,6 +158,17 @@ def spec_of(config: Config) -> DataSpec:
         return spec
 
 
+def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) -> dict:
+    """Returns a batch, or k micro-batches, by shape; of domains a dict of theirs."""
+
+    def leading(size: int) -> tuple[int, ...]:
+        return (size,) if micro is None else (micro, size // micro)
+
+    if not task.shares:
+        return _batch(spec, leading(examples))
+    return {name: _batch(spec[name], leading(n)) for name, n in task.shares.items()}
+
+
 def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
     shapes = {
         name: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype)
@@ -158,7 +182,7 @@ def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
 def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
-    batch = _batch(task.batch_spec, (batch_size,))
+    batch = _batches(task, task.batch_spec, batch_size)
     fixed = task.fixed_shapes(state)
     return _flops(step, state.params, state.batch_stats, fixed, batch)
 
@@ -189,7 +213,7 @@ def step_flops(
             "task": task.fixed_shapes(state),
             **dict.fromkeys(("start", "fisher"), named(state.params)),
         },
-        _batch(task.train_batch_spec, (micro, batch_size // micro)),
+        _batches(task, task.train_batch_spec, batch_size, micro),
         number,
         number,
     )

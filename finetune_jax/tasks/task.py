@@ -254,6 +254,35 @@ class Task(abc.ABC):
         # Computed on its own, as it is where it is kept: so both are the same bits.
         return {**rest, "features": jax.lax.optimization_barrier(features)}
 
+    def learning(self, stages: frozenset[str]) -> frozenset[str]:
+        """Returns the stages that run as in training where `stages` learn."""
+        return stages
+
+    def of_domain(self, domain: str) -> "Task":
+        """Returns the task of one domain of several, of the same state."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has one data set, not {domain}"
+        )
+
+    @property
+    def shares(self) -> Mapping[str, int]:
+        """Examples of each domain in an update, whose batch is a dict of theirs.
+
+        Empty where there is one data set.
+        """
+        return {}
+
+    def whole(self, batch: dict) -> dict:
+        """Returns what the loss needs to know of a whole update, from a micro-batch.
+
+        It is summed over micro-batches and devices, and each finds it in its 'whole'.
+
+        Args:
+            batch: Prepared.
+        """
+        del batch
+        return {}
+
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of all models in order, with their prefixes."""
