@@ -5,7 +5,7 @@ Command:   python -m finetune_jax.main --config=configs/joint_digits_fashion.py 
                --config.data.domains[1].dir=FASHION_MNIST
            The folder has the four IDX files.
 Argument:  `tiny` makes two updates.
-Expected:  see experiments/domains, which asks the same of smaller models and data.
+Expected:  not run yet; experiments/domains asks the same of a smaller model.
 """
 
 import ml_collections

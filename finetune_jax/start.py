@@ -40,6 +40,10 @@ def run_data(config: Config) -> Data:
     seed = seeds(config)["order"]
     if config.data.domains:
         return make_mixture(config.data, seed=seed)
+    mixed = config.data.mixing != "weights", config.data.mixing_temperature != 1
+    if any(mixed):
+        key = "mixing" if mixed[0] else "mixing_temperature"
+        raise UserError(f"config.data.{key}: config.data.domains has nothing to mix")
     address, tokenizer = config.data.tokenizer, None
     if config.data.text:
         tokenizer = find_tokenizer(address, config.init.pretrained)

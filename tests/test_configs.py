@@ -57,7 +57,7 @@ def resolved(variant, tmp_path):
     """Returns a variant on one device, with data and weights that it can find."""
     overrides = [("parallel.devices", "1"), ("data.batch_size", "10")]
     config = configs.load(str(ROOT / "configs" / variant))
-    domains = {entry.name: i for i, entry in enumerate(config.data.domains)}
+    domains = {dict(e).get("name"): i for i, e in enumerate(config.data.domains)}
     if config.data.name == "idx" or "idx" in domains:
         import numpy as np
 
@@ -67,7 +67,9 @@ def resolved(variant, tmp_path):
             labels = (np.arange(size) % 10).astype(np.uint8)
             test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
             test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
-        place = f"data.domains[{domains['idx']}].dir" if domains else "data.dir"
+        place = "data.dir"
+        if "idx" in domains:
+            place = f"data.domains[{domains['idx']}].dir"
         overrides.append((place, str(tmp_path)))
     if config.data.name == "folder":
         folder = pictures.make_folder(tmp_path / "photos")

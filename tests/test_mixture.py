@@ -139,6 +139,13 @@ def test_domains_that_cannot_be_are_refused_by_name(domains, data, message):
         run_data(mixtures.config(*domains, data=data))
 
 
+def test_without_domains_there_is_nothing_to_mix():
+    for key, value in (("mixing", "size"), ("mixing_temperature", "2.0")):
+        config = mixtures.config(overrides=[(f"data.{key}", value)])
+        with pytest.raises(UserError, match=f"config.data.{key}: .* nothing to mix"):
+            run_data(config)
+
+
 def test_what_needs_one_data_set_is_refused():
     config = mixtures.config(
         DIGITS, overrides=[("evaluate.cka", "10"), ("init.schemes", "()")]

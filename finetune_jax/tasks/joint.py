@@ -180,6 +180,8 @@ class Joint(Several):
             )
             losses[domain], moved[domain] = loss, stats
             metrics |= {f"{domain}/{name}": pair for name, pair in found.items()}
+        total: Any
+        weight: Any
         if whole is None:
             total, weight = (sum(pair) for pair in zip(*losses.values()))
         else:
