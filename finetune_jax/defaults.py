@@ -35,8 +35,9 @@ CHOICES = {
 MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "data.cache_views", "data.max_tokens", "data.mixing_temperature",
-    "evaluate.batch_size", "evaluate.every_steps",
+    "data.per_class", "data.cache_views", "data.max_tokens", "data.hash_rows",
+    "data.min_count", "data.mixing_temperature", "evaluate.batch_size",
+    "evaluate.every_steps",
     "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
     "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
     "parallel.devices", "parallel.fsdp", "parallel.steps_per_call",
@@ -223,6 +224,11 @@ def _data() -> Any:
     data.label = "label"  # Their column of what is to be predicted.
     data.labels = "classes"  # Or 'numbers', 'tags', 'answers': see your-text.md.
     data.header = ()  # Names of the columns of files that do not begin with them.
+    data.columns = ()  # Of tables: (regex, 'number', 'category' or 'ignore') pairs.
+    data.log_columns = ()  # Regexes of numbers x that become sign(x) log(1 + |x|).
+    data.hash_rows = optional(int)  # Of an embedding; None: a row for each value.
+    data.min_count = 2  # Training rows that a value needs for a row of its own.
+    data.fitted = optional(str)  # Workdir of a run whose columns are continued.
     data.tokenizer = optional(str)  # Its address; None: beside the pretrained weights.
     data.max_tokens = 128  # Of a text; what is longer is cut.
     data.overlap = optional(

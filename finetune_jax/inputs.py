@@ -129,5 +129,10 @@ def check_has_classes(data: DataSpec, task: str) -> None:
         raise UserError(
             f"{where} has a mask for each image: use task.name='segmentation'"
         )
+    if data.table is not None:
+        raise UserError(
+            f"config.task.name: {task!r}, but the data is a table: use 'tabular'; or, if "
+            "it is texts, name their columns in config.data.text, such as ('sentence',)"
+        )
     if data.text is not None:
         raise UserError(f"{where} is text: use 'text'")

@@ -19,8 +19,8 @@ from finetune_jax.lookup import closest
 
 AVERAGES = ("binary", "macro", "micro", "weighted")
 # Metrics that rank examples, which needs examples of every class.
-RANKING = ("roc_auc", "average_precision")
-LOWER_IS_BETTER = ("loss", "calibration_error", "mse", "mae")
+RANKING = ("roc_auc", "average_precision", "normalised_entropy")
+LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
 # Begins the names of metrics of one class, of which there may be many.
 PER_CLASS = "iou_"
 BINS = 15  # Guo et al. 2017, section 5.
@@ -45,6 +45,17 @@ def log_loss(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
     shifted_BxK = logits_BxK - highest_Bx1
     norm_B = np.log(np.exp(shifted_BxK).sum(axis=-1))
     return float(np.mean(norm_B - shifted_BxK[np.arange(len(label_B)), label_B]))
+
+
+def normalised_entropy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the log loss divided by that of always saying the classes' shares.
+
+    Source: He et al. 2014, section 3.
+    """
+    share_K = np.bincount(label_B) / len(label_B)
+    share_K = share_K[share_K > 0]
+    entropy = -float(np.sum(share_K * np.log(share_K)))
+    return log_loss(logits_BxK, label_B) / entropy if entropy else math.nan
 
 
 def probabilities(logits_BxK: np.ndarray) -> np.ndarray:
@@ -187,8 +198,12 @@ def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
 CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "loss": log_loss,
+    "normalised_entropy": normalised_entropy,
     "calibration_error": calibration_error,
-    **{name: functools.partial(_ranked, name) for name in RANKING},
+    **{
+        name: functools.partial(_ranked, name)
+        for name in ("roc_auc", "average_precision")
+    },
     **{
         f"{measure}_{average}": functools.partial(_counted, measure, average)
         for measure in ("precision", "recall", "f1")

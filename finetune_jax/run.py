@@ -10,6 +10,7 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
+from finetune_jax.data.encoding import write_fitted
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
@@ -102,8 +103,7 @@ def open_run(config: Config, terminal: Terminal) -> tuple[Setup, tuple[Domain, .
     """
     setup = make_setup(config)
     domains = open_domains(setup)
-    for text in setup.data.warnings:
-        terminal.warn(text)
+    terminal.tell(setup.data.spec.lines(), setup.data.warnings)
     return setup, domains
 
 
@@ -138,6 +138,8 @@ def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
     write_text(workdir / "config.json", configs.to_json(config))
     for name, text in tokenizer_of(setup.data, config).items():
         write_text(workdir / name, text)
+    if setup.data.fitted is not None:
+        write_fitted(workdir, setup.data.fitted)
 
 
 def _taken_up(

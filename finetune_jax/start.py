@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.mixture import make_mixture
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import initialise, make_rules
@@ -31,8 +32,12 @@ from finetune_jax.tasks.task import Task
 from finetune_jax.trees import like, named, nbytes, part, with_part
 
 
-def run_data(config: Config) -> Data:
+def run_data(config: Config, fitted: Fitted | None = None) -> Data:
     """Returns the data that a config describes.
+
+    Args:
+        config: Resolved.
+        fitted: What a run has kept of a table; None fits it to the training rows.
 
     Raises:
         UserError: It cannot be read, or does not fit what is said of it.
@@ -51,7 +56,7 @@ def run_data(config: Config) -> Data:
         raise UserError(
             f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
         )
-    return make_data(config.data, seed=seed, tokenizer=tokenizer)
+    return make_data(config.data, seed=seed, tokenizer=tokenizer, fitted=fitted)
 
 
 def tokenizer_of(data: Data, config: Config) -> dict[str, str]:

@@ -54,7 +54,7 @@ class Tables:
         try:
             wanted = json.loads((place / ABOUT).read_text())["sha256"]
             leaves = self._opened(place, table)
-            if [_sha256(leaf) for leaf in leaves] == wanted:
+            if [sha256_of(leaf) for leaf in leaves] == wanted:
                 with contextlib.suppress(OSError):  # It may be somebody else's.
                     os.utime(place / ABOUT)
                 return leaves
@@ -69,7 +69,7 @@ class Tables:
         except Exception as error:  # Whatever the damage leads to.
             wrong = str(error)
         self.say(f"{place} is damaged and made anew: {wrong}")
-        _discard(place)
+        discard(place)
         return None
 
     def _opened(self, place: pathlib.Path, table: Any) -> list[np.ndarray]:
@@ -116,7 +116,7 @@ class Tables:
         try:
             text = json.dumps(about, indent=2)
             self._make_room(nbytes(table) + len(text) + 100 * len(leaves))
-            _write(place, about, len(leaves), given)
+            write_table(place, about, len(leaves), given)
         except OSError as error:
             self.say(f"{what} cannot be kept in {self.folder}: {error}")
             if kept is None:
@@ -139,7 +139,7 @@ class Tables:
             try:
                 if place.name.startswith("."):  # Of a run that may have been killed.
                     if time.time() - place.stat().st_mtime > LEFTOVER_S:
-                        _discard(place)
+                        discard(place)
                     continue
                 used = (place / ABOUT).stat().st_mtime
                 taken = sum(file.stat().st_size for file in place.iterdir())
@@ -150,11 +150,11 @@ class Tables:
         for _, taken, place in sorted(found):
             if total <= self.limit:
                 break
-            _discard(place)
+            discard(place)
             total -= taken
 
 
-def _write(
+def write_table(
     place: pathlib.Path,
     about: dict[str, Any],
     count: int,
@@ -194,13 +194,13 @@ def _write(
             part.rename(place)
         except OSError:
             if not (place / ABOUT).is_file():  # Else another run was faster.
-                _discard(place)
+                discard(place)
                 part.rename(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _discard(place: pathlib.Path) -> None:
+def discard(place: pathlib.Path) -> None:
     """Deletes a folder so that no half of it is ever found under its name."""
     with contextlib.suppress(OSError):
         part = pathlib.Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
@@ -210,7 +210,7 @@ def _discard(place: pathlib.Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _sha256(array: np.ndarray) -> str:
+def sha256_of(array: np.ndarray) -> str:
     """Returns the digest of an array's bytes, read in stretches."""
     digester, flat = hashlib.sha256(), array.reshape(-1).view(np.uint8)
     for begin in range(0, flat.size, 2**26):

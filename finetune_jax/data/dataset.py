@@ -1,23 +1,20 @@
 """The splits of a run, decoded: from `config.data` to arrays of examples."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from finetune_jax import lookup
-from finetune_jax.data import sources
-from finetune_jax.data.classes import check_classes, check_no_classes
+from finetune_jax.data.classes import check_classes
+from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.images import Geometry
-from finetune_jax.data.shifts import shifted
+from finetune_jax.data.opening import load_source as load_source
+from finetune_jax.data.opening import opened
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import choose, overlaps, per_class
-from finetune_jax.data.text_files import load_texts
-from finetune_jax.data.texts import TextSpec, options_of
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError
 
@@ -193,6 +190,7 @@ class Data:
         fingerprint: Returns that of the source; the config says what was selected.
         warnings: What a reader of the result should know.
         tokenizer: What the tokenizer.json of texts holds; None of what is no text.
+        fitted: What a run keeps of a table; None of what is no table.
     """
 
     spec: DataSpec
@@ -201,6 +199,7 @@ class Data:
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
     tokenizer: str | None = None
+    fitted: Fitted | None = None
 
     def unreadable(self) -> dict[str, str]:
         """Returns what was passed over so far: messages by name."""
@@ -269,31 +268,13 @@ def dataset_of(
     )
 
 
-def load_source(name: str, directory: str | None) -> Source:
-    """Returns the source that `config.data.name` names.
-
-    Raises:
-        UserError: No such source, or its data cannot be read.
-    """
-    module, _, argument = name.partition(":")
-    found = lookup.module(sources, module, "config.data.name")
-    if not hasattr(found, "load"):
-        raise UserError(
-            f"config.data.name: {name!r} holds texts; name their columns in "
-            "config.data.text, such as ('sentence',)"
-        )
-    source = found.load(directory, argument or None)
-    # It may read all of the data.
-    once = functools.cache(source.fingerprint)
-    return dataclasses.replace(source, fingerprint=once)
-
-
 def make_data(
     config: Mapping[str, Any],
     *,
     seed: int,
     tokenizer: str | None = None,
     labelled: bool = True,
+    fitted: Fitted | None = None,
 ) -> Data:
     """Returns the splits that `config.data` describes.
 
@@ -303,12 +284,13 @@ def make_data(
         tokenizer: What a tokenizer.json holds, for texts.
         labelled: Whether training may know labels. Otherwise nothing that training sees,
             not even which examples are in it, depends on them.
+        fitted: What a run has kept of a table; None fits it to the training rows.
 
     Raises:
         UserError: A split that is wrong or empty, a class absent from training, what
             classes are needed for where there are none.
     """
-    source, text = _opened(config, tokenizer)
+    source, text, table = opened(config, tokenizer)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
     stratified = labelled and config["stratified"]
@@ -319,6 +301,9 @@ def make_data(
         )
     if everything.ndim == 1 and labelled:
         check_classes(source, everything, chosen["train"])
+    warnings = overlaps(chosen)
+    if table is not None:
+        source, fitted = table.fitted(chosen["train"], fitted, warnings)
     shape = _shape(source, config)
     label_counts = [len(chosen["train"])]
     if source.class_names and everything.ndim == 1 and labelled:
@@ -335,6 +320,7 @@ def make_data(
         train_counts=tuple(map(int, label_counts)),
         text=text,
         labelled=labelled,
+        table=fitted and fitted.spec,
         **preprocessing_of(config),
     )
     check_preprocessing(spec)
@@ -351,25 +337,10 @@ def make_data(
         train=train if labelled else train.without_labels(),
         held_out=made,
         fingerprint=source.fingerprint,
-        warnings=tuple(overlaps(chosen)),
+        warnings=tuple(warnings),
         tokenizer=tokenizer if text else None,
+        fitted=fitted,
     )
-
-
-def _opened(
-    config: Mapping[str, Any], tokenizer: str | None
-) -> tuple[Source, TextSpec | None]:
-    """Returns the source, and what is known of its texts, if it has any."""
-    options, text = options_of(config), None
-    if options.text:
-        source, text = load_texts(config["name"], config["dir"], options, tokenizer)
-    else:
-        source = load_source(config["name"], config["dir"])
-    if config["shift"]:
-        source = shifted(source, config["shift"])
-    if not source.class_names or options.labels == "tags":
-        check_no_classes(source, config)
-    return source, text
 
 
 def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:

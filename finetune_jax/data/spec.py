@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.data.images import Geometry
+from finetune_jax.data.table_spec import TableSpec, table_from_json
 from finetune_jax.data.texts import TextOptions, TextSpec
 from finetune_jax.errors import problems_error
 
@@ -20,8 +21,8 @@ class DataSpec:
         shape: Of one example's inputs as the model takes them: (H, W, C) or (F,),
             or (2, T) of a text: ids and sentences.
         train_shape: Of a training example before augmentation.
-        dtype: 'uint8' for bytes, which the task scales to [0, 1], 'int32' for texts, else
-            'float32'.
+        dtype: 'uint8' for bytes, which the task scales to [0, 1], 'int32' for texts and
+            tables, else 'float32'.
         class_names: In the order of the labels.
         targets: Names of the numbers that are to be predicted, where there are no classes.
         pixel_classes: Names of the classes of a mask's pixels, where images have masks.
@@ -40,6 +41,7 @@ class DataSpec:
         domains: What the examples of each domain look like, by its name; empty where
             there is one data set. All else then is the first's, but `train_counts`, one
             number.
+        table: What is known of a table's columns; None of what is none.
     """
 
     shape: tuple[int, ...]
@@ -60,11 +62,16 @@ class DataSpec:
     labelled: bool = True
     share: int = 0
     domains: "Mapping[str, DataSpec]" = dataclasses.field(default_factory=dict)
+    table: TableSpec | None = None
 
     @property
     def train_examples(self) -> int:
         """Examples in the training split."""
         return sum(self.train_counts)
+
+    def lines(self) -> list[str]:
+        """Returns what a person wants to know of a table's columns, a line each."""
+        return [] if self.table is None else self.table.lines()
 
     def geometry(self, training: bool) -> Geometry | None:
         """Returns how images become what batches hold; None for feature vectors.
@@ -125,6 +132,8 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
             for key, value in text["options"].items()
         }
         known["text"] = TextSpec(**{**text, "options": TextOptions(**options)})
+    if known.get("table") is not None:
+        known["table"] = table_from_json(known["table"])
     spec = DataSpec(**known, **preprocessing_of(data))
     shapes = (*spec.shape, *spec.train_shape)
     if not (

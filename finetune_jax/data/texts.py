@@ -84,8 +84,12 @@ class Rows:
     unit: str = "line"
 
 
-def options_of(config: Mapping[str, Any]) -> TextOptions:
+def options_of(config: Mapping[str, Any], *, table: bool = False) -> TextOptions:
     """Returns what `config.data` says of texts.
+
+    Args:
+        config: The section.
+        table: Whether the data is a table, which has a label and a header too.
 
     Raises:
         UserError: Lists what does not fit, among it what is said of texts where there
@@ -99,6 +103,7 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
             f"config.data.{name}: {given[name]!r}, but config.data.text names no columns"
             for name in names
             if given[name] != getattr(plain, name)
+            and not (table and name in ("label", "labels", "header"))
         ]
     else:
         if options.labels == "tags" and len(options.text) > 1:

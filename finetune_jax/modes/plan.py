@@ -69,6 +69,8 @@ def main(config: Config, options: Options) -> int:
     check_groups_of(plan, names)
     shapes, fresh = named(state.params), config.init.fresh
     check_rules(rules, shapes, task=task, spec=spec, fresh=fresh)
+    for text in spec.lines():
+        print(text)
     forward = forward_flops(task, state, config.data.batch_size)
     outputs = f"{len(spec.class_names)} classes"
     if spec.targets:
@@ -131,8 +133,8 @@ def spec_of(config: Config) -> DataSpec:
     try:
         return run_data(config).spec
     except DataMissing as missing:
-        if config.data.text:
-            raise  # How long texts are is not known without them.
+        if config.data.text or config.task.name == "tabular":
+            raise  # What texts or columns are like is not known without them.
         data, classes = config.data, config.model.classes
         needed = {
             "data.image_size": data.image_size,

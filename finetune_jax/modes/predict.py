@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.dataset import Dataset, dataset_of
+from finetune_jax.data.encoding import read_fitted
 from finetune_jax.data.images import SUFFIXES, oriented_size
 from finetune_jax.data.masks import unfitted, write_mask
+from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.table_source import format_of, rows_to_predict
 from finetune_jax.data.text_files import inputs_of, read_texts
 from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
@@ -47,23 +50,26 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     spec = run_spec(config, workdir)
-    suffixes = SUFFIXES if spec.text is None else inputs_of(spec.text.options)
+    suffixes = _suffixes(config, spec)
     paths = find_inputs(options.inputs, suffixes)
-    _check_kinds(paths, spec)
+    _check_kinds(paths, spec, suffixes)
     output = _output(options.output or str(workdir / "predictions.jsonl"))
     predictor = open_predictor(config, workdir)
     print(f"checkpoint of step {predictor.step}")
     evaluator, largest = predictor.evaluator, predictor.evaluator.batch_size
-    if spec.text is None and not any(path.suffix in ARRAYS for path in paths):
+    is_of_files = spec.text is None and spec.table is None
+    if is_of_files and not any(path.suffix in ARRAYS for path in paths):
         evaluator.batch_size = min(largest, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
     masks = MaskWriter(output.with_name(f"{output.stem}_masks"), spec)
     with part.open("w") as file:
-        if spec.text is None:
-            found = _datasets(paths, spec, errors)
-        else:
+        if spec.table is not None:
+            found = _tables(paths, config, workdir, errors)
+        elif spec.text is not None:
             found = _texts(paths, spec, predictor.encoder, errors)
+        else:
+            found = _datasets(paths, spec, errors)
         for names, dataset in found:
             if spec.text is not None:  # A program is compiled for each size of batch.
                 size = 2 ** (len(dataset) - 1).bit_length()
@@ -140,7 +146,7 @@ def find_inputs(
     Raises:
         UserError: Lists what is not there, and folders without such files.
     """
-    kind = "images" if suffixes is SUFFIXES else "texts"
+    kind = "images" if suffixes is SUFFIXES else f"files {', '.join(suffixes)}"
     if not inputs:
         raise UserError("--mode=predict needs --inputs, files or folders")
     found: list[pathlib.Path] = []
@@ -161,11 +167,24 @@ def find_inputs(
     return found
 
 
-def _check_kinds(paths: Sequence[pathlib.Path], spec: DataSpec) -> None:
+def _suffixes(config: Config, spec: DataSpec) -> Collection[str]:
+    """Returns what files of inputs end with."""
+    if spec.table is not None:
+        kind = format_of(config.data.name)
+        assert kind is not None
+        return kind.suffixes
+    return SUFFIXES if spec.text is None else inputs_of(spec.text.options)
+
+
+def _check_kinds(
+    paths: Sequence[pathlib.Path], spec: DataSpec, suffixes: Collection[str]
+) -> None:
     """Checks that images are given to models of images, and arrays to the others."""
-    if spec.text is not None:
-        suffixes = inputs_of(spec.text.options)
-        problems = [f"{p}: no texts" for p in paths if p.suffix.lower() not in suffixes]
+    if spec.text is not None or spec.table is not None:
+        kind = "texts" if spec.text is not None else "table of this kind"
+        problems = [
+            f"{p}: no {kind}" for p in paths if p.suffix.lower() not in suffixes
+        ]
         if problems:
             raise problems_error(
                 "--inputs: files that this model does not take:",
@@ -230,3 +249,32 @@ def _told(
 ) -> tuple[Rows, Dataset]:
     rows = read_texts(path, options)
     return rows, text_examples(rows, spec, encoder)
+
+
+def _tables(
+    paths: Sequence[pathlib.Path],
+    config: Config,
+    workdir: pathlib.Path,
+    errors: list[UserError | None],
+) -> Iterator[tuple[list[str], Dataset]]:
+    """Yields names and rows block by block; adds an entry a file to errors."""
+    fitted, kind = read_fitted(workdir, "--workdir"), format_of(config.data.name)
+    assert kind is not None
+    spec = run_spec(config, workdir)
+    for path in paths:
+        blocks, row = rows_to_predict(path, kind, fitted), 0
+        while True:
+            (block, error), *_ = attempts(lambda found: next(found, None), [blocks])
+            if error is not None or block is None:
+                break
+            names = [f"{path}#{row + at + 1}" for at in range(len(block))]
+            row += len(block)
+            label = np.zeros(len(block), np.int32)
+            source = Source(
+                name=str(path),
+                splits={"all": ArrayExamples(values=block, label=label)},
+                class_names=(),
+                fingerprint=str,
+            )
+            yield names, dataset_of(source, spec, np.arange(len(block)), label)
+        errors.append(error)

@@ -1,7 +1,7 @@
 """What a person sees while a run runs: a bar on a terminal, plain lines elsewhere."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import (
@@ -37,6 +37,13 @@ class Terminal:
     def warn(self, text: str) -> None:
         """Prints a line that begins with 'warning:'."""
         self._print(f"warning: {text}")
+
+    def tell(self, notes: Iterable[str], warnings: Iterable[str]) -> None:
+        """Prints what a reader should know of the data."""
+        for text in notes:
+            self.say(text)
+        for text in warnings:
+            self.warn(text)
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -143,6 +143,11 @@ def make(
         )
     if data.text is not None:
         raise UserError("config.task.name: 'regress', but the data is text: use 'text'")
+    if data.table is not None:
+        raise UserError(
+            "config.task.name: 'regress', but the data is a table: use 'tabular'; or, if "
+            "it is texts, name their columns in config.data.text, such as ('sentence',)"
+        )
     answer = make_numbers(
         data,
         loss=loss,

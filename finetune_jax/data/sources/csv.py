@@ -1,4 +1,6 @@
-"""`csv`: texts and labels separated by commas, quoted where need be.
+"""`csv`: texts and labels, or columns of a table, separated by commas.
+
+They are quoted where need be.
 
 `config.data.dir` is a folder with train.csv, dev.csv, test.csv, or one file.
 """
@@ -7,9 +9,11 @@ import csv
 import functools
 from collections.abc import Sequence
 
+from finetune_jax.data.tables import Format
 from finetune_jax.data.text_files import read_separated, read_splits
 from finetune_jax.data.texts import Rows
 
+TABLE = Format(suffixes=(".csv",), delimiter=",", quotes=True)
 READ = functools.partial(read_separated, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 

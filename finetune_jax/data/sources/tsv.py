@@ -7,9 +7,11 @@ import csv
 import functools
 from collections.abc import Sequence
 
+from finetune_jax.data.tables import Format
 from finetune_jax.data.text_files import read_separated, read_splits
 from finetune_jax.data.texts import Rows
 
+TABLE = Format(suffixes=(".tsv",), delimiter="\t")
 READ = functools.partial(read_separated, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 

@@ -1,0 +1,275 @@
+"""Tables as memory-mapped columns: converted once, kept by what is in the file.
+
+A row's cells are int32: the bits of its numbers as float32, then a code for each
+category, -1 where it is missing. What the codes stand for lies beside them, in Arrow's
+own format; the label too has a code, or the bits of a number.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.table_files import batches
+from finetune_jax.data.tables import Format, Schema
+from finetune_jax.errors import UserError, problems_error
+from finetune_jax.machine import cache_folder
+from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
+
+# Of what is written; to be raised when that changes.
+VERSION = 1
+MISSING = -1
+FILES = ("0.bin", "1.bin", "2.bin")  # Cells, labels, and what codes stand for.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """One file's rows.
+
+    Attributes:
+        path: Of the file.
+        cells: int32 [N, F], mapped; see above.
+        label: int32 [N]: a code, or the bits of a number; zeros where there is none.
+        values: What the codes of each category, and of the label, stand for: Arrow's
+            arrays of strings.
+        sha256: Of the file.
+    """
+
+    path: pathlib.Path
+    cells: np.ndarray
+    label: np.ndarray
+    values: Mapping[str, Any]
+    sha256: str
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.cells)
+
+
+def open_columns(
+    path: pathlib.Path, kind: Format, schema: Schema, cache_dir: str | None
+) -> Columns:
+    """Returns a file's columns, converted if they were not before.
+
+    Args:
+        path: Of the file.
+        kind: How it is written.
+        schema: Its columns.
+        cache_dir: `config.data.cache_dir`.
+
+    Raises:
+        UserError: The file cannot be read, or its columns cannot be kept.
+    """
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {
+        "version": VERSION,
+        "file": sha256,
+        "schema": dataclasses.asdict(schema),
+        "format": [kind.delimiter, kind.quotes, list(kind.missing)],
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    folder = pathlib.Path(cache_dir) if cache_dir else cache_folder()
+    place = folder / "columns" / key[:32]
+    found = _found(path, place, schema, sha256)
+    if found is None:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            rows = _converted(path, kind, schema)
+            write_table(place, {**about, "of": str(path)}, len(FILES), rows)
+        except OSError as error:
+            raise UserError(
+                f"config.data.cache_dir: the columns of {path} cannot be kept in {place}: "
+                f"{error}"
+            ) from error
+        found = _found(path, place, schema, sha256)
+    if found is None:
+        raise UserError(f"{place}: what was written there cannot be read again")
+    if not len(found):
+        raise UserError(f"{path}: no rows")
+    return found
+
+
+def _found(
+    path: pathlib.Path, place: pathlib.Path, schema: Schema, sha256: str
+) -> Columns | None:
+    """Returns columns that are there and whole; others are taken away."""
+    try:
+        wanted = json.loads((place / ABOUT).read_text())["sha256"]
+        files = [_mapped(place / name) for name in FILES]
+        if [sha256_of(file) for file in files] != wanted:
+            raise ValueError("changed since it was written")
+        return Columns(
+            path=path,
+            cells=files[0].view(np.int32).reshape(-1, len(schema.inputs)),
+            label=files[1].view(np.int32),
+            values=from_bytes(files[2]),
+            sha256=sha256,
+        )
+    except FileNotFoundError:
+        pass
+    except Exception:  # Whatever the damage leads to.
+        discard(place)
+    return None
+
+
+def _mapped(file: pathlib.Path) -> np.ndarray:
+    if not file.stat().st_size:
+        return np.zeros(0, np.uint8)
+    return np.memmap(file, np.uint8, mode="r")
+
+
+def _converted(
+    path: pathlib.Path, kind: Format, schema: Schema
+) -> Iterator[list[np.ndarray]]:
+    """Yields cells, labels and, at the end, what codes stand for, as they are written.
+
+    Raises:
+        UserError: The file cannot be read; or names numbers that are infinite, and rows
+            without a label or with one that may not be.
+    """
+    inputs, label = len(schema.inputs), schema.label
+    coded = [name for name, is_number in schema.is_number.items() if not is_number]
+    values: dict[str, Any] = {}
+    row, problems = 0, []
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for batch in batches(path, kind, schema):
+
+            def recoded(name: str, batch: Any = batch) -> np.ndarray:
+                codes, values[name] = _coded(batch.column(name), values.get(name))
+                return codes
+
+            codes = dict(zip(coded, threads.map(recoded, coded)))
+            cells = cells_of(batch, schema, codes)
+            labels = np.zeros(len(cells), np.int32)
+            if label is not None:
+                labels = codes[label] if label in codes else _bits(batch.column(label))
+            problems += _infinite(cells, schema, row)
+            problems += _label_problems(labels, schema, values, kind, row)
+            if len(problems) > 20:
+                break
+            row += len(cells)
+            yield [cells, labels, np.zeros(0, np.uint8)]
+    if problems:
+        more = ["and perhaps more"] if len(problems) > 20 else []
+        raise problems_error(f"{path} cannot be used:", problems[:20] + more)
+    nothing = np.zeros((0, inputs), np.int32)
+    # In an order of which threads decide nothing.
+    values = {name: values[name] for name in coded if name in values}
+    yield [nothing, nothing.reshape(-1), to_bytes(values)]
+
+
+def cells_of(batch: Any, schema: Schema, codes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the cells of a batch, int32 [n, F].
+
+    Args:
+        batch: Has the numbers.
+        schema: The columns.
+        codes: Of the categories.
+    """
+    cells = np.empty((batch.num_rows, len(schema.inputs)), np.int32)
+    for place, name in enumerate(schema.numbers):
+        cells[:, place] = _bits(batch.column(name))
+    for place, name in enumerate(schema.categories, start=len(schema.numbers)):
+        cells[:, place] = codes[name]
+    return cells
+
+
+def _bits(column: Any) -> np.ndarray:
+    """Returns the bits of numbers, NaN for what is missing, int32 [n]."""
+    numbers = column.to_numpy(zero_copy_only=False)
+    return numbers.astype(np.float32, copy=False).view(np.int32)
+
+
+def codes_of(column: Any) -> np.ndarray:
+    """Returns the codes of a dictionary-encoded column, int32 [n]."""
+    return column.indices.fill_null(MISSING).to_numpy(zero_copy_only=False)
+
+
+def _coded(column: Any, known: Any) -> tuple[np.ndarray, Any]:
+    """Returns the codes of a column, and what they stand for: `known` and new values.
+
+    Args:
+        column: Dictionary-encoded.
+        known: What the codes so far stand for; None is nothing.
+    """
+    import pyarrow as pa
+
+    if known is None:
+        return codes_of(column), column.dictionary
+    nothing = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), known)
+    # What is known comes first, and keeps its codes.
+    both = pa.chunked_array([nothing, column]).unify_dictionaries()
+    return codes_of(both.chunk(1)), both.chunk(0).dictionary
+
+
+def _infinite(cells: np.ndarray, schema: Schema, row: int) -> list[str]:
+    numbers = cells[:, : len(schema.numbers)].view(np.float32)
+    if not (infinite := np.isinf(numbers)).any():
+        return []
+    return [
+        f"row {row + at + 1}: {schema.numbers[place]!r} is infinite, or too large"
+        for at, place in np.argwhere(infinite)[:20]
+    ]
+
+
+def _label_problems(
+    labels: np.ndarray,
+    schema: Schema,
+    values: Mapping[str, Any],
+    kind: Format,
+    row: int,
+) -> list[str]:
+    """Returns the rows without a label, or with one that may not be."""
+    name = schema.label
+    if name is None:
+        return []
+    if schema.labels == "numbers":
+        wrong = ~np.isfinite(labels.view(np.float32))
+        return [
+            f"row {row + at + 1}: {name!r} is no number that is finite"
+            for at in np.flatnonzero(wrong)[:20]
+        ]
+    text = [str(value) for value in values[name].to_pylist()]
+    allowed = [not kind.classes or value in kind.classes for value in text]
+    wrong = ~np.array([*allowed, False])[labels]  # -1 is the last.
+    return [
+        f"row {row + at + 1}: {name!r} is "
+        + (
+            f"{text[labels[at]]!r}; one of {', '.join(kind.classes)} is needed"
+            if labels[at] >= 0
+            else "missing"
+        )
+        for at in np.flatnonzero(wrong)[:20]
+    ]
+
+
+def to_bytes(values: Mapping[str, Any]) -> np.ndarray:
+    """Returns arrays of strings as a file of Arrow's has them, uint8."""
+    import pyarrow as pa
+
+    lists = {
+        name: pa.LargeListArray.from_arrays([0, len(array)], array)
+        for name, array in values.items()
+    }
+    sink = pa.BufferOutputStream()
+    table = pa.table(lists)
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return np.frombuffer(sink.getvalue(), np.uint8)
+
+
+def from_bytes(content: np.ndarray | bytes) -> dict[str, Any]:
+    """Returns the arrays of strings that `to_bytes` wrote."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
+    return {
+        name: table.column(name).chunk(0).flatten() if table.num_rows else pa.array([])
+        for name in table.column_names
+    }

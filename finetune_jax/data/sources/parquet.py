@@ -1,0 +1,8 @@
+"""`parquet`: tables as Parquet files have them.
+
+`config.data.dir` is a file, or a folder with a file for each split.
+"""
+
+from finetune_jax.data.tables import Format
+
+TABLE = Format(suffixes=(".parquet",), delimiter=None)

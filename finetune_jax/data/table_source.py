@@ -1,0 +1,259 @@
+"""From files of a table to a source of rows as a model takes them."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax import lookup
+from finetune_jax.data import sources
+from finetune_jax.data.columns import Columns, cells_of, codes_of, open_columns
+from finetune_jax.data.encoding import Encoded, Fitted, read_fitted
+from finetune_jax.data.fitting import fit
+from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.table_files import batches, columns_of, infer_schema
+from finetune_jax.data.tables import Format, Schema, TableOptions
+from finetune_jax.data.text_files import SPLITS
+from finetune_jax.errors import DataMissing, UserError, problems_error
+
+# From so many classes on, of which most rows have their own, labels are numbers.
+MANY_CLASSES = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table's columns, before anything is fitted.
+
+    Attributes:
+        name: For messages.
+        splits: Columns by split.
+        schema: Of them.
+        options: Of the data.
+        source: Its labels; the inputs are not encoded yet.
+    """
+
+    name: str
+    splits: Mapping[str, Columns]
+    schema: Schema
+    options: TableOptions
+    source: Source
+
+    def fitted(
+        self, train: np.ndarray, saved: Fitted | None, warnings: list[str]
+    ) -> tuple[Source, Fitted]:
+        """Returns the source of encoded rows, and what was fitted.
+
+        Args:
+            train: The training rows, indices in the concatenation of the splits.
+            saved: What a run has kept; None fits.
+            warnings: What is odd about the columns is added.
+
+        Raises:
+            UserError: What was fitted earlier does not fit these columns.
+        """
+        if saved is None:
+            former, where = None, "config.data.fitted"
+            if self.options.fitted is not None:
+                folder = pathlib.Path(self.options.fitted).expanduser()
+                former = read_fitted(folder, where)
+            columns = list(self.splits.values())
+            saved, odd = fit(columns, train, self.schema, self.options, former)
+            warnings += odd
+        elif saved.spec.schema != self.schema:
+            raise UserError(
+                f"{self.name}: the columns are not those that the run was trained on "
+                f"({', '.join(saved.spec.schema.inputs)})"
+            )
+        splits = {
+            split: ArrayExamples(
+                values=_encoded(columns, saved),
+                label=self.source.splits[split].label,
+            )
+            for split, columns in self.splits.items()
+        }
+        spec = json.dumps(dataclasses.asdict(saved.spec), sort_keys=True)
+        content = f"{self.source.fingerprint()} {spec}"
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        source = dataclasses.replace(
+            self.source, splits=splits, fingerprint=lambda: digest
+        )
+        return source, saved
+
+
+def _encoded(columns: Columns, fitted: Fitted) -> Any:
+    return Encoded(columns=columns, encoder=fitted.encoder(columns.values))
+
+
+def format_of(name: str) -> Format | None:
+    """Returns how the files of a table are written; None where the data is no table.
+
+    Args:
+        name: `config.data.name`.
+    """
+    module = lookup.module(sources, name.partition(":")[0], "config.data.name")
+    return getattr(module, "TABLE", None)
+
+
+def load_table(
+    name: str,
+    directory: str | None,
+    kind: Format,
+    options: TableOptions,
+    cache_dir: str | None,
+) -> Table:
+    """Returns the table that `config.data` describes.
+
+    Args:
+        name: `config.data.name`.
+        directory: `config.data.dir`: a file, or a folder with one for each split.
+        kind: How they are written.
+        options: Of the data.
+        cache_dir: `config.data.cache_dir`.
+
+    Raises:
+        UserError: No such files, columns that do not fit, rows that cannot be read, all
+            at once.
+    """
+    files = _files(name, directory, kind)
+    schema = infer_schema(list(files.values()), kind, options)
+    if not schema.inputs:
+        raise UserError(
+            f"{directory}: no columns but the label; nothing to predict from"
+        )
+    splits, problems = {}, []
+    for split, path in files.items():
+        try:
+            splits[split] = open_columns(path, kind, schema, cache_dir)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    source = _labelled(f"{name} {directory}", splits, schema)
+    return Table(
+        name=source.name, splits=splits, schema=schema, options=options, source=source
+    )
+
+
+def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.Path]:
+    """Returns the files by split, 'train' first; a file alone is 'all'.
+
+    Raises:
+        UserError: There are none, or two of the same split.
+    """
+    if directory is None:
+        raise DataMissing(f"config.data.dir: the file or folder of {name!r} is needed")
+    place = pathlib.Path(directory).expanduser()
+    if place.is_file():
+        return {"all": place}
+    if not place.is_dir():
+        raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
+    found: dict[str, pathlib.Path] = {}
+    problems = []
+    for path in sorted(place.iterdir()):
+        if not path.is_file() or path.suffix.lower() not in kind.suffixes:
+            continue
+        split = SPLITS.get(path.stem.lower(), path.stem)
+        if split in found:
+            problems.append(
+                f"{path}: the split {split!r} is {found[split].name} already"
+            )
+        elif any(sign in split for sign in "[]+: "):
+            problems.append(
+                f"{path}: a split cannot have '[', ']', '+', ':' or a blank"
+            )
+        found[split] = path
+    if not found:
+        suffixes = " or ".join(suffix or "without one" for suffix in kind.suffixes)
+        raise DataMissing(f"config.data.dir: no files {suffixes} in {directory!r}")
+    if problems:
+        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    return dict(sorted(found.items(), key=lambda item: item[0] != "train"))
+
+
+def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Source:
+    """Returns the source of the labels.
+
+    Raises:
+        UserError: They are classes of which nearly every row has its own.
+    """
+    assert schema.label is not None
+    classes: tuple[str, ...] = ()
+    if schema.labels == "numbers":
+        labels = {
+            split: columns.label.view(np.float32).reshape(-1, 1)
+            for split, columns in splits.items()
+        }
+    else:
+        text = {
+            split: [str(value) for value in columns.values[schema.label].to_pylist()]
+            for split, columns in splits.items()
+        }
+        names = {value for values in text.values() for value in values}
+        rows = sum(map(len, splits.values()))
+        if len(names) > max(MANY_CLASSES, rows // 2):
+            raise UserError(
+                f"config.data.label: {schema.label!r} has {len(names):,} different values "
+                f"in {rows:,} rows; if it is a number, config.data.labels='numbers' says "
+                "so"
+            )
+        # Classes that are numbered keep the order of their numbers.
+        numbered = all(name.isascii() and name.isdigit() for name in names)
+        classes = tuple(sorted(names, key=int) if numbered else sorted(names))
+        places = {value: at for at, value in enumerate(classes)}
+        labels = {
+            split: np.array([places[value] for value in values], np.int32)[
+                splits[split].label
+            ]
+            for split, values in text.items()
+        }
+    content = " ".join(f"{s}={columns.sha256}" for s, columns in splits.items())
+    return Source(
+        name=name,
+        splits={
+            split: ArrayExamples(values=columns.cells, label=labels[split])
+            for split, columns in splits.items()
+        },
+        class_names=classes,
+        targets=(schema.label,) if schema.labels == "numbers" else (),
+        fingerprint=lambda: content,
+    )
+
+
+def rows_to_predict(
+    path: pathlib.Path, kind: Format, fitted: Fitted
+) -> Iterator[np.ndarray]:
+    """Yields rows as a model takes them, of a file with or without labels, by blocks.
+
+    Args:
+        path: Of the file.
+        kind: How it is written.
+        fitted: What the run has kept.
+
+    Raises:
+        UserError: Lists columns that are missing, and rows that cannot be read.
+    """
+    schema = dataclasses.replace(fitted.spec.schema, label=None)
+    header = schema.names
+    if header and kind.delimiter is not None:
+        with path.open("rb") as file:
+            cells = file.readline().count(kind.delimiter.encode()) + 1
+        if cells == len(header) - 1:
+            own = fitted.spec.schema.label
+            header = tuple(name for name in header if name != own)
+            schema = dataclasses.replace(schema, names=header)
+    there = columns_of(path, kind, header)
+    absent = [name for name in schema.inputs if name not in there]
+    if absent:
+        raise problems_error(
+            f"{path} cannot be predicted:",
+            [f"no column {name!r}{lookup.closest(name, there)}" for name in absent],
+        )
+    for batch in batches(path, kind, schema):
+        columns = {name: batch.column(name) for name in schema.categories}
+        codes = {name: codes_of(column) for name, column in columns.items()}
+        encoder = fitted.encoder({n: c.dictionary for n, c in columns.items()})
+        yield encoder(cells_of(batch, schema, codes))
