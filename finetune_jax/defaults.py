@@ -173,6 +173,7 @@ def default() -> Config:
     config.init.pretrained = optional(str)  # A weights address; None starts at random.
     config.init.fresh = ()  # Regexes of the names that keep their initial value.
     config.init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
+    config.init.embeddings = ()  # (regex of fields, file:PATH of word vectors) pairs.
     config.init.schemes = ()  # (regex, scheme, *arguments) of what starts otherwise.
     config.init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
     config.init.fisher_examples = 1000

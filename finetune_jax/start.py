@@ -13,6 +13,7 @@ from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.mixture import make_mixture
+from finetune_jax.embeddings import is_matched, matched, with_vectors
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lookup import closest
@@ -231,8 +232,11 @@ def starting_state(
     others = [p for p in task.prefixes if p] if "" in task.prefixes else []
     wanted = None
     if weights and not rules and not isinstance(task, Several):
-        wanted = _not_loaded(weights, init.fresh, others)
+        loaded = _not_loaded(weights, init.fresh, others)
+        wanted = functools.partial(_is_drawn, loaded, data)
     own = random_states(drawn, wanted)
+    if "" in weights:
+        weights[""] = matched(weights[""], own.params, data.fitted)
     variables = {"params": own.params, "batch_stats": own.batch_stats}
     layouts, told = {}, []
     for prefix, read in weights.items():
@@ -269,7 +273,10 @@ def starting_state(
         seed=drawn["init"],
         first_batch=batch if measure else None,
     )
-    sha256 = {k: sha for w in weights.values() for k, sha in w.sha256.items()}
+    sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
+    params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
+    sha256 |= vectors
+    state = state.replace(params=params)
     return state, Loaded(sha256=sha256, layouts=layouts, told=tuple(told))
 
 
@@ -327,6 +334,11 @@ def _with_parts_loaded(
         for kind, tree in loaded.items():
             found[kind] |= {places[kind][n]: leaf for n, leaf in named(tree).items()}
     return {kind: like(variables[kind], found[kind]) for kind in variables}, layout
+
+
+def _is_drawn(wanted: Callable[[str], bool], data: Data, name: str) -> bool:
+    """Returns whether a leaf is drawn: embeddings are, for values that are new."""
+    return wanted(name) or is_matched(name, data.fitted)
 
 
 def _first_stage(task: Task, prefix: str) -> str:

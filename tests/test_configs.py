@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 
+import clicks
 import pictures
 import pytest
 import questions
@@ -30,6 +31,7 @@ VARIANTS = [
     "distill_digits.py:tiny",
     "mutual_digits.py:tiny",
     "joint_digits_fashion.py:tiny",
+    "criteo.py:tiny",
     "diabetes_mlp.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
@@ -38,6 +40,8 @@ VARIANTS = [
     "mnist_target.py:mlp,tiny",
     "pretrain_fashion_mnist.py:tiny",
     "segmentation.py:tiny",
+    "tabular_transfer.py:source,tiny",
+    "tabular_transfer.py:target,tiny",
     "vit_full.py:tiny",
     "vgg_partial.py:tiny",
 ]
@@ -82,11 +86,21 @@ def resolved(variant, tmp_path):
         small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
         small |= {"vocabulary": "30", "positions": "384"}
         overrides += [(f"model.{key}", value) for key, value in small.items()]
+    if config.data.name == "criteo":
+        folder = tmp_path / "days"
+        folder.mkdir(exist_ok=True)
+        for day in range(4):
+            clicks.write(folder / f"day_{day}.txt", clicks.rows(60, seed=day))
+        days = "day" in config.data.train
+        overrides += [("data.dir", str(folder if days else folder / "day_0.txt"))]
+        overrides += [("data.cache_dir", str(tmp_path / "cache")), ("model.width", "2")]
     if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
         source = variant.replace("target", "source")
         workdir = tmp_path / "source"
         run(resolved(source, tmp_path), workdir)
         overrides.append(("init.pretrained", f"orbax:{workdir}"))
+        if config.data.fitted:
+            overrides.append(("data.fitted", str(workdir)))
     if members := config.model.get("members", ()):
         if members[0].get("pretrained"):  # A teacher.
             run(resolved("distill_digits.py:teacher,tiny", tmp_path), tmp_path / "t")

@@ -42,6 +42,7 @@ LAYERS = (
         "encoders",
         "inputs",
         "teachers",
+        "embeddings",
         "initialise",
         "lsuv",
         "start",

@@ -1,4 +1,5 @@
 import json
+import struct
 
 import clicks
 import numpy as np
@@ -105,7 +106,10 @@ def test_a_run_is_evaluated_predicted_and_taken_up_with_the_same_bits(tmp_path, 
     config = config_of(path)
     result = run(config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "13 numbers and 26 categories" in said and "C26: category, 5 rows" in said
+    assert (
+        "columns, 13 of numbers, 26 of categories" in said
+        and "C26: category, 5 rows" in said
+    )
     assert main.run([f"--workdir={tmp_path}/run", "--mode=evaluate"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["test/loss"] == result["test/loss"]
@@ -135,3 +139,98 @@ def config_file(folder):
         "    return config\n"
     )
     return path
+
+
+def vectors_in(folder, kind, width=2):
+    """Returns a file of word vectors of some cities, and the vectors."""
+    words = {"a": [1.5, -2.0], "c": [0.25, 3.0], "New York": [9.0, 9.0]}
+    words = words if kind == "glove" else {"a": words["a"], "c": words["c"]}
+    path, head = folder / f"vectors.{kind}", f"{len(words)} {width}\n"
+    lines = [f"{w} {' '.join(map(str, v[:width]))}\n" for w, v in words.items()]
+    if kind == "bin":
+        body = [
+            f"{w} ".encode() + struct.pack("<2f", *v) + b"\n" for w, v in words.items()
+        ]
+        path.write_bytes(head.encode() + b"".join(body))
+    else:
+        path.write_text("".join(lines if kind == "glove" else [head, *lines]))
+    return path, words
+
+
+def started(config):
+    """Returns the state before the first update, its weights, and the data."""
+    setup = make_setup(config)
+    return *setup.start(), setup.data
+
+
+@pytest.mark.parametrize("kind", ["glove", "word2vec", "bin"])
+def test_word_vectors_become_rows_of_the_words_that_there_are(kind, tmp_path):
+    path, words = vectors_in(tmp_path, kind)
+    given = [("data.name", "csv"), ("init.embeddings", f"(('city', 'file:{path}'),)")]
+    plain, _, data = started(config_of(small(tmp_path), overrides=given[:1]))
+    state, weights, _ = started(config_of(small(tmp_path), overrides=given))
+    before = np.asarray(plain.params["embeddings"]["city"]["embedding"])
+    after = np.asarray(state.params["embeddings"]["city"]["embedding"])
+    for row, value in enumerate(data.fitted.known["city"].to_pylist(), start=2):
+        wanted = words.get(value, before[row])
+        np.testing.assert_array_equal(after[row], np.float32(wanted))
+    np.testing.assert_array_equal(after[:2], before[:2])
+    assert list(weights.sha256) == [str(path)]
+
+
+def test_word_vectors_that_do_not_fit_are_named(tmp_path):
+    path, _ = vectors_in(tmp_path, "glove", width=1)
+    (tmp_path / "none.txt").write_text("b 1 2\nb 1\n")
+    entries = (
+        ("city", f"file:{path}"), ("town", f"file:{path}"), ("kind", f"file:{path}"),
+        ("city", f"file:{tmp_path}/none.txt"), ("city", f"file:{tmp_path}/gone"),
+    )  # fmt: skip
+    given = [("data.name", "csv"), ("init.embeddings", repr(entries))]
+    with pytest.raises(UserError) as error:
+        started(config_of(small(tmp_path), overrides=given))
+    for text in (
+        "vectors of 1, the model of 2; config.model.width=1", "'town' matches no category",
+        "knows no value of 'kind'", "is not a word and 2 numbers", "no such file",
+    ):  # fmt: skip
+        assert text in str(error.value)
+
+
+@pytest.mark.slow
+def test_embeddings_of_a_former_run_go_to_the_values_that_they_are_of(tmp_path):
+    path = small(tmp_path)
+    config = config_of(path, overrides=[("data.name", "csv")])
+    run(config, tmp_path / "run")
+    former, _, before = started(
+        config_of(
+            path,
+            overrides=[
+                ("data.name", "csv"),
+                ("init.pretrained", f"orbax:{tmp_path}/run"),
+            ],
+        )
+    )
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([lines[0], *(line.replace(",b,", ",new,") for line in lines[:0:-1])])
+    )
+    given = [("data.name", "csv"), ("init.pretrained", f"orbax:{tmp_path}/run")]
+    own, _, _ = started(config_of(path, overrides=given[:1]))
+    state, _, data = started(config_of(path, overrides=given))
+    after, theirs, fresh = (
+        np.asarray(found.params["embeddings"]["city"]["embedding"])
+        for found in (state, former, own)
+    )
+    known = before.fitted.known["city"].to_pylist()
+    values = data.fitted.known["city"].to_pylist()
+    assert known == ["a", "b", "c"] and values != known and "new" in values
+    for row, value in enumerate(values, start=2):
+        wanted = fresh[row] if value == "new" else theirs[2 + known.index(value)]
+        np.testing.assert_array_equal(after[row], wanted)
+    np.testing.assert_array_equal(after[:2], theirs[:2])
+    np.testing.assert_array_equal(
+        state.params["head"]["logits"]["kernel"],
+        former.params["head"]["logits"]["kernel"],
+    )
+    (tmp_path / "run" / "vocabulary.arrow").unlink()
+    with pytest.raises(UserError, match="not the values of their rows"):
+        started(config_of(path, overrides=given))

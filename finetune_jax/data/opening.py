@@ -27,8 +27,8 @@ def load_source(name: str, directory: str | None) -> Source:
     found = lookup.module(sources, module, "config.data.name")
     if not hasattr(found, "load"):
         raise UserError(
-            f"config.data.name: {name!r} holds texts; name their columns in "
-            "config.data.text, such as ('sentence',)"
+            f"config.data.name: {name!r} holds tables, which cannot stand here, or texts; "
+            "name their columns in config.data.text, such as ('sentence',)"
         )
     source = found.load(directory, argument or None)
     # It may read all of the data.

@@ -87,7 +87,13 @@ def infer_schema(
             if not any(re.fullmatch(pattern, name) for name in first)
         ]
     if problems:
-        raise problems_error("The columns do not fit:", problems)
+        advice = ""
+        if kind.delimiter is not None and not kind.header:
+            advice = (
+                "config.data.header names the columns of files that do not begin with "
+                "them; if these are texts, name their columns in config.data.text."
+            )
+        raise problems_error("The columns do not fit:", problems, advice)
     given = {name: _given_kind(name, kind, options) for name in first}
     unknown = [n for n in first if given[n] is None and n != options.label]
     for path in paths if unknown else ():

@@ -95,8 +95,8 @@ class TableSpec:
     def lines(self) -> list[str]:
         """Returns what a person wants to know of the columns, a line each."""
         found = [
-            f"{len(self.numbers)} numbers and {len(self.categories)} categories predict "
-            f"{self.schema.label!r}"
+            f"{self.schema.label!r} is predicted from columns, {len(self.numbers)} of "
+            f"numbers, {len(self.categories)} of categories:"
         ]
         for one in self.numbers:
             log = "log, " if one.log else ""

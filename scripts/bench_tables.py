@@ -1,0 +1,216 @@
+"""Tables: conversion against pandas, rows a second against torch, memory, the best AUC.
+
+    python scripts/generate_clicks.py --rows=2000000 --output=clicks.txt
+    python scripts/bench_tables.py --table=clicks.txt [--part=convert|steps|auc]
+
+`convert` reads the file into memory-mapped columns, in a cache of its own, and has pandas
+read it, in turn (pandas from any environment: --pandas=PYTHON). `steps` makes updates of
+a model from random rows of the columns, in turn with torch, which gets the same rows,
+encoded by the same code: embeddings, two dense layers, Adam. `auc` trains and compares
+with the AUC of the true probabilities on the same rows.
+"""
+
+import argparse
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from finetune_jax import config as configs  # noqa: E402
+
+PANDAS = """
+import sys, time, pandas
+begin = time.perf_counter()
+rows = len(pandas.read_csv(sys.argv[1], sep="\\t", header=None, dtype={
+    **{n: "float32" for n in range(1, 14)}, **{n: "str" for n in range(14, 40)}}))
+print(rows, time.perf_counter() - begin)
+"""
+CONVERT = """
+import pathlib, resource, sys, time
+from finetune_jax.data.columns import open_columns
+from finetune_jax.data.sources.criteo import TABLE
+from finetune_jax.data.table_files import infer_schema
+from finetune_jax.data.tables import TableOptions
+path = pathlib.Path(sys.argv[1])
+options = TableOptions(header=TABLE.header)
+begin = time.perf_counter()
+schema = infer_schema([path], TABLE, options)
+rows = len(open_columns(path, TABLE, schema, sys.argv[2]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(rows, time.perf_counter() - begin, peak)
+"""
+
+
+def convert(table: pathlib.Path, python: str, rounds: int) -> None:
+    """Prints the seconds that conversion and pandas take, in turn, and the memory."""
+    seconds: dict[str, list[float]] = {"columns": [], "pandas": []}
+    peak = ""
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(dir=table.parent) as folder:
+            command = [sys.executable, "-c", CONVERT, str(table), folder]
+            found = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        rows, taken, peak = found.stdout.decode().split()
+        seconds["columns"].append(float(taken))
+        command = [python, "-c", PANDAS, str(table)]
+        found = subprocess.run(command, capture_output=True, check=True)
+        seconds["pandas"].append(float(found.stdout.split()[1]))
+    print(f"{rows} rows; conversion's largest resident set {float(peak):,.0f} MB")
+    for name, values in seconds.items():
+        listed = ", ".join(f"{value:.1f}" for value in values)
+        print(f"{name:10} {statistics.median(values):6.1f} s ({listed})")
+
+
+def config_of(table: pathlib.Path, model: str) -> Any:
+    """Returns the config of configs/criteo.py for a file."""
+    config = configs.load(f"{ROOT / 'configs' / 'criteo.py'}:{model}")
+    overrides = [("data.dir", str(table)), ("parallel.devices", "1")]
+    resolved, problems = configs.resolve(config, overrides)
+    assert not problems, problems
+    return resolved
+
+
+def torch_steps(fields: Any, numbers: int, width: int, hidden: tuple) -> Any:
+    """Returns a function of a batch that makes an update of the same model in torch."""
+    import torch
+
+    torch.set_num_threads(2)
+    embeddings = torch.nn.ModuleList(torch.nn.Embedding(n, width) for _, n in fields)
+    layers, size = [], numbers + width * len(fields)
+    for out in hidden:
+        layers += [torch.nn.Linear(size, out), torch.nn.ReLU()]
+        size = out
+    top = torch.nn.Sequential(*layers, torch.nn.Linear(size, 2))
+    parameters = [*embeddings.parameters(), *top.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, foreach=True)
+
+    def step(rows: np.ndarray, label: np.ndarray) -> None:
+        values = torch.from_numpy(rows[:, :numbers].view(np.float32).copy())
+        places = torch.from_numpy(rows[:, numbers:].astype(np.int64))
+        found = [layer(places[:, at]) for at, layer in enumerate(embeddings)]
+        logits = top(torch.cat([values, *found], dim=1))
+        target = torch.from_numpy(label.astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_steps(config: Any, data: Any) -> Any:
+    """Returns a function of a batch that makes an update, as a run does one a call."""
+    import functools
+
+    import jax
+
+    from finetune_jax.plan import plan_from_config
+    from finetune_jax.setup import phase_setup
+    from finetune_jax.start import random_state
+    from finetune_jax.step import train_step
+    from finetune_jax.tasks import make_task
+    from finetune_jax.trees import named
+
+    task = make_task(config, data.spec)
+    state = jax.jit(lambda: random_state(task, 0))()
+    plan = plan_from_config(config.plan)
+    phase = phase_setup(plan, 0, task, tuple(named(state.params)))
+    state = state.replace(opt_state=jax.jit(phase.optimizer().init)(state.params))
+    static = phase.update(task)
+    step = jax.jit(functools.partial(train_step, static=static), donate_argnums=0)
+    held = [state]
+
+    def update(batch: dict) -> None:
+        batch = {name: array[None] for name, array in batch.items()}
+        number = np.float32(1e-3), np.float32(0)
+        held[0], _ = step(held[0], {"task": {}}, batch, *number)
+        jax.block_until_ready(held[0].step)
+
+    return update
+
+
+def steps(table: pathlib.Path, rounds: int, updates: int) -> None:
+    """Prints rows a second from columns through an update, in turn with torch."""
+    from finetune_jax.start import run_data
+
+    config = config_of(table, "table_mlp")
+    config.model.hidden = (256, 128)
+    data = run_data(config)
+    size, rng = config.data.batch_size, np.random.default_rng(0)
+    ours = our_steps(config, data)
+    spec = data.spec.table
+    theirs = torch_steps(
+        spec.fields, len(spec.features), config.model.width, (256, 128)
+    )
+    place = np.arange(size, dtype=np.int32)
+    rates: dict[str, list[float]] = {"here": [], "torch": []}
+    for turn in range(rounds + 1):
+        rows = rng.integers(0, len(data.train), (updates, size))
+        begin = time.perf_counter()
+        for chosen in rows:
+            ours({**data.train.take(chosen), "position": place})
+        middle = time.perf_counter()
+        for chosen in rows:
+            batch = data.train.take(chosen)
+            theirs(batch["inputs"], batch["label"])
+        end = time.perf_counter()
+        if turn:  # The first compiles.
+            rates["here"].append(updates * size / (middle - begin))
+            rates["torch"].append(updates * size / (end - middle))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"round {turn}: largest resident set {peak:,.0f} MB", flush=True)
+    print(f"batches of {size}, {sum(n for _, n in spec.fields):,} rows of embeddings")
+    for name, values in rates.items():
+        listed = f"{min(values):,.0f} to {max(values):,.0f}"
+        print(f"{name:6} {statistics.median(values):10,.0f} rows/s ({listed})")
+
+
+def auc(table: pathlib.Path, model: str) -> None:
+    """Trains and prints how far the AUC is from that of the true probabilities."""
+    from sklearn.metrics import roc_auc_score
+
+    from finetune_jax.run import run
+    from finetune_jax.start import run_data
+
+    config = config_of(table, model)
+    test = run_data(config).held_out["test"]
+    truth = np.load(table.with_name(f"{table.name}.probability.npy"))[test.indices]
+    best = float(roc_auc_score(test.label, truth))
+    with tempfile.TemporaryDirectory(dir=table.parent) as folder:
+        found = run(config, pathlib.Path(folder) / "run")["best"]
+    ours = found["test/roc_auc"]
+    print(
+        f"{model}: AUC {ours:.4f}, best possible {best:.4f}, short of it {best - ours:.4f}"
+    )
+    print({name: round(value, 4) for name, value in found.items()})
+
+
+def main() -> None:
+    """Runs the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=pathlib.Path, required=True)
+    parser.add_argument("--part", choices=("convert", "steps", "auc"))
+    parser.add_argument("--model", default="dcn_v2")
+    parser.add_argument("--pandas", default=sys.executable)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=50)
+    arguments = parser.parse_args()
+    table = arguments.table.resolve()
+    if arguments.part in (None, "convert"):
+        convert(table, arguments.pandas, arguments.rounds)
+    if arguments.part in (None, "steps"):
+        steps(table, arguments.rounds, arguments.updates)
+    if arguments.part in (None, "auc"):
+        auc(table, arguments.model)
+
+
+if __name__ == "__main__":
+    main()
