@@ -193,9 +193,7 @@ def default() -> Config:
     config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
     config.checkpoint.grace_s = 30.0  # To save in, after a signal to stop.
     config.nonfinite = ml_collections.ConfigDict()
-    config.nonfinite.policy = (
-        "stop"  # 'skip' the update, or 'rollback': see nonfinite.py.
-    )
+    config.nonfinite.policy = "stop"  # Or 'skip', 'rollback': see nonfinite.py.
     config.nonfinite.limit = 10  # So many updates at most; then the run stops.
     config.parallel = ml_collections.ConfigDict()
     config.parallel.mode = "jit"

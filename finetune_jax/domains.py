@@ -21,8 +21,8 @@ from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import Setup, make_task
-from finetune_jax.start import random_state
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
 from finetune_jax.trees import like, named, stage_of

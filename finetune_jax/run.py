@@ -138,8 +138,7 @@ def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
     write_text(workdir / "config.json", configs.to_json(config))
     for name, text in tokenizer_of(setup.data, config).items():
         write_text(workdir / name, text)
-    if setup.data.fitted is not None:
-        write_fitted(workdir, setup.data.fitted)
+    write_fitted(workdir, setup.data.fitted)
 
 
 def _taken_up(

@@ -32,6 +32,7 @@ from finetune_jax.plan import (
     groups,
     plan_from_config,
 )
+from finetune_jax.random_states import RandomStates, random_state
 from finetune_jax.regularisers import (
     READS_FISHER,
     READS_START,
@@ -39,13 +40,7 @@ from finetune_jax.regularisers import (
     match_problems,
 )
 from finetune_jax.schedules import check_schedule, plateau_metric
-from finetune_jax.start import (
-    Loaded,
-    RandomStates,
-    random_state,
-    run_data,
-    starting_state,
-)
+from finetune_jax.start import Loaded, run_data, starting_state
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.step import Update
 from finetune_jax.tasks import check_members, make_task, task_module

@@ -27,8 +27,8 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
 from finetune_jax.parallel import CPU_OPTIONS, run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import train_step
 from finetune_jax.trees import named
 

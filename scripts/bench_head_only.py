@@ -21,8 +21,8 @@ from finetune_jax import config as configs
 from finetune_jax.modes.plan import spec_of
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import eval_step, train_step
 from finetune_jax.strategies import EVERYTHING, HEAD_ONLY
 from finetune_jax.trees import named

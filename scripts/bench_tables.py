@@ -53,7 +53,7 @@ print(rows, time.perf_counter() - begin, peak)
 def convert(table: pathlib.Path, python: str, rounds: int) -> None:
     """Prints the seconds that conversion and pandas take, in turn, and the memory."""
     seconds: dict[str, list[float]] = {"columns": [], "pandas": []}
-    peak = ""
+    rows = peak = "0"
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(dir=table.parent) as folder:
             command = [sys.executable, "-c", CONVERT, str(table), folder]
@@ -113,8 +113,8 @@ def our_steps(config: Any, data: Any) -> Any:
     import jax
 
     from finetune_jax.plan import plan_from_config
+    from finetune_jax.random_states import random_state
     from finetune_jax.setup import phase_setup
-    from finetune_jax.start import random_state
     from finetune_jax.step import train_step
     from finetune_jax.tasks import make_task
     from finetune_jax.trees import named
@@ -147,6 +147,7 @@ def steps(table: pathlib.Path, rounds: int, updates: int) -> None:
     size, rng = config.data.batch_size, np.random.default_rng(0)
     ours = our_steps(config, data)
     spec = data.spec.table
+    assert spec is not None
     theirs = torch_steps(
         spec.fields, len(spec.features), config.model.width, (256, 128)
     )
@@ -195,7 +196,7 @@ def auc(table: pathlib.Path, model: str) -> None:
 
 def main() -> None:
     """Runs the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--table", type=pathlib.Path, required=True)
     parser.add_argument("--part", choices=("convert", "steps", "auc"))
     parser.add_argument("--model", default="dcn_v2")

@@ -135,7 +135,7 @@ def best_of(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
 
 def main() -> None:
     """Writes the table, and beside it what is best, as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--days", type=int, default=0)

@@ -13,8 +13,8 @@ from finetune_jax import config as configs
 from finetune_jax.data.mixture import mixed_batches
 from finetune_jax.parallel import make_devices, run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import make_setup, phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import train_step
 from finetune_jax.trees import named
 

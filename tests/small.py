@@ -11,9 +11,9 @@ from finetune_jax.loop import Loop
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.preemption import Stop
+from finetune_jax.random_states import random_state
 from finetune_jax.report.log import read_metrics
 from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import train_step
 from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.trees import named

@@ -20,9 +20,9 @@ from finetune_jax.features import FeatureStore, teaching_part
 from finetune_jax.modes import plan as plan_mode
 from finetune_jax.plan import Phase
 from finetune_jax.predictor import open_predictor
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
-from finetune_jax.start import random_state
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.task import EVALUATION, TAUGHT
 from finetune_jax.trees import named

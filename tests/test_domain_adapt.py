@@ -13,8 +13,8 @@ from finetune_jax.errors import UserError
 from finetune_jax.loop import Preempted
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
-from finetune_jax.start import random_state
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import digest, named
 

@@ -21,8 +21,8 @@ from finetune_jax.plan import Phase
 from finetune_jax.predictor import examples, open_predictor
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
-from finetune_jax.start import random_state
 
 # Runs `load.py` where nothing of this project, nor what it stands on, can be imported.
 ALONE = """

@@ -21,7 +21,8 @@ from finetune_jax.models import convnext, efficientnet_lite, vit
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.layout import layouts
 from finetune_jax.pretrained.load import load_weights
-from finetune_jax.start import layout_of, random_state, run_data
+from finetune_jax.random_states import random_state
+from finetune_jax.start import layout_of, run_data
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import digest, named
 

@@ -27,9 +27,9 @@ from finetune_jax.initialise import (
 from finetune_jax.lsuv import first_examples
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
-from finetune_jax.start import random_state
 from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.trees import digest, named
 

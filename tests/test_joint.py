@@ -16,9 +16,9 @@ from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
 from finetune_jax.predictor import open_predictor
 from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
-from finetune_jax.start import random_state
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import named
 

@@ -46,6 +46,7 @@ LAYERS = (
         "initialise",
         "lsuv",
         "start",
+        "random_states",
     ),
     ("data", "models", "pretrained", "workdir", "tables", "modes.options"),
     (

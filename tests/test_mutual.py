@@ -12,9 +12,9 @@ from finetune_jax.errors import UserError
 from finetune_jax.members import member_models, together
 from finetune_jax.modes import plan as plan_mode
 from finetune_jax.predictor import open_predictor
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup, metric_names
-from finetune_jax.start import random_state
 from finetune_jax.strategies import full, partial
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.task import EVALUATION, Mode

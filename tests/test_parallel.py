@@ -11,8 +11,8 @@ import small
 from finetune_jax.errors import UserError
 from finetune_jax.parallel import check_batch, make_devices, run_once
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import NORMS, eval_step, train_step
 from finetune_jax.trees import named
 

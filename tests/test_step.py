@@ -9,8 +9,8 @@ import small
 from finetune_jax.modes.plan import forward_flops, step_flops
 from finetune_jax.optimizer import make_optimizer
 from finetune_jax.plan import Phase
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.step import eval_step
 from finetune_jax.trees import digest, named, nbytes
 

@@ -18,10 +18,10 @@ from finetune_jax.encoders import tokens
 from finetune_jax.errors import UserError
 from finetune_jax.optimizer import carried
 from finetune_jax.plan import carried_cohorts, check_plan, scales
+from finetune_jax.random_states import random_state
 from finetune_jax.run import run
 from finetune_jax.schedules import learning_rates
 from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.start import random_state
 from finetune_jax.trees import named
 from finetune_jax.updates import Updates
 

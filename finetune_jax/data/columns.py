@@ -8,6 +8,7 @@ own format; the label too has a code, or the bits of a number.
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.machine import cache_folder
 from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
 
+# Blocks whose values are given codes at once.
+GROUP = 16
 # Of what is written; to be raised when that changes.
 VERSION = 1
 MISSING = -1
@@ -133,12 +136,16 @@ def _converted(
         UserError: The file cannot be read; or names numbers that are infinite, and rows
             without a label or with one that may not be.
     """
+    import pyarrow as pa
+
     inputs, label = len(schema.inputs), schema.label
     coded = [name for name, is_number in schema.is_number.items() if not is_number]
     values: dict[str, Any] = {}
     row, problems = 0, []
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        for batch in batches(path, kind, schema):
+        blocks = batches(path, kind, schema)
+        while group := list(itertools.islice(blocks, GROUP)):
+            batch = pa.Table.from_batches(group)
 
             def recoded(name: str, batch: Any = batch) -> np.ndarray:
                 codes, values[name] = _coded(batch.column(name), values.get(name))
@@ -195,17 +202,18 @@ def _coded(column: Any, known: Any) -> tuple[np.ndarray, Any]:
     """Returns the codes of a column, and what they stand for: `known` and new values.
 
     Args:
-        column: Dictionary-encoded.
+        column: Dictionary-encoded, in chunks.
         known: What the codes so far stand for; None is nothing.
     """
     import pyarrow as pa
 
     if known is None:
-        return codes_of(column), column.dictionary
-    nothing = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), known)
+        known = column.chunk(0).dictionary
     # What is known comes first, and keeps its codes.
-    both = pa.chunked_array([nothing, column]).unify_dictionaries()
-    return codes_of(both.chunk(1)), both.chunk(0).dictionary
+    nothing = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), known)
+    both = pa.chunked_array([nothing, *column.chunks]).unify_dictionaries()
+    codes = [codes_of(chunk) for chunk in both.chunks[1:]]
+    return np.concatenate(codes), both.chunk(0).dictionary
 
 
 def _infinite(cells: np.ndarray, schema: Schema, row: int) -> list[str]:

@@ -184,8 +184,10 @@ def digest_of(known: Mapping[str, Any]) -> str:
     return digester.hexdigest()
 
 
-def write_fitted(workdir: pathlib.Path, fitted: Fitted) -> None:
-    """Keeps the known values with a run; the rest is in its manifest."""
+def write_fitted(workdir: pathlib.Path, fitted: Fitted | None) -> None:
+    """Keeps the known values with a run of a table; the rest is in its manifest."""
+    if fitted is None:
+        return
     part = workdir / f".{VOCABULARY}"
     part.write_bytes(to_bytes(fitted.known).tobytes())
     part.replace(workdir / VOCABULARY)

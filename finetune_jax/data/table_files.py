@@ -16,8 +16,8 @@ from finetune_jax.data.tables import Format, Schema, TableOptions
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 
-# Bytes from which columns are inferred, and the least and most of a block.
-LOOKED_AT, LEAST, MOST = 2**20, 2**24, 2**27
+# Bytes from which columns are inferred, and of a block, which fits into a cache.
+LOOKED_AT, BLOCK = 2**20, 2**22
 # Numbers such as 00123 are names.
 _LEADING_ZERO = r"^[+-]?0\d"
 
@@ -151,7 +151,7 @@ def _not_numbers(
 
 
 def batches(
-    path: pathlib.Path, kind: Format, schema: Schema, *, block: int | None = None
+    path: pathlib.Path, kind: Format, schema: Schema, *, block: int = BLOCK
 ) -> Iterator[Any]:
     """Yields the rows of a file as pyarrow's RecordBatches of the schema's columns.
 
@@ -161,7 +161,7 @@ def batches(
         path: Of the file.
         kind: How it is written.
         schema: Its columns.
-        block: Bytes that are read at once; None chooses by the size of the file.
+        block: Bytes that are read at once.
 
     Raises:
         UserError: Lists lines that have not as many values as columns, are no UTF-8, or
@@ -169,8 +169,6 @@ def batches(
     """
     import pyarrow as pa
 
-    if block is None:
-        block = min(max(path.stat().st_size // 32, LEAST), MOST)
     read = _parquet_batches if kind.delimiter is None else _separated_batches
     try:
         yield from read(path, kind, schema, block)

@@ -122,13 +122,9 @@ def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOp
         if problems:
             raise problems_error("config.data does not fit:", problems)
         return plain
-    for name, default in (
-        ("mean", (0.0,)),
-        ("std", (1.0,)),
-        ("augment", ()),
-        ("mix", ()),
-    ):
-        if config[name] != default:
+    plainly = {"mean": (0.0,), "std": (1.0,), "augment": (), "mix": ()}
+    for name, default in plainly.items():
+        if config[name] not in (None, default):
             problems.append(
                 f"config.data.{name}: {config[name]!r}; columns of tables are "
                 "standardised by themselves, and not augmented"

@@ -28,6 +28,7 @@ from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
 from finetune_jax.population import member_configs
 from finetune_jax.pretrained.preprocessing import filled
+from finetune_jax.random_states import random_state
 from finetune_jax.setup import (
     PhaseSetup,
     check_groups_of,
@@ -35,7 +36,7 @@ from finetune_jax.setup import (
     make_task,
     phase_setup,
 )
-from finetune_jax.start import random_state, run_data
+from finetune_jax.start import run_data
 from finetune_jax.state import TrainState
 from finetune_jax.step import eval_step, train_step
 from finetune_jax.tasks.task import Task
