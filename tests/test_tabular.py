@@ -5,12 +5,14 @@ import clicks
 import numpy as np
 import pytest
 from sklearn import metrics as theirs
-from small import Trainer
+from small import Trainer, lines, stop_at_once
+from test_run import same_result
 
 from finetune_jax import config as configs
 from finetune_jax import main, metrics
 from finetune_jax.data.dataset import make_data
 from finetune_jax.errors import UserError
+from finetune_jax.loop import Preempted
 from finetune_jax.plan import Phase, as_config
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
@@ -101,7 +103,7 @@ def test_what_does_not_go_together_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_predicted_and_taken_up_with_the_same_bits(tmp_path, capsys):
+def test_a_run_is_evaluated_and_predicts_with_what_was_fitted(tmp_path, capsys):
     path = clicks.write(tmp_path / "t.txt", clicks.rows(60))
     config = config_of(path)
     result = run(config, tmp_path / "run")
@@ -117,11 +119,26 @@ def test_a_run_is_evaluated_predicted_and_taken_up_with_the_same_bits(tmp_path, 
     other = clicks.write(tmp_path / "new.txt", [row[1:] for row in clicks.rows(60)])
     command = [f"--workdir={tmp_path}/run", "--mode=predict", f"--inputs={other}"]
     assert main.run(command) == 0
-    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    assert len(lines) == 60 and first["file"] == f"{other}#1"
+    written = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    first = json.loads(written[0])
+    assert len(written) == 60 and first["file"] == f"{other}#1"
     assert main.run([f"--config={config_file(tmp_path)}", "--mode=plan"]) == 0
     assert "C26: category" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_stopped_after_every_update_ends_in_the_same_bits(tmp_path):
+    config = config_of(clicks.write(tmp_path / "t.txt", clicks.rows(60)))
+    whole = run(config, tmp_path / "whole")
+    stops = 0
+    while True:
+        try:
+            result = run(config, tmp_path / "stopped", stop_at_once())
+            break
+        except Preempted:
+            stops += 1
+    assert stops == whole["steps"] and same_result(result, whole)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
 def config_file(folder):
