@@ -140,10 +140,7 @@ def starting_state(
     # To draw what is loaded anyway takes longer than to load it.
     # Beside a model without a prefix, those with one have no weights in its files.
     others = [p for p in task.prefixes if p] if "" in task.prefixes else []
-    wanted = None
-    if weights and not rules and not isinstance(task, Several):
-        loaded = _not_loaded(weights, init.fresh, others)
-        wanted = functools.partial(_is_drawn, loaded, data)
+    wanted = None if rules else _wanted(task, data, weights, init.fresh, others)
     own = random_states(drawn, wanted)
     if "" in weights:
         weights[""] = matched(weights[""], own.params, data.fitted)
@@ -245,9 +242,26 @@ def _with_parts_loaded(
     return {kind: like(variables[kind], found[kind]) for kind in variables}, layout
 
 
-def _is_drawn(wanted: Callable[[str], bool], data: Data, name: str) -> bool:
-    """Returns whether a leaf is drawn: embeddings are, for values that are new."""
-    return wanted(name) or is_matched(name, data.fitted)
+def _wanted(
+    task: Task,
+    data: Data,
+    weights: Mapping[str, Weights],
+    fresh: Sequence[str],
+    others: Sequence[str],
+) -> Callable[[str], bool] | None:
+    """Returns whether a leaf is drawn, by its full name; None draws all.
+
+    Args:
+        task: Has the models.
+        data: Of the run; embeddings are drawn for values that are new.
+        weights: By the prefix of the models that they are of.
+        fresh: Regexes of what is not taken from them.
+        others: Prefixes of models that have none.
+    """
+    if not weights or isinstance(task, Several):
+        return None
+    not_loaded = _not_loaded(weights, fresh, others)
+    return lambda name: not_loaded(name) or is_matched(name, data.fitted)
 
 
 def _first_stage(task: Task, prefix: str) -> str:
