@@ -244,7 +244,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(
         predictor = open_predictor(ours, folder / "student")
         data = make_setup(small.config(model="mlp")).data.held_out["test"]
         assert len(predictor.records(data)) == len(data)
-        trained = trained_from(predictor, manifest, None)
+        trained = trained_from(predictor, manifest, None, {})
         assert tuple(trained.task.models) == ("",) and not trained.task.teachers
         assert set(trained.variables["params"]) == {"stage1", "head"}
         assert trained.answer_shapes()["logits"].shape == (1, 10)

@@ -211,13 +211,12 @@ def best_spans(
     A span lies within the passage, does not end before it starts, and has no more than
     `longest` tokens; its score is the sum of those of its start and its end.
     """
-    places = share_BxTx2.shape[1]
-    longest = min(longest, places)
     none = -jnp.inf
     start_BxT = jnp.where(is_passage_BxT, share_BxTx2[..., 0], none)
     end_BxT = jnp.where(is_passage_BxT, share_BxTx2[..., 1], none)
     end_BxT = jnp.pad(end_BxT, ((0, 0), (0, longest - 1)), constant_values=none)
-    reached_TxL = np.arange(places)[:, None] + np.arange(longest)
+    places_T = jnp.arange(share_BxTx2.shape[1])
+    reached_TxL = places_T[:, None] + jnp.arange(longest)[None]
     end_BxTxL = end_BxT[:, reached_TxL]
     span_BxT = start_BxT + jnp.max(end_BxTxL, axis=-1)
     start_Bx1 = jnp.argmax(span_BxT, axis=-1, keepdims=True)
@@ -273,6 +272,6 @@ def make(
     return Questions(
         models={"": module},
         data=data,
-        max_answer_tokens=max_answer_tokens,
+        max_answer_tokens=min(max_answer_tokens, data.text.options.max_tokens),
         metric_names=metrics,
     )
