@@ -16,6 +16,7 @@ import small
 from finetune_jax import lookup, models, strategies
 from finetune_jax.encoders import tokens
 from finetune_jax.errors import UserError
+from finetune_jax.models.tabular import ANY_FIELDS, Tabular
 from finetune_jax.optimizer import carried
 from finetune_jax.plan import carried_cohorts, check_plan, scales
 from finetune_jax.random_states import random_state
@@ -283,6 +284,9 @@ def with_parameters(name):
     x = jnp.zeros((1, 224, 224, 3))
     if hasattr(model, "vocabulary"):
         x = tokens(jnp.ones((1, 2, 2), jnp.int32))
+    if isinstance(model, Tabular):
+        categories = jnp.zeros((1, len(ANY_FIELDS)), jnp.int32)
+        x = {"numbers": jnp.zeros((1, 1)), "categories": categories}
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
     return tuple(stage for stage in model.stages if stage in shapes["params"])
 
