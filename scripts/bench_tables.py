@@ -80,7 +80,7 @@ def config_of(table: pathlib.Path, model: str) -> Any:
 
 def torch_steps(fields: Any, numbers: int, width: int, hidden: tuple) -> Any:
     """Returns a function of a batch that makes an update of the same model in torch."""
-    import torch
+    import torch  # type: ignore[import-not-found]
 
     torch.set_num_threads(2)
     embeddings = torch.nn.ModuleList(torch.nn.Embedding(n, width) for _, n in fields)
