@@ -15,6 +15,7 @@ import texts
 from recording import Recording
 
 from finetune_jax import config as configs
+from finetune_jax.models import vgg, vit
 from finetune_jax.plan import Phase
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
@@ -47,6 +48,11 @@ VARIANTS = [
 ]
 
 
+# Widths and depths in which these are quick to compile.
+SMALLER = {
+    "vit_tiny_patch16": (vit, {"shape": vit.Shape(16, 2, 2, 16)}),
+    "vgg11_bn": (vgg, {"widths": (4, 4, 4, 4, 4)}),
+}
 QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
 
 
@@ -55,6 +61,16 @@ TEXTS = {
     "tags": functools.partial(texts.write_tagged, columns=("tokens", "ner_tags")),
     "answers": questions.write_squad,
 }
+
+
+def smaller(make, fields):
+    """Returns what makes a model with some fields replaced."""
+
+    @functools.wraps(make)
+    def made(**arguments):
+        return make(**arguments).clone(**fields)
+
+    return made
 
 
 def resolved(variant, tmp_path):
@@ -122,7 +138,9 @@ def test_every_config_has_a_variant_here():
     "variant",
     [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS],
 )
-def test_a_config_runs_and_every_key_is_read(variant, tmp_path):
+def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch):
+    for name, (family, fields) in SMALLER.items():
+        monkeypatch.setitem(family.MODELS, name, smaller(family.MODELS[name], fields))
     config = resolved(variant, tmp_path)
     recorded = Recording(config)
     result = run(recorded, tmp_path / "run")
