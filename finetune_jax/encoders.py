@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.models import make_model
+from finetune_jax.models import model_of
 from finetune_jax.models.lora import LoRA
 
 # Embeddings are at times larger than the vocabulary, up to a multiple of this.
@@ -51,16 +51,8 @@ def token_model(
     Raises:
         UserError: It cannot read the texts.
     """
-    arguments = {**model}
-    name = arguments.pop("name")
-    module = make_model(
-        name,
-        {key: value for key, value in arguments.items() if key != "classes"},
-        classes=classes,
-        dtype=jnp.dtype(precision),
-        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
-    )
-    check_encoder(module, name, data)
+    module = model_of(model, classes=classes, precision=precision)
+    check_encoder(module, model["name"], data)
     problems = []
     if "pool" in module.stages:  # type: ignore[attr-defined]
         problems.append("config.model.pool: 'none' keeps a vector for every token")

@@ -224,15 +224,7 @@ class FeatureStore:
             batch_size: Of a micro-batch.
             examples: That the phase takes.
         """
-        reason = None
-        if spec.mix:
-            reason = "config.data.mix makes others in every update"
-        elif spec.augment and views is None:
-            reason = (
-                "config.data.augment makes others in every update; "
-                "config.data.cache_views=K keeps K versions of each"
-            )
-        if reason is not None:
+        if (reason := spec.why_always_others(views)) is not None:
             self.tables.say(f"{frozen.what} are not kept: {reason}")
             return None
         return self.table(
@@ -240,7 +232,7 @@ class FeatureStore:
             frozen,
             mode=mode if spec.augment else EVALUATION,
             views=views or 1,
-            batch_size=batch_size,
+            batch_size=batch_size + -batch_size % self.devices.whole_rows,
             examples=examples,
         )
 
@@ -258,7 +250,7 @@ class FeatureStore:
 
         Matrix products of one number of rows are others, in their last bits, than those
         of another, whatever row it is; so it is computed in batches of the size in which
-        it would be computed otherwise.
+        it would be computed otherwise, on CPU one of `Devices.whole_rows`.
 
         Args:
             dataset: The split.

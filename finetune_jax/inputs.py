@@ -12,23 +12,80 @@ from finetune_jax import losses
 from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
-from finetune_jax.mix import mixed
-from finetune_jax.tasks.task import EVALUATION, Mode, key_of
+from finetune_jax.mix import check_mix, mixed
+from finetune_jax.tasks.task import EVALUATION, Mode, Task, key_of
 
 
-def batch_specs(
-    data: DataSpec, label: jax.ShapeDtypeStruct, *, training: bool
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of inputs, as the source gives them, and of labels.
+class Normalised(Task):
+    """A task whose inputs are images or vectors, which are augmented and normalised.
 
-    Args:
+    Attributes:
         data: What the examples look like.
-        label: Of one example.
-        training: Whether images are as large as augmentation takes them.
+        answer: Says what a label is.
     """
-    shape = data.train_shape if training else data.shape
-    inputs = jax.ShapeDtypeStruct(shape, np.dtype(data.dtype))
-    return {"inputs": inputs, "label": label}
+
+    data: DataSpec
+    answer: Any
+
+    @property
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Inputs as the source gives them, and labels."""
+        return self._spec(self.data.shape)
+
+    @property
+    def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same; images as large as augmentation takes them."""
+        return self._spec(self.data.train_shape)
+
+    def _spec(self, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        inputs = jax.ShapeDtypeStruct(shape, np.dtype(self.data.dtype))
+        return {"inputs": inputs, "label": self.answer.label}
+
+    @property
+    def kind(self) -> Any:
+        """Dtype of parameters, and of what the models get."""
+        module: Any = next(iter(self.models.values()))
+        return module.param_dtype
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters and batch statistics; each model has its own key."""
+        return random_variables(self.models, self.data.shape, rng, self.kind)
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch with inputs augmented (in training) and normalised."""
+        data, kind, inputs = self.data, self.kind, batch["inputs"]
+        if jnp.issubdtype(inputs.dtype, jnp.integer):
+            inputs = inputs / jnp.asarray(255, kind)
+        inputs = inputs.astype(kind)
+        if mode != EVALUATION and data.augment:
+            keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
+            augment = make_augment(data.augment, data.shape[:2], fill=data.mean)
+            inputs = augment(inputs, keys(batch["position"]))
+        last = (1,) * (inputs.ndim - 1) + (-1,)
+        mean = jnp.asarray(data.mean, kind).reshape(last)
+        std = jnp.asarray(data.std, kind).reshape(last)
+        return {**batch, "inputs": (inputs - mean) / std}
+
+
+class Mixed(Normalised):
+    """One whose labels are classes, and whose examples may be mixed."""
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch with inputs augmented (in training) and normalised.
+
+        Where examples are mixed, 'target' [B, K] has the shares of the classes.
+        """
+        batch, data = super().prepare(batch, rng, mode), self.data
+        if mode == EVALUATION or not data.mix:
+            return batch
+        target_BxK = losses.one_hot(batch["label"], len(data.class_names), self.kind)
+        inputs, target_BxK = mixed(
+            batch["inputs"], target_BxK, batch["position"], rng, entries=data.mix
+        )
+        # Who is mixed with what could not be read counts as little.
+        both = batch["weight"].reshape(-1, 2).prod(axis=1)
+        weight_B = jnp.repeat(both, 2)
+        return {**batch, "inputs": inputs, "target": target_BxK, "weight": weight_B}
 
 
 def random_variables(
@@ -57,67 +114,16 @@ def random_variables(
     return params, batch_stats
 
 
-def prepared(
-    batch: dict, rng: jax.Array, mode: Mode, *, data: DataSpec, kind: Any
-) -> dict:
-    """Returns the batch with inputs augmented (in training) and normalised.
-
-    Args:
-        batch: Has 'inputs' and 'position'.
-        rng: Key of the update.
-        mode: EVALUATION augments nothing.
-        data: Says how.
-        kind: Dtype of what the models get.
-    """
-    inputs = batch["inputs"]
-    if jnp.issubdtype(inputs.dtype, jnp.integer):
-        inputs = inputs / jnp.asarray(255, kind)
-    inputs = inputs.astype(kind)
-    if mode != EVALUATION and data.augment:
-        keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-        augment = make_augment(data.augment, data.shape[:2], fill=data.mean)
-        inputs = augment(inputs, keys(batch["position"]))
-    last = (1,) * (inputs.ndim - 1) + (-1,)
-    mean = jnp.asarray(data.mean, kind).reshape(last)
-    std = jnp.asarray(data.std, kind).reshape(last)
-    return {**batch, "inputs": (inputs - mean) / std}
-
-
-def with_mixtures(
-    batch: dict, rng: jax.Array, mode: Mode, *, data: DataSpec, kind: Any
-) -> dict:
-    """Returns the batch with its examples mixed in training, where `data.mix` says so.
-
-    Then 'target' [B, K] has the shares of the classes.
-
-    Args:
-        batch: From `prepared`.
-        rng: Key of the update.
-        mode: EVALUATION mixes nothing.
-        data: Says how.
-        kind: Dtype of the target.
-    """
-    if mode == EVALUATION or not data.mix:
-        return batch
-    target_BxK = losses.one_hot(batch["label"], len(data.class_names), kind)
-    inputs, target_BxK = mixed(
-        batch["inputs"], target_BxK, batch["position"], rng, entries=data.mix
-    )
-    # Who is mixed with what could not be read counts as little.
-    both = batch["weight"].reshape(-1, 2).prod(axis=1)
-    weight_B = jnp.repeat(both, 2)
-    return {**batch, "inputs": inputs, "target": target_BxK, "weight": weight_B}
-
-
-def check_has_classes(data: DataSpec, task: str) -> None:
-    """Checks that the labels of the data are classes of whole examples.
+def check_classified(data: DataSpec, task: str) -> None:
+    """Checks that labels are classes of whole examples, which are changed as they can be.
 
     Args:
         data: What the examples look like.
         task: `config.task.name`, for the message.
 
     Raises:
-        UserError: They are numbers or masks, or the examples are texts.
+        UserError: They are numbers or masks, the examples are texts or tables, or
+            augmentation or mixing does not fit them.
     """
     where = f"config.task.name: {task!r}, but the data"
     if data.targets:
@@ -136,3 +142,5 @@ def check_has_classes(data: DataSpec, task: str) -> None:
         )
     if data.text is not None:
         raise UserError(f"{where} is text: use 'text'")
+    make_augment(data.augment, data.shape[:2], data.train_shape[:2])
+    check_mix(data.mix, data.shape)

@@ -159,11 +159,14 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
 
 
 def set_precision(precision: str) -> None:
-    """Allows 64-bit numbers where the config computes with them."""
-    if precision == "float64":
-        import jax
+    """Allows 64-bit numbers where the config computes with them, and only there.
 
-        jax.config.update("jax_enable_x64", True)
+    Where they are allowed, what is drawn in 32 bits differs too: a run in a process that
+    made another one before would not have its bits.
+    """
+    import jax
+
+    jax.config.update("jax_enable_x64", precision == "float64")
 
 
 def _check_flags(

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -18,7 +19,7 @@ from finetune_jax.data.text_files import check_texts
 from finetune_jax.data.texts import Rows
 from finetune_jax.data.threads import check_readable
 from finetune_jax.errors import UserError, problems_error
-from finetune_jax.main import pin_environment, resolved_config, set_precision
+from finetune_jax.main import pin_environment, resolved_config
 from finetune_jax.predictor import (
     Predictor,
     checked,
@@ -61,15 +62,18 @@ def pipeline(
     pairs = [(keys[name], str(value)) for name, value in overrides.items()]
     config = resolved_config("", folder, pairs)
     pin_environment(folder, config.deterministic)
-    set_precision(config.precision)
-    return Pipeline(open_predictor(config, folder))
+    wide = config.precision == "float64"
+    with jax.enable_x64(wide):
+        return Pipeline(open_predictor(config, folder), wide=wide)
 
 
 class Pipeline:
     """A run that is called on inputs; a program is compiled for each size of batch."""
 
-    def __init__(self, predictor: Predictor):
+    def __init__(self, predictor: Predictor, *, wide: bool):
+        """Takes what predicts, and whether it computes with 64-bit numbers."""
         self._predictor = predictor
+        self._wide = wide
         self._of_size: dict[int, Predictor] = {}
 
     def __call__(self, inputs: Any) -> dict | list[dict]:
@@ -163,7 +167,9 @@ class Pipeline:
                 self._predictor.evaluator, batch_size=size, programs={}
             )
             self._of_size[size] = dataclasses.replace(self._predictor, evaluator=own)
-        return self._of_size[size].records(dataset)
+        # Others in this process may compute with other numbers.
+        with jax.enable_x64(self._wide):
+            return self._of_size[size].records(dataset)
 
 
 _FILES = (str, pathlib.Path, Image.Image)

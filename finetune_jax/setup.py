@@ -94,6 +94,7 @@ class PhaseSetup:
         *,
         guarded: bool = False,
         views: int | None = None,
+        rows: int = 1,
     ) -> Update:
         """Returns what is static about an update of the phase."""
         return Update(
@@ -107,6 +108,7 @@ class PhaseSetup:
             ema_decay=ema_decay,
             guarded=guarded,
             views=views,
+            rows=rows,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Update:
         guarded: Whether an update that is not finite leaves all but the step as it was.
         views: How many ways there are to augment an example; None augments it anew in
             every update. The places in a batch then are those of the views.
+        rows: Frozen stages and teachers get a multiple of so many examples.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class Update:
     ema_decay: float | None = None
     guarded: bool = False
     views: int | None = None
+    rows: int = 1
 
     @property
     def first(self) -> str | None:
@@ -226,12 +228,19 @@ class _Objective:
         if "features" in batch:
             return batch
         batch = static.task.prepare(batch, rng, static.mode)
-        batch = with_taught(static.task, self.fixed["task"], batch)
-        if static.first is None:
+        if static.first is None and not static.task.is_taught:
             return batch
-        return static.task.with_features(
-            state.params, state.batch_stats, batch, first=static.first
-        )
+        count = len(batch["label"])
+        if more := -count % static.rows:
+            batch = jax.tree.map(
+                lambda x: jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]), batch
+            )
+        batch = with_taught(static.task, self.fixed["task"], batch)
+        if static.first is not None:
+            batch = static.task.with_features(
+                state.params, state.batch_stats, batch, first=static.first
+            )
+        return jax.tree.map(lambda leaf: leaf[:count], batch)
 
     def total(
         self, params: Any, batch_stats: Any, index: int

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.hints import Regressors, make_pairs, regressor_widths
-from finetune_jax.models import make_model
+from finetune_jax.models import model_of
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.labels import labels_beside
 from finetune_jax.pretrained.load import load_weights
@@ -187,19 +187,12 @@ def make_teachers(
         )
     found = {}
     for index, (label, described) in enumerate(members.items()):
-        apart, address = ("name", "classes", "pretrained"), described["pretrained"]
-        arguments = {k: v for k, v in described.items() if k not in apart}
+        model = {key: value for key, value in described.items() if key != "pretrained"}
+        address = described["pretrained"]
         names = None if address == START else saved_class_names(address, data_names)
         count = described["classes"] or len(names or data_names)
-        module = make_model(
-            described["name"],
-            arguments,
-            classes=count,
-            dtype=jnp.dtype(precision),
-            param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
-        )
         found[label] = Teacher(
-            module=module,
+            module=model_of(model, classes=count, precision=precision),
             address=address,
             where=f"config.model.members[{index}]",
             class_names=names if names and len(names) == count else None,

@@ -181,11 +181,14 @@ class Updates:
 
     def _step(self, phase: PhaseSetup) -> Callable:
         """Returns an update of the phase as a function of its arguments."""
-        config = self.setup.config
+        config, views = self.setup.config, self.setup.views
+        # Whether what frozen stages give is kept or not, it is the same bits.
+        kept = self.setup.data.spec.why_always_others(views) is None
         static = phase.update(
             self.setup.task,
             config.evaluate.ema_decay,
             guarded=config.nonfinite.policy != "stop",
-            views=self.setup.views,
+            views=views,
+            rows=self.setup.devices.whole_rows if kept else 1,
         )
         return functools.partial(train_step, static=static)

@@ -36,6 +36,13 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(autouse=True)
+def precision_of_jax():
+    yield
+    # Of a run in double precision by its command, which others would find in its process.
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture(scope="session")
 def testdata():
     folder = os.environ.get("FINETUNE_JAX_TESTDATA")

@@ -37,6 +37,7 @@ LAYERS = (
         "parallel",
         "preemption",
         "tasks",
+        "answering",
         "answers",
         "parts",
         "encoders",

@@ -161,6 +161,20 @@ def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys)
     assert "config.seed: 3 here, 0 there" in refused(*arguments, "--config.seed=3")
 
 
+def test_a_run_has_its_bits_after_one_in_double_precision(tmp_path):
+    def digest_of(name, *more):
+        workdir = f"--workdir={tmp_path / name}"
+        options = ("--config.parallel.devices=1", "--config.model.head.dropout=0.5")
+        assert main.run([f"{IRIS}:tiny", workdir, *options, *more]) == 0
+        return json.loads((tmp_path / name / "result.json").read_text())[
+            "params_sha256"
+        ]
+
+    alone = digest_of("alone")
+    assert digest_of("double", "--config.precision=float64") != alone
+    assert digest_of("after") == alone
+
+
 @pytest.mark.parametrize(
     "config", ["resnet_head", "mnist_target", "pretrain_fashion_mnist"]
 )

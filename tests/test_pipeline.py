@@ -1,6 +1,7 @@
 """A notebook's pipeline says what `--mode=predict` writes."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from test_predict import predict, trained
 
 from finetune_jax import config as configs
+from finetune_jax import main
 from finetune_jax.errors import UserError
 from finetune_jax.pipeline import pipeline
 from finetune_jax.run import run
@@ -56,6 +58,22 @@ def test_arrays_give_what_predict_writes_of_them(finished, tmp_path):
     classify = pipeline(finished, devices=1, top_k=3)
     assert_same(classify(images), records)
     assert_same([classify(images[1])], records[1:2])
+
+
+def test_pipelines_of_other_precisions_do_not_disturb_one_another(tmp_path):
+    for precision in ("float32", "float64"):
+        arguments = (f"--workdir={tmp_path / precision}", "--config.parallel.devices=1")
+        config = (
+            f"--config={pathlib.Path(__file__).parents[1]}/configs/iris_mlp.py:tiny"
+        )
+        main.run([config, *arguments, f"--config.precision={precision}"])
+    flower = np.array([5.1, 3.5, 1.4, 0.2], np.float32)
+    wanted = pipeline(tmp_path / "float32", devices=1)(flower)
+    single, double = (pipeline(tmp_path / p, devices=1) for p in ("float32", "float64"))
+    assert single(flower) == wanted
+    probability = double(flower)["top"][0]["probability"]
+    assert float(np.float32(probability)) != probability
+    assert single(np.stack([flower] * 2)) == [wanted, wanted]
 
 
 def test_what_it_does_not_take_is_named(finished, tmp_path):

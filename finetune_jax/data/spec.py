@@ -73,6 +73,21 @@ class DataSpec:
         """Returns what a person wants to know of a table's columns, a line each."""
         return [] if self.table is None else self.table.lines()
 
+    def why_always_others(self, views: int | None) -> str | None:
+        """Returns why no update gets the inputs of another one; None if updates may.
+
+        Args:
+            views: Augmented versions of each example; None augments in every update.
+        """
+        if self.mix:
+            return "config.data.mix makes others in every update"
+        if self.augment and views is None:
+            return (
+                "config.data.augment makes others in every update; "
+                "config.data.cache_views=K keeps K versions of each"
+            )
+        return None
+
     def geometry(self, training: bool) -> Geometry | None:
         """Returns how images become what batches hold; None for feature vectors.
 

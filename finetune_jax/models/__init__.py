@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from finetune_jax import lookup
 from finetune_jax.models.lora import with_lora
@@ -43,6 +44,36 @@ def make_model(
     arguments = {k: v for k, v in arguments.items() if k not in lora}
     module = lookup.call(constructor, arguments, "config.model", **given)
     return lookup.call(with_lora, lora, "config.model", module=around(module))
+
+
+def dtypes(precision: str) -> dict[str, Any]:
+    """Returns `dtype` and `param_dtype` of a model; parameters have 32 bits or 64.
+
+    Args:
+        precision: In which the model computes: 'float32', 'bfloat16' or 'float64'.
+    """
+    wide = "float64" if precision == "float64" else "float32"
+    return {"dtype": jnp.dtype(precision), "param_dtype": jnp.dtype(wide)}
+
+
+def model_of(
+    described: Mapping[str, Any], *, classes: int, precision: str, **given: Any
+) -> nn.Module:
+    """Returns the model that a section like `config.model` describes.
+
+    Args:
+        described: Its name, and arguments; `classes` there is not looked at.
+        classes: Logits.
+        precision: As `dtypes` takes it.
+        **given: Other arguments that are not the section's.
+
+    Raises:
+        UserError: No such model, or arguments that it does not take.
+    """
+    apart = ("name", "classes")
+    arguments = {key: value for key, value in described.items() if key not in apart}
+    given = {**given, **dtypes(precision)}
+    return make_model(described["name"], arguments, classes=classes, **given)
 
 
 def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[str, ...]:

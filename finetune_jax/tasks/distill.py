@@ -11,26 +11,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from finetune_jax import lookup, losses
+from finetune_jax.answering import Answering
 from finetune_jax.answers import Classes, logits_asked, make_classes
-from finetune_jax.augment import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import problems_error
 from finetune_jax.hints import Pair, attention_apart, half_square
-from finetune_jax.inputs import (
-    batch_specs,
-    check_has_classes,
-    prepared,
-    random_variables,
-    with_mixtures,
-)
-from finetune_jax.mix import check_mix
-from finetune_jax.models import make_model
+from finetune_jax.inputs import Mixed, check_classified, random_variables
+from finetune_jax.models import model_of
 from finetune_jax.tasks.task import Mode, Task, apply, key_of
 from finetune_jax.teachers import (
     HEADS,
@@ -50,7 +41,7 @@ METRICS = ("accuracy", "loss")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distill(Task):
+class Distill(Mixed, Answering):
     """A classifier that has teachers.
 
     Attributes:
@@ -67,8 +58,6 @@ class Distill(Task):
         attention_weight: See `attention`.
     """
 
-    models: Mapping[str, nn.Module]
-    data: DataSpec
     answer: Classes
     teachers: Mapping[str, Teacher]
     alpha: float
@@ -79,24 +68,14 @@ class Distill(Task):
     attention: tuple[Pair, ...]
     attention_weight: float
 
-    @property
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Inputs as the source gives them, and class indices."""
-        return batch_specs(self.data, self.answer.label, training=False)
-
-    @property
-    def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The same; images as large as augmentation takes them."""
-        return batch_specs(self.data, self.answer.label, training=True)
-
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
         student = {"": self.models[""]}
-        params, stats = random_variables(student, self.data.shape, rng, self._float())
+        params, stats = random_variables(student, self.data.shape, rng, self.kind)
         if REGRESSOR in self.models:
             shapes = stage_shapes(self.models[""], self.data.shape)
             x = {
-                pair.name: jnp.zeros(shapes[pair.own].shape, self._float())
+                pair.name: jnp.zeros(shapes[pair.own].shape, self.kind)
                 for pair in self.hints
             }
             key, module = key_of(rng, REGRESSOR), self.models[REGRESSOR]
@@ -150,15 +129,6 @@ class Distill(Task):
         """Returns what any task does; nothing where earlier features are compared."""
         pairs = self.hints or self.attention or self.head == "teacher"
         return None if pairs else super().first_learning(mode)
-
-    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch that all models get, as a classifier alone would."""
-        looks = {"data": self.data, "kind": self._float()}
-        batch = prepared(batch, rng, mode, **looks)
-        return with_mixtures(batch, rng, mode, **looks)
-
-    def _float(self) -> Any:
-        return self.models[""].param_dtype  # type: ignore[attr-defined]
 
     @property
     def is_taught(self) -> bool:
@@ -278,41 +248,6 @@ class Distill(Task):
         mapped, _ = apply(self, REGRESSOR, variables, own, mode=mode)
         return own | mapped
 
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns the student's logits."""
-        del fixed
-        logits_BxK, _ = self.given(params, batch_stats, batch, first=first)
-        return self.answer.outputs(logits_BxK)
-
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Returns what is to be measured; 'loss' is that of labels alone."""
-        return self.answer.metrics(outputs, batch)
-
-    def answers(self, outputs: dict) -> dict:
-        """Returns logits and probabilities of the data's classes."""
-        return self.answer.answers(outputs)
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits that lack a class without which a metric has no value."""
-        return self.answer.check_splits(labels)
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Returns the class names of the highest probabilities, best first."""
-        del batch
-        return self.answer.records(outputs)
-
 
 def make(
     *,
@@ -365,7 +300,7 @@ def make(
     Komodakis 2017 (attention); Li & Hoiem 2016 (the teacher's head, which there learns on
     and here stays as it is).
     """
-    check_has_classes(data, "distill")
+    check_classified(data, "distill")
     answer = make_classes(
         data,
         loss=loss,
@@ -375,23 +310,14 @@ def make(
         top_k=top_k,
         metrics=metrics,
     )
-    make_augment(data.augment, data.shape[:2], data.train_shape[:2])
-    check_mix(data.mix, data.shape)
     lookup.choose(dict.fromkeys(HEADS), head, "config.task.head")
     if problems := range_problems(
         alpha=alpha, temperature=temperature, hints_weight=hints_weight,
         attention_weight=attention_weight, something=alpha or hints or attention,
     ):  # fmt: skip
         raise problems_error("config.task does not fit:", problems)
-    arguments = {**model}
-    classes = logits_asked(arguments.pop("classes"), answer)
-    student = make_model(
-        arguments.pop("name"),
-        arguments,
-        classes=classes,
-        dtype=jnp.dtype(precision),
-        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
-    )
+    classes = logits_asked(model["classes"], answer)
+    student = model_of(model, classes=classes, precision=precision)
     made = make_teachers(teachers, data_names=answer.names, precision=precision)
     return Distill(
         **compared(student, made, data.shape, head, hints, attention),

@@ -17,22 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import losses
+from finetune_jax.answering import Answering
 from finetune_jax.answers import Classes, logits_asked, make_classes
-from finetune_jax.augment import make_augment
 from finetune_jax.config import Config
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
-from finetune_jax.inputs import (
-    batch_specs,
-    check_has_classes,
-    prepared,
-    random_variables,
-    with_mixtures,
-)
+from finetune_jax.inputs import Mixed, check_classified
 from finetune_jax.members import labels_of
-from finetune_jax.mix import check_mix
-from finetune_jax.models import make_model
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.models import model_of
+from finetune_jax.tasks.task import Mode
 
 METRICS = ("accuracy", "loss")
 
@@ -44,7 +37,7 @@ def measured(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mutual(Task):
+class Mutual(Mixed, Answering):
     """Classifiers that teach one another.
 
     Attributes:
@@ -55,35 +48,9 @@ class Mutual(Task):
         temperature: By which logits are divided where predictions are compared.
     """
 
-    models: Mapping[str, nn.Module]
-    data: DataSpec
     answer: Classes
     weight: float
     temperature: float
-
-    @property
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Inputs as the source gives them, and class indices."""
-        return batch_specs(self.data, self.answer.label, training=False)
-
-    @property
-    def train_batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The same; images as large as augmentation takes them."""
-        return batch_specs(self.data, self.answer.label, training=True)
-
-    def init(self, rng: jax.Array) -> tuple[Any, Any]:
-        """Returns random parameters and batch statistics, others for each member."""
-        return random_variables(self.models, self.data.shape, rng, self._float())
-
-    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch that all members get, as a classifier alone would."""
-        looks = {"data": self.data, "kind": self._float()}
-        batch = prepared(batch, rng, mode, **looks)
-        return with_mixtures(batch, rng, mode, **looks)
-
-    def _float(self) -> Any:
-        module: Any = next(iter(self.models.values()))
-        return module.param_dtype
 
     def loss(
         self,
@@ -158,21 +125,6 @@ class Mutual(Task):
             found |= {f"{label}/{name}": value for name, value in metrics.items()}
         return found
 
-    def answers(self, outputs: dict) -> dict:
-        """Returns logits and probabilities of all members together."""
-        return self.answer.answers(outputs)
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits that lack a class without which a metric has no value."""
-        return self.answer.check_splits(labels)
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Returns the class names of the highest mean probabilities, best first."""
-        del batch
-        return self.answer.records(outputs)
-
 
 def _mean(logits: Mapping[str, jax.Array]) -> jax.Array:
     """Returns logarithms [B, K] of the members' mean probabilities."""
@@ -215,7 +167,7 @@ def make(
         UserError: Fewer members than two, or members that have other classes.
     """
     del model
-    check_has_classes(data, "mutual")
+    check_classified(data, "mutual")
     answer = make_classes(
         data,
         loss=loss,
@@ -225,8 +177,6 @@ def make(
         top_k=top_k,
         metrics=metrics,
     )
-    make_augment(data.augment, data.shape[:2], data.train_shape[:2])
-    check_mix(data.mix, data.shape)
     if not weight >= 0 or not temperature > 0:
         raise UserError(
             f"config.task: weight={weight}, temperature={temperature}; weight is 0 or "
@@ -264,14 +214,7 @@ def _modules(
             "cannot be compared: "
             + ", ".join(f"{label} {count}" for label, count in classes.items())
         )
-    made = {}
-    for label, described in members.items():
-        arguments = {k: v for k, v in described.items() if k not in ("name", "classes")}
-        made[label] = make_model(
-            described["name"],
-            arguments,
-            classes=classes[label],
-            dtype=jnp.dtype(precision),
-            param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
-        )
-    return made
+    return {
+        label: model_of(described, classes=classes[label], precision=precision)
+        for label, described in members.items()
+    }

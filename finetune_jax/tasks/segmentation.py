@@ -16,7 +16,7 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.masks import IGNORED, make_mask_augment
 from finetune_jax.metrics import check_metrics
-from finetune_jax.models import make_model
+from finetune_jax.models import dtypes, make_model
 from finetune_jax.models.fully_convolutional import (
     FullyConvolutional,
     fully_convolutional,
@@ -362,10 +362,7 @@ def _made(
             f"config.model.classes: {logits}, but the data has {classes} classes of "
             f"pixels; None takes the data's number, and there are {IGNORED} at most"
         )
-    kinds = {
-        "dtype": jnp.dtype(precision),
-        "param_dtype": jnp.dtype("float64" if precision == "float64" else "float32"),
-    }
+    kinds = dtypes(precision)
     taps, head = arguments.pop("taps", ()), arguments["head"]
     if not isinstance(taps, tuple):
         raise UserError(f"config.model.taps: {taps!r} is not a tuple of stages")

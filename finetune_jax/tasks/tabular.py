@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.answers import Answer, logits_asked, make_classes, make_numbers
+from finetune_jax.answering import Answering, make_answer
+from finetune_jax.answers import logits_asked
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
-from finetune_jax.models import ft_transformer, make_model, tabular
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.models import ft_transformer, model_of, tabular
+from finetune_jax.tasks.task import Mode
 
 # By what `config.data.labels` says.
 METRICS = {
@@ -25,18 +25,8 @@ MODELS = {**tabular.MODELS, **ft_transformer.MODELS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tabular(Task):
-    """Answers rows of tables.
-
-    Attributes:
-        models: The one model, under ''.
-        data: What the examples look like.
-        answer: Has losses and metrics.
-    """
-
-    models: Mapping[str, nn.Module]
-    data: DataSpec
-    answer: Answer
+class Tabular(Answering):
+    """Answers rows of tables."""
 
     @property
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -64,61 +54,6 @@ class Tabular(Task):
         numbers_BxF = jax.lax.bitcast_convert_type(bits_BxF, jnp.float32)
         dtype = self.models[""].param_dtype  # type: ignore[attr-defined]
         return {"numbers": numbers_BxF.astype(dtype), "categories": categories_BxT}
-
-    def loss(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        rng: jax.Array,
-        progress: jax.Array,
-        mode: Mode,
-        first: str | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
-        """Returns the weighed loss and its metrics as (total, weight) pairs."""
-        del fixed, progress
-        logits_BxK, batch_stats = self.given(
-            params, batch_stats, batch, mode=mode, first=first, rng=rng
-        )
-        loss, found = self.answer.loss(logits_BxK, batch)
-        return loss, (batch_stats, found)
-
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns what metrics and records are made of."""
-        del fixed
-        logits_BxK, _ = self.given(params, batch_stats, batch, first=first)
-        return self.answer.outputs(logits_BxK)
-
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Returns what is to be measured."""
-        return self.answer.metrics(outputs, batch)
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns what cannot be measured on some splits."""
-        return self.answer.check_splits(labels)
-
-    def answers(self, outputs: dict) -> dict:
-        """Returns what the labels are answered with."""
-        return self.answer.answers(outputs)
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Returns the classes, best first, or the number of each row."""
-        del batch
-        return self.answer.records(outputs)
 
 
 def make(
@@ -156,33 +91,25 @@ def make(
             "config.task.name: 'tabular', but the data is no table; config.data.name is "
             "'criteo', 'csv', 'tsv' or 'parquet' for one"
         )
-    arguments = {**model}
-    name = arguments.pop("name")
-    if name not in MODELS:
+    if model["name"] not in MODELS:
         raise UserError(
-            f"config.model.name: {name!r} takes no tables; {', '.join(MODELS)} do"
+            f"config.model.name: {model['name']!r} takes no tables; {', '.join(MODELS)} do"
         )
-    kind = "numbers" if data.targets else "classes"
-    shared = {
-        "loss": loss or {"numbers": "mse", "classes": "cross_entropy"}[kind],
-        "loss_args": loss_args,
-        "class_weights": class_weights,
-        "metrics": METRICS[kind] if metrics is None else metrics,
-    }
-    answer: Answer
-    if kind == "numbers":
-        answer = make_numbers(data, **shared)
-    else:
-        answer = make_classes(
-            data, label_smoothing=label_smoothing, top_k=top_k, **shared
-        )
-    module = make_model(
-        name,
-        arguments,
-        classes=logits_asked(arguments.pop("classes"), answer),
+    answer = make_answer(
+        data,
+        loss=loss,
+        loss_args=loss_args,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        top_k=top_k,
+        metrics=metrics,
+        defaults=METRICS,
+    )
+    module = model_of(
+        model,
+        classes=logits_asked(model["classes"], answer),
+        precision=precision,
         numbers=len(data.table.features),
         fields=data.table.fields,
-        dtype=jnp.dtype(precision),
-        param_dtype=jnp.dtype("float64" if precision == "float64" else "float32"),
     )
     return Tabular(models={"": module}, data=data, answer=answer)
