@@ -68,12 +68,13 @@ def test_pipelines_of_other_precisions_do_not_disturb_one_another(tmp_path):
         )
         main.run([config, *arguments, f"--config.precision={precision}"])
     flower = np.array([5.1, 3.5, 1.4, 0.2], np.float32)
-    wanted = pipeline(tmp_path / "float32", devices=1)(flower)
+    alone = pipeline(tmp_path / "float32", devices=1)
+    wanted, two = alone(flower), alone(np.stack([flower, flower]))
     single, double = (pipeline(tmp_path / p, devices=1) for p in ("float32", "float64"))
     assert single(flower) == wanted
     probability = double(flower)["top"][0]["probability"]
     assert float(np.float32(probability)) != probability
-    assert single(np.stack([flower] * 2)) == [wanted, wanted]
+    assert single(np.stack([flower, flower])) == two
 
 
 def test_what_it_does_not_take_is_named(finished, tmp_path):
