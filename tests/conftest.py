@@ -6,7 +6,9 @@ import tempfile
 
 # Before jax starts: eight devices for the tests of parallel training, and one number of
 # host threads, which decides how reductions are divided.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_force_host_platform_device_count=8", os.environ.get("TEST_XLA_FLAGS", ""))
+)
 os.environ.setdefault("NPROC", "2")
 # Tests that compile the same program share it; workers inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -41,6 +43,12 @@ def precision_of_jax():
     yield
     # Of a run in double precision by its command, which others would find in its process.
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Has runs draw nothing, where nobody looks."""
+    monkeypatch.setattr("finetune_jax.run.write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

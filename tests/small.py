@@ -54,7 +54,7 @@ def stop_at_once():
     return stop
 
 
-def config(*, model="resnet20", plan=(), overrides=(), **model_arguments):
+def config(*, model="resnet8", plan=(), overrides=(), **model_arguments):
     """Returns a resolved config for digits at 12 pixels on one device."""
     given = configs.default()
     given.data.update(
@@ -81,7 +81,7 @@ def spec(shape=(12, 12, 1), classes=10, **fields):
     )
 
 
-def task(model="resnet20", shape=(12, 12, 1), overrides=(), fields=(), **arguments):
+def task(model="resnet8", shape=(12, 12, 1), overrides=(), fields=(), **arguments):
     return make_task(
         config(model=model, overrides=overrides, **arguments),
         spec(shape, **dict(fields)),

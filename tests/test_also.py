@@ -21,6 +21,8 @@ from finetune_jax.run import make_evaluator, run
 from finetune_jax.setup import make_setup
 from finetune_jax.trees import named
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 PLAN = (Phase(name="head", steps=3, rules=small.HEAD, batch_stats="hold", peak_lr=0.1),
         Phase(name="all", steps=3, peak_lr=1e-2))  # fmt: skip
 

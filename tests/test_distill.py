@@ -27,6 +27,8 @@ from finetune_jax.tasks import make_task
 from finetune_jax.tasks.task import EVALUATION, TAUGHT
 from finetune_jax.trees import named
 
+pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+
 CNN = {"name": "cnn", "convolutions": (3,), "dense": (8,)}
 WIDE = {"label": "wide", "name": "cnn", "convolutions": (4, 6), "dense": (8,)}
 MLP = {"label": "deep", "name": "mlp", "hidden": (8,)}

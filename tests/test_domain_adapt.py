@@ -18,6 +18,8 @@ from finetune_jax.run import run
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import digest, named
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 DIGITS = {"domain": "digits", "name": "digits"}
 TARGET = {**mixtures.INVERTED, "labelled": False}
 SIZES = {"source": 32, "target": 16}

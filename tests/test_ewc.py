@@ -9,6 +9,8 @@ from finetune_jax.errors import UserError
 from finetune_jax.plan import Phase
 from finetune_jax.run import run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def config(strength, also=True, **overrides):
     plan = (

@@ -11,6 +11,7 @@ from finetune_jax.trees import count, named
 MODELS = {  # Name, input, parameters, stages.
     "mlp": ((28, 28, 1), 784 * 64 + 64 + 650, 2),
     "cnn": ((28, 28, 1), 3_274_730, 4),
+    "resnet8": ((28, 28, 1), 75_002, 6),
     "resnet20": ((28, 28, 1), 269_434, 6),
     "resnet32": ((16, 16, 3), 464_154, 6),
     "resnet56": ((16, 16, 3), 853_018, 6),

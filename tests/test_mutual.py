@@ -20,6 +20,8 @@ from finetune_jax.tasks import make_task
 from finetune_jax.tasks.task import EVALUATION, Mode
 from finetune_jax.trees import named
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 LARGE = {"label": "large", "name": "mlp", "hidden": (8, 8)}
 SMALL = {"label": "small", "name": "mlp", "hidden": (6,)}
 THIRD = {"label": "third", "name": "mlp", "hidden": (5,)}

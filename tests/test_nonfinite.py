@@ -16,6 +16,8 @@ from finetune_jax.run import restore, run
 from finetune_jax.setup import make_setup
 from finetune_jax.trees import named
 
+pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+
 POISON = 7
 PLAN = (
     Phase(name="first", steps=12, optimizer="adamw", peak_lr=1e-2, accumulate_steps=2,

@@ -16,6 +16,8 @@ from finetune_jax.setup import phase_setup
 from finetune_jax.step import NORMS, eval_step, train_step
 from finetune_jax.trees import named
 
+pytestmark = pytest.mark.bits
+
 KINDS = {
     "one": dict(mode="jit", devices=1, fsdp=1),
     "jit": dict(mode="jit", devices=8, fsdp=1),
@@ -69,7 +71,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 @pytest.mark.slow
-def test_devices_agree_in_float64_after_twenty_steps_of_resnet20():
+def test_devices_agree_in_float64_after_twenty_steps_of_a_resnet():
     """Weighed examples, two micro-batches, BatchNorm over the global batch."""
     with jax.enable_x64(True):
         task = small.task(shape=(8, 8, 1), overrides=[("precision", "float64")])

@@ -21,6 +21,8 @@ from finetune_jax.report.table import as_csv, table
 from finetune_jax.run import run
 from finetune_jax.workdir import read_config, read_json
 
+pytestmark = pytest.mark.bits
+
 PLAN = (
     Phase(
         name="head", steps=12, rules=small.HEAD, batch_stats="hold", peak_lr=3e-2,

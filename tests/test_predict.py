@@ -25,7 +25,7 @@ from finetune_jax.strategies import HEAD_ONLY
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def trained(workdir, photos, *, model="resnet20", pretrained=None, steps=12, **data):
+def trained(workdir, photos, *, model="resnet8", pretrained=None, steps=12, **data):
     given = configs.default()
     given.data.update(name="folder", dir=str(photos), batch_size=8)
     given.data.update(test="test", **data)

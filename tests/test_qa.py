@@ -28,6 +28,8 @@ from finetune_jax.setup import make_setup, metric_names
 from finetune_jax.start import run_data
 from finetune_jax.tasks.qa import best_spans, make
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 TINY = {
     "layers": 2, "width": 16, "heads": 2, "hidden": 32, "vocabulary": 30,
     "positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "pool": "none",

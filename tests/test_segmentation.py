@@ -29,6 +29,8 @@ from finetune_jax.step import eval_step
 from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.trees import named
 
+pytestmark = pytest.mark.bits
+
 CLASSES = ("field", "road", "house")
 
 

@@ -14,6 +14,8 @@ from finetune_jax.setup import phase_setup
 from finetune_jax.step import eval_step
 from finetune_jax.trees import digest, named, nbytes
 
+pytestmark = pytest.mark.bits
+
 EVERYTHING_ON = dict(
     steps=4, optimizer="adamw", weight_decay=0.1, clip_norm=1.0, accumulate_steps=2
 )

@@ -321,7 +321,9 @@ def test_asking_for_stages_in_a_config_file_starts_no_backend():
 
 
 @pytest.mark.slow
-def test_twenty_cycles_of_alternating_compile_two_steps(tmp_path, monkeypatch):
+def test_twenty_cycles_of_alternating_compile_two_steps(
+    tmp_path, monkeypatch, no_pictures
+):
     programs = []
     found = Updates.program
 
@@ -331,7 +333,6 @@ def test_twenty_cycles_of_alternating_compile_two_steps(tmp_path, monkeypatch):
         return program, compile_s
 
     monkeypatch.setattr(Updates, "program", kept)
-    monkeypatch.setattr("finetune_jax.run.write_report", lambda *_: None)
     plan = strategies.alternating(
         ("stage1", "head"), cycles=20, steps=(1, 2), optimizer="sgd"
     )

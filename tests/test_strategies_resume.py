@@ -13,11 +13,12 @@ import pytest
 import small
 from test_run import lines, same_result
 
-import finetune_jax.run
 from finetune_jax import strategies
 from finetune_jax.loop import Preempted
 from finetune_jax.preemption import Stop
 from finetune_jax.run import run
+
+pytestmark = pytest.mark.bits
 
 ROOT = pathlib.Path(__file__).parents[1]
 MLP = dict(model="mlp", hidden=(8, 8))
@@ -59,11 +60,6 @@ def config(name):
     return small.config(plan=plan, overrides=tuple(overrides.items()), **model)
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr(finetune_jax.run, "write_report", lambda *_: None)
-
-
 def run_with_stops(name, workdir, updates):
     """Returns the result of a run that is stopped again and again, and how often.
 
@@ -92,7 +88,7 @@ def test_every_strategy_is_here():
 
 
 @pytest.mark.slow
-def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_report):
+def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_pictures):
     whole = run(config("layerwise"), tmp_path / "whole")
     workdir = tmp_path / "stopped"
     result, stops = run_with_stops("layerwise", workdir, updates=3)
@@ -104,7 +100,7 @@ def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_report):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_every_strategy_stopped_after_every_update_ends_in_the_same_bits(
-    name, tmp_path, no_report
+    name, tmp_path, no_pictures
 ):
     whole = run(config(name), tmp_path / "whole")
     workdir = tmp_path / "stopped"
@@ -135,7 +131,9 @@ run(tests.config(sys.argv[1]), pathlib.Path(sys.argv[2]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradual", "alternating"])
-def test_a_strategy_killed_in_each_phase_ends_in_the_same_bits(name, tmp_path):
+def test_a_strategy_killed_in_each_phase_ends_in_the_same_bits(
+    name, tmp_path, no_pictures
+):
     whole = run(config(name), tmp_path / "whole")
     workdir = tmp_path / "killed"
     # At updates inside the first phase, at the start of the second, in the third.

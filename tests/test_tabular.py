@@ -19,6 +19,8 @@ from finetune_jax.setup import make_setup
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import named
 
+pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):

@@ -22,6 +22,8 @@ from finetune_jax.run import run
 from finetune_jax.setup import make_setup
 from finetune_jax.start import run_data
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 TINY = {
     "layers": 2, "width": 16, "heads": 2, "hidden": 16, "vocabulary": 16,
     "positions": 32, "dropout": 0.0, "attention_dropout": 0.0, "pool": "mean",
@@ -138,6 +140,7 @@ def test_training_learns_and_padding_costs_no_result(folder, tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_text() == texts.tokenizer()
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_a_stopped_run_of_texts_goes_on_to_the_same_bits(folder, tmp_path):
     plan = (Phase(name="all", steps=6, peak_lr=1e-2),)
@@ -149,6 +152,7 @@ def test_a_stopped_run_of_texts_goes_on_to_the_same_bits(folder, tmp_path):
     assert small.lines(tmp_path / "a") == small.lines(tmp_path / "b")
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pool", "block2"])
 def test_cached_features_of_texts_give_what_none_give(folder, tmp_path, stage):

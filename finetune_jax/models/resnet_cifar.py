@@ -1,4 +1,4 @@
-"""ResNets for small images: `resnet20`, `resnet32`, `resnet56`.
+"""ResNets for small images: `resnet8`, `resnet20`, `resnet32`, `resnet56`.
 
 Source: He et al. 2016, section 4.2: three stages of n blocks of widths 16, 32, 64, with
 shortcuts that have no parameters (option A), for depth 6n + 2.
@@ -162,6 +162,7 @@ def _resnet(
 
 
 MODELS = {
+    "resnet8": partial(_resnet, 1),
     "resnet20": partial(_resnet, 3),
     "resnet32": partial(_resnet, 5),
     "resnet56": partial(_resnet, 9),
