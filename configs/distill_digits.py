@@ -6,8 +6,10 @@ Command:   python -m finetune_jax.main --config=configs/distill_digits.py:teache
            python -m finetune_jax.main --config=configs/distill_digits.py
 Argument:  `teacher` fine-tunes a ResNet-20 on all labels of the training split; `plain`
            trains the student without it; `tiny` makes two updates: `:teacher,tiny`.
-Expected:  with seed 0, test accuracy 0.989 of the teacher and 0.928 of the student without
-           it. The student with it was not run. Two CPU cores, less than two minutes.
+Expected:  test accuracy 0.989 of the teacher (seed 0); over five seeds 0.950 +- 0.010 of
+           the student with it (mean, 95 % interval), 0.931 +- 0.011 without. Pairs of the
+           same seed differ by 0.018 +- 0.008 (experiments/domains). A minute for the
+           teacher, a quarter for a student, two CPU cores busy with other work.
 Chosen:    by us; temperature and share are those of Hinton et al. 2015, section 3.
 """
 

@@ -51,6 +51,12 @@ def result_of(arm: str, seed: int, folder: pathlib.Path) -> dict:
     return run(config, workdir)
 
 
+def half(values: np.ndarray) -> float:
+    """Returns half the 95 % interval of a mean, by Student's t."""
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
 def row(name: str, folder: pathlib.Path) -> str:
     """Returns the line of one comparison."""
     arm, without, metric = ROWS[name]
@@ -61,10 +67,13 @@ def row(name: str, folder: pathlib.Path) -> str:
         for each in (arm, without)
     }
     gain = accuracy[arm] - accuracy[without]
-    half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))
+    low, high = gain.mean() - half(gain), gain.mean() + half(gain)
+    means = [
+        f"{values.mean():.1f} ± {half(values):.1f}" for values in accuracy.values()
+    ]
     return (
-        f"| {name} | {accuracy[arm].mean():.1f} | {accuracy[without].mean():.1f} | "
-        f"{gain.mean():+.1f} ({gain.mean() - half:+.1f} to {gain.mean() + half:+.1f}) |"
+        f"| {name} | {' | '.join(means)} | "
+        f"{gain.mean():+.1f} ({low:+.1f} to {high:+.1f}) |"
     )
 
 
