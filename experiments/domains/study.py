@@ -201,8 +201,9 @@ def write_table(found: dict[str, Any]) -> None:
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
     """Draws means, intervals and the single runs, a panel a test set."""
-    figure = Figure(figsize=(4.2 * len(found), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    rows, columns = (len(found) + 1) // 2, min(len(found), 2)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, (question, arms) in zip(panels, found.items()):
         for place, row in enumerate(arms.values()):
             panel.plot(
