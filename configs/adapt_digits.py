@@ -3,7 +3,9 @@
 Question:  How much of the accuracy that noise takes does adaptation give back?
 Command:   python -m finetune_jax.main --config=configs/adapt_digits.py
 Argument:  `tiny` makes two updates a phase.
-Expected:  not run yet; experiments/domains asks the same of a smaller model.
+Expected:  test accuracy 0.568 of noisy digits, 0.953 of clean ones (seed 0); other seeds
+           were not run. experiments/domains compares methods, with fewer examples an
+           update, over five seeds. Two CPU cores busy with other work, 45 seconds.
 
 Source and target are cut alike, so that no image of the target's test split was in the
 source's training split. The last phase trains nothing: running averages of BatchNorm
