@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ("--xla_force_host_platform_device_count=8", os.environ.get("TEST_XLA_FLAGS", ""))
 )
 os.environ.setdefault("NPROC", "2")
+# A worker for each core is enough: threads of oracles would wait for one another's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests that compile the same program share it; workers inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
