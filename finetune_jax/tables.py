@@ -181,9 +181,9 @@ def write_table(
             ]
             for parts in rows:
                 for file, digester, array in zip(files, digesters, parts):
-                    content = np.ascontiguousarray(array).tobytes()
-                    file.write(content)
-                    digester.update(content)
+                    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    file.write(content.data)
+                    digester.update(content.data)
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())

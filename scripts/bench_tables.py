@@ -6,11 +6,13 @@
 `convert` reads the file into memory-mapped columns, in a cache of its own, and has pandas
 read it, in turn (pandas from any environment: --pandas=PYTHON). `steps` makes updates of
 a model from random rows of the columns, in turn with torch, which gets the same rows,
-encoded by the same code: embeddings, two dense layers, Adam. `auc` trains and compares
+encoded by the same code: a model of the same sizes and Adam over all that it has, the
+embeddings' rows too; `data` is what taking the rows alone costs. `auc` trains and compares
 with the AUC of the true probabilities on the same rows.
 """
 
 import argparse
+import os
 import pathlib
 import resource
 import statistics
@@ -29,10 +31,14 @@ from finetune_jax import config as configs  # noqa: E402
 
 PANDAS = """
 import sys, time, pandas
-begin = time.perf_counter()
-rows = len(pandas.read_csv(sys.argv[1], sep="\\t", header=None, dtype={
-    **{n: "float32" for n in range(1, 14)}, **{n: "str" for n in range(14, 40)}}))
-print(rows, time.perf_counter() - begin)
+types = {
+    **{n: "float32" for n in range(1, 14)}, **{n: "str" for n in range(14, 40)}}
+given = {
+    "typed": {"dtype": types}, "inferred": {},
+    "pyarrow": {"dtype": types, "engine": "pyarrow"}}[sys.argv[2]]
+begin, cpu = time.perf_counter(), time.process_time()
+rows = len(pandas.read_csv(sys.argv[1], sep="\\t", header=None, **given))
+print(rows, time.perf_counter() - begin, time.process_time() - cpu)
 """
 CONVERT = """
 import pathlib, resource, sys, time
@@ -42,31 +48,44 @@ from finetune_jax.data.table_files import infer_schema
 from finetune_jax.data.tables import TableOptions
 path = pathlib.Path(sys.argv[1])
 options = TableOptions(header=TABLE.header)
-begin = time.perf_counter()
+begin, cpu = time.perf_counter(), time.process_time()
 schema = infer_schema([path], TABLE, options)
 rows = len(open_columns(path, TABLE, schema, sys.argv[2]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(rows, time.perf_counter() - begin, peak)
+print(rows, time.perf_counter() - begin, time.process_time() - cpu, peak)
 """
 
 
 def convert(table: pathlib.Path, python: str, rounds: int) -> None:
-    """Prints the seconds that conversion and pandas take, in turn, and the memory."""
-    seconds: dict[str, list[float]] = {"columns": [], "pandas": []}
+    """Prints the seconds that conversion and pandas take, in turn, and the memory.
+
+    pandas reads with the types of the columns, with those that it infers, and with the
+    types by pyarrow. On a machine that others use, seconds of processors say more.
+    """
+    ways = ("columns", "typed", "inferred", "pyarrow")
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     rows = peak = "0"
     for _ in range(rounds):
-        with tempfile.TemporaryDirectory(dir=table.parent) as folder:
-            command = [sys.executable, "-c", CONVERT, str(table), folder]
-            found = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-        rows, taken, peak = found.stdout.decode().split()
-        seconds["columns"].append(float(taken))
-        command = [python, "-c", PANDAS, str(table)]
-        found = subprocess.run(command, capture_output=True, check=True)
-        seconds["pandas"].append(float(found.stdout.split()[1]))
+        for way in ways:
+            with tempfile.TemporaryDirectory(dir=table.parent) as folder:
+                command = [python, "-c", PANDAS, str(table), way]
+                if way == "columns":
+                    command = [sys.executable, "-c", CONVERT, str(table), folder]
+                found = subprocess.run(
+                    command, cwd=ROOT, stdout=subprocess.PIPE, check=True
+                )
+            rows, wall, cpu, *memory = found.stdout.decode().split()
+            peak = memory[0] if memory else peak
+            seconds[way].append((float(wall), float(cpu)))
     print(f"{rows} rows; conversion's largest resident set {float(peak):,.0f} MB")
-    for name, values in seconds.items():
-        listed = ", ".join(f"{value:.1f}" for value in values)
-        print(f"{name:10} {statistics.median(values):6.1f} s ({listed})")
+    for way, values in seconds.items():
+        name = way if way == "columns" else f"pandas, {way}"
+        walls, cpus = zip(*values)
+        listed = ", ".join(f"{value:.1f}" for value in walls)
+        print(
+            f"{name:17} {statistics.median(walls):6.1f} s ({listed}), of processors "
+            f"{statistics.median(cpus):.1f} s ({min(cpus):.1f} to {max(cpus):.1f})"
+        )
 
 
 def config_of(table: pathlib.Path, model: str) -> Any:
@@ -78,27 +97,52 @@ def config_of(table: pathlib.Path, model: str) -> Any:
     return resolved
 
 
-def torch_steps(fields: Any, numbers: int, width: int, hidden: tuple) -> Any:
+def torch_model(config: Any, spec: Any) -> Any:
+    """Returns a function of numbers [B, F] and rows [B, T], and its parameters.
+
+    It is `table_mlp` or `dcn_v2` in torch, of the sizes of the config.
+    """
+    import torch  # type: ignore[import-not-found]
+
+    model, linear = config.model, torch.nn.Linear
+    embeddings = [torch.nn.Embedding(rows, model.width) for _, rows in spec.fields]
+    total = len(spec.features) + model.width * len(spec.fields)
+    is_crossing = model.name == "dcn_v2"
+    sizes = (total, *(model.deep if is_crossing else model.hidden))
+    pairs = zip(sizes, sizes[1:])
+    dense = [layer for a, b in pairs for layer in (linear(a, b), torch.nn.ReLU())]
+    deep, crossing = torch.nn.Sequential(*dense), []
+    for _ in range(model.layers if is_crossing else 0):
+        down = [linear(total, model.rank, bias=False)] if model.rank else []
+        up = linear(model.rank or total, total)
+        crossing.append(torch.nn.Sequential(*down, up))
+    head = linear(sizes[-1] + (total if is_crossing else 0), 2)
+
+    def logits(numbers: Any, places: Any) -> Any:
+        found = [layer(places[:, at]) for at, layer in enumerate(embeddings)]
+        first = x = torch.cat([numbers, *found], dim=1)
+        for layer in crossing:
+            x = first * layer(x) + x
+        return head(torch.cat([x, deep(first)], dim=1) if crossing else deep(first))
+
+    parts = torch.nn.ModuleList([*embeddings, deep, *crossing, head])
+    return logits, list(parts.parameters())
+
+
+def torch_steps(config: Any, spec: Any) -> Any:
     """Returns a function of a batch that makes an update of the same model in torch."""
     import torch  # type: ignore[import-not-found]
 
-    torch.set_num_threads(2)
-    embeddings = torch.nn.ModuleList(torch.nn.Embedding(n, width) for _, n in fields)
-    layers, size = [], numbers + width * len(fields)
-    for out in hidden:
-        layers += [torch.nn.Linear(size, out), torch.nn.ReLU()]
-        size = out
-    top = torch.nn.Sequential(*layers, torch.nn.Linear(size, 2))
-    parameters = [*embeddings.parameters(), *top.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, foreach=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    logits, parameters = torch_model(config, spec)
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    count = len(spec.features)
 
     def step(rows: np.ndarray, label: np.ndarray) -> None:
-        values = torch.from_numpy(rows[:, :numbers].view(np.float32).copy())
-        places = torch.from_numpy(rows[:, numbers:].astype(np.int64))
-        found = [layer(places[:, at]) for at, layer in enumerate(embeddings)]
-        logits = top(torch.cat([values, *found], dim=1))
+        numbers = torch.from_numpy(rows[:, :count].view(np.float32))
+        places = torch.from_numpy(rows[:, count:].astype(np.int64))
         target = torch.from_numpy(label.astype(np.int64))
-        loss = torch.nn.functional.cross_entropy(logits, target)
+        loss = torch.nn.functional.cross_entropy(logits(numbers, places), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -137,41 +181,46 @@ def our_steps(config: Any, data: Any) -> Any:
     return update
 
 
-def steps(table: pathlib.Path, rounds: int, updates: int) -> None:
+def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
     """Prints rows a second from columns through an update, in turn with torch."""
     from finetune_jax.start import run_data
 
-    config = config_of(table, "table_mlp")
-    config.model.hidden = (256, 128)
+    config = config_of(table, model)
     data = run_data(config)
     size, rng = config.data.batch_size, np.random.default_rng(0)
-    ours = our_steps(config, data)
     spec = data.spec.table
     assert spec is not None
-    theirs = torch_steps(
-        spec.fields, len(spec.features), config.model.width, (256, 128)
-    )
+    ours, theirs = our_steps(config, data), torch_steps(config, spec)
     place = np.arange(size, dtype=np.int32)
-    rates: dict[str, list[float]] = {"here": [], "torch": []}
+    rates: dict[str, list[float]] = {"data": [], "here": [], "torch": []}
+    peaks = []
     for turn in range(rounds + 1):
         rows = rng.integers(0, len(data.train), (updates, size))
-        begin = time.perf_counter()
+        times = [time.perf_counter()]
+        for chosen in rows:
+            data.train.take(chosen)
+        times.append(time.perf_counter())
         for chosen in rows:
             ours({**data.train.take(chosen), "position": place})
-        middle = time.perf_counter()
+        times.append(time.perf_counter())
         for chosen in rows:
             batch = data.train.take(chosen)
             theirs(batch["inputs"], batch["label"])
-        end = time.perf_counter()
+        times.append(time.perf_counter())
         if turn:  # The first compiles.
-            rates["here"].append(updates * size / (middle - begin))
-            rates["torch"].append(updates * size / (end - middle))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"round {turn}: largest resident set {peak:,.0f} MB", flush=True)
-    print(f"batches of {size}, {sum(n for _, n in spec.fields):,} rows of embeddings")
+            for name, seconds in zip(rates, np.diff(times)):
+                rates[name].append(updates * size / float(seconds))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(
+        f"{model}, batches of {size}, {sum(n for _, n in spec.fields):,} rows of "
+        f"embeddings; largest resident set {peaks[0]:,.0f} MB, at last {peaks[-1]:,.0f} MB"
+    )
     for name, values in rates.items():
         listed = f"{min(values):,.0f} to {max(values):,.0f}"
         print(f"{name:6} {statistics.median(values):10,.0f} rows/s ({listed})")
+    ratios = [one / other for one, other in zip(rates["here"], rates["torch"])]
+    listed = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"here / torch {statistics.median(ratios):.2f} ({listed})")
 
 
 def auc(table: pathlib.Path, model: str) -> None:
@@ -208,7 +257,7 @@ def main() -> None:
     if arguments.part in (None, "convert"):
         convert(table, arguments.pandas, arguments.rounds)
     if arguments.part in (None, "steps"):
-        steps(table, arguments.rounds, arguments.updates)
+        steps(table, arguments.model, arguments.rounds, arguments.updates)
     if arguments.part in (None, "auc"):
         auc(table, arguments.model)
 

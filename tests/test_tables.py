@@ -184,6 +184,7 @@ def test_blocks_and_files_change_no_code(tmp_path, monkeypatch):
     lines = clicks.rows(400)
     whole = data_of(clicks.write(tmp_path / "a.txt", lines), split_seed=3)
     read = columns_module.batches
+    monkeypatch.setattr(columns_module, "GROUP", 4)  # Several of them.
     monkeypatch.setattr(
         columns_module,
         "batches",

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.machine import cache_folder
 from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
 
-# Blocks whose values are given codes at once.
-GROUP = 16
+# Blocks whose values are given codes at once, while the next are read.
+GROUP = 32
 # Of what is written; to be raised when that changes.
 VERSION = 1
 MISSING = -1
@@ -136,32 +136,34 @@ def _converted(
         UserError: The file cannot be read; or names numbers that are infinite, and rows
             without a label or with one that may not be.
     """
-    import pyarrow as pa
-
     inputs, label = len(schema.inputs), schema.label
     coded = [name for name, is_number in schema.is_number.items() if not is_number]
     values: dict[str, Any] = {}
     row, problems = 0, []
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        blocks = batches(path, kind, schema)
-        while group := list(itertools.islice(blocks, GROUP)):
-            batch = pa.Table.from_batches(group)
+        for group in _groups(path, kind, schema):
 
-            def recoded(name: str, batch: Any = batch) -> np.ndarray:
-                codes, values[name] = _coded(batch.column(name), values.get(name))
+            def recoded(name: str, group: list = group) -> list[np.ndarray]:
+                columns = [batch.column(name) for batch in group]
+                codes, values[name] = _coded(columns, values.get(name))
                 return codes
 
             codes = dict(zip(coded, threads.map(recoded, coded)))
-            cells = cells_of(batch, schema, codes)
-            labels = np.zeros(len(cells), np.int32)
-            if label is not None:
-                labels = codes[label] if label in codes else _bits(batch.column(label))
-            problems += _infinite(cells, schema, row)
-            problems += _label_problems(labels, schema, values, kind, row)
+            first, labels = row, [np.zeros(0, np.int32)]
+            # Cells of a block are written while they are in a cache.
+            for at, batch in enumerate(group):
+                own = {name: found[at] for name, found in codes.items()}
+                cells = cells_of(batch, schema, own)
+                labels.append(np.zeros(len(cells), np.int32))
+                if label is not None:
+                    labels[-1] = own[label] if label in own else _bits(batch[label])
+                problems += _infinite(cells, schema, row)
+                row += len(cells)
+                yield [cells, labels[-1], np.zeros(0, np.uint8)]
+            whole = np.concatenate(labels)
+            problems += _label_problems(whole, schema, values, kind, first)
             if len(problems) > 20:
                 break
-            row += len(cells)
-            yield [cells, labels, np.zeros(0, np.uint8)]
     if problems:
         more = ["and perhaps more"] if len(problems) > 20 else []
         raise problems_error(f"{path} cannot be used:", problems[:20] + more)
@@ -169,6 +171,20 @@ def _converted(
     # In an order of which threads decide nothing.
     values = {name: values[name] for name in coded if name in values}
     yield [nothing, nothing.reshape(-1), to_bytes(values)]
+
+
+def _groups(path: pathlib.Path, kind: Format, schema: Schema) -> Iterator[list]:
+    """Yields some blocks of a file after the other; the next are read meanwhile."""
+    blocks = batches(path, kind, schema)
+
+    def some() -> list:
+        return list(itertools.islice(blocks, GROUP))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as reading:
+        coming = reading.submit(some)
+        while group := coming.result():
+            coming = reading.submit(some)
+            yield group
 
 
 def cells_of(batch: Any, schema: Schema, codes: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -198,22 +214,22 @@ def codes_of(column: Any) -> np.ndarray:
     return column.indices.fill_null(MISSING).to_numpy(zero_copy_only=False)
 
 
-def _coded(column: Any, known: Any) -> tuple[np.ndarray, Any]:
-    """Returns the codes of a column, and what they stand for: `known` and new values.
+def _coded(columns: Sequence[Any], known: Any) -> tuple[list[np.ndarray], Any]:
+    """Returns the codes of stretches of a column, and what they stand for.
 
     Args:
-        column: Dictionary-encoded, in chunks.
-        known: What the codes so far stand for; None is nothing.
+        columns: Dictionary-encoded, one stretch after the other.
+        known: What the codes so far stand for; new values follow. None is nothing.
     """
     import pyarrow as pa
 
     if known is None:
-        known = column.chunk(0).dictionary
+        known = columns[0].dictionary
     # What is known comes first, and keeps its codes.
     nothing = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), known)
-    both = pa.chunked_array([nothing, *column.chunks]).unify_dictionaries()
+    both = pa.chunked_array([nothing, *columns]).unify_dictionaries()
     codes = [codes_of(chunk) for chunk in both.chunks[1:]]
-    return np.concatenate(codes), both.chunk(0).dictionary
+    return codes, both.chunk(0).dictionary
 
 
 def _infinite(cells: np.ndarray, schema: Schema, row: int) -> list[str]:

@@ -17,7 +17,7 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 
 # Bytes from which columns are inferred, and of a block, which fits into a cache.
-LOOKED_AT, BLOCK = 2**20, 2**22
+LOOKED_AT, BLOCK = 2**20, 2**21
 # Numbers such as 00123 are names.
 _LEADING_ZERO = r"^[+-]?0\d"
 
