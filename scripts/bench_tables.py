@@ -29,6 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 from finetune_jax import config as configs  # noqa: E402
 
+# Dense layers of the models that torch has here too, as theirs are by default.
+DENSE = {"dcn_v2": {"deep": (128, 64)}, "table_mlp": {"hidden": (256, 128)}}
+
 PANDAS = """
 import sys, time, pandas
 types = {
@@ -77,6 +80,7 @@ def convert(table: pathlib.Path, python: str, rounds: int) -> None:
             rows, wall, cpu, *memory = found.stdout.decode().split()
             peak = memory[0] if memory else peak
             seconds[way].append((float(wall), float(cpu)))
+            print(f"{way}: {wall} s, of processors {cpu} s", flush=True)
     print(f"{rows} rows; conversion's largest resident set {float(peak):,.0f} MB")
     for way, values in seconds.items():
         name = way if way == "columns" else f"pandas, {way}"
@@ -133,12 +137,12 @@ def torch_steps(config: Any, spec: Any) -> Any:
     """Returns a function of a batch that makes an update of the same model in torch."""
     import torch  # type: ignore[import-not-found]
 
-    torch.set_num_threads(os.cpu_count() or 1)
     logits, parameters = torch_model(config, spec)
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
     count = len(spec.features)
 
-    def step(rows: np.ndarray, label: np.ndarray) -> None:
+    def step(rows: np.ndarray, label: np.ndarray, threads: int) -> None:
+        torch.set_num_threads(threads)
         numbers = torch.from_numpy(rows[:, :count].view(np.float32))
         places = torch.from_numpy(rows[:, count:].astype(np.int64))
         target = torch.from_numpy(label.astype(np.int64))
@@ -186,13 +190,17 @@ def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
     from finetune_jax.start import run_data
 
     config = config_of(table, model)
+    with config.unlocked():
+        config.model.update(DENSE[model])
     data = run_data(config)
     size, rng = config.data.batch_size, np.random.default_rng(0)
     spec = data.spec.table
     assert spec is not None
     ours, theirs = our_steps(config, data), torch_steps(config, spec)
     place = np.arange(size, dtype=np.int32)
-    rates: dict[str, list[float]] = {"data": [], "here": [], "torch": []}
+    # On a machine that others use, torch's threads wait for one another.
+    threads = {"torch": os.cpu_count() or 1, "torch, 1 thread": 1}
+    rates: dict[str, list[float]] = {way: [] for way in ("data", "here", *threads)}
     peaks = []
     for turn in range(rounds + 1):
         rows = rng.integers(0, len(data.train), (updates, size))
@@ -203,13 +211,15 @@ def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
         for chosen in rows:
             ours({**data.train.take(chosen), "position": place})
         times.append(time.perf_counter())
-        for chosen in rows:
-            batch = data.train.take(chosen)
-            theirs(batch["inputs"], batch["label"])
-        times.append(time.perf_counter())
+        for count in threads.values():
+            for chosen in rows:
+                batch = data.train.take(chosen)
+                theirs(batch["inputs"], batch["label"], count)
+            times.append(time.perf_counter())
         if turn:  # The first compiles.
             for name, seconds in zip(rates, np.diff(times)):
                 rates[name].append(updates * size / float(seconds))
+        print(f"round {turn}: {np.diff(times).round(2).tolist()} s", flush=True)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(
         f"{model}, batches of {size}, {sum(n for _, n in spec.fields):,} rows of "
@@ -217,10 +227,11 @@ def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
     )
     for name, values in rates.items():
         listed = f"{min(values):,.0f} to {max(values):,.0f}"
-        print(f"{name:6} {statistics.median(values):10,.0f} rows/s ({listed})")
-    ratios = [one / other for one, other in zip(rates["here"], rates["torch"])]
-    listed = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"here / torch {statistics.median(ratios):.2f} ({listed})")
+        print(f"{name:15} {statistics.median(values):10,.0f} rows/s ({listed})")
+    for name in threads:
+        ratios = [one / other for one, other in zip(rates["here"], rates[name])]
+        listed = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"here / {name}: {statistics.median(ratios):.2f} ({listed})")
 
 
 def auc(table: pathlib.Path, model: str) -> None:
