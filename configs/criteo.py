@@ -5,7 +5,7 @@ Command:   python -m finetune_jax.main --config=configs/criteo.py --config.data.
            FILE is of the format of the challenge, such as its train.txt, or
            what scripts/generate_clicks.py writes, which says the best AUC.
 Expected:  2 million generated rows, dcn_v2: test AUC 0.8666, 0.0035 short of the true
-           probabilities' 0.8701; one seed. It takes 3 to 5 minutes on two busy cores.
+           probabilities' 0.8701; one seed. It takes 5 minutes on two busy cores.
 Argument:  dcn_v2 (default), dlrm, table_mlp, ft_transformer; `tiny` makes two updates:
            `:dlrm,tiny`.
 """
