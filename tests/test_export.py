@@ -39,7 +39,7 @@ np.savez(sys.argv[2], **found)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Returns the workdir of a ResNet-20 with LoRA, whose averaged weights are best."""
+    """Returns the workdir of a ResNet-8 with LoRA, whose averaged weights are best."""
     overrides = [
         ("evaluate.ema_decay", "0.5"),
         ("evaluate.best", "validation/ema_loss"),
@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
         plan=(phase,),
         overrides=overrides,
         lora_rank=2,
-        lora_targets=("stage3/block3/.*",),
+        lora_targets=("stage3/block1/.*",),
     )
     workdir = tmp_path_factory.mktemp("export") / "run"
     run(config, workdir)

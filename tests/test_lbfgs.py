@@ -23,6 +23,7 @@ def test_a_head_on_a_frozen_backbone_reaches_the_optimum(tmp_path):
         regularise=(("l2", STRENGTH, "head/.*kernel"),),
     )  # fmt: skip
     config = small.config(
+        model="resnet20",
         plan=(phase,),
         overrides=[
             ("init.pretrained", "zoo:resnet20_fashion_mnist"),
