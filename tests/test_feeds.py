@@ -76,13 +76,10 @@ CASES = {
     ),
     "mlp": ((Phase(name="all", steps=30),), {"model.name": "mlp"}),
 }  # fmt: skip
-SLOW = set(CASES) - {"mlp"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_many_updates_in_a_call_change_no_bit(tmp_path, capsys, monkeypatch, name):
     plan, overrides = CASES[name]
     made = efficientnet_lite.MODELS["efficientnet_lite0"]  # Here a block a stage.

@@ -161,6 +161,7 @@ def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys)
     assert "config.seed: 3 here, 0 there" in refused(*arguments, "--config.seed=3")
 
 
+@pytest.mark.slow
 def test_a_run_has_its_bits_after_one_in_double_precision(tmp_path):
     def digest_of(name, *more):
         workdir = f"--workdir={tmp_path / name}"

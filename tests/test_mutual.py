@@ -88,6 +88,7 @@ def test_what_cannot_learn_together_is_refused(members, changes, message):
         make_setup(config(members, **changes))
 
 
+@pytest.mark.slow
 def test_each_member_is_named_and_starts_as_if_the_others_were_not_there():
     both, other = task(), task((SMALL, CNN))
     assert both.stages == (

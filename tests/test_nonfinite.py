@@ -92,6 +92,7 @@ def test_by_default_the_run_stops_and_keeps_what_the_update_got(data, tmp_path):
     assert told["checkpoint"] == told["step"] // 4 * 4
 
 
+@pytest.mark.slow
 def test_what_is_skipped_leaves_nothing_but_the_step(data, tmp_path):
     keys = {"checkpoint.every_steps": 1, "checkpoint.keep": 99}
     chosen = config(data, "skip", **keys)
@@ -146,6 +147,7 @@ def test_stopped_after_every_update_it_ends_in_the_same_bits(data, tmp_path, pol
     assert len(bad_steps(tmp_path / "run")) >= 4
 
 
+@pytest.mark.slow
 def test_there_may_be_so_many_and_no_more(data, tmp_path):
     with pytest.raises(TrainingError, match="This is number 3"):
         run(config(data, "skip", **{"nonfinite.limit": 2}), tmp_path / "run")

@@ -60,6 +60,7 @@ def test_arrays_give_what_predict_writes_of_them(finished, tmp_path):
     assert_same([classify(images[1])], records[1:2])
 
 
+@pytest.mark.slow
 def test_pipelines_of_other_precisions_do_not_disturb_one_another(tmp_path):
     for precision in ("float32", "float64"):
         arguments = (f"--workdir={tmp_path / precision}", "--config.parallel.devices=1")

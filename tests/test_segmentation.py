@@ -97,6 +97,7 @@ def test_the_loss_and_its_gradient_are_torchs(weights):
     np.testing.assert_allclose(gradient, wanted.grad, rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_metrics_are_scikit_learns_over_all_pixels_of_uneven_batches():
     found, whole = task(), batch(7)
     whole["mask"][whole["mask"] == 2] = 0  # One class does not occur.
@@ -181,6 +182,7 @@ def test_a_mask_moves_as_its_image_does(steps):
     np.testing.assert_array_equal(np.where(found == IGNORED, 0, found), moved)
 
 
+@pytest.mark.slow
 def test_a_mask_is_cropped_and_resized_as_its_image_by_nearest_neighbours():
     steps, size = (("random_resized_crop", 0.3),), (8, 4)
     mask = np.random.default_rng(0).integers(0, 250, (8, 13, 11), np.uint8)

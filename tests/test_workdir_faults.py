@@ -62,6 +62,7 @@ def saved(tmp_path):
     return setup, checkpoints, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_left", [512, 64_000])
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_it_whole(
     tmp_path, bytes_left
@@ -99,6 +100,7 @@ def photos_config(folder, **data):
     return resolved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_gb", [4.0, 0.0])
 def test_what_cannot_be_read_has_weight_0_and_is_listed(tmp_path, memory_gb):
     folder = pictures.make_folder(tmp_path / "photos")
