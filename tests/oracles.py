@@ -61,6 +61,8 @@ def import_timm():
 def import_transformers():
     """Returns the module; skips the test where it or torch is not installed."""
     pytest.importorskip("torch")
+    if importlib.util.find_spec("torchvision"):  # It imports it where it is there.
+        import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("transformers")
