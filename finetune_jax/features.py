@@ -25,9 +25,9 @@ from finetune_jax import machine
 from finetune_jax.data.batches import Examples, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.frozen import features_step, taught_step
 from finetune_jax.parallel import Devices
 from finetune_jax.state import TrainState
-from finetune_jax.step import features_step, taught_step
 from finetune_jax.tables import Tables
 from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
 from finetune_jax.trees import digest, nbytes, stage_of

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from finetune_jax.frozen import as_kept, augmentation_key, with_frozen
 from finetune_jax.regularisers import PENALTIES, penalty
 from finetune_jax.state import TrainState, averaged
-from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task, with_taught
+from finetune_jax.tasks.task import EVALUATION, Mode, Task
 from finetune_jax.trees import like, name_of, named, stage_of
 
 # Where the metrics of an update have norms of what learns, by stage; not logged.
@@ -230,17 +231,14 @@ class _Objective:
         batch = static.task.prepare(batch, rng, static.mode)
         if static.first is None and not static.task.is_taught:
             return batch
-        count = len(batch["label"])
-        if more := -count % static.rows:
-            batch = jax.tree.map(
-                lambda x: jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]), batch
-            )
-        batch = with_taught(static.task, self.fixed["task"], batch)
-        if static.first is not None:
-            batch = static.task.with_features(
-                state.params, state.batch_stats, batch, first=static.first
-            )
-        return jax.tree.map(lambda leaf: leaf[:count], batch)
+        make = functools.partial(
+            with_frozen, static.task, state, self.fixed["task"], static.first
+        )
+        return (
+            make(batch)
+            if static.rows == 1
+            else as_kept(make, batch, state, static.rows)
+        )
 
     def total(
         self, params: Any, batch_stats: Any, index: int
@@ -324,17 +322,6 @@ class _Objective:
         return {"value": value, "grad": gradient, "value_fn": value_fn}
 
 
-def augmentation_key(rng: Any, number: Any) -> jax.Array:
-    """Returns the key from which images are augmented.
-
-    Args:
-        rng: Of the state.
-        number: Of the update.
-    """
-    for_images, _ = jax.random.wrap_key_data(rng)
-    return jax.random.split(jax.random.fold_in(for_images, number))[0]
-
-
 def eval_step(
     params: Any,
     batch_stats: Any,
@@ -359,42 +346,3 @@ def eval_step(
         if first is not None:
             batch = task.with_features(params, batch_stats, batch, first=first)
     return task.outputs(params, batch_stats, fixed, batch, first=first)
-
-
-def taught_step(fixed: Any, rng: Any, batch: dict, *, task: Task, mode: Mode) -> Any:
-    """Returns what `Task.taught` says of a batch, a row an example.
-
-    Args:
-        fixed: What the task reads and nobody updates.
-        rng: Of the state; used where the mode augments.
-        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
-        task: Has the teachers.
-        mode: EVALUATION augments nothing.
-    """
-    batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return with_taught(task, fixed, batch)[TAUGHT]
-
-
-def features_step(
-    params: Any,
-    batch_stats: Any,
-    rng: Any,
-    batch: dict,
-    *,
-    task: Task,
-    first: str,
-    mode: Mode,
-) -> Any:
-    """Returns what stage `first` gets of a batch, a row an example.
-
-    Args:
-        params: Of the stages before it, at least.
-        batch_stats: Likewise.
-        rng: Of the state; used where the mode augments.
-        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
-        task: Has the model.
-        first: A stage.
-        mode: EVALUATION augments nothing.
-    """
-    batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return task.with_features(params, batch_stats, batch, first=first)["features"]

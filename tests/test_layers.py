@@ -32,6 +32,7 @@ LAYERS = (
     ),
     (
         "step",
+        "frozen",
         "checkpoint",
         "optimizer",
         "parallel",
