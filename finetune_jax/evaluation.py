@@ -149,19 +149,17 @@ class Evaluator:
             dataset: The examples.
         """
         size = self.devices.rounded_up(self.batch_size)
-        rows, parts = [], []
-        for batch in evaluation_batches(dataset, batch_size=size):
-            batch = self.devices.place_batch(batch, batch_axis=0)
+
+        def call(batch):
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if (name, shapes) not in self.programs:
                 program = self.devices.compile_eval(step, *arguments, batch)
                 self.programs[name, shapes] = program
                 self.compile_s += program.compile_s
-            rows.append(self.programs[name, shapes].call(*arguments, batch))
-            # One batch late, so that the device need not wait, nor keep more than two.
-            parts += [self.devices.rows_to_host(row) for row in rows[:-1]]
-            rows = rows[-1:]
-        parts += [self.devices.rows_to_host(row) for row in rows]
+            return self.programs[name, shapes].call(*arguments, batch)
+
+        batches = evaluation_batches(dataset, batch_size=size)
+        parts = list(self.devices.outputs(call, batches))
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: len(dataset)], *parts
         )

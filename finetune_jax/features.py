@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -348,15 +347,10 @@ def _rows(
     count: int,
 ) -> Iterator[list[np.ndarray]]:
     """Yields the arrays that a step gives for each batch, `count` rows in all."""
-    waiting = None
-    for batch in itertools.chain(batches, [None]):
-        given = batch and call(*placed, devices.place_batch(batch, batch_axis=0))
-        # One batch late, so that the device need not wait for the next one.
-        if waiting is not None:
-            parts = jax.tree.leaves(devices.rows_to_host(waiting))
-            yield [part[:count] for part in parts]
-            count -= len(parts[0])
-        waiting = given
+    for rows in devices.outputs(functools.partial(call, *placed), batches):
+        parts = jax.tree.leaves(rows)
+        yield [part[:count] for part in parts]
+        count -= len(parts[0])
 
 
 def _identity(dataset: Dataset) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from finetune_jax.forgetting import (
     open_domains,
 )
 from finetune_jax.loop import Loop
-from finetune_jax.machine import cache_folder
+from finetune_jax.machine import cache_folder, give_back_memory
 from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
@@ -74,6 +74,7 @@ def run(
     for line in loaded.told:
         terminal.warn(line)
     setup.random_states.forget()
+    give_back_memory()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
@@ -300,6 +301,7 @@ def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
         chosen = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(chosen)
         evaluator.thaw(chosen)
+        del chosen
         best = evaluator.measure(placed, held_out)
     trained = clock.updates * setup.config.data.batch_size
     result = {
