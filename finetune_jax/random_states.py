@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.errors import UserError
-from finetune_jax.machine import memory
+from finetune_jax.machine import give_back_memory, memory
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
@@ -92,6 +92,7 @@ class RandomStates:
     def forget(self) -> None:
         """Frees the programs, which take more memory than some models do."""
         self._compiled.clear()
+        give_back_memory()
 
 
 def _leaves_of_keys(

@@ -22,7 +22,7 @@ from finetune_jax.forgetting import (
     open_domains,
 )
 from finetune_jax.loop import Loop
-from finetune_jax.machine import cache_folder, give_back_memory
+from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
@@ -74,7 +74,6 @@ def run(
     for line in loaded.told:
         terminal.warn(line)
     setup.random_states.forget()
-    give_back_memory()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
@@ -289,8 +288,7 @@ def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
     """Returns final and best metrics, digests and costs, and the best state, placed."""
     state = loop.taken()
     setup, progress, clock = loop.setup, loop.progress, loop.clock
-    evaluator, held_out = loop.evaluator, setup.data.held_out
-    steps = int(state.step)
+    evaluator, held_out, steps = loop.evaluator, setup.data.held_out, int(state.step)
     digests = {"params_sha256": digest(state.params), "state_sha256": digest(state)}
     placed = setup.devices.place(state)
     evaluator.freeze(evaluator.first, state)
@@ -298,10 +296,10 @@ def make_result(loop: Loop, begin: float) -> tuple[dict[str, Any], Any]:
     final = best = evaluator.measure(placed, held_out)
     if progress.best_step not in (None, steps):
         del placed
-        chosen = restore(setup, loop.checkpoints, progress.best_step)
-        placed = setup.devices.place(chosen)
-        evaluator.thaw(chosen)
-        del chosen
+        state = restore(setup, loop.checkpoints, progress.best_step)
+        placed = setup.devices.place(state)
+        evaluator.thaw(state)
+        del state
         best = evaluator.measure(placed, held_out)
     trained = clock.updates * setup.config.data.batch_size
     result = {
