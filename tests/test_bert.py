@@ -32,7 +32,7 @@ CASES = {  # Ours, how it pools, and the oracle's class.
     "distil-questions": ("distilbert_base", "none", "DistilBertForQuestionAnswering"),
 }
 
-QUICK = ("tokens", "distil")
+QUICK = ("distil",)
 
 
 def oracle(kind, sizes, classes=CLASSES):
@@ -232,7 +232,10 @@ def logits(model, variables, x):
     return np.asarray(run(variables, x))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "none"])
+@pytest.mark.parametrize(
+    "pool",
+    ["cls", *(pytest.param(p, marks=pytest.mark.slow) for p in ("mean", "none"))],
+)
 def test_padding_changes_no_bit_of_anything_else(pool):
     model, variables, x = randomised_tiny(pool)
     run = jax.jit(lambda x: model.apply(variables, x, train=False))

@@ -69,7 +69,9 @@ def test_devices_agree_in_float64(method):
         assert losses == pytest.approx(wanted_losses, rel=1e-10)
 
 
-@pytest.mark.parametrize("method", ["mmd", "coral"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("mmd", marks=pytest.mark.slow), "coral"]
+)
 def test_the_loss_is_that_of_the_source_and_a_distance(method):
     made = task(model="mlp", method=method, strength=2.0)
     state = run_once(lambda: random_state(made, 0))

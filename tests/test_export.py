@@ -96,6 +96,7 @@ def images(examples=5, size=12, channels=1):
     return rng.integers(0, 256, (examples, size, size, channels), np.uint8)
 
 
+@pytest.mark.slow
 def test_the_artifact_alone_gives_the_logits_of_predictions(finished, tmp_path):
     folder = export(finished, tmp_path / "out")
     found = loaded_alone(folder, images(), tmp_path)

@@ -100,9 +100,10 @@ def test_versions_of_augmented_images_are_kept(tmp_path):
             "cache_views=K keeps K versions",
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             {"data.mix": (("mixup", 0.2),), "data.batch_size": 20},
             "data.mix makes others",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"data.per_class": 40},
@@ -202,7 +203,8 @@ def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("found in") == 3
 
 
-@pytest.mark.parametrize("memory_gb", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_gb", [1.0, 0.0])
 def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch, capsys, memory_gb):
     overrides = {"data.memory_gb": memory_gb}
     fsync = os.fsync
@@ -357,7 +359,13 @@ def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_s
 
 
 @pytest.mark.parametrize(
-    "model, size", [("cnn", 12), ("mlp", 12), ("resnet20", 12), ("resnet20", 17)]
+    "model, size",
+    [
+        ("cnn", 12),
+        ("mlp", 12),
+        pytest.param("resnet20", 12, marks=pytest.mark.slow),
+        pytest.param("resnet20", 17, marks=pytest.mark.slow),
+    ],
 )
 def test_a_row_of_a_batch_does_not_depend_on_its_place(model, size):
     """So that features stand for those of any other batch of their size."""

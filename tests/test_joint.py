@@ -186,6 +186,7 @@ def test_micro_batches_are_one_batch():
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_uncertainties_learn_and_soft_sharing_pulls():
     phase = Phase(name="all", steps=1, optimizer="sgd")
     made = task(model="mlp", balance="uncertainty", shared=(), soft=0.5)

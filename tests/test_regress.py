@@ -157,6 +157,7 @@ def test_the_measured_loss_is_that_of_the_loss_with_its_arguments(tmp_path):
     assert list(found) == ["mse", "mae", "r2", "loss"]
 
 
+@pytest.mark.slow
 def test_a_run_of_diabetes_is_measured_again_and_predicts(tmp_path):
     given = configs.load(str(ROOT / "configs" / "diabetes_mlp.py:tiny"))
     resolved, problems = configs.resolve(given, [("parallel.devices", "1")])

@@ -387,6 +387,7 @@ def test_a_model_without_maps_and_data_without_masks_are_refused(tmp_path):
             make_setup(data_config(tmp_path, (key, text)))
 
 
+@pytest.mark.slow
 def test_a_frozen_prefix_gives_the_head_what_the_whole_model_does():
     overrides = ("model.lora_rank", "2"), ("model.lora_targets", "('stage1/.*',)")
     found = task(*overrides, convolutions=(4, 4), taps=("stage1",))

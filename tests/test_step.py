@@ -33,7 +33,7 @@ def peculiar(tree):
     return jax.tree.map(seeded, tree)
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_frozen_leaves_keep_their_bits_whatever_they_are(jit):
     task = small.task("cnn", convolutions=(4, 4), dense=(8,))
     phase = Phase(name="head", rules=small.HEAD, batch_stats="hold", **EVERYTHING_ON)
