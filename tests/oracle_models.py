@@ -6,6 +6,7 @@ import tempfile
 from typing import Any
 
 import oracles
+import pytest
 
 from finetune_jax.pretrained.addresses import read_weights
 
@@ -70,6 +71,7 @@ def _like_ours(output):
 
 def make(library, name, **arguments):
     """Returns the oracle of a model of ours by its name."""
+    pytest.importorskip("torch")
     family = name.split("_")[0].rstrip("0123456789")
     found = FAMILIES[family](library, name, **arguments)
     found.module = randomised(found.module)

@@ -150,9 +150,9 @@ def blocks(page):
 
 
 def test_the_page_on_weights_leads_back_into_transformers(tmp_path, monkeypatch):
+    oracles.import_timm(), oracles.import_transformers()
     import torch
 
-    oracles.import_timm(), oracles.import_transformers()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     pictures.make_folder(tmp_path / "photos", suffix=".jpg")
     pictures.make_folder(tmp_path / "new_photos", examples=1, suffix=".jpg")
