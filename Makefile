@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
 demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
 
-# Most of their time tests compile. What looks neither at bits nor at costs is compiled
+# Most of their time tests compile. What compares neither bits nor costs is compiled
 # without optimisation.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 QUICKLY := TEST_XLA_FLAGS=--xla_backend_optimization_level=0

@@ -12,8 +12,6 @@ from finetune_jax.setup import make_setup
 from finetune_jax.state import Progress
 from finetune_jax.trees import digest
 
-pytestmark = pytest.mark.bits
-
 PLAN = (
     Phase(name="head", steps=2, rules=small.HEAD, batch_stats="hold"),
     Phase(name="slow", steps=2, rules=(("head/.*", 1.0), (".*", 0.1))),

@@ -27,7 +27,7 @@ from finetune_jax.tasks import make_task
 from finetune_jax.tasks.task import EVALUATION, TAUGHT
 from finetune_jax.trees import named
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 CNN = {"name": "cnn", "convolutions": (3,), "dense": (8,)}
 WIDE = {"label": "wide", "name": "cnn", "convolutions": (4, 6), "dense": (8,)}
@@ -254,6 +254,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(
         (folder / "elsewhere").rename(folder / "teacher")
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("hinted", [True, False])
 def test_answers_kept_are_the_same_bits_as_answers_computed(

@@ -15,7 +15,7 @@ from finetune_jax.setup import make_setup
 from finetune_jax.state import eval_params
 from finetune_jax.trees import digest, named
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 # So high a rate that the validation loss soon rises.
 WILD = Phase(

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.bits
-
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "fault_injection.py"
 
 

@@ -22,8 +22,6 @@ from finetune_jax.setup import make_setup
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import named
 
-pytestmark = pytest.mark.bits
-
 DIGITS = {"domain": "digits", "name": "digits"}
 INVERTED = mixtures.INVERTED
 DOMAINS = ("digits", "inverted")

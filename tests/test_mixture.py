@@ -12,8 +12,6 @@ from finetune_jax.setup import make_setup
 from finetune_jax.start import run_data
 from finetune_jax.trees import digest
 
-pytestmark = pytest.mark.bits
-
 DIGITS = {"domain": "digits", "name": "digits"}
 TARGET = {**mixtures.INVERTED, "labelled": False}
 

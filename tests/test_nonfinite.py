@@ -16,7 +16,7 @@ from finetune_jax.run import restore, run
 from finetune_jax.setup import make_setup
 from finetune_jax.trees import named
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 POISON = 7
 PLAN = (
@@ -154,6 +154,7 @@ def test_there_may_be_so_many_and_no_more(data, tmp_path):
     assert len(bad_steps(tmp_path / "run")) == 2
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_without_such_updates_guarding_changes_no_bit(tmp_path):
     plan = (Phase(name="all", steps=6, optimizer="adamw", clip_norm=1.0),)

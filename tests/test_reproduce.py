@@ -9,8 +9,6 @@ from test_main import IRIS, refused
 from finetune_jax import main as program
 from finetune_jax.modes.reproduce import causes, verdict
 
-pytestmark = pytest.mark.bits
-
 LINES = [
     {"step": 0, "phase": "all", "test/loss": 1.5, "time/step_s": 0.1},
     {"step": 1, "phase": "all", "train/loss": 1.25, "train/accuracy": None},

@@ -24,8 +24,6 @@ from finetune_jax.report.log import read_metrics
 from finetune_jax.run import run
 from finetune_jax.state import TrainState
 
-pytestmark = pytest.mark.bits
-
 ROOT = pathlib.Path(__file__).parents[1]
 PLAN = (
     Phase(

@@ -10,7 +10,7 @@ from finetune_jax.run import run
 from finetune_jax.setup import make_setup
 from finetune_jax.trees import digest
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 PLAN = (Phase(name="all", steps=3, optimizer="sgd", peak_lr=0.1),)
 

@@ -18,8 +18,6 @@ from finetune_jax.loop import Preempted
 from finetune_jax.preemption import Stop
 from finetune_jax.run import run
 
-pytestmark = pytest.mark.bits
-
 ROOT = pathlib.Path(__file__).parents[1]
 MLP = dict(model="mlp", hidden=(8, 8))
 CNN = dict(model="cnn", convolutions=(4,), dense=(8,), kernel_size=3)

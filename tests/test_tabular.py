@@ -19,7 +19,7 @@ from finetune_jax.setup import make_setup
 from finetune_jax.tasks import make_task
 from finetune_jax.trees import named
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(autouse=True)

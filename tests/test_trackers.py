@@ -19,8 +19,6 @@ from finetune_jax.report.log import MetricsLog, read_metrics
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import run
 
-pytestmark = pytest.mark.bits
-
 ROOT = pathlib.Path(__file__).parents[1]
 # Saved are the states after 0, 3 and 6 updates; lines are read an update late.
 OVERRIDES = {
