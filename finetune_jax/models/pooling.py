@@ -1,7 +1,7 @@
 """Max-pooling whose gradient is fast on CPU too.
 
-XLA's gradient looks for the maximum of one window after another; here each place of the
-window is compared with the maximum for all windows at once.
+XLA's gradient looks for the maximum of one window after another; here the place of the
+maximum is found for all windows at once.
 """
 
 from typing import Any, cast
@@ -46,19 +46,18 @@ _pooled = jax.custom_vjp(_xlas, nondiff_argnums=(1, 2, 3))
 
 
 def _forward(x_BxHxWxC, window, strides, pads):
-    y_BxHxWxC = _pooled(x_BxHxWxC, window, strides, pads)
-    return y_BxHxWxC, (x_BxHxWxC, y_BxHxWxC)
+    return _pooled(x_BxHxWxC, window, strides, pads), x_BxHxWxC
 
 
-def _backward(window, strides, pads, saved, gradient):
-    x_BxHxWxC, y_BxHxWxC = saved
-    taken, given = jnp.zeros(y_BxHxWxC.shape, bool), {}
-    least = -jnp.inf
-    for row, column, seen in windows(x_BxHxWxC, window, strides, pads, fill=least):
-        is_nan = jnp.isnan(seen) & jnp.isnan(y_BxHxWxC)
-        first = ((seen == y_BxHxWxC) | is_nan) & ~taken
-        given[row, column] = jnp.where(first, gradient, jnp.zeros_like(gradient))
-        taken |= first
+def _backward(window, strides, pads, x_BxHxWxC, gradient):
+    # The maximum that the forward pass found cannot be looked for: XLA may compute the
+    # values anew in another order, and then none is equal to it.
+    met = list(windows(x_BxHxWxC, window, strides, pads, fill=-jnp.inf))
+    place = jnp.argmax(jnp.stack([seen for *_, seen in met]), axis=0)
+    given = {
+        (row, column): jnp.where(place == index, gradient, jnp.zeros_like(gradient))
+        for index, (row, column, _) in enumerate(met)
+    }
 
     def of_pixels(rows, columns, lengths):
         found = jnp.zeros((len(gradient), *lengths, gradient.shape[-1]), gradient.dtype)
