@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
 demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
 
-# Most of their time tests compile. What compares neither bits nor costs is compiled
-# without optimisation.
+# Most of their time fast tests compile. Those that compare neither bits nor costs are
+# compiled without optimisation.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 QUICKLY := TEST_XLA_FLAGS=--xla_backend_optimization_level=0
 
@@ -27,8 +27,7 @@ test: env
 	$(PYTEST) -m "not slow and bits"
 
 test-slow: env
-	$(QUICKLY) $(PYTEST) -m "slow and not bits"
-	$(PYTEST) -m "slow and bits"
+	$(PYTEST) -m slow
 
 # torch, torchvision, timm and transformers, which some tests compare with; without them
 # those tests skip, saying so.
