@@ -1,12 +1,12 @@
 """Claim: a head-only run needs at most 1.1 times the memory that its evaluation needs.
 
-python scripts/bench_memory.py [--photos=80] [--batch_size=16] [--rounds=2]
+python scripts/bench_memory.py [--photos=80] [--batch_size=64] [--rounds=2]
 
 Runs `configs/resnet_head.py:folder=DIR` (a ResNet-50 on photos of 224 pixels) on a folder
 of noise with random weights, the frozen stages computed in every update
 (`config.data.cache=off`), and then `--mode=evaluate` on its workdir, each in a process of
 its own; prints the most that each held in memory, and what the compiled steps need by
-XLA's own account. Batches are equally large in both.
+XLA's own account. Batches are equally large in both, by default those of the config.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=int, default=80)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")

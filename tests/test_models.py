@@ -1,3 +1,6 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +8,7 @@ import pytest
 import small
 
 from finetune_jax.models import make_model
+from finetune_jax.models.stages import batch_norm
 from finetune_jax.parallel import run_once
 from finetune_jax.trees import count, named
 
@@ -209,3 +213,22 @@ def test_bfloat16_trains():
     assert {a.dtype for a in jax.tree.leaves(trainer.state.params)} == {
         np.dtype("float32")
     }
+
+
+def test_a_batch_norm_is_made_without_arithmetic_and_is_flaxs():
+    ours = batch_norm(jnp.float32, jnp.float32, momentum=0.7, epsilon=1e-3)
+    theirs = nn.BatchNorm(momentum=0.7, epsilon=1e-3)
+    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 5))
+    key = jax.random.key(1)
+    init = functools.partial(ours.init, use_running_average=False)
+    variables = init(key, x)
+    wanted = theirs.init(key, x, use_running_average=False)
+    jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+    made = {e.primitive.name for e in jax.make_jaxpr(init)(key, x).jaxpr.eqns}
+    assert not made & {"mul", "sub", "rsqrt", "div", "reduce_sum"}
+    for mode in (True, False):
+        outs = [
+            m.apply(variables, x, use_running_average=mode, mutable=["batch_stats"])
+            for m in (ours, theirs)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *outs)

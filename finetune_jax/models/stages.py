@@ -88,6 +88,26 @@ def layer_norm(
     )
 
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's; while a model is initialised it makes its variables and computes nothing.
+
+    Most of what is traced for the shapes of a ResNet would be the arithmetic of its
+    BatchNorms, on which no initial value depends.
+    """
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        """Returns `x` normalised, or, while variables are made, as it is."""
+        if not self.is_initializing():
+            return super().__call__(x, use_running_average, mask=mask)
+        shape = (x.shape[self.axis],)
+        self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        self.param("scale", self.scale_init, shape, self.param_dtype)
+        self.param("bias", self.bias_init, shape, self.param_dtype)
+        return x
+
+
 def batch_norm(
     dtype: Any,
     param_dtype: Any,
@@ -95,13 +115,13 @@ def batch_norm(
     *,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
-) -> nn.BatchNorm:
+) -> "BatchNorm":
     """Returns a BatchNorm whose mode is given at the call, as the policy of a phase needs.
 
     Momentum and epsilon are torch's (0.1 there is 0.9 here). The running variance is that
     of the batch without Bessel's correction, unlike torch's.
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
         dtype=dtype,

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,7 @@ _LEAVES = {
     "batch_stats/var": "running_var",
 }
 _FIELD = re.compile(r"\{([^{}]+)\}")
+_NUMBER = re.compile(r"\{[^{}]+\}|\d+")
 _TERM = re.compile(r"([+-]?)(\d*)([a-z]?)")
 _BLOCK = re.compile(r"(stage\d+/block\d+)/")
 _PART = re.compile(r"(?P<tensor>.*)\[(?P<part>\d+)/(?P<parts>\d+)\]")
@@ -106,11 +109,14 @@ class Layout:
     needless: tuple[str, ...] = ()
 
     @functools.cached_property
-    def _patterns(self) -> list[tuple[re.Pattern, str, Turn | None]]:
-        return [
-            (re.compile(_FIELD.sub(r"(?P<\1>\\d+)", ours)), theirs, (*turn, None)[0])
-            for ours, theirs, *turn in self.rows
-        ]
+    def _patterns(self) -> dict[str, list[tuple[int, re.Pattern, str, Turn | None]]]:
+        """The rows, with their places, by what ours is without its numbers."""
+        found: dict[str, list] = {}
+        for index, (ours, theirs, *turn) in enumerate(self.rows):
+            pattern = re.compile(_FIELD.sub(r"(?P<\1>\\d+)", ours))
+            row = index, pattern, theirs, (*turn, None)[0]
+            found.setdefault(_NUMBER.sub("", ours), []).append(row)
+        return found
 
     def places(self, ours: Iterable[str]) -> dict[str, Place]:
         """Returns where each of our leaves lies that the table knows.
@@ -176,18 +182,16 @@ class Layout:
         return {name for name in theirs if not needless.fullmatch(name)}
 
     def _place(self, name: str, before: Mapping[str, int]) -> Place | None:
-        collection, _, path = name.partition("/")
-        module, _, leaf = path.rpartition("/")
-        kind = _LEAVES.get(f"{collection}/{leaf}")
-        of_block = _BLOCK.match(path)
-        for pattern, theirs, turn in self._patterns:
-            match = pattern.fullmatch(path)
-            suffix = "" if match else f".{kind}"
-            match = match or (pattern.fullmatch(module) if kind else None)
+        leaf = _leaf(name)
+        rows = [row for kept in leaf.kept for row in self._patterns.get(kept, ())]
+        for _, pattern, theirs, turn in sorted(rows, key=operator.itemgetter(0)):
+            match = pattern.fullmatch(leaf.path)
+            suffix = "" if match else f".{leaf.kind}"
+            match = match or (pattern.fullmatch(leaf.module) if leaf.kind else None)
             if not match:
                 continue
             numbers = {key: int(value) for key, value in match.groupdict().items()}
-            if of_block:
+            if of_block := _BLOCK.match(leaf.path):
                 numbers["n"] = before[of_block[1]]
             filled = _filled(theirs, numbers)
             part = _PART.fullmatch(filled)
@@ -195,9 +199,37 @@ class Layout:
                 tensor=(part["tensor"] if part else filled) + suffix,
                 part=int(part["part"]) if part else 0,
                 parts=int(part["parts"]) if part else 1,
-                turn=_turn(leaf, turn),
+                turn=_turn(leaf.name, turn),
             )
         return None
+
+
+class _Leaf(NamedTuple):
+    """The name of a leaf of ours, taken apart.
+
+    Attributes:
+        path: Without the collection.
+        module: What the leaf belongs to.
+        name: Within that.
+        kind: Torch's name for it; None where torch has none.
+        kept: What the names of rows that can match are without their numbers.
+    """
+
+    path: str
+    module: str
+    name: str
+    kind: str | None
+    kept: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _leaf(full: str) -> _Leaf:
+    """Returns a leaf's name taken apart; all layouts are asked for each."""
+    collection, _, path = full.partition("/")
+    module, _, name = path.rpartition("/")
+    kind = _LEAVES.get(f"{collection}/{name}")
+    names = (path, module) if kind else (path,)
+    return _Leaf(path, module, name, kind, tuple(_NUMBER.sub("", n) for n in names))
 
 
 def _turn(leaf: str, given: Turn | None) -> Turn:
