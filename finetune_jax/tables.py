@@ -116,7 +116,7 @@ class Tables:
         try:
             text = json.dumps(about, indent=2)
             self._make_room(nbytes(table) + len(text) + 100 * len(leaves))
-            write_table(place, about, len(leaves), given)
+            write_table(self.folder, len(leaves), given, lambda: (place, about))
         except OSError as error:
             self.say(f"{what} cannot be kept in {self.folder}: {error}")
             if kept is None:
@@ -155,23 +155,26 @@ class Tables:
 
 
 def write_table(
-    place: pathlib.Path,
-    about: dict[str, Any],
+    folder: pathlib.Path,
     count: int,
     rows: Iterator[list[np.ndarray]],
-) -> None:
+    named: Callable[[], tuple[pathlib.Path, dict[str, Any]]],
+) -> tuple[pathlib.Path, bool]:
     """Writes a table, which is there when it is whole.
 
+    Returns where it is, and whether it was written here: another run may be faster.
+
     Args:
-        place: Its folder.
-        about: What it depends on.
+        folder: Of tables.
         count: Of its arrays.
         rows: Stretches of the arrays.
+        named: Called when they are written, says where in the folder the table is to be,
+            and what it depends on.
 
     Raises:
         OSError: It cannot be written.
     """
-    part = pathlib.Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
+    part = pathlib.Path(tempfile.mkdtemp(prefix=".", dir=folder))
     try:
         digesters = [hashlib.sha256() for _ in range(count)]
         with contextlib.ExitStack() as opened:
@@ -187,15 +190,18 @@ def write_table(
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
+        place, about = named()
         about = {**about, "sha256": [digester.hexdigest() for digester in digesters]}
         write_text(part / ABOUT, json.dumps(about, indent=2) + "\n")
         part.chmod(0o755)
         try:
             part.rename(place)
         except OSError:
-            if not (place / ABOUT).is_file():  # Else another run was faster.
-                discard(place)
-                part.rename(place)
+            if (place / ABOUT).is_file():
+                return place, False
+            discard(place)
+            part.rename(place)
+        return place, True
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

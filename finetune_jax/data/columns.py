@@ -6,12 +6,14 @@ own format; the label too has a code, or the bits of a number.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,46 +68,95 @@ def open_columns(
         cache_dir: `config.data.cache_dir`.
 
     Raises:
-        UserError: The file cannot be read, or its columns cannot be kept.
+        UserError: The file cannot be read or changes meanwhile, or its columns cannot be
+            kept.
     """
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {
-        "version": VERSION,
-        "file": sha256,
-        "schema": dataclasses.asdict(schema),
-        "format": [kind.delimiter, kind.quotes, list(kind.missing)],
-    }
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    folder = pathlib.Path(cache_dir) if cache_dir else cache_folder()
-    place = folder / "columns" / key[:32]
-    found = _found(path, place, schema, sha256)
-    if found is None:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            rows = _converted(path, kind, schema)
-            write_table(place, {**about, "of": str(path)}, len(FILES), rows)
-        except OSError as error:
-            raise UserError(
-                f"config.data.cache_dir: the columns of {path} cannot be kept in {place}: "
-                f"{error}"
-            ) from error
-        found = _found(path, place, schema, sha256)
-    if found is None:
-        raise UserError(f"{place}: what was written there cannot be read again")
+    folder = (pathlib.Path(cache_dir) if cache_dir else cache_folder()) / "columns"
+    before = _state(path)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(_digest, path)
+
+        def named() -> tuple[pathlib.Path, dict[str, Any]]:
+            about = {
+                "version": VERSION,
+                "file": digest.result(),
+                "schema": dataclasses.asdict(schema),
+                "format": [kind.delimiter, kind.quotes, list(kind.missing)],
+            }
+            if _state(path) != before:
+                raise UserError(f"{path}: changed while it was read; run again")
+            key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+            return folder / key[:32], {**about, "of": str(path), "bytes": before[0]}
+
+        found, is_ours = None, False
+        if _may_be_there(folder, before[0]):
+            found = _found(path, named()[0], schema, digest.result(), verify=True)
+        if found is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # Before it is known where to, as that takes reading the file once.
+                with contextlib.closing(_converted(path, kind, schema)) as rows:
+                    place, is_ours = write_table(folder, len(FILES), rows, named)
+            except OSError as error:
+                raise UserError(
+                    f"config.data.cache_dir: the columns of {path} cannot be kept in "
+                    f"{folder}: {error}"
+                ) from error
+            # Those written just now are not read for their digests once more.
+            verify = not is_ours
+            found = _found(path, place, schema, digest.result(), verify=verify)
+            if found is None:
+                raise UserError(f"{place}: what was written there cannot be read again")
     if not len(found):
         raise UserError(f"{path}: no rows")
     return found
 
 
+def _state(path: pathlib.Path) -> tuple[int, ...]:
+    """Returns a file's size, and what else is another once the file is changed."""
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _may_be_there(folder: pathlib.Path, size: int) -> bool:
+    """Returns whether a file of so many bytes may have been converted before."""
+
+    def fits(about: pathlib.Path) -> bool:
+        try:
+            return json.loads(about.read_text())["bytes"] == size
+        except Exception:  # Whatever the damage leads to, or there is no size.
+            return True
+
+    return any(fits(about) for about in folder.glob(f"*/{ABOUT}"))
+
+
 def _found(
-    path: pathlib.Path, place: pathlib.Path, schema: Schema, sha256: str
+    path: pathlib.Path,
+    place: pathlib.Path,
+    schema: Schema,
+    sha256: str,
+    *,
+    verify: bool,
 ) -> Columns | None:
-    """Returns columns that are there and whole; others are taken away."""
+    """Returns columns that are there and whole; others are taken away.
+
+    Args:
+        path: Of the file.
+        place: Of its columns.
+        schema: Of the file.
+        sha256: Of the file.
+        verify: Whether their digests are looked at.
+    """
     try:
         wanted = json.loads((place / ABOUT).read_text())["sha256"]
         files = [_mapped(place / name) for name in FILES]
-        if [sha256_of(file) for file in files] != wanted:
+        if verify and [sha256_of(file) for file in files] != wanted:
             raise ValueError("changed since it was written")
         return Columns(
             path=path,
@@ -129,7 +180,7 @@ def _mapped(file: pathlib.Path) -> np.ndarray:
 
 def _converted(
     path: pathlib.Path, kind: Format, schema: Schema
-) -> Iterator[list[np.ndarray]]:
+) -> Generator[list[np.ndarray]]:
     """Yields cells, labels and, at the end, what codes stand for, as they are written.
 
     Raises:
@@ -180,7 +231,8 @@ def _groups(path: pathlib.Path, kind: Format, schema: Schema) -> Iterator[list]:
     def some() -> list:
         return list(itertools.islice(blocks, GROUP))
 
-    with concurrent.futures.ThreadPoolExecutor(1) as reading:
+    reading = concurrent.futures.ThreadPoolExecutor(1)
+    with contextlib.closing(blocks), reading:
         coming = reading.submit(some)
         while group := coming.result():
             coming = reading.submit(some)

@@ -4,11 +4,15 @@ Files are read by pyarrow, in all threads, and never as a whole. A number that i
 is NaN, a category that is missing has no value.
 """
 
+import collections
+import concurrent.futures
 import csv
 import io
+import itertools
+import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from finetune_jax.data.table_faults import faults
@@ -18,6 +22,8 @@ from finetune_jax.lookup import closest
 
 # Bytes from which columns are inferred, and of a block, which fits into a cache.
 LOOKED_AT, BLOCK = 2**20, 2**21
+# At most; a few blocks of each are in memory.
+THREADS = 8
 # Numbers such as 00123 are names.
 _LEADING_ZERO = r"^[+-]?0\d"
 
@@ -152,7 +158,7 @@ def _not_numbers(
 
 def batches(
     path: pathlib.Path, kind: Format, schema: Schema, *, block: int = BLOCK
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Yields the rows of a file as pyarrow's RecordBatches of the schema's columns.
 
     Numbers are float32, all others dictionaries of strings.
@@ -201,27 +207,78 @@ def _separated_batches(
     text = pa.dictionary(pa.int32(), pa.string())
     names = schema.names or columns_of(path, kind, ())
     kinds = {n: pa.float32() if is_ else text for n, is_ in schema.is_number.items()}
-    reader = arrow_csv.open_csv(
-        path,
-        read_options=arrow_csv.ReadOptions(
-            column_names=list(names),
-            skip_rows=0 if schema.names else 1,
-            block_size=block,
-        ),
-        parse_options=arrow_csv.ParseOptions(
-            delimiter=kind.delimiter or ",",
-            quote_char='"' if kind.quotes else False,
-            newlines_in_values=kind.quotes,
-        ),
-        convert_options=arrow_csv.ConvertOptions(
-            column_types=kinds,
-            include_columns=list(kinds),
-            null_values=list(kind.missing),
-            strings_can_be_null=True,
-        ),
+    parse = arrow_csv.ParseOptions(
+        delimiter=kind.delimiter or ",",
+        quote_char='"' if kind.quotes else False,
+        newlines_in_values=kind.quotes,
     )
-    with reader:
-        yield from (batch for batch in reader if batch.num_rows)
+    convert = arrow_csv.ConvertOptions(
+        column_types=kinds,
+        include_columns=list(kinds),
+        null_values=list(kind.missing),
+        strings_can_be_null=True,
+    )
+    first = arrow_csv.ReadOptions(
+        column_names=list(names),
+        skip_rows=0 if schema.names else 1,
+        block_size=block,
+        use_threads=kind.quotes,
+    )
+    if kind.quotes:  # Where a line ends is known from all that is before it.
+        with arrow_csv.open_csv(path, first, parse, convert) as reader:
+            yield from (batch for batch in reader if batch.num_rows)
+        return
+    other = arrow_csv.ReadOptions(
+        column_names=list(names), block_size=block, use_threads=False
+    )
+
+    def parsed(content: memoryview, options: Any) -> list:
+        file = pa.BufferReader(pa.py_buffer(content))
+        return arrow_csv.read_csv(file, options, parse, convert).to_batches()
+
+    count, coming = min(len(os.sched_getaffinity(0)), THREADS), collections.deque()
+    threads = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        with pa.input_stream(path) as file:
+            for content, options in zip(
+                _blocks(file, block), itertools.chain([first], itertools.repeat(other))
+            ):
+                coming.append(threads.submit(parsed, content, options))
+                if len(coming) > 2 * count:
+                    yield from coming.popleft().result()
+        while coming:
+            yield from coming.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _blocks(file: Any, size: int) -> Iterator[memoryview]:
+    """Yields what a file without quotes holds, cut where lines end.
+
+    All but the first begin with the end of the line before, which means nothing there,
+    so that no text of theirs is taken for the mark that a file may begin with.
+
+    Args:
+        file: Whose `read` gives bytes.
+        size: Of the blocks, at most; an empty file has one, which is empty.
+
+    Raises:
+        ArrowInvalid: A line is longer.
+    """
+    import pyarrow as pa
+
+    rest = b""
+    while more := file.read(size - len(rest)):
+        content = rest + more
+        end = max(content.rfind(b"\n"), content.rfind(b"\r"))
+        if end < 1:
+            if len(content) == size:
+                raise pa.ArrowInvalid(f"a line is longer than {size:,} bytes")
+            rest = content
+            continue
+        yield memoryview(content)[: end + 1]
+        rest = content[end:]
+    yield memoryview(rest)
 
 
 def _parquet(path: pathlib.Path) -> Any:
