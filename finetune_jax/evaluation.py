@@ -43,6 +43,7 @@ class Evaluator:
         frozen: The stages before it, where the states to be measured have them in common.
         programs: Compiled so far, by name and the shapes of a batch.
         text: How texts may be shortened; None of what is no text.
+        all_rows: Gives what `rows` does for several runs at once; None: it is one run.
     """
 
     task: Task
@@ -58,6 +59,7 @@ class Evaluator:
     frozen: Frozen | None = None
     programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
     text: TextOptions | None = None
+    all_rows: Callable[..., dict[str, np.ndarray]] | None = None
 
     def freeze(self, first: str | None, state: TrainState) -> None:
         """Takes note of what the states to be measured have in common.
@@ -149,6 +151,8 @@ class Evaluator:
             dataset: The examples.
         """
         size = self.devices.rounded_up(self.batch_size)
+        if self.all_rows is not None:
+            return self.all_rows(name, step, arguments, dataset, batch_size=size)
 
         def call(batch):
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))

@@ -74,6 +74,35 @@ class Feed(Protocol):
         ...
 
 
+class Pace(Protocol):
+    """How many updates a call makes."""
+
+    @property
+    def updates(self) -> int:
+        """Those that the next call shall make."""
+        ...
+
+    def took(self, seconds: float) -> None:
+        """Notes how long a call took."""
+        ...
+
+
+class OwnPace:
+    """As many as take a fraction of a second, or a number that was chosen."""
+
+    def __init__(self, chosen: int | None):
+        """Takes their number; None chooses by time."""
+        self._chosen = chosen
+        self.updates = 1 if chosen is None else min(chosen, LONGEST)
+
+    def took(self, seconds: float) -> None:
+        """Makes the next calls longer or shorter."""
+        if self._chosen is None and seconds < SHORT_S:
+            self.updates = min(2 * self.updates, LONGEST)
+        elif self._chosen is None and seconds > LONG_S:
+            self.updates = max(self.updates // 2, 1)
+
+
 class Stepwise:
     """One update a call."""
 
@@ -121,7 +150,7 @@ class Scanned:
         batch_size: int,
         micro_batches: int,
         views: int | None,
-        updates: int | None,
+        pace: Pace,
     ):
         """Takes what the updates get.
 
@@ -133,13 +162,12 @@ class Scanned:
             batch_size: Examples in one update.
             micro_batches: By which the batch is divided.
             views: As in `training_batches`.
-            updates: In a call; None chooses by time.
+            pace: Of its calls.
         """
         self._examples, self._order, self._views = examples, order, views
         self._start, self._batch_size = start, batch_size
         self._shape = micro_batches, batch_size // micro_batches
-        self._chosen = updates
-        self._updates = 1 if updates is None else min(updates, LONGEST)
+        self._pace = pace
         self._placed = placed
         self._rows_each = len(examples) // len(resident(examples))
         self.kind = ("scanned", "features" in placed, TAUGHT in placed, self._rows_each)
@@ -150,7 +178,7 @@ class Scanned:
 
     def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
         """Returns the call of the next updates."""
-        start, updates = self._start, min(len(rates), self._updates)
+        start, updates = self._start, min(len(rates), self._pace.updates)
         self._start += updates
         epoch = len(self._examples.label)
         rows = rows_of(
@@ -180,10 +208,7 @@ class Scanned:
 
     def took(self, seconds: float) -> None:
         """Makes the next calls longer or shorter."""
-        if self._chosen is None and seconds < SHORT_S:
-            self._updates = min(2 * self._updates, LONGEST)
-        elif self._chosen is None and seconds > LONG_S:
-            self._updates = max(self._updates // 2, 1)
+        self._pace.took(seconds)
 
 
 def many_steps(

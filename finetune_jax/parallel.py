@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.machine import give_back_memory, uncollected
 from finetune_jax.models.backend import backend
 from finetune_jax.plan import Phase
+from finetune_jax.trees import leaf_digest
 
 # Smaller arrays are cheaper to repeat than to gather; chosen by us.
 FSDP_MIN_VALUES = 2**12
@@ -43,10 +44,15 @@ class Devices:
     Attributes:
         mode: 'jit' over a mesh with axes 'data' and 'fsdp', or 'pmap'.
         mesh: Of all devices, under both modes.
+        shared: What lies there by its values' digest; what is placed again is the same
+            array, and must not be donated. None places copies.
     """
 
     mode: str
     mesh: Mesh
+    shared: MutableMapping[str, jax.Array] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def count(self) -> int:
@@ -94,6 +100,8 @@ class Devices:
             own: Whether it must not share the memory of the host's arrays, which a CPU
                 reads where they are: only what a program owns can be donated to it.
         """
+        if self.shared is not None:
+            return jax.tree.map(self._placed_once, tree)
         if self.mode == "pmap":
             stacked = jax.tree.map(lambda x: np.stack([x] * self.count), tree)
             return jax.tree.map(self._split_rows, stacked)
@@ -103,6 +111,14 @@ class Devices:
             tree = jax.device_put(tree)
             return jax.device_put(tree, shardings, may_alias=False)
         return jax.device_put(tree, shardings)
+
+    def _placed_once(self, leaf: Any) -> jax.Array:
+        assert self.shared is not None
+        key = leaf_digest(leaf)
+        found = self.shared.get(key)
+        if found is None:
+            found = self.shared[key] = jax.device_put(leaf, self._sharding(leaf))
+        return found
 
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
         """Returns a host batch divided among the devices along `batch_axis`."""
@@ -193,6 +209,31 @@ class Devices:
             *arguments: Placed arguments, for their shapes.
         """
         return _timed(self._over_devices(step), *arguments)
+
+    def compile_members(self, many: Callable, *arguments: Any) -> Compiled:
+        """Returns a compiled function of what several members have; nothing is donated.
+
+        Args:
+            many: The function, for one device.
+            *arguments: Placed or on the host, for their shapes.
+        """
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return _timed(jax.jit(many, out_shardings=everywhere), *arguments)
+
+    def free_bytes(self) -> int | None:
+        """Returns how much memory of the first device is free; None if it does not say."""
+        stats = self.mesh.devices.flat[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+    def has_room(self, program: Compiled) -> bool:
+        """Returns whether what a program makes fits beside what lies on the device."""
+        compiled: Any = program.call
+        if (free := self.free_bytes()) is None:
+            return True
+        needs = compiled.memory_analysis()
+        return needs.temp_size_in_bytes + needs.output_size_in_bytes <= free
 
     def lower_eval(self, step: Callable, *arguments: Any) -> Any:
         """Returns the lowered `step`, whose text is all that it computes."""

@@ -1,11 +1,14 @@
 """Populations: runs of one model on the same data, that differ in rates, decay and seeds.
 
-The members take turns in one process. They share data, features, initialisation and every
-compiled program, and so cost little more than their updates; each has the bits that it
-would have as a run of its own. Only the best one's states are written to the disk.
+On CPU the members take turns in one process; each has the bits that it would have as a run
+of its own. Elsewhere as many as fit train side by side, an update of all of them being one
+call of a compiled program, and numbers are those of single runs but for rounding. They
+share data, features, initialisation and every compiled program, and so cost little more
+than their updates. Only the best one's states are written to the disk.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -45,6 +48,7 @@ from finetune_jax.setup import Setup, make_setup
 from finetune_jax.start import run_data
 from finetune_jax.state import Progress
 from finetune_jax.summary import write_report
+from finetune_jax.together import Together, members_at_once
 from finetune_jax.updates import Updates
 from finetune_jax.workdir import (
     check_same_run,
@@ -191,6 +195,7 @@ class _Population:
         store: What frozen stages make of the examples.
         updates: Of the first member, whose programs all share.
         evaluator: Likewise.
+        together: Trains those of a chunk side by side; None trains them in turn.
     """
 
     config: Config
@@ -202,6 +207,7 @@ class _Population:
     store: FeatureStore | None
     updates: Updates | None = None
     evaluator: Evaluator | None = None
+    together: Together | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Returns the result of each member, trained before or now.
@@ -216,16 +222,44 @@ class _Population:
         done = sum(result is not None for result in found)
         if done:
             self.terminal.say(f"{done} of {len(found)} members are finished")
-        for number in self._numbers:
-            if found[number] is None:
-                found[number] = self._train(number, found)
-                self._tell(number, found)
-            best = self.best(found)
-            for other in self._numbers:
-                if other != best and found[other] is not None:
-                    folder = self._folder(other) / "checkpoints"
-                    shutil.rmtree(folder, ignore_errors=True)
+        self._keep_best(found)  # Of those that a kill may have left.
+        left = [number for number in self._numbers if found[number] is None]
+        for chunk in self._chunks(left):
+            works = [functools.partial(self._finish, number, found) for number in chunk]
+            if self.together is not None:
+                self.together.run(works)
+                continue
+            for work in works:
+                work()
         return [result for result in found if result is not None]
+
+    def _chunks(self, left: list[int]) -> list[list[int]]:
+        """Returns members that train side by side, and has them do so where any do."""
+        most = members_at_once([self.setups[number] for number in left]) if left else 1
+        if most == 1 or len(left) == 1:
+            return [left]
+        size = -(-len(left) // -(-len(left) // most))  # All about as large.
+        self.together = Together(size, self.setups[0].devices)
+        self.setups = [
+            dataclasses.replace(setup, devices=self.together.devices)
+            for setup in self.setups
+        ]
+        self.terminal.say(f"{size} members train side by side")
+        return [left[begin : begin + size] for begin in range(0, len(left), size)]
+
+    def _finish(self, number: int, results: list[dict[str, Any] | None]) -> None:
+        """Trains a member, and puts its result among those that there are."""
+        results[number] = self._train(number, results)
+        self._tell(number, results)
+        self._keep_best(results)
+
+    def _keep_best(self, results: Sequence[Mapping[str, Any] | None]) -> None:
+        """Removes the states of all members that are finished but the best."""
+        best = self.best(results)
+        for other in self._numbers:
+            if other != best and results[other] is not None:
+                folder = self._folder(other) / "checkpoints"
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _numbers(self) -> range:
@@ -279,6 +313,8 @@ class _Population:
         evaluator.store = self.store
         if self.evaluator is not None:
             evaluator.programs = self.evaluator.programs
+        if self.together is not None:
+            evaluator.all_rows = self.together.rows
         held = HeldCheckpoints(keep=setup.config.checkpoint.keep)
         loop = make_loop(
             setup,
@@ -297,10 +333,14 @@ class _Population:
             stop=self.stop,
             updates=self.updates,
         )
+        loop.updates.together = self.together
         self.updates, self.evaluator = loop.updates, evaluator
         add_fisher(loop, start, self.domains)
         try:
             loop.run()
+            if self.together is not None:  # What is finished is written at once.
+                at_once = functools.partial(self.together.rows, urgent=True)
+                evaluator.all_rows = at_once
             result, _ = make_result(loop, begin)
         except Preempted as error:
             raise Preempted(f"stopped in member {number + 1}") from error

@@ -17,6 +17,8 @@ from finetune_jax.features import Features, Taught
 from finetune_jax.feeds import (
     Call,
     Feed,
+    OwnPace,
+    Pace,
     Scanned,
     Stepwise,
     everything,
@@ -28,6 +30,7 @@ from finetune_jax.parallel import Compiled
 from finetune_jax.setup import PhaseSetup, Setup
 from finetune_jax.state import TrainState
 from finetune_jax.step import train_step
+from finetune_jax.together import Together
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,6 +46,7 @@ class Updates:
         told: What was said so far.
         stock: Gradients of convolutions that programs leave to jax, as `programs`.
         placed: The split that lies on the device, and where.
+        together: Makes them for several runs at once; None makes them for one.
     """
 
     setup: Setup
@@ -53,6 +57,7 @@ class Updates:
     told: set[str] = dataclasses.field(default_factory=set)
     stock: dict[Any, int] = dataclasses.field(default_factory=dict)
     placed: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
+    together: Together | None = None
 
     def feed(
         self,
@@ -86,7 +91,7 @@ class Updates:
                 training_order(examples.label, seed, sampling),
                 self._placed(resident(examples)),
                 start=start,
-                updates=config.parallel.steps_per_call,
+                pace=self._pace(phase),
                 **shape,
             )
         if why not in self.told:
@@ -105,6 +110,13 @@ class Updates:
                 examples, seed=seed, sampling=sampling, **updates, **shape
             )
         return Stepwise(batches, self.setup.devices, repeats=fixed)
+
+    def _pace(self, phase: PhaseSetup) -> Pace:
+        """Returns how many updates the calls of a phase shall make."""
+        chosen = self.setup.config.parallel.steps_per_call
+        if self.together is None:
+            return OwnPace(chosen)
+        return self.together.pace((phase.program, str(self.setup.config.task)), chosen)
 
     def _placed(self, whole: Dataset | Features | Taught) -> Any:
         """Returns all of a split on the device; the one placed last is kept."""
@@ -167,9 +179,17 @@ class Updates:
         key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
         if key in self.programs:
             return self.programs[key], 0.0
-        program = self.setup.devices.compile_train(
-            feed.program(self._step(phase)), placed, self.fixed, *call.arguments
-        )
+        step = feed.program(self._step(phase))
+        if self.together is None:
+            program = self.setup.devices.compile_train(
+                step, placed, self.fixed, *call.arguments
+            )
+        else:
+            program = self.together.train_program(
+                step,
+                frozenset(phase.frozen(placed)),
+                resident=isinstance(feed, Scanned),
+            )
         self.programs[key] = program
         return program, program.compile_s
 

@@ -12,7 +12,7 @@ import small
 import finetune_jax.models.mnist
 import finetune_jax.run
 from finetune_jax.data.order import training_order
-from finetune_jax.feeds import LONG_S, LONGEST, Scanned, stock_gradients
+from finetune_jax.feeds import LONG_S, LONGEST, OwnPace, Scanned, stock_gradients
 from finetune_jax.models import efficientnet_lite
 from finetune_jax.models.convolution import convolve
 from finetune_jax.plan import Phase
@@ -142,7 +142,7 @@ def test_calls_are_as_long_as_signals_may_wait():
     data = setup.data.train
     feed = Scanned(
         data, training_order(data.label, 0), data.take(np.arange(2)),
-        start=0, batch_size=2, micro_batches=1, views=None, updates=None,
+        start=0, batch_size=2, micro_batches=1, views=None, pace=OwnPace(None),
     )  # fmt: skip
     rates = np.zeros(1000, np.float32)
     made = []

@@ -29,6 +29,7 @@ LAYERS = (
         "forgetting",
         "nonfinite",
         "feeds",
+        "together",
     ),
     (
         "step",
@@ -77,7 +78,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup", "clock", "machine", "grid"),
+    ("lookup", "clock", "machine", "grid", "lockstep"),
     ("errors",),
 )
 # Within a row: who may import whom.
