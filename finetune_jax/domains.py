@@ -21,7 +21,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.load import load_weights
-from finetune_jax.random_states import random_state
+from finetune_jax.random_states import shapes_of
 from finetune_jax.setup import Setup, make_task
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
@@ -282,7 +282,7 @@ def _pretrained_head(task: Task, weights: Weights) -> dict[str, np.ndarray]:
     Raises:
         UserError: They do not have them, or not in these shapes.
     """
-    shapes = jax.eval_shape(lambda: random_state(task, 0))
+    shapes = shapes_of(task)
     zeros = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
         {"params": shapes.params, "batch_stats": shapes.batch_stats},

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.errors import UserError
-from finetune_jax.machine import give_back_memory, memory
+from finetune_jax.machine import give_back_memory, memory, uncollected
+from finetune_jax.models.drawing import only_shapes
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
@@ -31,6 +32,12 @@ def random_state(
     """
     own = [seed if given is None else given for given in (augmentation, dropout)]
     return _state_of_keys(task, [_key_data(drawn) for drawn in (seed, *own)])
+
+
+def shapes_of(task: Task) -> TrainState:
+    """Returns the shapes of a task's states; no numbers are drawn, or traced for that."""
+    with only_shapes(), uncollected():
+        return jax.eval_shape(lambda: random_state(task, 0))
 
 
 def _key_data(seed: int) -> jax.Array:

@@ -13,7 +13,6 @@ from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import check_rules, make_rules
-from finetune_jax.machine import uncollected
 from finetune_jax.members import weights_addresses
 from finetune_jax.mix import check_pairs
 from finetune_jax.optimizer import (
@@ -32,7 +31,7 @@ from finetune_jax.plan import (
     groups,
     plan_from_config,
 )
-from finetune_jax.random_states import RandomStates, random_state
+from finetune_jax.random_states import RandomStates, shapes_of
 from finetune_jax.regularisers import (
     READS_FISHER,
     READS_START,
@@ -299,8 +298,7 @@ def make_setup(
     if problems := task.check_fixed():
         raise problems_error("What is to be learned cannot be:", problems)
     if like is None:
-        with uncollected():
-            shapes = jax.eval_shape(lambda: random_state(task, 0))
+        shapes = shapes_of(task)
         random_states = RandomStates(task, shapes)
     else:
         shapes, random_states = like.shapes, like.random_states

@@ -80,6 +80,7 @@ def ours(name: str, file: str) -> Watch:
     from finetune_jax import lookup, models
     from finetune_jax.encoders import tokens
     from finetune_jax.machine import uncollected
+    from finetune_jax.models.drawing import only_shapes
     from finetune_jax.pretrained.addresses import read_weights
     from finetune_jax.pretrained.layout import layouts
     from finetune_jax.pretrained.load import load_weights
@@ -97,7 +98,7 @@ def ours(name: str, file: str) -> Watch:
                 x = jnp.zeros((1, size, size, 3))
             return model.init(jax.random.key(0), x, train=False)
 
-        with uncollected():
+        with only_shapes(), uncollected():
             shapes = jax.eval_shape(init)
         weights = read_weights(f"file:{file}")
         variables = jax.device_put(load_weights(shapes, weights))

@@ -8,6 +8,7 @@ import pytest
 import small
 
 from finetune_jax.models import make_model
+from finetune_jax.models.drawing import only_shapes
 from finetune_jax.models.stages import batch_norm
 from finetune_jax.parallel import run_once
 from finetune_jax.trees import count, named
@@ -232,3 +233,19 @@ def test_a_batch_norm_is_made_without_arithmetic_and_is_flaxs():
             for m in (ours, theirs)
         ]
         jax.tree.map(np.testing.assert_array_equal, *outs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_lite0"])
+def test_shapes_are_those_of_what_is_drawn_and_nothing_is_drawn_for_them(name):
+    model, x = made(name), np.zeros((1, 32, 32, 3), np.float32)
+
+    def traced():
+        return jax.make_jaxpr(lambda key: model.init(key, x, train=False))(
+            jax.random.key(0)
+        )
+
+    with only_shapes():
+        for_shapes = traced()
+    drawn = traced()
+    assert for_shapes.out_avals == drawn.out_avals
+    assert "random_bits" in str(drawn) and "random_bits" not in str(for_shapes)

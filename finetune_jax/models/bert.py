@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from finetune_jax import lookup
 from finetune_jax.errors import problems_error
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import ACTIVATIONS, make_head
 from finetune_jax.models.stages import MaskedMean, run_stages
 
-INITIAL = nn.initializers.normal(0.02)
+INITIAL = drawn(nn.initializers.normal(0.02))
 # How one vector is made of a text; 'none' leaves a vector for every token.
 POOLS = ("cls", "mean", "none")
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from finetune_jax.errors import UserError
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, layer_norm, run_block, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
-_INIT = nn.initializers.truncated_normal(0.02)  # Liu et al. 2022, appendix A.1.
+_INIT = drawn(nn.initializers.truncated_normal(0.02))  # Liu et al. 2022, appendix A.1.
 
 
 class Shape(NamedTuple):

@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+
+_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
 
 class Row(NamedTuple):
@@ -98,7 +101,7 @@ def _conv(
         padding="SAME",
         feature_group_count=groups,
         use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=_INIT,
         conv_general_dilated=convolve,
         name=name,
         **kinds,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError
+from finetune_jax.models.drawing import drawn
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh, "silu": nn.silu}
 INITIALISERS = {
@@ -42,7 +43,7 @@ class Head(nn.Module):
     def __call__(self, x_BxF: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, K]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel_init = INITIALISERS[self.initialiser]()
+        kernel_init = drawn(INITIALISERS[self.initialiser]())
         x_BxF = x_BxF.reshape(x_BxF.shape[0], -1)
         for index, width in enumerate(self.hidden):
             name = f"hidden{index + 1}"

@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.pooling import max_pool
 from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+
+_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ def _conv(
         padding=((size // 2, size // 2),) * 2,
         feature_group_count=groups,
         use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=_INIT,
         conv_general_dilated=convolve,
         name=name,
         **kinds,

@@ -15,10 +15,12 @@ import numpy as np
 
 from finetune_jax.errors import UserError
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import check_widths, make_head
 from finetune_jax.models.pooling import max_pool
 from finetune_jax.models.stages import batch_norm, run_block, run_stages
 
+_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 WIDTHS = (64, 128, 256, 512, 512)
 DENSE = 4096
 PLACES = 7  # Height and width of what the dense layers see.
@@ -45,7 +47,7 @@ class Block(nn.Module):
             self.width,
             (3, 3),
             padding=((1, 1), (1, 1)),
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            kernel_init=_INIT,
             conv_general_dilated=convolve,
             name="conv",
             **kinds,
@@ -136,7 +138,7 @@ class Classifier(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x_BxF = x_BxHxWxC.reshape(x_BxHxWxC.shape[0], -1)
         for name in ("dense1", "dense2"):
-            kernel_init = nn.initializers.normal(0.01)
+            kernel_init = drawn(nn.initializers.normal(0.01))
             dense = nn.Dense(self.width, kernel_init=kernel_init, name=name, **kinds)
             x_BxF = nn.relu(dense(x_BxF))
             if self.dropout:

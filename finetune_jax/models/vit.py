@@ -19,12 +19,13 @@ from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.models.attention import Attention
 from finetune_jax.models.convolution import convolve
+from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
 from finetune_jax.models.stages import layer_norm, run_stages
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 # Of dense layers and of what is learned beside them; Touvron et al. 2021 and timm.
-_INIT = nn.initializers.truncated_normal(0.02)
+_INIT = drawn(nn.initializers.truncated_normal(0.02))
 
 
 class Shape(NamedTuple):

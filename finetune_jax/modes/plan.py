@@ -28,7 +28,7 @@ from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
 from finetune_jax.population import member_configs
 from finetune_jax.pretrained.preprocessing import filled
-from finetune_jax.random_states import random_state
+from finetune_jax.random_states import shapes_of
 from finetune_jax.setup import (
     PhaseSetup,
     check_groups_of,
@@ -62,7 +62,7 @@ def main(config: Config, options: Options) -> int:
     task = make_task(config, spec)
     if problems := task.check_fixed():
         raise problems_error("What is to be learned cannot be:", problems)
-    state = jax.eval_shape(lambda: random_state(task, 0))
+    state = shapes_of(task)
     if spec.train_examples:
         plan = durations(plan, spec.train_examples, config.data.batch_size)
     names = tuple(named(state.params))
