@@ -294,12 +294,10 @@ class FeatureStore:
         step = frozen.step(self.task, mode)
         seen = Views(dataset=dataset, views=views)
         example = next(evaluation_batches(seen, batch_size=batch_size))
-        placed = self.devices.place((*variables, rng))
-        batch = self.devices.place_batch(example, batch_axis=0)
-        lowered = self.devices.lower_eval(step, *placed, batch)
+        shapes = jax.eval_shape(step, *variables, rng, example)
         table = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((len(seen), *leaf.shape[1:]), leaf.dtype),
-            lowered.out_info,
+            shapes,
         )
         what = f"{len(seen):,} {frozen.what}"
         if nbytes(table) > self.tables.limit:
@@ -308,6 +306,9 @@ class FeatureStore:
                 "config.data.cache_gb; frozen stages run in every update"
             )
             return None
+        placed = self.devices.place((*variables, rng))
+        batch = self.devices.place_batch(example, batch_axis=0)
+        lowered = self.devices.lower_eval(step, *placed, batch)
         about = {
             "inputs_of": frozen.first,
             "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
