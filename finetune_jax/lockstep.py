@@ -46,8 +46,9 @@ class Lockstep:
     def run(self, works: Sequence[Callable[[], None]]) -> None:
         """Runs all to their ends.
 
-        When all that are not at their end wait for an answer, the most urgent get it; of
-        equally urgent groups that which has waited longest, so that none waits for ever.
+        When all that are not at their end wait for an answer, the most urgent get it: one
+        group after the other, that which has waited longest first, before any of them is
+        answered again. So those that differ in one request ask the next one at once.
 
         Raises:
             BaseException: What a piece of work or an answer has raised. All others end
@@ -58,13 +59,14 @@ class Lockstep:
             for thread in threads:
                 self._go_on(thread, None)
             while waiting := [t for t in threads if t.request is not None]:
-                asked = _next(waiting)
-                first = asked[0].request
-                assert first is not None
-                answers = first.answer([t.request.given for t in asked if t.request])
-                self.rounds += 1
-                for thread, answer in zip(asked, answers, strict=True):
-                    self._go_on(thread, answer)
+                for asked in _most_urgent(waiting):
+                    first = asked[0].request
+                    assert first is not None
+                    given = [t.request.given for t in asked if t.request]
+                    answers = first.answer(given)
+                    self.rounds += 1
+                    for thread, answer in zip(asked, answers, strict=True):
+                        self._go_on(thread, answer)
         finally:
             for thread in threads:
                 self._running = thread
@@ -78,18 +80,19 @@ class Lockstep:
             raise thread.error
 
 
-def _next(waiting: "list[_Thread]") -> "list[_Thread]":
-    """Returns those that are to be answered next."""
+def _most_urgent(waiting: "list[_Thread]") -> "list[list[_Thread]]":
+    """Returns the groups that are to be answered next, in order."""
     groups: dict[Hashable, list[_Thread]] = {}
     for thread in waiting:
         assert thread.request is not None
         groups.setdefault(thread.request.signature, []).append(thread)
 
-    def order(group: list[_Thread]) -> tuple[int, int]:
-        urgency = max(t.request.urgency for t in group if t.request is not None)
-        return urgency, -min(t.since for t in group)
+    def urgency(group: list[_Thread]) -> int:
+        return max(t.request.urgency for t in group if t.request is not None)
 
-    return max(groups.values(), key=order)
+    highest = max(map(urgency, groups.values()))
+    chosen = [group for group in groups.values() if urgency(group) == highest]
+    return sorted(chosen, key=lambda group: min(t.since for t in group))
 
 
 class _Left(BaseException):

@@ -35,7 +35,7 @@ def random_state(
 
 
 def shapes_of(task: Task) -> TrainState:
-    """Returns the shapes of a task's states; no numbers are drawn, or traced for that."""
+    """Returns the shapes of a task's states."""
     with only_shapes(), uncollected():
         return jax.eval_shape(lambda: random_state(task, 0))
 

@@ -10,6 +10,7 @@ reason, is waited for no more.
 
 import dataclasses
 import functools
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,8 +44,9 @@ def members_at_once(setups: Sequence[Setup]) -> int:
     On CPU and over several devices it is 1. Else it is the most for which
 
     - they are at most `MOST`, and their states at most `MOST_ARRAYS` arrays;
-    - `COPIES` of what learns and its optimizer's state take four fifths of the device's
-      free memory, where that is known;
+    - `COPIES` of what learns and its optimizer's state, and the model once more where no
+      weights make what is frozen the same for all, take four fifths of the device's free
+      memory, where that is known;
     - the states that are kept for checkpoints take a quarter of the host's memory.
 
     Activations are not in this: programs that turn out not to fit are run for half as many.
@@ -62,7 +64,10 @@ def members_at_once(setups: Sequence[Setup]) -> int:
             most.append(MOST_ARRAYS // len(jax.tree.leaves(own)))
             most.append(memory() // 4 // (kept * (whole + size)))
             if (free := devices.free_bytes()) is not None:
-                most.append(int(0.8 * free) // (COPIES * size))
+                frozen = (
+                    0 if setup.config.init.pretrained else nbytes(setup.shapes.params)
+                )
+                most.append(int(0.8 * free) // (COPIES * size + frozen))
     return max(min(most), 1)
 
 
@@ -78,11 +83,11 @@ def _own(setup: Setup, index: int) -> Any:
 
 
 class SharedPace:
-    """A pace that all members keep: one of them in each round says how long it took."""
+    """A pace that all members keep, of the seconds that their common call took."""
 
-    def __init__(self, pace: Pace, lockstep: Lockstep):
+    def __init__(self, pace: Pace, together: "Together"):
         """Takes a pace of one run."""
-        self._pace, self._lockstep, self._seen = pace, lockstep, 0
+        self._pace, self._together, self._seen = pace, together, 0
 
     @property
     def updates(self) -> int:
@@ -90,10 +95,11 @@ class SharedPace:
         return self._pace.updates
 
     def took(self, seconds: float) -> None:
-        """Notes how long a call took, the first time in a round."""
-        if self._lockstep.rounds > self._seen:
-            self._seen = self._lockstep.rounds
-            self._pace.took(seconds)
+        """Notes, once a call, how long it took: a member waits for the others too."""
+        del seconds
+        if self._together.calls > self._seen:
+            self._seen = self._together.calls
+            self._pace.took(self._together.call_s)
 
 
 class Together:
@@ -104,6 +110,8 @@ class Together:
         devices: Of all of them; arrays placed with it are placed once.
         programs: Compiled so far, by what they depend on; None of those that do not fit.
         paces: Of phases, by their programs.
+        calls: Of updates so far.
+        call_s: Seconds that the last of them took.
     """
 
     def __init__(self, size: int, devices: Devices):
@@ -114,6 +122,7 @@ class Together:
         )
         self.programs: dict[Any, Compiled | None] = {}
         self.paces: dict[Any, SharedPace] = {}
+        self.calls, self.call_s = 0, 0.0
         self._lockstep = Lockstep()
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
@@ -132,7 +141,7 @@ class Together:
             chosen: Updates a call; None chooses by time.
         """
         if key not in self.paces:
-            self.paces[key] = SharedPace(OwnPace(chosen), self._lockstep)
+            self.paces[key] = SharedPace(OwnPace(chosen), self)
         return self.paces[key]
 
     def train_program(
@@ -186,8 +195,10 @@ class Together:
         program = self._program((step, size, *stacks.key), many, stacks.shared, own)
         if program is None:
             return self._halves(functools.partial(self._update, step, kept), given)
-        results = []
-        for arguments, (moved, metrics) in zip(given, program.call(stacks.shared, own)):
+        begin, results = time.perf_counter(), []
+        made = jax.block_until_ready(program.call(stacks.shared, own))
+        self.calls, self.call_s = self.calls + 1, time.perf_counter() - begin
+        for arguments, (moved, metrics) in zip(given, made):
             leaves, structure = jax.tree.flatten(arguments[0])
             new = iter(moved)
             leaves = [x if keep else next(new) for x, keep in zip(leaves, is_kept)]

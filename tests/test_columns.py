@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import threading
+import time
 
 import clicks
 import numpy as np
@@ -239,11 +240,11 @@ def test_a_file_is_converted_before_its_digest_is_known_only_if_it_is_new(
     order, digest = [], columns_module._digest
     known = threading.Event()
 
-    def late(path):
+    def late(*given):
         # What waits for it now would wait for as long as it takes.
         known.wait(5)
         order.append("digest")
-        return digest(path)
+        return digest(*given)
 
     def noted(*arguments):
         order.append("rows")
@@ -267,3 +268,57 @@ def test_a_file_is_converted_before_its_digest_is_known_only_if_it_is_new(
             about = json.loads(file.read_text())
             about.pop("bytes", None)
             file.write_text(json.dumps(about))
+
+
+def test_what_ends_a_conversion_ends_the_digest_too(tmp_path, monkeypatch):
+    path = clicks.write(tmp_path / "t.txt", clicks.rows(20))
+    read, digest = [], columns_module._digest
+
+    class Endless:
+        """A file that never ends."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def read(self, size):
+            read.append(size)
+            return b"x"
+
+    class Path:
+        def open(self, mode):
+            return Endless()
+
+    def interrupted(*arguments):
+        while not read:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        columns_module, "_digest", lambda path, stopped: digest(Path(), stopped)
+    )
+    monkeypatch.setattr(columns_module, "batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path, tmp_path / "cache")
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_a_cache(tmp_path, monkeypatch):
+    path = clicks.write(tmp_path / "t.txt", clicks.rows(20))
+    digest = columns_module._digest
+    monkeypatch.setattr(
+        columns_module, "_digest", lambda path, stopped: digest(tmp_path, stopped)
+    )
+    with pytest.raises(UserError, match="cannot be read") as error:
+        opened(path, tmp_path / "cache")
+    assert "cache_dir" not in str(error.value)
+
+
+def test_no_row_of_a_block_is_told_as_one_of_the_file(tmp_path):
+    path = tmp_path / "t.tsv"
+    # What Python takes for a number, and the reader of tables does not.
+    path.write_text("a\t1\n" * 9 + "b\t1_000\n")
+    with pytest.raises(UserError, match="1_000") as error:
+        list(batches(path, TSV, PAIRS, block=16))
+    assert "Row #" not in str(error.value)

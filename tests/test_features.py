@@ -323,15 +323,20 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_tables(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
-def test_features_are_kept_over_devices(tmp_path, mode):
+def test_features_are_kept_over_devices(tmp_path, capfd, mode):
     overrides = {
         "parallel.devices": 2,
         "parallel.mode": mode,
         "data.batch_size": 8,
         "evaluate.batch_size": 7,
     }
-    kept, again, tables = both(plan("stage3", "head"), tmp_path, **overrides)
+    phases = plan("stage3", "head")
+    kept, again, tables = both(phases, tmp_path, **overrides)
     assert kept == again and len(tables) == 3
+    capfd.readouterr()
+    outcome(config(phases, tmp_path / "tables", **overrides), tmp_path / "more")
+    told = capfd.readouterr().out
+    assert told.count("found in") == 3 and "anew" not in told
 
 
 @pytest.mark.slow

@@ -64,6 +64,21 @@ def test_the_most_urgent_come_first_and_of_these_who_has_waited_longest():
     assert case.groups == [(1, 2), (3,), (3,), (1, 2, 3)]
 
 
+def test_those_that_differ_in_a_request_are_together_in_the_next():
+    case = Case()
+
+    def work(number):
+        def work():
+            for _ in range(2):
+                case.ask(number, f"rows of {number}", urgency=0)
+                case.ask(number, "update", urgency=1)
+
+        return work
+
+    case.lockstep.run([work(1), work(2), work(3)])
+    assert case.groups == 2 * [(1,), (2,), (3,), (1, 2, 3)]
+
+
 @pytest.mark.parametrize("where", ["work", "before", "answer"])
 def test_an_error_is_raised_and_ends_all_others(where):
     case, before = Case(), threading.active_count()

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,8 +74,10 @@ def open_columns(
     """
     folder = (pathlib.Path(cache_dir) if cache_dir else cache_folder()) / "columns"
     before = _state(path)
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_digest, path)
+    stopped, beside = threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
+    with beside, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(stopped.set)
+        digest = beside.submit(_digest, path, stopped)
 
         def named() -> tuple[pathlib.Path, dict[str, Any]]:
             about = {
@@ -119,9 +122,20 @@ def _state(path: pathlib.Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: pathlib.Path, stopped: threading.Event) -> str:
+    """Returns a file's sha256; nobody waits for it once it shall stop.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while not stopped.is_set() and (part := file.read(2**20)):
+                digest.update(part)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def _may_be_there(folder: pathlib.Path, size: int) -> bool:

@@ -181,7 +181,9 @@ def batches(
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise problems_error(
             f"{path} cannot be read:",
-            _found_faults(path, kind, schema) or [str(error)],
+            _found_faults(path, kind, schema)
+            # The rows that it counts are those of a block.
+            or [re.sub(r"Row #\d+: ", "", str(error))],
             "Mend these lines; a column of names is one by config.data.columns="
             "(('NAME', 'category'),), and config.data.header names the columns of files "
             "that do not begin with them.",
@@ -222,7 +224,7 @@ def _separated_batches(
         column_names=list(names),
         skip_rows=0 if schema.names else 1,
         block_size=block,
-        use_threads=kind.quotes,
+        use_threads=kind.quotes,  # Else the blocks are parsed at the same time.
     )
     if kind.quotes:  # Where a line ends is known from all that is before it.
         with arrow_csv.open_csv(path, first, parse, convert) as reader:

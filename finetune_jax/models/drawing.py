@@ -16,7 +16,7 @@ _ONLY_SHAPES = contextvars.ContextVar("only_shapes", default=False)
 
 @contextlib.contextmanager
 def only_shapes() -> Iterator[None]:
-    """Has initialisers give zeros; what is traced within must not be used again."""
+    """Has initialisers that are `drawn` give zeros; nothing traced within is to be used."""
     before = _ONLY_SHAPES.set(True)
     try:
         yield

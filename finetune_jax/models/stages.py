@@ -115,7 +115,7 @@ def batch_norm(
     *,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
-) -> "BatchNorm":
+) -> BatchNorm:
     """Returns a BatchNorm whose mode is given at the call, as the policy of a phase needs.
 
     Momentum and epsilon are torch's (0.1 there is 0.9 here). The running variance is that
