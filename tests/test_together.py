@@ -238,22 +238,24 @@ def test_what_is_the_same_for_all_is_not_stacked(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_members_of_phases_and_learning_convolutions_have_their_numbers(tmp_path):
     plan = (
-        Phase(name="head", steps=6, rules=small.HEAD, batch_stats="hold"),
+        Phase(name="head", steps=2, rules=small.HEAD, batch_stats="hold"),
         # Adam would make whole steps of the rounding errors of gradients near zero.
         Phase(
-            name="all", steps=4, optimizer="sgd", accumulate_steps=2, clip_norm=1.0,
+            name="all", steps=2, optimizer="sgd", accumulate_steps=2, clip_norm=1.0,
             peak_lr=1e-2,
         ),
     )  # fmt: skip
     given = config(
         (
-            (),
             (("plan[0].peak_lr", 0.1), ("seed.order", 1)),
             (("plan[1].peak_lr", 1e-4), ("seed.dropout", 1)),
         ),
         plan,
-        {"model.head.dropout": 0.2, "nonfinite.policy": "skip"},
-        model="resnet8",
+        {
+            "model.head.dropout": 0.2, "nonfinite.policy": "skip",
+            "evaluate.every_steps": 100,
+        },
+        model="cnn", convolutions=(4, 8), dense=(8,),
     )  # fmt: skip
     side_by_side(given, tmp_path / "run")
     with traced_for("gpu"), pytest.MonkeyPatch.context() as patch:
