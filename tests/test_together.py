@@ -149,6 +149,7 @@ def test_members_have_the_numbers_of_single_runs_in_fewer_calls(
     assert kept == [f"{result['member']:03d}"]
 
 
+@pytest.mark.slow
 def test_chunks_and_programs_that_do_not_fit_change_no_number(
     in_turn, tmp_path, monkeypatch
 ):
@@ -165,6 +166,7 @@ def test_chunks_and_programs_that_do_not_fit_change_no_number(
     assert len(sizes) > 2
 
 
+@pytest.mark.slow
 def test_a_killed_population_goes_on_with_what_was_not_finished(
     in_turn, tmp_path, monkeypatch, capsys
 ):
@@ -182,6 +184,7 @@ def test_a_killed_population_goes_on_with_what_was_not_finished(
     assert_same(tmp_path / "run", in_turn)
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_to_stop_ends_all_and_they_go_on(
     in_turn, tmp_path, monkeypatch
 ):
@@ -209,6 +212,7 @@ def test_an_update_that_fails_ends_the_population(tmp_path, monkeypatch):
         side_by_side(config(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_is_the_same_for_all_is_not_stacked(tmp_path, monkeypatch):
     kernels, compile_members = [], Devices.compile_members
 
