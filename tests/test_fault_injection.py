@@ -1,4 +1,4 @@
-"""The harness that kills runs at random, with a kill."""
+"""The harness that kills runs at random, with a few kills."""
 
 import pathlib
 import subprocess
@@ -11,7 +11,7 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "fault_injection.py"
 
 @pytest.mark.slow
 def test_runs_that_are_killed_end_in_the_same_bits(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--kills=1", f"--workdir={tmp_path}"]
+    command = [sys.executable, str(SCRIPT), "--kills=2", f"--workdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DIFFERENT" not in done.stdout and "killed after steps" in done.stdout

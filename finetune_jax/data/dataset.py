@@ -305,11 +305,6 @@ def make_data(
     if table is not None:
         source, fitted = table.fitted(chosen["train"], fitted, warnings)
     shape = _shape(source, config)
-    label_counts = [len(chosen["train"])]
-    if source.class_names and everything.ndim == 1 and labelled:
-        label_counts = np.bincount(
-            everything[chosen["train"]], minlength=len(source.class_names)
-        )
     spec = DataSpec(
         shape=shape,
         train_shape=train_shape(shape, config["train_size"]),
@@ -317,7 +312,7 @@ def make_data(
         class_names=source.class_names,
         targets=source.targets,
         pixel_classes=source.pixel_classes,
-        train_counts=tuple(map(int, label_counts)),
+        train_counts=_counts(source, everything[chosen["train"]], labelled=labelled),
         text=text,
         labelled=labelled,
         table=fitted and fitted.spec,
@@ -341,6 +336,13 @@ def make_data(
         tokenizer=tokenizer if text else None,
         fitted=fitted,
     )
+
+
+def _counts(source: Source, label: np.ndarray, *, labelled: bool) -> tuple[int, ...]:
+    """Returns the training examples of each class, or, without classes, of all."""
+    if not (source.class_names and label.ndim == 1 and labelled):
+        return (len(label),)
+    return tuple(map(int, np.bincount(label, minlength=len(source.class_names))))
 
 
 def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
