@@ -20,7 +20,7 @@ from finetune_jax.errors import AFTER_DISK_FULL, TrainingError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.machine import give_back_memory
 from finetune_jax.state import Progress, TrainState
-from finetune_jax.trees import leaf_digest, named
+from finetune_jax.trees import leaf_digests, named
 
 
 class DamagedCheckpoint(TrainingError):
@@ -67,7 +67,7 @@ class Checkpoints:
         tree = _as_dict(state)
         meta = {
             "progress": dataclasses.asdict(progress),
-            "leaves": {name: leaf_digest(leaf) for name, leaf in named(tree).items()},
+            "leaves": leaf_digests(tree),
         }
         meta["sha256"] = _digest(meta)
         args = ocp.args.Composite(
@@ -138,7 +138,8 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 f"checkpoint {step}: its state cannot be read: {error}"
             ) from error
-        changed = [n for n in leaves if leaf_digest(leaves[n]) != meta["leaves"].get(n)]
+        found = leaf_digests(state)
+        changed = [n for n in leaves if found[n] != meta["leaves"].get(n)]
         if changed or set(leaves) != names:
             raise DamagedCheckpoint(
                 f"checkpoint {step}: changed since it was written: {changed[:5]}"

@@ -34,8 +34,8 @@ class Evaluator:
         fixed: What updates read and nobody updates, placed; 'task' is the task's part.
         ema: Whether averaged weights are measured too.
         chosen_ema: Whether they are what predictions are made with.
-        batch_size: Rounded up to a multiple of the number of devices; no result depends
-            on it, since padding is cut off.
+        batch_size: Examples that are in work at a time, in parts that devices divide; no
+            result depends on it, since padding is cut off.
         extras: What is measured besides the splits.
         compile_s: Seconds that compiling has taken.
         store: Keeps what frozen stages make of the splits; None computes it again.
@@ -150,20 +150,22 @@ class Evaluator:
             arguments: Placed.
             dataset: The examples.
         """
-        size = self.devices.rounded_up(self.batch_size)
+        size = self.devices.part_of(self.batch_size)
         if self.all_rows is not None:
             return self.all_rows(name, step, arguments, dataset, batch_size=size)
 
-        def call(batch):
+        def ready(batch):
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if (name, shapes) not in self.programs:
                 program = self.devices.compile_eval(step, *arguments, batch)
                 self.programs[name, shapes] = program
                 self.compile_s += program.compile_s
-            return self.programs[name, shapes].call(*arguments, batch)
+            program = self.programs[name, shapes]
+            return functools.partial(program.call, *arguments, batch)
 
         batches = evaluation_batches(dataset, batch_size=size)
-        parts = list(self.devices.outputs(call, batches))
+        at_once = self.devices.at_once
+        parts = list(self.devices.outputs(ready, batches, at_once=at_once))
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: len(dataset)], *parts
         )

@@ -181,9 +181,10 @@ class FeatureStore:
         task: Has the model.
         devices: Where they are computed.
         tables: Where they are kept.
-        batch_size: Of the computation of held-out splits.
+        batch_size: Examples of a held-out split that are in work at a time.
         compile_s: Seconds that compiling has taken.
         held: Tables of the stages that were asked for last, with their splits.
+        programs: The last one that was compiled, by a digest of its text.
     """
 
     task: Task
@@ -192,11 +193,12 @@ class FeatureStore:
     batch_size: int
     compile_s: float = 0.0
     held: dict[Any, tuple[Dataset, Features]] = dataclasses.field(default_factory=dict)
+    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     def held_out(self, dataset: Dataset, frozen: Frozen) -> Examples:
         """Returns what a stage gets of a split; the split where that cannot be kept."""
         if id(dataset) not in frozen.tables:
-            size = self.devices.rounded_up(self.batch_size)
+            size = self.devices.part_of(self.batch_size)
             found = self.table(dataset, frozen, batch_size=size)
             frozen.tables[id(dataset)] = dataset, found
         return frozen.tables[id(dataset)][1] or dataset
@@ -294,10 +296,12 @@ class FeatureStore:
         step = frozen.step(self.task, mode)
         seen = Views(dataset=dataset, views=views)
         example = next(evaluation_batches(seen, batch_size=batch_size))
-        shapes = jax.eval_shape(step, *variables, rng, example)
+        placed = self.devices.place((*variables, rng))
+        batch = self.devices.place_batch(example, batch_axis=0)
+        lowered = self.devices.lower_eval(step, *placed, batch)
         table = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((len(seen), *leaf.shape[1:]), leaf.dtype),
-            shapes,
+            lambda row: jax.ShapeDtypeStruct((len(seen), *row.shape), row.dtype),
+            self.devices.rows_of(lowered),
         )
         what = f"{len(seen):,} {frozen.what}"
         if nbytes(table) > self.tables.limit:
@@ -306,9 +310,6 @@ class FeatureStore:
                 "config.data.cache_gb; frozen stages run in every update"
             )
             return None
-        placed = self.devices.place((*variables, rng))
-        batch = self.devices.place_batch(example, batch_axis=0)
-        lowered = self.devices.lower_eval(step, *placed, batch)
         about = {
             "inputs_of": frozen.first,
             "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
@@ -327,30 +328,36 @@ class FeatureStore:
                 f"{what} are not kept: the phase takes {examples:,} of them"
             )
         else:
-            begin = time.perf_counter()
-            program = lowered.compile()
-            self.compile_s += time.perf_counter() - begin
-            batches = evaluation_batches(seen, batch_size=batch_size)
-            rows = _rows(self.devices, program, placed, batches, len(seen))
+            call = functools.partial(self._compiled(about["program"], lowered), *placed)
+            rows = self._rows(call, seen, batch_size)
             leaves = self.tables.make(key, about, table, rows, what)
         if leaves is None:
             return None
         kept = jax.tree.unflatten(jax.tree.structure(table), leaves)
         return Features(table=kept, label=dataset.label, views=views)
 
+    def _compiled(self, program: str, lowered: Any) -> Callable:
+        """Returns a compiled program, given a digest of its text."""
+        if program not in self.programs:
+            begin = time.perf_counter()
+            self.programs = {program: lowered.compile()}
+            self.compile_s += time.perf_counter() - begin
+        return self.programs[program]
 
-def _rows(
-    devices: Devices,
-    call: Callable,
-    placed: Any,
-    batches: Iterator[dict],
-    count: int,
-) -> Iterator[list[np.ndarray]]:
-    """Yields the arrays that a step gives for each batch, `count` rows in all."""
-    for rows in devices.outputs(functools.partial(call, *placed), batches):
-        parts = jax.tree.leaves(rows)
-        yield [part[:count] for part in parts]
-        count -= len(parts[0])
+    def _rows(
+        self, call: Callable, seen: Examples, batch_size: int
+    ) -> Iterator[list[np.ndarray]]:
+        """Yields the arrays that a program gives for each batch, a row an example."""
+        # No more examples at a time than evaluation has in memory.
+        fits = batch_size <= self.devices.part_of(self.batch_size)
+        outputs = self.devices.outputs(
+            lambda batch: functools.partial(call, batch),
+            evaluation_batches(seen, batch_size=batch_size),
+            at_once=self.devices.at_once if fits else 1,
+        )
+        for index, rows in enumerate(outputs):
+            left = len(seen) - index * batch_size
+            yield [leaf[:left] for leaf in jax.tree.leaves(rows)]
 
 
 def _identity(dataset: Dataset) -> dict[str, Any]:
@@ -378,6 +385,6 @@ def _machine() -> dict[str, Any]:
         "device": f"{device.platform} {device.device_kind}",
         "platform": device.client.platform_version,
         "cpu": machine.cpu(),
-        "nproc": os.environ.get("NPROC") or len(os.sched_getaffinity(0)),
+        "nproc": machine.threads(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
     }

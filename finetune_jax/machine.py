@@ -48,6 +48,11 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def threads() -> int:
+    """Returns how many threads XLA has on this machine: NPROC, or the cores."""
+    return int(os.environ.get("NPROC") or len(os.sched_getaffinity(0)))
+
+
 def free_at_once() -> None:
     """Has glibc return large arrays to the system when they are freed.
 

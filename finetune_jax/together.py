@@ -254,16 +254,16 @@ class Together:
 
             return jax.vmap(one, axis_size=len(own))(_stacked(own))
 
-        def call(batch: Any) -> Any:
+        def ready(batch: Any) -> Any:
             key = name, size, *stacks.key, _look(batch)
             program = self._program(key, many, stacks.shared, own, batch)
             if program is None:
                 raise _DoesNotFit
-            return program.call(stacks.shared, own, batch)
+            return functools.partial(program.call, stacks.shared, own, batch)
 
         batches = evaluation_batches(dataset, batch_size=batch_size)
         try:
-            parts = list(self.devices.outputs(call, batches))
+            parts = list(self.devices.outputs(ready, batches, at_once=1))
         except _DoesNotFit:
             half = functools.partial(self._rows, name, step, dataset, batch_size)
             return self._halves(half, given)

@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+
+from finetune_jax.machine import threads
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -68,14 +71,23 @@ def nbytes(tree: Any) -> int:
 def digest(tree: Any) -> str:
     """Returns the sha256 over sorted names, dtypes, shapes and bytes of the leaves."""
     digester = hashlib.sha256()
-    for name, leaf in sorted(named(tree).items()):
-        digester.update(f"{name}:{leaf_digest(leaf)}\n".encode())
+    for name, sha256 in sorted(leaf_digests(tree).items()):
+        digester.update(f"{name}:{sha256}\n".encode())
     return digester.hexdigest()
+
+
+def leaf_digests(tree: Any) -> dict[str, str]:
+    """Returns `leaf_digest` of every leaf by its name."""
+    leaves = named(tree)
+    if sum(np.size(leaf) for leaf in leaves.values()) < 2**18:
+        return {name: leaf_digest(leaf) for name, leaf in leaves.items()}
+    with ThreadPoolExecutor(threads()) as pool:
+        return dict(zip(leaves, pool.map(leaf_digest, leaves.values())))
 
 
 def leaf_digest(leaf: Any) -> str:
     """Returns the sha256 over dtype, shape and bytes of one array."""
     array = np.ascontiguousarray(leaf)
     digester = hashlib.sha256(f"{array.dtype.str}{np.shape(leaf)}".encode())
-    digester.update(array.tobytes())
+    digester.update(array.reshape(-1).view(np.uint8).data)
     return digester.hexdigest()

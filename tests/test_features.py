@@ -129,7 +129,7 @@ def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features, "_rows", refuse)
+    monkeypatch.setattr(features.FeatureStore, "_rows", refuse)
     again = outcome(config(plan("head"), tmp_path), tmp_path / "two")
     assert first == again
     assert "found in" in capsys.readouterr().out
@@ -229,8 +229,8 @@ def test_examples_that_cannot_be_read_are_not_taken_for_a_full_disk(
         yield next(found(*arguments))
         raise OSError(errno.EIO, "the examples are gone")
 
-    found = features._rows
-    monkeypatch.setattr(features, "_rows", rows)
+    found = features.FeatureStore._rows
+    monkeypatch.setattr(features.FeatureStore, "_rows", rows)
     with pytest.raises(OSError, match="the examples are gone"):
         run(config(plan("head"), tmp_path / "tables"), tmp_path / "run")
 

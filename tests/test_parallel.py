@@ -1,6 +1,8 @@
 """One device, eight under jit, eight under pmap: the same training."""
 
 import functools
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 import small
 
 from finetune_jax.errors import UserError
+from finetune_jax.models.backend import traced_for
 from finetune_jax.parallel import check_batch, make_devices, run_once
 from finetune_jax.plan import Phase
 from finetune_jax.random_states import random_state
@@ -139,6 +142,63 @@ def test_a_program_writes_its_result_where_a_state_of_its_own_lies():
     result, _ = step.call(placed, np.float32(1))
     assert result["kernel"].unsafe_buffer_pointer() == place
     np.testing.assert_array_equal(host["kernel"], np.arange(2**16))
+
+
+class Calls:
+    """Computes batches, and counts how many are in work at a time."""
+
+    def __init__(self, fails_at=None):
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+        self.fails_at, self.threads = fails_at, set()
+
+    def ready(self, batch):
+        return functools.partial(self.call, batch)
+
+    def call(self, batch):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.threads.add(threading.current_thread())
+        time.sleep(0.05 if int(batch[0]) % 2 else 0.01)
+        if int(batch[0]) == self.fails_at:
+            raise ValueError("no such row")
+        with self.lock:
+            self.now -= 1
+        return batch + 1
+
+
+def at_a_time(calls, at_once):
+    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    batches = (np.full(3, number) for number in range(9))
+    return devices.outputs(calls.ready, batches, at_once=at_once)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_outputs_come_in_order_however_many_are_computed_at_a_time(at_once):
+    calls = Calls()
+    found = np.stack(list(at_a_time(calls, at_once)))
+    np.testing.assert_array_equal(found[:, 0], 1 + np.arange(9))
+    assert calls.most == at_once
+
+
+def test_a_batch_that_fails_ends_what_computes_the_others():
+    calls = Calls(fails_at=4)
+    found = at_a_time(calls, 2)
+    with pytest.raises(ValueError, match="no such row"):
+        list(found)
+    assert not any(thread.is_alive() for thread in calls.threads)
+
+
+def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
+    one = make_devices(SimpleNamespace(**KINDS["one"]))
+    eight = make_devices(SimpleNamespace(**KINDS["jit"]))
+    monkeypatch.setenv("NPROC", "2")
+    assert [one.part_of(count) for count in (1, 7, 64)] == [1, 4, 32]
+    assert [eight.part_of(count) for count in (1, 8, 20)] == [8, 8, 24]
+    monkeypatch.setenv("NPROC", "1")
+    assert one.part_of(64) == 64
+    with traced_for("gpu"):
+        assert one.part_of(64) == 64
 
 
 def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
