@@ -8,10 +8,7 @@ stages, the data, the examples chosen, the machine. Nothing else is ever used in
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,23 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
-import finetune_jax
-from finetune_jax import machine
+from finetune_jax import identity
 from finetune_jax.data.batches import Examples, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.frozen import features_step, taught_step
+from finetune_jax.frozen import features_step, is_large, taught_step
 from finetune_jax.parallel import Devices
 from finetune_jax.state import TrainState
 from finetune_jax.tables import Tables
 from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
 from finetune_jax.trees import digest, nbytes, stage_of
-
-# What has a part in how examples are read and programs compiled.
-PACKAGES = (
-    "finetune_jax", "jax", "jaxlib", "numpy", "pillow", "tensorflow-datasets",
-    "array-record", "tokenizers",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,11 +87,18 @@ class Frozen:
         """What is made of the examples, for a person."""
         return "answers of teachers" if self.teaches else f"inputs of {self.first!r}"
 
-    def step(self, task: Task, mode: Mode) -> Callable:
-        """Returns what makes it of a batch, of the variables and the rng."""
+    def step(self, task: Task, mode: Mode, rows: int | None = None) -> Callable:
+        """Returns what makes it of a batch, of the variables and the rng.
+
+        Args:
+            task: Has the models.
+            mode: As `table` takes it.
+            rows: Examples that are in work at a time; None: all.
+        """
+        given = {"task": task, "mode": mode, "rows": rows}
         if self.teaches:
-            return functools.partial(taught_step, task=task, mode=mode)
-        return functools.partial(features_step, task=task, first=self.first, mode=mode)
+            return functools.partial(taught_step, **given)
+        return functools.partial(features_step, first=self.first, **given)
 
     def is_like(self, other: "Frozen | None") -> bool:
         """Returns whether the same variables of the same stages are meant."""
@@ -228,12 +225,14 @@ class FeatureStore:
         if (reason := spec.why_always_others(views)) is not None:
             self.tables.say(f"{frozen.what} are not kept: {reason}")
             return None
+        rows = self.devices.whole_rows
         return self.table(
             dataset,
             frozen,
             mode=mode if spec.augment else EVALUATION,
             views=views or 1,
-            batch_size=batch_size + -batch_size % self.devices.whole_rows,
+            batch_size=batch_size + -batch_size % rows,
+            rows=rows if rows > 1 and is_large(self.task) else None,
             examples=examples,
         )
 
@@ -245,6 +244,7 @@ class FeatureStore:
         mode: Mode = EVALUATION,
         views: int = 1,
         batch_size: int,
+        rows: int | None = None,
         examples: int | None = None,
     ) -> Features | None:
         """Returns what a stage gets of a split; None where it cannot be kept.
@@ -259,11 +259,12 @@ class FeatureStore:
             mode: EVALUATION, or one in which images are augmented.
             views: Augmented versions of each example.
             batch_size: Of the computation.
+            rows: Examples of a batch that are in work at a time; None: all.
             examples: How many will be taken; a table of more is not made. None: all.
         """
         rng = "" if mode == EVALUATION else digest({"rng": frozen.rng})
         stages = frozen.first, frozen.sha256
-        key = *stages, id(dataset), mode, views, batch_size, rng
+        key = *stages, id(dataset), mode, views, batch_size, rows, rng
         if key in self.held:
             return self.held[key][1]
         found = self._found_or_made(
@@ -272,6 +273,7 @@ class FeatureStore:
             mode=mode,
             views=views,
             batch_size=batch_size,
+            rows=rows,
             examples=examples,
             drawn=rng,
         )
@@ -288,12 +290,13 @@ class FeatureStore:
         mode: Mode,
         views: int,
         batch_size: int,
+        rows: int | None,
         examples: int | None,
         drawn: str,
     ) -> Features | None:
         """Returns what `table` does, from the disk or computed; `drawn` is of the rng."""
         variables, rng = frozen.variables, frozen.rng
-        step = frozen.step(self.task, mode)
+        step = frozen.step(self.task, mode, rows)
         seen = Views(dataset=dataset, views=views)
         example = next(evaluation_batches(seen, batch_size=batch_size))
         placed = self.devices.place((*variables, rng))
@@ -316,8 +319,8 @@ class FeatureStore:
             "variables": frozen.sha256,
             "rng": drawn,
             "views": views,
-            **_identity(dataset),
-            "machine": _machine(),
+            **identity.of_examples(dataset),
+            "machine": identity.of_machine(),
         }
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         leaves = self.tables.find(key, table)
@@ -329,8 +332,8 @@ class FeatureStore:
             )
         else:
             call = functools.partial(self._compiled(about["program"], lowered), *placed)
-            rows = self._rows(call, seen, batch_size)
-            leaves = self.tables.make(key, about, table, rows, what)
+            made = self._leaves(call, seen, batch_size, rows)
+            leaves = self.tables.make(key, about, table, made, what)
         if leaves is None:
             return None
         kept = jax.tree.unflatten(jax.tree.structure(table), leaves)
@@ -344,47 +347,17 @@ class FeatureStore:
             self.compile_s += time.perf_counter() - begin
         return self.programs[program]
 
-    def _rows(
-        self, call: Callable, seen: Examples, batch_size: int
+    def _leaves(
+        self, call: Callable, seen: Examples, batch_size: int, rows: int | None
     ) -> Iterator[list[np.ndarray]]:
         """Yields the arrays that a program gives for each batch, a row an example."""
         # No more examples at a time than evaluation has in memory.
-        fits = batch_size <= self.devices.part_of(self.batch_size)
+        fits = (rows or batch_size) <= self.devices.part_of(self.batch_size)
         outputs = self.devices.outputs(
             lambda batch: functools.partial(call, batch),
             evaluation_batches(seen, batch_size=batch_size),
             at_once=self.devices.at_once if fits else 1,
         )
-        for index, rows in enumerate(outputs):
+        for index, batch in enumerate(outputs):
             left = len(seen) - index * batch_size
-            yield [leaf[:left] for leaf in jax.tree.leaves(rows)]
-
-
-def _identity(dataset: Dataset) -> dict[str, Any]:
-    """Returns what decides which examples a split has, and what is made of them."""
-    source = dataset.source
-    return {
-        "data": source.fingerprint(),
-        "splits": [[name, len(part)] for name, part in source.splits.items()],
-        "examples": digest({"indices": dataset.indices}),
-        "geometry": repr((dataset.geometry, dataset.shape)),
-    }
-
-
-@functools.cache
-def _machine() -> dict[str, Any]:
-    """Returns what decides how inputs are made and how a program is computed."""
-    device = jax.devices()[0]
-    code = hashlib.sha256()
-    folder = pathlib.Path(finetune_jax.__file__).parent / "data"
-    for path in sorted(folder.rglob("*.py")):
-        code.update(path.read_bytes())
-    return {
-        "data": code.hexdigest(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": f"{device.platform} {device.device_kind}",
-        "platform": device.client.platform_version,
-        "cpu": machine.cpu(),
-        "nproc": machine.threads(),
-        "xla_flags": os.environ.get("XLA_FLAGS"),
-    }
+            yield [leaf[:left] for leaf in jax.tree.leaves(batch)]

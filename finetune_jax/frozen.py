@@ -1,5 +1,6 @@
 """What frozen stages and teachers make of a batch, in an update or to be kept."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,10 @@ import jax.numpy as jnp
 
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import TAUGHT, Mode, Task, with_taught
+from finetune_jax.trees import nbytes
+
+# Bytes of a large example; photos of 224 pixels have 150,000. Chosen by us.
+LARGE = 100_000
 
 
 def with_frozen(
@@ -28,8 +33,33 @@ def with_frozen(
     return task.with_features(state.params, state.batch_stats, batch, first=first)
 
 
+def is_large(task: Task) -> bool:
+    """Returns whether few examples at a time keep a processor busy."""
+    return nbytes(task.batch_spec) >= LARGE
+
+
+def part_by_part(make: Callable[[dict], Any], batch: dict, rows: int | None) -> Any:
+    """Returns what `make` does of a batch, in the memory that a part of it takes.
+
+    Args:
+        make: Makes a row of an example.
+        batch: Prepared.
+        rows: Examples in a part, by which a larger batch is divided; None: it is whole.
+    """
+    count = len(batch["label"])
+    if rows is None or count <= rows:
+        return make(batch)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+    made = jax.lax.map(make, parts)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), made)
+
+
 def as_kept(
-    make: Callable[[dict], dict], batch: dict, state: TrainState, rows: int
+    make: Callable[[dict], dict],
+    batch: dict,
+    state: TrainState,
+    rows: int,
+    in_parts: bool,
 ) -> dict:
     """Returns what `make` does of a batch, to the bits of what is kept.
 
@@ -38,7 +68,9 @@ def as_kept(
         batch: Prepared.
         state: Of the update.
         rows: It is made of a multiple of so many examples, with zeros after the batch.
+        in_parts: Whether it is made of so many at a time.
     """
+    make = functools.partial(part_by_part, make, rows=rows if in_parts else None)
     count = len(batch["label"])
     more = -count % rows
     filled = jax.tree.map(
@@ -67,7 +99,15 @@ def augmentation_key(rng: Any, number: Any) -> jax.Array:
     return jax.random.split(jax.random.fold_in(for_images, number))[0]
 
 
-def taught_step(fixed: Any, rng: Any, batch: dict, *, task: Task, mode: Mode) -> Any:
+def taught_step(
+    fixed: Any,
+    rng: Any,
+    batch: dict,
+    *,
+    task: Task,
+    mode: Mode,
+    rows: int | None = None,
+) -> Any:
     """Returns what `Task.taught` says of a batch, a row an example.
 
     Args:
@@ -76,9 +116,12 @@ def taught_step(fixed: Any, rng: Any, batch: dict, *, task: Task, mode: Mode) ->
         batch: Arrays [b, ...]; 'position' tells the views of an example apart.
         task: Has the teachers.
         mode: EVALUATION augments nothing.
+        rows: Examples that are in work at a time; None: all.
     """
     batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return with_taught(task, fixed, batch)[TAUGHT]
+    return part_by_part(
+        lambda part: with_taught(task, fixed, part)[TAUGHT], batch, rows
+    )
 
 
 def features_step(
@@ -90,6 +133,7 @@ def features_step(
     task: Task,
     first: str,
     mode: Mode,
+    rows: int | None = None,
 ) -> Any:
     """Returns what stage `first` gets of a batch, a row an example.
 
@@ -101,6 +145,11 @@ def features_step(
         task: Has the model.
         first: A stage.
         mode: EVALUATION augments nothing.
+        rows: Examples that are in work at a time; None: all.
     """
+
+    def made(part: dict) -> Any:
+        return task.with_features(params, batch_stats, part, first=first)["features"]
+
     batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return task.with_features(params, batch_stats, batch, first=first)["features"]
+    return part_by_part(made, batch, rows)

@@ -94,6 +94,7 @@ class PhaseSetup:
         guarded: bool = False,
         views: int | None = None,
         rows: int = 1,
+        in_parts: bool = False,
     ) -> Update:
         """Returns what is static about an update of the phase."""
         return Update(
@@ -108,6 +109,7 @@ class PhaseSetup:
             guarded=guarded,
             views=views,
             rows=rows,
+            in_parts=in_parts,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Update:
         views: How many ways there are to augment an example; None augments it anew in
             every update. The places in a batch then are those of the views.
         rows: Frozen stages and teachers get a multiple of so many examples.
+        in_parts: Whether they get so many at a time.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Update:
     guarded: bool = False
     views: int | None = None
     rows: int = 1
+    in_parts: bool = False
 
     @property
     def first(self) -> str | None:
@@ -237,7 +239,7 @@ class _Objective:
         return (
             make(batch)
             if static.rows == 1
-            else as_kept(make, batch, state, static.rows)
+            else as_kept(make, batch, state, static.rows, static.in_parts)
         )
 
     def total(

@@ -26,6 +26,7 @@ from finetune_jax.feeds import (
     stock_gradients,
     why_not_resident,
 )
+from finetune_jax.frozen import is_large
 from finetune_jax.parallel import Compiled
 from finetune_jax.setup import PhaseSetup, Setup
 from finetune_jax.state import TrainState
@@ -210,5 +211,6 @@ class Updates:
             guarded=config.nonfinite.policy != "stop",
             views=views,
             rows=self.setup.devices.whole_rows if kept else 1,
+            in_parts=is_large(self.setup.task),
         )
         return functools.partial(train_step, static=static)

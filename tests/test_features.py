@@ -1,6 +1,7 @@
 """What frozen stages make of the examples is kept, and no bit depends on that."""
 
 import errno
+import functools
 import json
 import os
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from finetune_jax import features
+from finetune_jax import features, frozen
 from finetune_jax.loop import Preempted
 from finetune_jax.parallel import make_devices
 from finetune_jax.plan import Phase
@@ -129,7 +130,7 @@ def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features.FeatureStore, "_rows", refuse)
+    monkeypatch.setattr(features.FeatureStore, "_leaves", refuse)
     again = outcome(config(plan("head"), tmp_path), tmp_path / "two")
     assert first == again
     assert "found in" in capsys.readouterr().out
@@ -229,8 +230,8 @@ def test_examples_that_cannot_be_read_are_not_taken_for_a_full_disk(
         yield next(found(*arguments))
         raise OSError(errno.EIO, "the examples are gone")
 
-    found = features.FeatureStore._rows
-    monkeypatch.setattr(features.FeatureStore, "_rows", rows)
+    found = features.FeatureStore._leaves
+    monkeypatch.setattr(features.FeatureStore, "_leaves", rows)
     with pytest.raises(OSError, match="the examples are gone"):
         run(config(plan("head"), tmp_path / "tables"), tmp_path / "run")
 
@@ -361,6 +362,39 @@ def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_s
         overrides["init.fresh"] = ("head/.*",)
     kept, again, tables = both(phases, tmp_path, **overrides)
     assert kept == again and len(tables) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["stage1", "head"])
+def test_what_is_kept_of_large_images_changes_no_bit(tmp_path, monkeypatch, first):
+    """Of which frozen stages get a few at a time: two parts of 24 here, one of them
+    filled with zeros; and another size of batch finds the same rows."""
+    monkeypatch.setattr(frozen, "LARGE", 100)
+    stages = ("stem", "stage1", "stage2", "stage3", "head")
+    phases = plan(*stages[stages.index(first) :], accumulate_steps=1)
+    overrides = {"model.name": "resnet8", "data.image_size": 16, "data.batch_size": 40}
+    kept, again, tables = both(phases, tmp_path, **overrides)
+    assert kept == again and len(tables) == 3
+
+
+def test_frozen_stages_take_the_memory_of_a_part(monkeypatch):
+    shape = (32, 32, 3)
+    task = small.task("resnet8", shape)
+    state = small.Trainer(task, plan("head")[0]).state
+    step = functools.partial(
+        features.features_step, task=task, first="head", mode=EVALUATION
+    )
+    batch = {name: array[0] for name, array in small.batch(96, shape).items()}
+    arguments = state.params, state.batch_stats, state.rng, batch
+    needs = {
+        rows: jax.jit(functools.partial(step, rows=rows))
+        .lower(*arguments)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for rows in (None, 24)
+    }
+    assert needs[24] < needs[None] / 3
 
 
 @pytest.mark.parametrize(

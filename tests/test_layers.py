@@ -34,6 +34,7 @@ LAYERS = (
     (
         "step",
         "frozen",
+        "identity",
         "checkpoint",
         "optimizer",
         "parallel",
