@@ -32,6 +32,7 @@ class Evaluator:
         task: Has outputs and metrics.
         devices: Where batches go.
         fixed: What updates read and nobody updates, placed; 'task' is the task's part.
+        at_once: Parts that are computed at a time, on CPU; no bit depends on it.
         ema: Whether averaged weights are measured too.
         chosen_ema: Whether they are what predictions are made with.
         batch_size: Examples that are in work at a time, in parts that devices divide; no
@@ -50,6 +51,7 @@ class Evaluator:
     devices: Devices
     fixed: Any
     batch_size: int
+    at_once: int = 1
     ema: bool = False
     chosen_ema: bool = False
     extras: tuple["Extra", ...] = ()
@@ -164,8 +166,7 @@ class Evaluator:
             return functools.partial(program.call, *arguments, batch)
 
         batches = evaluation_batches(dataset, batch_size=size)
-        at_once = self.devices.at_once
-        parts = list(self.devices.outputs(ready, batches, at_once=at_once))
+        parts = list(self.devices.outputs(ready, batches, at_once=self.at_once))
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: len(dataset)], *parts
         )

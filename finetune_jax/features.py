@@ -20,7 +20,7 @@ from finetune_jax import identity
 from finetune_jax.data.batches import Examples, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.frozen import features_step, is_large, taught_step
+from finetune_jax.frozen import at_a_time, features_step, taught_step
 from finetune_jax.parallel import Devices
 from finetune_jax.state import TrainState
 from finetune_jax.tables import Tables
@@ -226,13 +226,14 @@ class FeatureStore:
             self.tables.say(f"{frozen.what} are not kept: {reason}")
             return None
         rows = self.devices.whole_rows
+        batch_size += -batch_size % rows
         return self.table(
             dataset,
             frozen,
             mode=mode if spec.augment else EVALUATION,
             views=views or 1,
-            batch_size=batch_size + -batch_size % rows,
-            rows=rows if rows > 1 and is_large(self.task) else None,
+            batch_size=batch_size,
+            rows=at_a_time(self.task, batch_size, rows),
             examples=examples,
         )
 

@@ -1,6 +1,5 @@
 """What frozen stages and teachers make of a batch, in an update or to be kept."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +33,22 @@ def with_frozen(
 
 
 def is_large(task: Task) -> bool:
-    """Returns whether few examples at a time keep a processor busy."""
+    """Returns whether few examples take much memory, and keep a processor busy."""
     return nbytes(task.batch_spec) >= LARGE
+
+
+def at_a_time(task: Task, examples: int, rows: int) -> int | None:
+    """Returns how many examples of a batch frozen stages get at a time; None: all.
+
+    Args:
+        task: Says how large an example is.
+        examples: Of the batch.
+        rows: Of a part, if it divides them; else it is the largest that does.
+    """
+    if rows == 1 or not is_large(task):
+        return None
+    fitting = max(n for n in range(1, rows + 1) if examples % n == 0)
+    return fitting if fitting >= rows / 3 else None
 
 
 def part_by_part(make: Callable[[dict], Any], batch: dict, rows: int | None) -> Any:
@@ -59,18 +72,15 @@ def as_kept(
     batch: dict,
     state: TrainState,
     rows: int,
-    in_parts: bool,
 ) -> dict:
     """Returns what `make` does of a batch, to the bits of what is kept.
 
     Args:
-        make: From `with_frozen`.
+        make: From `with_frozen`, of all examples or part by part.
         batch: Prepared.
         state: Of the update.
         rows: It is made of a multiple of so many examples, with zeros after the batch.
-        in_parts: Whether it is made of so many at a time.
     """
-    make = functools.partial(part_by_part, make, rows=rows if in_parts else None)
     count = len(batch["label"])
     more = -count % rows
     filled = jax.tree.map(

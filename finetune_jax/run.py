@@ -21,6 +21,7 @@ from finetune_jax.forgetting import (
     make_extras,
     open_domains,
 )
+from finetune_jax.frozen import is_large
 from finetune_jax.loop import Loop
 from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
@@ -83,7 +84,7 @@ def run(
         del start
         try:
             loop.run()
-            loop.updates.programs.clear()
+            loop.updates.forget()
             result, best = make_result(loop, begin)
             write_report(setup, loop.evaluator, best, loop.progress, result, workdir)
         finally:
@@ -334,11 +335,14 @@ def make_evaluator(
         training: Whether there will be updates.
     """
     evaluate = setup.config.evaluate
+    # A run of small updates would need more memory for measuring than for them.
+    spares = training and is_large(setup.task)
     return Evaluator(
         task=setup.task,
         devices=setup.devices,
         fixed=setup.devices.place(setup.fixed(start, training=training)),
         batch_size=evaluate.batch_size,
+        at_once=1 if spares else setup.devices.at_once,
         ema=evaluate.ema_decay is not None,
         chosen_ema="/ema_" in (evaluate.best or ""),
         first=setup.task.first_learning(setup.phase(len(setup.plan) - 1).mode),

@@ -94,7 +94,7 @@ class PhaseSetup:
         guarded: bool = False,
         views: int | None = None,
         rows: int = 1,
-        in_parts: bool = False,
+        at_a_time: int | None = None,
     ) -> Update:
         """Returns what is static about an update of the phase."""
         return Update(
@@ -109,7 +109,7 @@ class PhaseSetup:
             guarded=guarded,
             views=views,
             rows=rows,
-            in_parts=in_parts,
+            at_a_time=at_a_time,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from finetune_jax.frozen import as_kept, augmentation_key, with_frozen
+from finetune_jax.frozen import as_kept, augmentation_key, part_by_part, with_frozen
 from finetune_jax.regularisers import PENALTIES, penalty
 from finetune_jax.state import TrainState, averaged
 from finetune_jax.tasks.task import EVALUATION, Mode, Task
@@ -35,7 +35,7 @@ class Update:
         views: How many ways there are to augment an example; None augments it anew in
             every update. The places in a batch then are those of the views.
         rows: Frozen stages and teachers get a multiple of so many examples.
-        in_parts: Whether they get so many at a time.
+        at_a_time: How many they get at a time; None: all.
     """
 
     task: Task
@@ -49,7 +49,7 @@ class Update:
     guarded: bool = False
     views: int | None = None
     rows: int = 1
-    in_parts: bool = False
+    at_a_time: int | None = None
 
     @property
     def first(self) -> str | None:
@@ -233,14 +233,13 @@ class _Objective:
         batch = static.task.prepare(batch, rng, static.mode)
         if static.first is None and not static.task.is_taught:
             return batch
-        make = functools.partial(
+        whole = functools.partial(
             with_frozen, static.task, state, self.fixed["task"], static.first
         )
-        return (
-            make(batch)
-            if static.rows == 1
-            else as_kept(make, batch, state, static.rows, static.in_parts)
-        )
+        make = functools.partial(part_by_part, whole, rows=static.at_a_time)
+        if static.rows == 1:
+            return make(batch)
+        return as_kept(make, batch, state, static.rows)
 
     def total(
         self, params: Any, batch_stats: Any, index: int

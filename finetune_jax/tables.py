@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from finetune_jax import aligned
 from finetune_jax.trees import nbytes
 from finetune_jax.workdir import write_text
 
@@ -80,7 +81,9 @@ class Tables:
             if file.stat().st_size != nbytes(leaf):
                 raise ValueError(f"{file} has {file.stat().st_size:,} bytes")
             if nbytes(table) <= self.memory:
-                flat = np.fromfile(file, np.uint8)
+                flat = aligned.zeros((nbytes(leaf),), np.uint8)
+                with file.open("rb") as opened:
+                    opened.readinto(flat.data)
             else:
                 flat = np.memmap(file, np.uint8, mode="r")
             leaves.append(flat.view(leaf.dtype).reshape(leaf.shape))
@@ -129,7 +132,7 @@ class Tables:
             self.say(f"{what}: computed once, {nbytes(table) / 1e6:,.1f} MB in {place}")
         if kept is None:
             return self._opened(place, table)
-        return [np.concatenate(parts) for parts in zip(*kept)]
+        return [aligned.concatenated(parts) for parts in zip(*kept)]
 
     def _make_room(self, size: int) -> None:
         """Deletes the tables that were not used for longest, as the limit says."""

@@ -26,7 +26,7 @@ from finetune_jax.feeds import (
     stock_gradients,
     why_not_resident,
 )
-from finetune_jax.frozen import is_large
+from finetune_jax.frozen import at_a_time
 from finetune_jax.parallel import Compiled
 from finetune_jax.setup import PhaseSetup, Setup
 from finetune_jax.state import TrainState
@@ -119,6 +119,11 @@ class Updates:
             return OwnPace(chosen)
         return self.together.pace((phase.program, str(self.setup.config.task)), chosen)
 
+    def forget(self) -> None:
+        """Gives back what the last update leaves behind."""
+        self.programs.clear()
+        self.placed.clear()
+
     def _placed(self, whole: Dataset | Features | Taught) -> Any:
         """Returns all of a split on the device; the one placed last is kept."""
         if not self.placed or self.placed[0][0] is not whole:
@@ -205,12 +210,16 @@ class Updates:
         config, views = self.setup.config, self.setup.views
         # Whether what frozen stages give is kept or not, it is the same bits.
         kept = self.setup.data.spec.why_always_others(views) is None
+        rows = self.setup.devices.whole_rows
+        micro = config.data.batch_size // phase.phase.accumulate_steps
+        if kept:
+            micro += -micro % rows
         static = phase.update(
             self.setup.task,
             config.evaluate.ema_decay,
             guarded=config.nonfinite.policy != "stop",
             views=views,
-            rows=self.setup.devices.whole_rows if kept else 1,
-            in_parts=is_large(self.setup.task),
+            rows=rows if kept else 1,
+            at_a_time=at_a_time(self.setup.task, micro, rows),
         )
         return functools.partial(train_step, static=static)

@@ -79,7 +79,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup", "clock", "machine", "grid", "lockstep"),
+    ("lookup", "clock", "machine", "grid", "lockstep", "aligned"),
     ("errors",),
 )
 # Within a row: who may import whom.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax import aligned
 from finetune_jax.data.classes import check_classes
 from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.images import Geometry
@@ -113,7 +114,7 @@ class Dataset:
         owners, places = self._owners(self.indices[positions])
         parts = list(self.source.splits.values())
         ready = np.array([self._is_ready(part) for part in parts])[owners]
-        inputs = np.zeros((len(places), *self._read_shape), self._dtype)
+        inputs = aligned.zeros((len(places), *self._read_shape), self._dtype)
         for owner in np.unique(owners[ready]):
             rows = np.flatnonzero(owners == owner)
             inputs[rows] = parts[owner].values[places[rows]]
