@@ -1,6 +1,6 @@
 """Claim: a head-only run needs at most 1.1 times the memory that its evaluation needs.
 
-python scripts/bench_memory.py [--photos=80] [--batch_size=64] [--rounds=2]
+python scripts/bench_memory.py [--photos=400] [--batch_size=64] [--rounds=2]
 
 Runs `configs/resnet_head.py:folder=DIR` (a ResNet-50 on photos of 224 pixels) on a folder
 of noise with random weights, the frozen stages computed in every update
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from finetune_jax import config as configs
+from finetune_jax.frozen import at_a_time
 from finetune_jax.setup import make_setup
 from finetune_jax.state import Progress
 from finetune_jax.step import eval_step, train_step
@@ -71,7 +72,8 @@ def programs(address: str, overrides: list[tuple[str, str]]) -> tuple[int, int]:
         batch |= {"weight": np.ones(shape, "f"), "position": np.zeros(shape, "i")}
         return devices.place_batch(batch, batch_axis=len(shape) - 1)
 
-    update = setup.phase(0).update(task)
+    few = at_a_time(task, size, devices.whole_rows)
+    update = setup.phase(0).update(task, at_a_time=few)
     train = devices.compile_train(
         functools.partial(train_step, static=update), state, {"task": {}},
         zeros(task.train_batch_spec, 1, size), np.float32(0), np.float32(0),
@@ -86,7 +88,7 @@ def programs(address: str, overrides: list[tuple[str, str]]) -> tuple[int, int]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=int, default=80)
+    parser.add_argument("--photos", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 
+from finetune_jax import aligned
 from finetune_jax.errors import UserError
 from finetune_jax.models.backend import traced_for
 from finetune_jax.parallel import check_batch, make_devices, run_once
@@ -199,6 +200,16 @@ def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
     assert one.part_of(64) == 64
     with traced_for("gpu"):
         assert one.part_of(64) == 64
+
+
+@pytest.mark.parametrize("shape, dtype", [((3, 5), np.float32), ((0, 2), np.int32)])
+def test_a_cpu_reads_aligned_arrays_where_they_lie(shape, dtype):
+    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    parts = [np.ones(shape, dtype), np.full((2, *shape[1:]), 2, dtype)]
+    array = aligned.concatenated(parts)
+    np.testing.assert_array_equal(array, np.concatenate(parts), strict=True)
+    placed = devices.place(array)
+    assert placed.unsafe_buffer_pointer() == array.ctypes.data
 
 
 def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
