@@ -18,6 +18,7 @@ from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.mixture import Mixture
 from finetune_jax.data.texts import TextOptions
 from finetune_jax.features import Features, FeatureStore, Frozen, frozen_part
+from finetune_jax.frozen import is_large
 from finetune_jax.parallel import Compiled, Devices
 from finetune_jax.state import TrainState, eval_params
 from finetune_jax.step import eval_step
@@ -32,7 +33,7 @@ class Evaluator:
         task: Has outputs and metrics.
         devices: Where batches go.
         fixed: What updates read and nobody updates, placed; 'task' is the task's part.
-        at_once: Parts that are computed at a time, on CPU; no bit depends on it.
+        training: Whether there are updates between what is measured.
         ema: Whether averaged weights are measured too.
         chosen_ema: Whether they are what predictions are made with.
         batch_size: Examples that are in work at a time, in parts that devices divide; no
@@ -51,7 +52,7 @@ class Evaluator:
     devices: Devices
     fixed: Any
     batch_size: int
-    at_once: int = 1
+    training: bool = False
     ema: bool = False
     chosen_ema: bool = False
     extras: tuple["Extra", ...] = ()
@@ -166,7 +167,10 @@ class Evaluator:
             return functools.partial(program.call, *arguments, batch)
 
         batches = evaluation_batches(dataset, batch_size=size)
-        parts = list(self.devices.outputs(ready, batches, at_once=self.at_once))
+        # Small updates on large examples take less memory than two programs here.
+        spares = self.training and is_large(self.task)
+        at_once = 1 if spares else self.devices.at_once
+        parts = list(self.devices.outputs(ready, batches, at_once=at_once))
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: len(dataset)], *parts
         )

@@ -21,7 +21,6 @@ from finetune_jax.forgetting import (
     make_extras,
     open_domains,
 )
-from finetune_jax.frozen import is_large
 from finetune_jax.loop import Loop
 from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
@@ -220,10 +219,8 @@ def make_loop(
     log = MetricsLog(
         workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
     )
-    if updates is None:
-        updates = Updates(setup=setup, fixed=evaluator.fixed, say=terminal.say)
-    else:
-        updates = dataclasses.replace(updates, setup=setup, fixed=evaluator.fixed)
+    updates = updates or Updates(setup=setup, fixed=None, say=terminal.say)
+    updates = dataclasses.replace(updates, setup=setup, fixed=evaluator.fixed)
     return Loop(
         setup=setup,
         evaluator=evaluator,
@@ -335,14 +332,12 @@ def make_evaluator(
         training: Whether there will be updates.
     """
     evaluate = setup.config.evaluate
-    # A run of small updates would need more memory for measuring than for them.
-    spares = training and is_large(setup.task)
     return Evaluator(
         task=setup.task,
         devices=setup.devices,
         fixed=setup.devices.place(setup.fixed(start, training=training)),
         batch_size=evaluate.batch_size,
-        at_once=1 if spares else setup.devices.at_once,
+        training=training,
         ema=evaluate.ema_decay is not None,
         chosen_ema="/ema_" in (evaluate.best or ""),
         first=setup.task.first_learning(setup.phase(len(setup.plan) - 1).mode),
