@@ -367,8 +367,7 @@ def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_s
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["stage1", "head"])
 def test_what_is_kept_of_large_images_changes_no_bit(tmp_path, monkeypatch, first):
-    """Of which frozen stages get a few at a time: two parts of 24 here, one of them
-    filled with zeros; and another size of batch finds the same rows."""
+    """Frozen stages get a few at a time: two parts of 24, the second one not full."""
     monkeypatch.setattr(frozen, "LARGE", 100)
     stages = ("stem", "stage1", "stage2", "stage3", "head")
     phases = plan(*stages[stages.index(first) :], accumulate_steps=1)
@@ -377,7 +376,7 @@ def test_what_is_kept_of_large_images_changes_no_bit(tmp_path, monkeypatch, firs
     assert kept == again and len(tables) == 3
 
 
-def test_frozen_stages_take_the_memory_of_a_part(monkeypatch):
+def test_frozen_stages_take_the_memory_of_a_part():
     shape = (32, 32, 3)
     task = small.task("resnet8", shape)
     state = small.Trainer(task, plan("head")[0]).state
