@@ -153,7 +153,7 @@ def starting_state(
         mine = _of_model(variables, prefix, others)
         if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
             check_labels(read.address, data.spec.class_names)
-        told += told_of(read, config.precision)
+        told += [*read.notes, *told_of(read, config.precision)]
         layouts[prefix] = recognise(named(mine), read.tensors, read.address).name
         loaded = load_weights(
             mine,

@@ -143,11 +143,11 @@ def test_models_know_no_task_no_data_and_tasks_not_one_another():
     assert not wrong + tasks
 
 
-def test_no_file_is_over_400_lines_and_no_function_over_60():
+def test_no_file_is_over_500_lines_and_no_function_over_60():
     long = []
     for name, path in modules():
         text = path.read_text()
-        if len(text.splitlines()) > 400:
+        if len(text.splitlines()) > 500:
             long.append(name)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):

@@ -190,6 +190,7 @@ class Data:
         held_out: 'validation' and 'test', where the config names them; likewise.
         fingerprint: Returns that of the source; the config says what was selected.
         warnings: What a reader of the result should know.
+        not_used: Lines about files or rows that were left out, with counts and reasons.
         tokenizer: What the tokenizer.json of texts holds; None of what is no text.
         fitted: What a run keeps of a table; None of what is no table.
     """
@@ -199,6 +200,7 @@ class Data:
     held_out: Mapping[str, Any]
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
+    not_used: tuple[str, ...] = ()
     tokenizer: str | None = None
     fitted: Fitted | None = None
 
@@ -302,7 +304,7 @@ def make_data(
         )
     if everything.ndim == 1 and labelled:
         check_classes(source, everything, chosen["train"])
-    warnings = overlaps(chosen)
+    warnings = [*source.warnings, *overlaps(chosen)]
     if table is not None:
         source, fitted = table.fitted(chosen["train"], fitted, warnings)
     shape = _shape(source, config)
@@ -334,6 +336,7 @@ def make_data(
         held_out=made,
         fingerprint=source.fingerprint,
         warnings=tuple(warnings),
+        not_used=source.not_used,
         tokenizer=tokenizer if text else None,
         fitted=fitted,
     )

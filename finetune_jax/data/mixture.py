@@ -249,6 +249,7 @@ def _mixed(found: Mapping[str, Data], entries: list, shared: Mapping) -> Data:
         },
         fingerprint=lambda: "; ".join(f"{n}: {f()}" for n, f in fingerprints.items()),
         warnings=tuple(f"{n}: {text}" for n, d in found.items() for text in d.warnings),
+        not_used=tuple(f"{n}: {text}" for n, d in found.items() for text in d.not_used),
     )
 
 

@@ -109,6 +109,8 @@ class Source:
             that no two splits share a group; None: each example is a group.
         notes: What metrics and predictions read of each example besides its label, an
             array of objects, the splits one after another; None: nothing.
+        warnings: Lines about what is doubtful in the data, such as near-equal class names.
+        not_used: Lines about files or rows that were left out, with counts and reasons.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Source:
     pixel_classes: tuple[str, ...] = ()
     groups: Mapping[str, np.ndarray] | None = None
     notes: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
+    not_used: tuple[str, ...] = ()
 
 
 def array_source(

@@ -47,11 +47,14 @@ class Weights:
         tensors: By their names there.
         sha256: Of every file that was read, by path. It may still be computed: to look
             at one waits for it, and raises a UserError if the file has changed since.
+        notes: Lines that tell a reader what was taken from the file, such as the entry of
+            a checkpoint, a prefix of all names, or the number types.
     """
 
     address: str
     tensors: dict[str, np.ndarray]
     sha256: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def read_weights(address: str) -> Weights:
