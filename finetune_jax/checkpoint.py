@@ -5,18 +5,21 @@ which phase the state was and so what structure it has. The metadata holds the d
 every leaf and of itself: orbax alone restores damaged arrays in silence.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from finetune_jax.errors import AFTER_DISK_FULL, TrainingError, problems_error
+from finetune_jax.errors import TrainingError, problems_error, why_not_written
 from finetune_jax.lookup import closest
 from finetune_jax.machine import give_back_memory
 from finetune_jax.state import Progress, TrainState
@@ -74,12 +77,13 @@ class Checkpoints:
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
         )
         try:
-            self._manager.save(step, args=args, force=True)
-            self._manager.wait_until_finished()
+            with _without_tracebacks():
+                self._manager.save(step, args=args, force=True)
+                self._manager.wait_until_finished()
         except Exception as error:  # Orbax raises whatever the disk leads to.
             raise TrainingError(
-                f"checkpoint {step} cannot be saved in {self.folder}: {error}; where the "
-                f"disk is full, {AFTER_DISK_FULL}"
+                f"checkpoint {step} cannot be saved in {self.folder}: "
+                f"{why_not_written(error)}"
             ) from error
         for old in _superfluous(self.steps(), progress, self._keep):
             self._manager.delete(old)
@@ -183,7 +187,34 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written and lets go of the folder."""
-        self._manager.close()
+        with _without_tracebacks():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps orbax's threads from printing the error that `save` raises once more.
+
+    Threads of a failed save report to the event loop that the save has closed, up to the
+    end of the process; these reports stay hidden after the block too.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def without_closed_loop(found: Any) -> None:
+        is_closed_loop = isinstance(found.exc_value, RuntimeError)
+        if not (is_closed_loop and str(found.exc_value) == "Event loop is closed"):
+            hook(found)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_closed_loop
+    try:
+        yield
+        sys.unraisablehook = hook
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 class HeldCheckpoints:

@@ -3,8 +3,21 @@
 import errno
 from collections.abc import Iterable
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-AFTER_DISK_FULL = "make room, and the same command goes on from the last checkpoint"
+_RESUME = "and the same command goes on from the last checkpoint"
+# Errors of a disk that takes no more, with what to do.
+_FULL = f"the disk is full; make room, {_RESUME}"
+_READ_ONLY = f"the disk is read-only; make it writable, {_RESUME}"
+_OF_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    errno.EROFS: _READ_ONLY,
+}
+# The same errors in the messages of libraries that raise no OSError.
+_IN_WORDS = {
+    "No space left on device": _FULL,
+    "Disk quota exceeded": _FULL,
+    "RESOURCE_EXHAUSTED": _FULL,
+    "Read-only file system": _READ_ONLY,
+}
 
 
 class UserError(ValueError):
@@ -21,6 +34,24 @@ class TrainingError(RuntimeError):
 
 class NotFinite(TrainingError):
     """A run whose loss or gradient is not finite."""
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Returns whether a file could not be written because the disk takes no more."""
+    return error.errno in _OF_DISK
+
+
+def why_not_written(error: Exception) -> str:
+    """Returns in one line why something could not be written, and what to do.
+
+    >>> why_not_written(OSError(errno.ENOSPC, "No space left on device", "a/b")).split(";")[0]
+    'the disk is full'
+    """
+    if isinstance(error, OSError) and error.errno in _OF_DISK:
+        return _OF_DISK[error.errno]
+    text = str(error)
+    known = [advice for words, advice in _IN_WORDS.items() if words in text]
+    return known[0] if known else text.partition("\n")[0][:300]
 
 
 def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:

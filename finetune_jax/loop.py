@@ -14,7 +14,7 @@ from finetune_jax.errors import TrainingError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import Taught, teaching_part
 from finetune_jax.feeds import LONGEST, Feed
-from finetune_jax.metrics import is_better
+from finetune_jax.metrics import is_better, loss_beside, replaces
 from finetune_jax.nonfinite import Guard, Unread
 from finetune_jax.optimizer import carried
 from finetune_jax.plan import carried_cohorts, optimizer_state_moves, phase_at
@@ -304,7 +304,7 @@ class Loop:
             placed = self._gone_back(phase, step)
         self.clock.train_s += time.perf_counter() - begin
         name, restores = phase.phase.name, phase.phase.plateau_restore
-        best = self.progress.best, self.progress.best_step
+        best = self._best()
         # Where the phase's best is to be restored, the other splits wait for it.
         at_once = over and not restores
         if over or due:
@@ -318,7 +318,7 @@ class Loop:
                 state = self._best_of_phase(state)
                 placed = self.setup.devices.place(state)
                 if self.progress.best_step == step:  # Which is not what is saved.
-                    self.progress.best, self.progress.best_step = best
+                    self._set_best(*best)
             if not at_once:
                 self._measure(placed, name, step, ("test",))
             self._check_frozen(state, phase)
@@ -350,8 +350,23 @@ class Loop:
         self.terminal.metrics(step, phase, found)
         self.log.write({"step": step, "phase": phase, **found})
         name = self.setup.config.evaluate.best
-        if name in found and is_better(name, found[name], self.progress.best):
-            self.progress.best, self.progress.best_step = found[name], step
+        if name not in found:
+            return
+        value, loss = found[name], found.get(loss_beside(name))
+        best, _, best_loss = self._best()
+        if replaces(name, value, best, loss, best_loss):
+            self._set_best(value, step, loss)
+
+    def _best(self) -> tuple[float | None, int | None, float | None]:
+        """Returns metric, step and loss of the best state so far."""
+        progress = self.progress
+        return progress.best, progress.best_step, progress.best_loss
+
+    def _set_best(
+        self, value: float | None, step: int | None, loss: float | None
+    ) -> None:
+        progress = self.progress
+        progress.best, progress.best_step, progress.best_loss = value, step, loss
 
     def _best_of_phase(self, state: TrainState) -> TrainState:
         """Returns the state as it was at the phase's best evaluation, but for the step."""
@@ -374,13 +389,17 @@ class Loop:
         name, progress = phase.phase.plateau_metric, self.progress
         if name is None or name not in self.measured:
             return False
-        value = self.measured[name]
-        change = phase.phase.plateau_min_change
-        if is_better(name, value, progress.plateau_best, change):
+        value, loss = self.measured[name], self.measured.get(loss_beside(name))
+        change, best = phase.phase.plateau_min_change, progress.plateau_best
+        progress.plateau_bad += 1
+        if is_better(name, value, best, change):
             progress.plateau_best, progress.plateau_bad = value, 0
-            progress.plateau_best_step = step
-        else:
-            progress.plateau_bad += 1
+        elif value != best or not replaces(
+            name, value, best, loss, progress.plateau_best_loss
+        ):
+            return progress.plateau_bad >= phase.phase.plateau_patience
+        # A tie with a lower loss is the state to restore, but no improvement.
+        progress.plateau_best_step, progress.plateau_best_loss = step, loss
         return progress.plateau_bad >= phase.phase.plateau_patience
 
     def _check_frozen(self, state: TrainState, phase: PhaseSetup) -> None:

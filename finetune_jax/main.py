@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import pathlib
 import sys
@@ -10,11 +11,11 @@ from collections.abc import Sequence
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.errors import (
-    AFTER_DISK_FULL,
-    DISK_FULL,
     TrainingError,
     UserError,
+    is_of_disk,
     problems_error,
+    why_not_written,
 )
 from finetune_jax.lookup import choose, closest
 from finetune_jax.machine import free_at_once, keep_programs
@@ -228,6 +229,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Runs the program; a user's mistake ends in one message and status 2."""
+    for stream in (sys.stdout, sys.stderr):  # File names need not be UTF-8.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -237,9 +241,10 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_of_disk(error):
             raise
-        print(f"error: {error}; {AFTER_DISK_FULL}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{why_not_written(error)}", file=sys.stderr)
         status = 1
     sys.exit(status)
 

@@ -297,3 +297,39 @@ def is_better(name: str, value: float, best: float | None, change: float = 0.0) 
         return not math.isnan(value)
     gain = value - best if higher_is_better(name) else best - value
     return gain > change
+
+
+def loss_beside(name: str) -> str:
+    """Returns the name of the loss of the split and weights that a metric is of.
+
+    >>> loss_beside("validation/accuracy"), loss_beside("validation/usps/ema_top5")
+    ('validation/loss', 'validation/usps/ema_loss')
+    """
+    split, _, metric = name.rpartition("/")
+    return f"{split}/ema_loss" if metric.startswith("ema_") else f"{split}/loss"
+
+
+def replaces(
+    name: str,
+    value: float,
+    best: float | None,
+    loss: float | None,
+    best_loss: float | None,
+) -> bool:
+    """Returns whether a later state replaces the best one so far.
+
+    A tie of the metric is decided by the loss, and a tie of both by the later step.
+
+    Args:
+        name: Name of the metric that decides.
+        value: Its value at the later state.
+        best: Its value at the best state; None if there is no best state yet.
+        loss: Loss of the later state; None if unknown.
+        best_loss: Loss of the best state; None if unknown.
+
+    >>> replaces("validation/accuracy", 0.5, 0.5, 0.2, 0.9)
+    True
+    """
+    if value != best or loss is None or best_loss is None:
+        return value == best or is_better(name, value, best)
+    return loss <= best_loss or math.isnan(best_loss)

@@ -10,6 +10,7 @@ than their updates. Only the best one's states are written to the disk.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -26,7 +27,7 @@ from finetune_jax.errors import NotFinite, TrainingError, UserError, problems_er
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import FeatureStore
 from finetune_jax.loop import Preempted
-from finetune_jax.metrics import is_better
+from finetune_jax.metrics import is_better, loss_beside
 from finetune_jax.plan import plan_problems
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.preprocessing import filled
@@ -273,13 +274,16 @@ class _Population:
         return self.config.evaluate.best
 
     def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
-        """Returns the best of the members that are finished; the first of equals."""
-        best, highest = None, None
+        """Returns the best finished member; the loss, then the number decides ties."""
+        best, highest, lowest = None, None, math.inf
         for number, result in enumerate(results):
-            if result is not None and "failed" not in result:
-                value = result["best"][self._metric]
-                if best is None or is_better(self._metric, value, highest):
-                    best, highest = number, value
+            if result is None or "failed" in result:
+                continue
+            value = result["best"][self._metric]
+            loss = result["best"].get(loss_beside(self._metric), math.inf)
+            wins_tie = value == highest and loss < lowest
+            if best is None or wins_tie or is_better(self._metric, value, highest):
+                best, highest, lowest = number, value, loss
         return best
 
     def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:

@@ -102,9 +102,11 @@ class Progress:
         frozen_sha256: Digest of what each phase began so far keeps frozen, by name.
         best: Value of the metric that chooses the best checkpoint, if any yet.
         best_step: Its step.
+        best_loss: Loss at that step, which decides ties of the metric.
         plateau_best: Best value of the phase's plateau metric.
         plateau_bad: Evaluations since without improvement.
         plateau_best_step: The step of that value.
+        plateau_best_loss: Loss at that step.
         rate_best: Best value of the metric of the phase's 'plateau' schedule.
         rate_bad: Evaluations since without improvement.
         rate_drops: How often that schedule has lowered the rate.
@@ -118,9 +120,11 @@ class Progress:
     frozen_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     best: float | None = None
     best_step: int | None = None
+    best_loss: float | None = None
     plateau_best: float | None = None
     plateau_bad: int = 0
     plateau_best_step: int | None = None
+    plateau_best_loss: float | None = None
     rate_best: float | None = None
     rate_bad: int = 0
     rate_drops: int = 0
@@ -131,7 +135,8 @@ class Progress:
     def enter(self, phase: int) -> None:
         """Notes that a phase begins, whose plateaus know nothing yet."""
         self.phase = phase
-        self.plateau_best, self.plateau_bad, self.plateau_best_step = None, 0, None
+        self.plateau_best, self.plateau_bad = None, 0
+        self.plateau_best_step = self.plateau_best_loss = None
         self.rate_best, self.rate_bad, self.rate_drops = None, 0, 0
 
     def phase_is_over(self) -> bool:

@@ -13,7 +13,7 @@ from finetune_jax.lookup import closest
 from finetune_jax.modes.options import Options
 from finetune_jax.predictor import open_predictor
 from finetune_jax.pretrained.tokenizer import kept_files
-from finetune_jax.workdir import read_json, read_manifest
+from finetune_jax.workdir import read_json, read_manifest, write_text
 
 # Each writes its files into a folder.
 FORMATS = {
@@ -47,7 +47,7 @@ def main(config: Config, options: Options) -> int:
             if text := FORMATS[name](trained, part):
                 advice[name] = text
         for name, text in texts.tokenizer_files(trained).items():
-            (part / name).write_text(text)
+            write_text(part / name, text)
         about = trained.about()
         write_json(part / "model.json", about)
         card = make_card(
@@ -58,7 +58,7 @@ def main(config: Config, options: Options) -> int:
             advice=advice,
             formats=formats,
         )
-        (part / "README.md").write_text(card)
+        write_text(part / "README.md", card)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
