@@ -44,8 +44,8 @@ def is_of_disk(error: OSError) -> bool:
 def why_not_written(error: Exception) -> str:
     """Returns in one line why something could not be written, and what to do.
 
-    >>> why_not_written(OSError(errno.ENOSPC, "No space left on device", "a/b")).split(";")[0]
-    'the disk is full'
+    >>> why_not_written(OSError(errno.EROFS, "Read-only file system")).split(";")[0]
+    'the disk is read-only'
     """
     if isinstance(error, OSError) and error.errno in _OF_DISK:
         return _OF_DISK[error.errno]

@@ -341,8 +341,19 @@ def make_devices(asked: Any) -> Devices:
     return Devices(mode=mode, mesh=mesh)
 
 
-def check_batch(batch_size: int, plan: tuple[Phase, ...], devices: int) -> None:
+def check_batch(
+    batch_size: int,
+    plan: tuple[Phase, ...],
+    devices: int,
+    whose: str = "config.data.batch_size",
+) -> None:
     """Checks that devices and accumulation divide the batch.
+
+    Args:
+        batch_size: Number of examples in one update.
+        plan: Phases of the run.
+        devices: Number of devices that a batch is divided among.
+        whose: What the message blames.
 
     Raises:
         UserError: Lists every phase in which they do not.
@@ -355,6 +366,6 @@ def check_batch(batch_size: int, plan: tuple[Phase, ...], devices: int) -> None:
     ]
     if problems:
         raise problems_error(
-            "config.data.batch_size must be divided by accumulate_steps * devices:",
+            f"{whose} must be divided by accumulate_steps * devices:",
             problems,
         )

@@ -26,6 +26,7 @@ from finetune_jax.domains import Domain
 from finetune_jax.errors import NotFinite, TrainingError, UserError, problems_error
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.features import FeatureStore
+from finetune_jax.forgetting import open_domains
 from finetune_jax.loop import Preempted
 from finetune_jax.metrics import is_better, loss_beside
 from finetune_jax.plan import plan_problems
@@ -42,8 +43,8 @@ from finetune_jax.run import (
     make_loop,
     make_result,
     make_store,
-    open_run,
     record,
+    tell,
 )
 from finetune_jax.setup import Setup, make_setup
 from finetune_jax.start import run_data
@@ -125,16 +126,18 @@ def run_population(
         Preempted: The population was asked to stop; members that are finished stay so.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, _ = filled(config)
+    config, notes = filled(config)
     check_same_run(workdir, config)
     members = member_configs(config)
-    setup, domains = open_run(config, terminal)
-    setups = _setups(setup, members)
+    setup = make_setup(config)
+    domains = open_domains(setup)
+    setups = member_setups(setup, members)
     _, loaded = setup.start(measure=False)
+    told = tell(setup, loaded, notes, terminal)
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):
-        record(workdir, setup, inputs)
+        record(workdir, setup, inputs, told)
         population = _Population(
             config=config, setups=setups, workdir=workdir, domains=domains,
             stop=stop or Stop(), terminal=terminal, store=make_store(setup, terminal),
@@ -156,8 +159,15 @@ def run_population(
     return result
 
 
-def _setups(setup: Setup, members: list[Config]) -> list[Setup]:
-    """Returns what each member is; data is decoded once.
+def member_setups(
+    setup: Setup, members: list[Config], *, decode: bool = True
+) -> list[Setup]:
+    """Returns the setup of each member; members share the data.
+
+    Args:
+        setup: Setup of the population.
+        members: Config of each member.
+        decode: Whether to decode examples into memory, as `data.memory_gb` allows.
 
     Raises:
         UserError: Lists what does not fit the model or the data.
@@ -172,7 +182,8 @@ def _setups(setup: Setup, members: list[Config]) -> list[Setup]:
             data = setup.data
             if seed not in (None, configs.seeds(setup.config)["order"]):
                 data = run_data(member)
-            drawn[seed] = data.in_memory(member.data.memory_gb * 1e9)
+            limit = member.data.memory_gb * 1e9
+            drawn[seed] = data.in_memory(limit) if decode else data
         try:
             setups.append(make_setup(member, drawn[seed], like=setup))
         except UserError as error:

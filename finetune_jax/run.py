@@ -24,6 +24,7 @@ from finetune_jax.forgetting import (
 from finetune_jax.loop import Loop
 from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
+from finetune_jax.overview import overview
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.preprocessing import filled
@@ -66,19 +67,19 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, _ = filled(config)
+    config, notes = filled(config)
     check_same_run(workdir, config)
-    setup, domains = open_run(config, terminal)
+    setup = make_setup(config)
+    domains = open_domains(setup)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, loaded = setup.start(measure=not begun)
-    for line in loaded.told:
-        terminal.warn(line)
+    told = tell(setup, loaded, notes, terminal)
     setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):
-        record(workdir, setup, inputs)
+        record(workdir, setup, inputs, told)
         loop = _taken_up(workdir, setup, domains, start, terminal, stop or Stop())
         del start
         try:
@@ -95,16 +96,21 @@ def run(
     return result
 
 
-def open_run(config: Config, terminal: Terminal) -> tuple[Setup, tuple[Domain, ...]]:
-    """Returns what a config describes, and tells what a reader should know of it.
+def tell(
+    setup: Setup, loaded: Loaded, notes: Sequence[str], terminal: Terminal
+) -> dict[str, list[str]]:
+    """Prints the overview of a run and its warnings, and returns both for the manifest.
 
-    Raises:
-        UserError: The config cannot be run.
+    Args:
+        setup: Setup of the run.
+        loaded: Weights that the run starts from.
+        notes: Lines about config keys that files beside the weights decided.
+        terminal: Terminal that a person reads.
     """
-    setup = make_setup(config)
-    domains = open_domains(setup)
-    terminal.tell(setup.data.spec.lines(), setup.data.warnings)
-    return setup, domains
+    lines = overview(setup, loaded, notes)
+    warnings = [*setup.data.warnings, *loaded.told]
+    terminal.tell(lines, warnings)
+    return {"overview": lines, "warnings": warnings}
 
 
 def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
@@ -126,15 +132,27 @@ def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) ->
         terminal.warn(f"{len(found)} examples could not be read; they are in {path}")
 
 
-def record(workdir: pathlib.Path, setup: Setup, inputs: dict[str, Any]) -> None:
-    """Writes what the run is and reads, or checks that it still is what it was."""
+def record(
+    workdir: pathlib.Path,
+    setup: Setup,
+    inputs: dict[str, Any],
+    told: dict[str, list[str]],
+) -> None:
+    """Writes what the run is and reads, or checks that it still is what it was.
+
+    Args:
+        workdir: Workdir of the run.
+        setup: Setup of the run.
+        inputs: Fingerprints from `inputs_of`.
+        told: Lines from `tell`.
+    """
     config = setup.config
     if check_same_run(workdir, config):
         check_same_inputs(workdir, inputs)
         return
     looks, plain = setup.data.spec.to_json(), json.loads(configs.to_json(config))
     manifest = make_manifest(config=plain, data=looks, **inputs)
-    write_json(workdir / "manifest.json", manifest)
+    write_json(workdir / "manifest.json", manifest | told)
     write_text(workdir / "config.json", configs.to_json(config))
     for name, text in tokenizer_of(setup.data, config).items():
         write_text(workdir / name, text)

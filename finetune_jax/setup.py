@@ -294,8 +294,9 @@ def make_setup(
     task = make_task(config, data.spec)
     if problems := [*split_problems(task, data), *domain_problems(config, data)]:
         raise problems_error("What is to be measured cannot be:", problems)
-    for domain in data.spec.domains.values():
-        check_batch(domain.share, plan, devices.count)
+    for name, domain in data.spec.domains.items():
+        whose = f"The share of domain {name!r} in config.data.batch_size"
+        check_batch(domain.share, plan, devices.count, whose)
         check_pairs(domain.mix, domain.share, plan, devices.count)
     if problems := task.check_fixed():
         raise problems_error("What is to be learned cannot be:", problems)
@@ -304,7 +305,8 @@ def make_setup(
         random_states = RandomStates(task, shapes)
     else:
         shapes, random_states = like.shapes, like.random_states
-    plan = durations(plan, data.spec.train_examples, config.data.batch_size)
+    if data.spec.train_examples:  # Else lengths stay in epochs.
+        plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     names = tuple(named(shapes.params))
     check_plan(plan, names)
     check_groups_of(plan, names)

@@ -1,5 +1,6 @@
 """What a run begins with: its data, and a state at random, from weights, by schemes."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -19,7 +20,7 @@ from finetune_jax.members import weights_addresses
 from finetune_jax.parts import Several
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import check_labels
-from finetune_jax.pretrained.layout import recognise
+from finetune_jax.pretrained.layout import COUNT, recognise
 from finetune_jax.pretrained.load import fresh_in, load_weights
 from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
 from finetune_jax.pretrained.tokenizer import files_beside, find_tokenizer
@@ -99,11 +100,13 @@ class Loaded:
     Attributes:
         sha256: Of every file, by its path.
         layouts: By the prefix of the models that they are of.
-        told: What a reader should know of them.
+        lines: Lines that tell what was taken from each address, and what was not.
+        told: Warnings about the weights.
     """
 
     sha256: Mapping[str, str]
     layouts: Mapping[str, str]
+    lines: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
 
     @property
@@ -145,15 +148,17 @@ def starting_state(
     if "" in weights:
         weights[""] = matched(weights[""], own.params, data.fitted)
     variables = {"params": own.params, "batch_stats": own.batch_stats}
-    layouts, told = {}, []
+    layouts, lines, told = {}, [], []
     for prefix, read in weights.items():
         if isinstance(task, Several):
             variables, layouts[""] = _with_parts_loaded(task, variables, read, config)
+            lines += [f"{read.address} (layout: {layouts['']})", *read.notes]
+            told += told_of(read, config.precision)
             continue
         mine = _of_model(variables, prefix, others)
         if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
             check_labels(read.address, data.spec.class_names)
-        told += [*read.notes, *told_of(read, config.precision)]
+        told += told_of(read, config.precision)
         layouts[prefix] = recognise(named(mine), read.tensors, read.address).name
         loaded = load_weights(
             mine,
@@ -164,6 +169,7 @@ def starting_state(
             left_out=() if prefix else task.left_out(),
             prefix=prefix,
         )
+        lines += [_taken_line(mine, read, init.fresh, prefix), *read.notes]
         variables = {
             kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
             for kind, tree in variables.items()
@@ -182,8 +188,48 @@ def starting_state(
     )
     sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
     params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
-    found = Loaded(sha256=sha256 | vectors, layouts=layouts, told=tuple(told))
+    found = Loaded(
+        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
+    )
     return state.replace(params=params), found
+
+
+def _taken_line(
+    variables: Mapping[str, Any], weights: Weights, fresh: Sequence[str], prefix: str
+) -> str:
+    """Returns a line about the arrays that a model takes from weights, and the others.
+
+    Args:
+        variables: 'params' and 'batch_stats' of the model.
+        weights: Weights that fit it.
+        fresh: Regexes of names that keep their initial values.
+        prefix: Prefix of the model among several.
+    """
+    names = list(named(dict(variables)))
+    layout = recognise(names, weights.tensors, weights.address)
+    is_fresh = fresh_in(weights, fresh, prefix)
+    kept = [name.partition("/")[2] for name in names if is_fresh(name)]
+    needed = set(layout.names(n for n in names if not is_fresh(n)).values())
+    left = [n for n in weights.tensors if n not in needed and not n.endswith(COUNT)]
+    line = (
+        f"{prefix + ': ' if prefix else ''}{weights.address} (layout: {layout.name}), "
+    )
+    line += f"{len(names) - len(kept)} of {len(names)} arrays taken"
+    if kept:
+        line += f"; initial values kept: {_by_first(kept)}"
+    return line + (f"; left in the file: {_by_first(left)}" if left else "")
+
+
+def _by_first(names: Sequence[str]) -> str:
+    """Returns the first parts of names, with the number of names of each.
+
+    >>> _by_first(["head/logits/bias", "params/head/logits/kernel", "cls.bias"])
+    'head (2), cls (1)'
+    """
+    plain = [re.sub("^(params|batch_stats)/", "", name) for name in names]
+    counts = collections.Counter(re.split("[/.]", name)[0] for name in plain)
+    shown = [f"{name} ({number})" for name, number in counts.most_common(6)]
+    return ", ".join(shown) + (" and others" if len(counts) > 6 else "")
 
 
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
-from finetune_jax.modes.plan import spec_of
+from finetune_jax.modes.plan import data_of
 from finetune_jax.parallel import run_once
 from finetune_jax.plan import Phase
 from finetune_jax.random_states import random_state
@@ -38,7 +38,7 @@ def programs(address: str, batch_size: int) -> dict:
     """Returns (compiled program, arguments) by what it does."""
     config, problems = configs.resolve(configs.load(address))
     assert not problems
-    task = make_task(config, spec_of(config))
+    task = make_task(config, data_of(config)[0].spec)
     state = run_once(lambda: random_state(task, 0))
     flat = _noise(task.batch_spec, batch_size)
     batch = _noise(task.train_batch_spec, batch_size)

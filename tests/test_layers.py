@@ -18,7 +18,7 @@ LAYERS = (
     ("exports",),
     ("population", "predictor"),
     ("run",),
-    ("loop", "summary"),
+    ("loop", "summary", "overview"),
     ("updates",),
     (
         "setup",

@@ -17,25 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_jax.config import Config
-from finetune_jax.data.dataset import train_shape
+from finetune_jax.data.dataset import Data, no_data, train_shape
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.errors import DataMissing, problems_error
 from finetune_jax.flops import count_flops
-from finetune_jax.initialise import check_rules, make_rules
-from finetune_jax.members import labels_of, weights_addresses
+from finetune_jax.forgetting import open_domains
+from finetune_jax.members import labels_of
 from finetune_jax.modes.options import Options
-from finetune_jax.parallel import make_devices
-from finetune_jax.plan import Phase, check_plan, durations, plan_from_config, scales
-from finetune_jax.population import member_configs
+from finetune_jax.plan import Phase, scales
+from finetune_jax.population import member_configs, member_setups
 from finetune_jax.pretrained.preprocessing import filled
-from finetune_jax.random_states import shapes_of
-from finetune_jax.setup import (
-    PhaseSetup,
-    check_groups_of,
-    check_phases,
-    make_task,
-    phase_setup,
-)
+from finetune_jax.setup import PhaseSetup, make_setup
 from finetune_jax.start import run_data
 from finetune_jax.state import TrainState
 from finetune_jax.step import eval_step, train_step
@@ -52,24 +44,17 @@ def main(config: Config, options: Options) -> int:
     config, lines = filled(config)
     for line in lines:
         print(line)
+    data, is_there = data_of(config)
+    setup = make_setup(config, data)
+    # Other domains and members are checked where there is data to check them with.
+    if is_there:
+        open_domains(setup)
     if config.population:
-        count_of = len(member_configs(config))
-        print(f"{count_of} members; this is the plan without what they override")
-    plan = plan_from_config(config.plan)
-    rules = make_rules(config.init.schemes, *weights_addresses(config).values())
-    check_phases(config, plan, make_devices(config.parallel).count)
-    spec = spec_of(config)
-    task = make_task(config, spec)
-    if problems := task.check_fixed():
-        raise problems_error("What is to be learned cannot be:", problems)
-    state = shapes_of(task)
-    if spec.train_examples:
-        plan = durations(plan, spec.train_examples, config.data.batch_size)
-    names = tuple(named(state.params))
-    check_plan(plan, names)
-    check_groups_of(plan, names)
-    shapes, fresh = named(state.params), config.init.fresh
-    check_rules(rules, shapes, task=task, spec=spec, fresh=fresh)
+        members = member_configs(config)
+        if is_there:
+            member_setups(setup, members, decode=False)
+        print(f"{len(members)} members; this is the plan without what they override")
+    task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
     for text in spec.lines():
         print(text)
     forward = forward_flops(task, state, config.data.batch_size)
@@ -97,7 +82,7 @@ def main(config: Config, options: Options) -> int:
         table.add_column(title, overflow="fold")
     costs: dict[Any, tuple[float, int]] = {}
     for index in range(len(plan)):
-        phase = phase_setup(plan, index, task, names)
+        phase = setup.phase(index)
         if phase.program not in costs:
             opt_state = jax.eval_shape(phase.optimizer().init, state.params)
             flops = step_flops(phase, task, state, config.data.batch_size)
@@ -124,15 +109,15 @@ def _domains(spec: DataSpec) -> str:
     return "; ".join(found)
 
 
-def spec_of(config: Config) -> DataSpec:
-    """Returns what the data look like, from the data or else from the config.
+def data_of(config: Config) -> tuple[Data, bool]:
+    """Returns the data, and whether it is there; else data without examples.
 
     Raises:
         UserError: The data is not there, and the config does not say enough; or the data
             is there and does not fit.
     """
     try:
-        return run_data(config).spec
+        return run_data(config), True
     except DataMissing as missing:
         if config.data.text or config.task.name == "tabular":
             raise  # What texts or columns are like is not known without them.
@@ -158,7 +143,7 @@ def spec_of(config: Config) -> DataSpec:
             **preprocessing_of(data),
         )
         check_preprocessing(spec)
-        return spec
+        return no_data(spec), False
 
 
 def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) -> dict:

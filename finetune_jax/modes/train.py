@@ -15,9 +15,6 @@ from finetune_jax.workdir import check_same_run, new_workdir, read_json
 def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
     workdir = options.workdir or new_workdir(options.config)
-    config, lines = filled(config)
-    for line in lines:
-        print(line)
     with stop_on_signals(config.checkpoint.grace_s) as stop:
         return _train(config, workdir, stop)
 
@@ -27,7 +24,8 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     status, finished, result = 0, None, {}
     result_file = workdir / "result.json"
     try:
-        finished = read_json(result_file) if check_same_run(workdir, config) else None
+        is_same = check_same_run(workdir, filled(config)[0])
+        finished = read_json(result_file) if is_same else None
         if finished is not None:
             print("this run is finished")
             show(finished)

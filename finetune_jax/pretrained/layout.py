@@ -27,7 +27,7 @@ _TERM = re.compile(r"([+-]?)(\d*)([a-z]?)")
 _BLOCK = re.compile(r"(stage\d+/block\d+)/")
 _PART = re.compile(r"(?P<tensor>.*)\[(?P<part>\d+)/(?P<parts>\d+)\]")
 # A count that torch keeps beside running averages; nothing here needs it.
-_COUNT = "num_batches_tracked"
+COUNT = "num_batches_tracked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,12 +173,12 @@ class Layout:
             kept = set(original) - self.needed(original) - set(found)
             return found | {name: np.asarray(original[name]) for name in sorted(kept)}
         means = [name for name in found if name.endswith("running_mean")]
-        counts = [name.removesuffix("running_mean") + _COUNT for name in means]
+        counts = [name.removesuffix("running_mean") + COUNT for name in means]
         return found | {name: np.array(0) for name in counts}
 
     def needed(self, theirs: Iterable[str]) -> set[str]:
         """Returns the names in a file without those that a model may do without."""
-        needless = re.compile("|".join((rf"(.*\.)?{_COUNT}", *self.needless)))
+        needless = re.compile("|".join((rf"(.*\.)?{COUNT}", *self.needless)))
         return {name for name in theirs if not needless.fullmatch(name)}
 
     def _place(self, name: str, before: Mapping[str, int]) -> Place | None:

@@ -1,0 +1,128 @@
+"""The overview of a run: data, weights and plan in at most ten lines."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from finetune_jax.config import Config
+from finetune_jax.data.dataset import Data
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.table_spec import TableSpec
+from finetune_jax.setup import Setup
+from finetune_jax.start import Loaded
+from finetune_jax.trees import count, named
+
+# Most lines about the data, the weights and the plan.
+_DATA_LINES, _WEIGHTS_LINES, _PLAN_LINES = 4, 3, 3
+# Most names that a line lists, such as those of classes.
+_NAMES = 12
+
+
+def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[str]:
+    """Returns what a run trains on, starts from and does, in at most ten lines.
+
+    Args:
+        setup: Setup of the run.
+        loaded: Weights that the run starts from.
+        notes: Lines about config keys that files beside the weights decided.
+    """
+    sections = (
+        ("data", _data_lines(setup.config, setup.data), _DATA_LINES),
+        ("weights", _weights_lines(loaded, notes), _WEIGHTS_LINES),
+        ("plan", _plan_lines(setup), _PLAN_LINES),
+    )
+    return [
+        f"{title if first == 0 else '':9}{line}"
+        for title, lines, most in sections
+        for first, line in enumerate(_at_most(most, lines))
+    ]
+
+
+def _at_most(most: int, lines: Sequence[str]) -> list[str]:
+    """Returns the lines, the last ones joined where there are too many."""
+    return [*lines[: most - 1], *filter(None, ["; ".join(lines[most - 1 :])])]
+
+
+def _data_lines(config: Config, data: Data) -> list[str]:
+    spec = data.spec
+    if spec.domains:
+        lines = [
+            f"domain {name}: {of.train_examples:,} train examples, {_shape(of)}; "
+            f"{_classes(of)}"
+            for name, of in spec.domains.items()
+        ]
+    else:
+        sizes = {"train": data.train, **data.held_out}
+        counts = ", ".join(f"{len(part):,} {split}" for split, part in sizes.items())
+        place = pathlib.PurePath(config.data.dir or "").name
+        name = f"{config.data.name} {place}".strip()
+        lines = [f"{name}: {counts} examples, {_shape(spec)}", _classes(spec)]
+        if spec.table is not None:
+            lines[1] = f"{lines[1]}; {_columns(spec.table)}"
+    left = ["; ".join(data.not_used)] if data.not_used else []
+    return _at_most(_DATA_LINES - len(left), lines) + left
+
+
+def _shape(spec: DataSpec) -> str:
+    if spec.text is not None:
+        return f"texts of at most {spec.shape[-1]} tokens"
+    if spec.table is not None:
+        return "rows of a table"
+    return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
+
+
+def _classes(spec: DataSpec) -> str:
+    """Returns the classes with their training examples, or what else is predicted."""
+    if spec.targets:
+        return f"predicted numbers: {_listed(spec.targets)}"
+    if spec.pixel_classes:
+        return f"{len(spec.pixel_classes)} classes of pixels: {_listed(spec.pixel_classes)}"
+    if not spec.class_names:
+        return "predicted: answers in the passage"
+    shown = list(spec.class_names)
+    if len(spec.train_counts) == len(shown):
+        shown = [f"{name} ({n:,})" for name, n in zip(shown, spec.train_counts)]
+    line = f"{len(shown)} classes: {_listed(shown)}"
+    if len(shown) > _NAMES and len(spec.train_counts) == len(shown):
+        line += (
+            f", {min(spec.train_counts):,} to {max(spec.train_counts):,} examples each"
+        )
+    return line
+
+
+def _columns(table: TableSpec) -> str:
+    """Returns the columns by kind, with the share of missing values."""
+    parts = []
+    for kind, columns in (("number", table.numbers), ("category", table.categories)):
+        names = [
+            f"{one.name} ({one.missing:.1%} missing)" if one.missing else one.name
+            for one in columns
+        ]
+        label = f"{len(names)} {kind} column{'' if len(names) == 1 else 's'}"
+        parts.append(f"{label}: {_listed(names)}" if names else label)
+    return "; ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES
+    return ", ".join(names[:_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _weights_lines(loaded: Loaded, notes: Sequence[str]) -> list[str]:
+    lines = [*loaded.lines, *notes]
+    return lines or ["none: all parameters start at random"]
+
+
+def _plan_lines(setup: Setup) -> list[str]:
+    """Returns a line for every phase: length, trained parameters, optimizer."""
+    params, lines = named(setup.shapes.params), []
+    for index, phase in enumerate(setup.plan):
+        trained = setup.phase(index).groups
+        values = sum(math.prod(params[name].shape) for name in trained)
+        given = "" if phase.epochs is None else f" ({phase.epochs:g} epochs)"
+        lines.append(
+            f"{phase.name}: {phase.steps:,} updates{given} of {values:,} of "
+            f"{count(setup.shapes.params):,} parameters, {phase.optimizer}, "
+            f"{phase.schedule} {phase.peak_lr:g}"
+        )
+    return lines
