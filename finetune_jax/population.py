@@ -38,6 +38,7 @@ from finetune_jax.report.trackers import make_trackers
 from finetune_jax.run import (
     add_fisher,
     best_state,
+    data_of_run,
     inputs_of,
     make_evaluator,
     make_loop,
@@ -129,7 +130,7 @@ def run_population(
     config, notes = filled(config)
     check_same_run(workdir, config)
     members = member_configs(config)
-    setup = make_setup(config)
+    setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup)
     setups = member_setups(setup, members)
     _, loaded = setup.start(measure=False)

@@ -10,7 +10,9 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.config import Config
-from finetune_jax.data.encoding import write_fitted
+from finetune_jax.data.class_order import in_order_of_run
+from finetune_jax.data.dataset import Data
+from finetune_jax.data.encoding import VOCABULARY, read_fitted, write_fitted
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
@@ -34,7 +36,7 @@ from finetune_jax.report.manifest import make_manifest
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import Tracker, make_trackers
 from finetune_jax.setup import Setup, make_setup
-from finetune_jax.start import Loaded, tokenizer_of
+from finetune_jax.start import Loaded, run_data, tokenizer_of
 from finetune_jax.state import Progress, TrainState
 from finetune_jax.summary import write_report
 from finetune_jax.tables import Tables
@@ -46,6 +48,7 @@ from finetune_jax.workdir import (
     locked,
     make_folder,
     read_json,
+    read_manifest,
     write_json,
     write_text,
 )
@@ -69,7 +72,7 @@ def run(
     begin, terminal = time.perf_counter(), Terminal()
     config, notes = filled(config)
     check_same_run(workdir, config)
-    setup = make_setup(config)
+    setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, loaded = setup.start(measure=not begun)
@@ -94,6 +97,24 @@ def run(
         _tell_unreadable(workdir, setup, terminal)
         write_json(workdir / "result.json", result)
     return result
+
+
+def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
+    """Returns the data of a run, its classes in the order that the run began with.
+
+    Args:
+        config: Config of the run.
+        workdir: Workdir of the run, which need not be there yet.
+
+    Raises:
+        UserError: The data cannot be read, or its classes are not those of the run.
+    """
+    # Columns are encoded as they were for training, whatever the files hold by now.
+    is_table = (workdir / VOCABULARY).is_file()
+    fitted = read_fitted(workdir, "--workdir") if is_table else None
+    data = run_data(config, fitted)
+    looks = (read_manifest(workdir) or {}).get("data")
+    return in_order_of_run(data, looks) if isinstance(looks, dict) else data
 
 
 def tell(

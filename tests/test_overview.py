@@ -49,7 +49,9 @@ def test_at_most_ten_lines_are_told_and_none_is_lost():
 def test_many_classes_are_told_in_short():
     spec = small.spec(classes=1000)
     spec = type(spec)(**{**vars(spec), "train_counts": (*range(1, 1000), 5000)})
-    setup = make_setup(small.config(model="mlp", plan=SHORT, hidden=(4,)), no_data(spec))
+    setup = make_setup(
+        small.config(model="mlp", plan=SHORT, hidden=(4,)), no_data(spec)
+    )
     line = overview(setup, NOTHING)[1]
     assert "1000 classes: 0 (1)" in line and "988 more" in line
     assert "1 to 5,000 examples each" in line and len(line) < 200

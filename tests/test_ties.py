@@ -60,7 +60,10 @@ def test_the_loss_is_that_of_the_same_split_and_weights(name, loss):
 def test_step_0_is_best_only_if_it_is_better(tmp_path):
     """A rate so small that no bit moves: every evaluation is a tie."""
     still = (Phase(name="all", steps=3, optimizer="sgd", peak_lr=1e-30),)
-    overrides = [("evaluate.best", "validation/accuracy"), ("evaluate.every_steps", "1")]
+    overrides = [
+        ("evaluate.best", "validation/accuracy"),
+        ("evaluate.every_steps", "1"),
+    ]
     config = small.config(model="mlp", plan=still, hidden=(4,), overrides=overrides)
     result = run(config, tmp_path / "run")
     found = [line["validation/loss"] for line in small.lines(tmp_path / "run")

@@ -1,12 +1,10 @@
 """`--mode=evaluate`: measures the best checkpoint of a run on its held-out splits."""
 
 from finetune_jax.config import Config
-from finetune_jax.data.encoding import VOCABULARY, read_fitted
 from finetune_jax.forgetting import open_domains
 from finetune_jax.modes.options import Options
-from finetune_jax.run import best_state
+from finetune_jax.run import best_state, data_of_run
 from finetune_jax.setup import make_setup
-from finetune_jax.start import run_data
 from finetune_jax.workdir import write_json
 
 
@@ -14,10 +12,7 @@ def main(config: Config, options: Options) -> int:
     """Prints the metrics and writes them to `evaluation.json`; returns the status."""
     workdir = options.workdir
     assert workdir is not None
-    # Columns are encoded as they were for training, whatever the files hold by now.
-    is_table = (workdir / VOCABULARY).is_file()
-    fitted = read_fitted(workdir, "--workdir") if is_table else None
-    setup = make_setup(config, run_data(config, fitted))
+    setup = make_setup(config, data_of_run(config, workdir))
     evaluator, placed, step = best_state(setup, workdir, open_domains(setup))
     found = evaluator.measure(placed, setup.data.held_out)
     print(f"checkpoint of step {step}")

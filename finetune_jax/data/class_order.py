@@ -1,0 +1,110 @@
+"""The order of classes that a run began with, for data that is read once more."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.dataset import Data
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.errors import UserError
+from finetune_jax.lookup import closest
+
+
+def in_order_of_run(data: Data, looks: Mapping[str, Any]) -> Data:
+    """Returns the data with its classes numbered as a run has them.
+
+    Versions of this project may order classes differently, such as '2' and '10'.
+
+    Args:
+        data: Data as it is read today.
+        looks: Entry 'data' of the run's manifest.
+
+    Raises:
+        UserError: The data has other classes than the run.
+    """
+    if not data.spec.domains:
+        return _ordered(data, looks.get("class_names"))
+    found = data
+    for domain, theirs in (looks.get("domains") or {}).items():
+        if domain in data.spec.domains:
+            found = _domain_ordered(found, domain, theirs.get("class_names"))
+    return found
+
+
+def _ordered(data: Data, wanted: Any) -> Data:
+    places = _places(data.spec, wanted, "")
+    if places is None:
+        return data
+    return dataclasses.replace(
+        data,
+        spec=_spec(data.spec, wanted, places),
+        train=_numbered(data.train, places),
+        held_out={k: _numbered(part, places) for k, part in data.held_out.items()},
+    )
+
+
+def _domain_ordered(data: Data, domain: str, wanted: Any) -> Data:
+    places = _places(data.spec.domains[domain], wanted, f"domain {domain!r}, ")
+    if places is None:
+        return data
+
+    def mixture(part: Any) -> Any:
+        own = _numbered(part.parts[domain], places)
+        return dataclasses.replace(part, parts={**part.parts, domain: own})
+
+    spec = _spec(data.spec.domains[domain], wanted, places)
+    domains = {**data.spec.domains, domain: spec}
+    first = next(iter(domains.values()))
+    return dataclasses.replace(
+        data,
+        spec=dataclasses.replace(
+            data.spec, domains=domains, class_names=first.class_names
+        ),
+        train=mixture(data.train),
+        held_out={split: mixture(part) for split, part in data.held_out.items()},
+    )
+
+
+def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
+    """Returns the run's index of each class; None where nothing changes.
+
+    Raises:
+        UserError: The classes are not those of the run.
+    """
+    names = list(spec.class_names)
+    if not names or not isinstance(wanted, list | tuple) or list(wanted) == names:
+        return None
+    if set(wanted) != set(names):
+        lines = [
+            f"{name!r} is not a class of the run{closest(name, wanted)}"
+            for name in names
+            if name not in wanted
+        ]
+        lines += [
+            f"{name!r} is not a class of the data{closest(name, names)}"
+            for name in wanted
+            if name not in names
+        ]
+        raise UserError(
+            f"config.data: {where}the classes are not those that the run began with: "
+            f"{'; '.join(lines[:20])}. Give another --workdir, or bring the data back."
+        )
+    return np.array([list(wanted).index(name) for name in names], np.int32)
+
+
+def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec:
+    counts = spec.train_counts
+    if len(counts) == len(places):
+        ordered = np.zeros(len(places), int)
+        ordered[places] = counts
+        counts = tuple(ordered.tolist())
+    return dataclasses.replace(spec, class_names=tuple(wanted), train_counts=counts)
+
+
+def _numbered(dataset: Any, places: np.ndarray) -> Any:
+    label = dataset.label  # Places of texts without a tag are negative.
+    return dataclasses.replace(
+        dataset, label=np.where(label < 0, label, places[label]).astype(label.dtype)
+    )
