@@ -44,6 +44,8 @@ class Domain:
         train: Where Fisher information is taken from, not augmented; None where the
             config names none.
         fingerprint: Returns that of its data.
+        warnings: Lines about what is doubtful in its data.
+        not_used: Lines about files or rows that were left out.
         pretrained: Variables of the last stage by name, 'params/...' and
             'batch_stats/...', where they are those of the pretrained weights.
     """
@@ -55,6 +57,8 @@ class Domain:
     train: Dataset | None
     fingerprint: Callable[[], str]
     pretrained: Mapping[str, np.ndarray]
+    warnings: tuple[str, ...] = ()
+    not_used: tuple[str, ...] = ()
 
     def head_variables(self, start: TrainState) -> dict[str, np.ndarray]:
         """Returns what takes the place of the current head, by name; may be nothing.
@@ -180,13 +184,20 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         raise UserError(f"{where}name: the labels of {entry.name} are not classes")
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
+    class_names, warnings = source.class_names, source.warnings
+    if entry.head != "pretrained":
+        place, class_names = _places(class_names, setup.data.spec.class_names, where)
+        if class_names != source.class_names:
+            everything = place[everything]
+            warnings += (f"{where}name: its classes are numbered as the run's",)
     splits = named_splits(label, entry.split_seed)
     spec = _spec(
         shape=setup.data.spec.shape,
         shapes={part.shape for part in source.splits.values()},
         where=where,
         dtype=next(iter(source.splits.values())).dtype,
-        class_names=source.class_names,
+        class_names=class_names,
+        pixels=source.pixels,
         interpolation=setup.data.spec.interpolation,
         **given,
     )
@@ -207,7 +218,34 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         train=train,
         fingerprint=source.fingerprint,
         pretrained=pretrained,
+        warnings=warnings,
+        not_used=source.not_used,
     )
+
+
+def _places(
+    theirs: tuple[str, ...], own: tuple[str, ...], where: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the index of each class of a domain for the run's head, and its names.
+
+    Where the two have no name in common, or the same index for each that they have, the
+    domain's classes stay as they are.
+
+    Raises:
+        UserError: Some classes have other indices in the run, others are not there.
+    """
+    folded = {name.casefold(): index for index, name in enumerate(own)}
+    found = [folded.get(name.casefold()) for name in theirs]
+    if all(index in (None, place) for place, index in enumerate(found)):
+        return np.arange(len(theirs)), theirs
+    absent = [name for name, index in zip(theirs, found) if index is None]
+    if absent or len(folded) < len(own):
+        raise UserError(
+            f"{where}name: its classes {', '.join(theirs[:20])} are not those of the run, "
+            f"{', '.join(own[:20])}, but have names in common with other indices; name "
+            "them alike, or measure with head='pretrained'"
+        )
+    return np.array(found), own
 
 
 def _spec(

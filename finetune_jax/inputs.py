@@ -129,7 +129,8 @@ def check_classified(data: DataSpec, task: str) -> None:
     if data.targets:
         raise UserError(
             f"{where}'s labels are not classes but numbers "
-            f"({', '.join(data.targets[:20])}): use task.name='regress'"
+            f"({', '.join(data.targets[:20])}): use task.name='regress', or save classes "
+            "as integers"
         )
     if data.pixel_classes:
         raise UserError(

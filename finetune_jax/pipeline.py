@@ -89,15 +89,17 @@ class Pipeline:
             return records[0] if alone else records
         if isinstance(inputs, np.ndarray):
             axes = len(spec.shape)
-            if takes_files(spec) and inputs.ndim == 2:
+            if axes == 3 and inputs.ndim == 2:
                 inputs = inputs[..., None]
             if inputs.ndim not in (axes, axes + 1):
                 raise UserError(
                     f"an array {inputs.shape}, but the model takes {spec.shape} each"
                 )
-            many = inputs if inputs.ndim > axes else inputs[None]
-            records = self._records(examples(checked(many, spec, "an array"), spec))
-            return records if inputs.ndim > axes else records[0]
+            alone = inputs.ndim == axes
+            many = inputs[None] if alone else inputs
+            many = checked(many, spec, "an array", alone=alone)
+            records = self._records(examples(many, spec))
+            return records[0] if alone else records
         if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
             return self._listed(inputs)
         return self._listed([inputs])[0]

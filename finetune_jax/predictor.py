@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
 from finetune_jax.data.images import read_image
+from finetune_jax.data.pixels import to_predict
 from finetune_jax.data.questions import asked_in, encode_questions
-from finetune_jax.data.source import ArrayExamples, Source, array_source
+from finetune_jax.data.source import ArrayExamples, Source, not_finite
 from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.data.tags import encode_words, tag_labels, words_of
 from finetune_jax.data.texts import Rows, TextOptions, encode, make_encoder, packed
@@ -154,9 +156,14 @@ def fitted(
 
 
 def examples(inputs: np.ndarray, spec: DataSpec) -> Dataset:
-    """Returns inputs [N, ...] as a split without labels."""
+    """Returns inputs [N, ...], as the model takes them, as a split without labels."""
     label = np.zeros(len(inputs), np.int32)
-    source = array_source("inputs", {"all": (inputs, label)})
+    source = Source(
+        name="inputs",
+        splits={"all": ArrayExamples(values=inputs, label=label)},
+        class_names=(),
+        fingerprint=str,
+    )
     return dataset_of(source, spec, np.arange(len(inputs)), label)
 
 
@@ -183,8 +190,9 @@ def text_examples(rows: Rows, spec: DataSpec, encoder: Any) -> Dataset:
         tokens, begins = encode_words(encoder, words)
         length = _length(tokens, options)
         # Words are known by having a label, whichever.
-        any_tag = [[spec.class_names[0]] * len(row) for row in words]
-        label = tag_labels({"all": begins}, {"all": any_tag}, length)[0]["all"]
+        tag = spec.class_names[0]
+        tags = {"all": [[tag] * len(row) for row in words]}
+        label = tag_labels({"all": begins}, tags, length, {tag: 0})["all"]
     else:
         texts = [tuple(row[column] for column in options.text) for row in rows.cells]
         tokens, label = encode(encoder, texts), np.zeros(len(texts), np.int32)
@@ -215,22 +223,43 @@ def read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
         array = loaded["x"] if path.suffix == ".npz" else loaded
     except Exception as error:  # NumPy raises whatever the damage leads to.
         raise UserError(f"{path}: cannot be read: {error}") from error
-    if len(spec.shape) == 3 and array.ndim == 3:
-        array = array[..., None]
     return checked(array, spec, str(path))
 
 
-def checked(array: np.ndarray, spec: DataSpec, name: str) -> np.ndarray:
-    """Returns inputs [N, ...].
+def checked(
+    array: np.ndarray, spec: DataSpec, name: str, *, alone: bool = False
+) -> np.ndarray:
+    """Returns inputs [N, ...] as the model takes them.
+
+    Images are read as the run has read its own; a conversion is told by a warning.
+
+    Args:
+        array: Inputs of any numbers.
+        spec: What the run's data look like.
+        name: For messages.
+        alone: Whether a single input was given, to which an axis was added.
 
     Raises:
         UserError: The model does not take them.
     """
-    is_image = len(spec.shape) == 3 and array.ndim == 4 and array.shape[-1] in (1, 3)
-    if not len(array) or not (is_image or array.shape[1:] == spec.shape):
+    fits = (
+        array.ndim in (3, 4) if len(spec.shape) == 3 else array.shape[1:] == spec.shape
+    )
+    if not array.size or not fits:
         raise UserError(f"{name}: {array.shape}, but the model takes {spec.shape} each")
-    if array.dtype != np.dtype(spec.dtype) and (
-        is_image or array.dtype.kind not in "uif"
-    ):
+    if array.dtype.kind not in "uifb":
+        raise UserError(f"{name}: {array.dtype}, but the model takes {spec.dtype}")
+    if array.dtype.kind == "f" and len(bad := not_finite(array)):
+        raise UserError(
+            f"{name}: {len(bad)} examples have NaN or infinity (in float32), the first is "
+            f"number {int(bad[0])}"
+        )
+    if len(spec.shape) == 3:
+        array, lines = to_predict(array, spec.pixels, spec.dtype, name, alone=alone)
+        for line in lines:
+            warnings.warn(line, stacklevel=2)
+    elif array.dtype != np.uint8:
+        array = array.astype(np.float32)
+    if array.dtype != np.dtype(spec.dtype):
         raise UserError(f"{name}: {array.dtype}, but the model takes {spec.dtype}")
     return array

@@ -47,3 +47,35 @@ def check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
             f"have no training example: {', '.join(absent[:20])}. A model cannot learn "
             "what it never sees; choose another split."
         )
+
+
+def check_labelled(
+    source: Source,
+    label: np.ndarray,
+    chosen: Mapping[str, np.ndarray],
+    *,
+    training: bool,
+) -> None:
+    """Checks that the examples of every split have a class.
+
+    Args:
+        source: Has the classes.
+        label: Class index of all its examples; below 0 where there is none.
+        chosen: Indices of the examples by split, 'train' among them.
+        training: Whether training needs labels.
+
+    Raises:
+        UserError: Lists the splits that have examples without a class.
+    """
+    if not source.class_names:
+        return
+    problems = [
+        f"config.data.{split}: {count} of {len(indices)} examples have no class"
+        for split, indices in chosen.items()
+        if (training or split != "train") and (count := int((label[indices] < 0).sum()))
+    ]
+    if problems:
+        advice = "Choose another split; labels of test splits are often not published."
+        raise problems_error(
+            f"The data {source.name} cannot be used:", problems, advice
+        )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.labels import class_name, spelling_of
 from finetune_jax.data.table_files import batches
 from finetune_jax.data.tables import Format, Schema
 from finetune_jax.errors import UserError, problems_error
@@ -326,13 +327,14 @@ def _label_problems(
             for at in np.flatnonzero(wrong)[:20]
         ]
     text = [str(value) for value in values[name].to_pylist()]
-    allowed = [not kind.classes or value in kind.classes for value in text]
+    names = [spelling_of(value) and class_name(value) for value in text]
+    allowed = [n is not None and n in (kind.classes or (n,)) for n in names]
     wrong = ~np.array([*allowed, False])[labels]  # -1 is the last.
     return [
         f"row {row + at + 1}: {name!r} is "
         + (
             f"{text[labels[at]]!r}; one of {', '.join(kind.classes)} is needed"
-            if labels[at] >= 0
+            if labels[at] >= 0 and names[labels[at]] is not None
             else "missing"
         )
         for at in np.flatnonzero(wrong)[:20]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax import aligned
-from finetune_jax.data.classes import check_classes
+from finetune_jax.data.classes import check_classes, check_labelled
 from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.opening import load_source as load_source
@@ -302,8 +302,10 @@ def make_data(
         chosen["train"] = per_class(
             chosen["train"], everything[chosen["train"]], config["per_class"], seed
         )
-    if everything.ndim == 1 and labelled:
-        check_classes(source, everything, chosen["train"])
+    if everything.ndim == 1:
+        if labelled:
+            check_classes(source, everything, chosen["train"])
+        check_labelled(source, everything, chosen, training=labelled)
     warnings = [*source.warnings, *overlaps(chosen)]
     if table is not None:
         source, fitted = table.fitted(chosen["train"], fitted, warnings)
@@ -319,6 +321,7 @@ def make_data(
         text=text,
         labelled=labelled,
         table=fitted and fitted.spec,
+        pixels=source.pixels,
         **preprocessing_of(config),
     )
     check_preprocessing(spec)

@@ -217,13 +217,24 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return values if image.mode == "RGB" else values[..., None]
 
 
+def on_white(image: np.ndarray) -> np.ndarray:
+    """Returns an image of bytes, grey or RGB with alpha, with its alpha laid on white."""
+    channels = image.shape[-1] - 1
+    above = Image.fromarray(np.ascontiguousarray(image)).convert("RGBA")
+    white = Image.new("RGBA", above.size, "white")
+    plain = Image.alpha_composite(white, above).convert("RGB")
+    return np.asarray(plain)[..., :channels]
+
+
 def fit(image: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Returns an image in the shape wanted, as torchvision resizes and crops PIL images.
 
     Args:
-        image: Bytes or float32, [H, W, C].
+        image: Bytes or float32, [H, W, C]; bytes of 2 or 4 channels have alpha.
         geometry: What is wanted.
     """
+    if image.dtype == np.uint8 and image.shape[-1] in (2, 4):
+        image = on_white(image)
     width, height = size = geometry.size_of(image.shape[1], image.shape[0])
     left, top, right, bottom = geometry.cut_of(size)
     image = _resized(image, (height, width), geometry.interpolation)

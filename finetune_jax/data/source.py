@@ -1,5 +1,6 @@
 """The contract of a data source: named splits of random-access examples."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from finetune_jax.data.images import Geometry, fit_named
+from finetune_jax.data.labels import MANY_CLASSES, Classes, classes_of, spelling_of
+from finetune_jax.data.pixels import Pixels, read_images
 from finetune_jax.errors import problems_error
 
 
@@ -111,6 +114,7 @@ class Source:
             array of objects, the splits one after another; None: nothing.
         warnings: Lines about what is doubtful in the data, such as near-equal class names.
         not_used: Lines about files or rows that were left out, with counts and reasons.
+        pixels: How the values of image arrays were read; None for all other inputs.
     """
 
     name: str
@@ -123,6 +127,7 @@ class Source:
     notes: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
     not_used: tuple[str, ...] = ()
+    pixels: Pixels | None = None
 
 
 def array_source(
@@ -135,82 +140,198 @@ def array_source(
 
     Args:
         name: For messages.
-        splits: (inputs, labels) by split: inputs [N, H, W], [N, H, W, C] or [N, F]; bytes
-            stay bytes, all other numbers become float32. Labels are integers or strings
-            [N], which are classes, or floating-point numbers [N] or [N, T] to predict.
+        splits: (inputs, labels) by split: inputs are feature vectors [N, F], of which
+            bytes stay bytes and all other numbers become float32, or images [N, H, W] or
+            [N, H, W, C], which `read_images` reads. Labels are integers or strings [N] or
+            [N, 1], which are classes, or floating-point numbers [N] or [N, T] to predict.
         class_names: In the order of the labels; by default the labels that occur.
         targets: Names of the T numbers.
 
     Raises:
         UserError: Lists all that does not fit together.
     """
+    splits = {
+        split: (inputs, _flat(label)) for split, (inputs, label) in splits.items()
+    }
     problems = _target_problems(splits, class_names, targets)
-    for split, (inputs, label) in splits.items():
-        where = f"split {split!r}"
-        if len(inputs) != len(label):
-            problems.append(f"{where}: {len(inputs)} inputs, {len(label)} labels")
-        ranks = (1, 2) if label.dtype.kind == "f" else (1,)
-        if inputs.ndim not in (2, 3, 4) or label.ndim not in ranks:
-            problems.append(
-                f"{where}: inputs {inputs.shape}, labels {label.shape}; needed are inputs "
-                "[N, F], [N, H, W] or [N, H, W, C] and labels [N], or numbers [N, T]"
-            )
-        if inputs.dtype.kind not in "uifb":
-            problems.append(f"{where}: inputs are {inputs.dtype}, not numbers")
-        elif inputs.dtype.kind == "f" and len(bad := _not_finite(inputs)):
-            problems.append(
-                f"{where}: {len(bad)} examples have NaN or infinity (in float32), "
-                f"the first is number {int(bad[0])}"
-            )
-        problems += [f"{where}: {text}" for text in _label_problems(label)]
+    for split, pair in splits.items():
+        problems += [f"split {split!r}: {text}" for text in _split_problems(*pair)]
     if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
         shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
         problems.append(f"the splits differ in shape: {shapes}")
     if problems:
         raise problems_error(f"The data {name} cannot be used:", problems)
-    if any(label.dtype.kind == "f" for _, label in splits.values()):
-        return _source_of_numbers(name, splits, targets)
-    values = np.unique(np.concatenate([label for _, label in splits.values()]))
-    if class_names is None or values.dtype.kind in "US":
-        class_names = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-    else:
-        outside = [int(v) for v in values if not 0 <= v < len(class_names)]
-        if outside:
-            raise problems_error(
-                f"The data {name} cannot be used:",
-                [f"labels {outside}, but there are {len(class_names)} classes"],
-            )
-        values = np.arange(len(class_names))
-    examples = {
-        split: ArrayExamples(
-            values=_numbers(inputs),
-            label=np.searchsorted(values, label).astype(np.int32),
+    inputs = {split: array for split, (array, _) in splits.items()}
+    label = {split: array for split, (_, array) in splits.items()}
+    values, pixels, lines, problems = _read_inputs(inputs)
+    if any(array.dtype.kind == "f" for array in label.values()):
+        names, found = (
+            (),
+            {
+                split: array.reshape(len(array), -1).astype(np.float32)
+                for split, array in label.items()
+            },
         )
-        for split, (inputs, label) in splits.items()
+        width = next(iter(found.values())).shape[1]
+        if targets is None:
+            numbered = [f"target{i + 1}" for i in range(width)]
+            targets = numbered if width > 1 else ["target"]
+        lines += _likely_classes(label)
+    else:
+        classes, found = _classes(label, class_names)
+        names, targets = classes.names, ()
+        lines += classes.warnings
+        problems += classes.problems
+    if problems:
+        raise problems_error(f"The data {name} cannot be used:", problems)
+    examples = {
+        split: ArrayExamples(values=values[split], label=found[split])
+        for split in splits
     }
     return Source(
         name=name,
         splits=examples,
-        class_names=tuple(class_names),
+        class_names=names,
+        targets=tuple(targets),
         fingerprint=lambda: _fingerprint(examples),
+        warnings=tuple(f"{name}: {line}" for line in lines),
+        pixels=pixels,
     )
+
+
+def _flat(label: np.ndarray) -> np.ndarray:
+    """Returns labels; those of classes, a column, as [N]."""
+    is_column = label.ndim == 2 and label.shape[1] == 1 and label.dtype.kind != "f"
+    return label[:, 0] if is_column else label
+
+
+def _split_problems(inputs: np.ndarray, label: np.ndarray) -> list[str]:
+    """Returns what is wrong with the arrays of a split."""
+    problems = []
+    if len(inputs) != len(label):
+        hint = ""
+        if inputs.ndim == 4 and inputs.shape[-1] == len(label):
+            hint = "; if the examples come last: x.transpose(3, 0, 1, 2)"
+        problems.append(f"{len(inputs)} inputs, {len(label)} labels{hint}")
+    ranks = (1, 2) if label.dtype.kind == "f" else (1,)
+    if inputs.ndim not in (2, 3, 4) or label.ndim not in ranks:
+        hint = "; rows with a 1 for the class: y.argmax(axis=1)"
+        problems.append(
+            f"inputs {inputs.shape}, labels {label.shape}; needed are inputs "
+            "[N, F], [N, H, W] or [N, H, W, C] and labels [N], or numbers [N, T]"
+            + (hint if _is_one_hot(label) else "")
+        )
+    if inputs.dtype.kind not in "uifb":
+        problems.append(f"inputs are {inputs.dtype}, not numbers")
+    elif inputs.dtype.kind == "f" and len(bad := not_finite(inputs)):
+        problems.append(
+            f"{len(bad)} examples have NaN or infinity (in float32), "
+            f"the first is number {int(bad[0])}"
+        )
+    return problems + _label_problems(label)
+
+
+def _read_inputs(inputs: Mapping[str, np.ndarray]) -> tuple:
+    """Returns values by split, how pixels were read, warnings and problems."""
+    if all(array.ndim > 2 for array in inputs.values()):
+        images = read_images(inputs)
+        return images.values, images.pixels, [*images.warnings], [*images.problems]
+    values = {
+        split: array if array.dtype == np.uint8 else array.astype(np.float32)
+        for split, array in inputs.items()
+    }
+    problems = []
+    if len({array.dtype for array in values.values()}) > 1:
+        dtypes = {split: str(array.dtype) for split, array in inputs.items()}
+        problems.append(f"the splits differ in the dtype of inputs: {dtypes}")
+    return values, None, [], problems
+
+
+def _classes(
+    label: Mapping[str, np.ndarray], class_names: Sequence[str] | None
+) -> tuple[Classes, dict[str, np.ndarray]]:
+    """Returns the classes of labels, integers or text, and the class index of each."""
+    uniques = {
+        split: np.unique(array, return_inverse=True, return_counts=True)
+        for split, array in label.items()
+    }
+    counts: collections.Counter[str] = collections.Counter()
+    for found, _, times in uniques.values():
+        for value, count in zip(found, times):
+            counts[str(spelling_of(value))] += int(count)
+    is_text = any(array.dtype.kind in "US" for array in label.values())
+    if class_names is not None and not is_text:  # Integers are places in the names.
+        outside = sorted(
+            set(counts) - {str(n) for n in range(len(class_names))}, key=int
+        )
+        counts_of = {name: counts[str(n)] for n, name in enumerate(class_names)}
+        classes = classes_of(counts_of, "labels", given=class_names, unit="examples")
+        if outside:
+            problem = (
+                f"labels {', '.join(outside[:20])}, but there are {len(class_names)} "
+                f"classes, numbered from 0 to {len(class_names) - 1}"
+            )
+            classes = dataclasses.replace(
+                classes, problems=(*classes.problems, problem)
+            )
+        return classes, {s: array.astype(np.int32) for s, array in label.items()}
+    classes = classes_of(counts, "labels", given=class_names, unit="examples")
+    return classes, {
+        split: classes.of(str(spelling_of(value)) for value in found)[inverse]
+        for split, (found, inverse, _) in uniques.items()
+    }
+
+
+def _is_one_hot(label: np.ndarray) -> bool:
+    """Returns whether labels are rows of zeros with a 1 for the class."""
+    if label.ndim != 2 or label.shape[1] < 2 or label.dtype.kind not in "uifb":
+        return False
+    return bool(((label == 0) | (label == 1)).all() and (label.sum(axis=1) == 1).all())
+
+
+def _likely_classes(label: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns a line if floating-point labels look like classes."""
+    arrays = list(label.values())
+    kind = arrays[0].dtype
+    if all(map(_is_one_hot, arrays)):
+        return [
+            f"labels {kind} {arrays[0].shape} are taken as numbers to predict; each row "
+            "has a single 1: to classify, save y.argmax(axis=1)"
+        ]
+    values = np.concatenate([array.reshape(-1) for array in arrays])
+    if arrays[0].size != len(arrays[0]) or (values != np.rint(values)).any():
+        return []
+    different = len(np.unique(values))
+    if different > min(MANY_CLASSES, len(values) // 2):
+        return []
+    return [
+        f"labels {kind} are taken as numbers to predict; they have {different} different "
+        "values, all whole: to classify, save y.astype(int)"
+    ]
 
 
 def _label_problems(label: np.ndarray) -> list[str]:
     """Returns what is wrong with the labels of a split, whatever else it has."""
+    if label.dtype.kind == "b":
+        return ["labels are bool, not numbers or text; save y.astype(int)"]
     if label.dtype.kind not in "uiUSf":
         return [f"labels are {label.dtype}, not numbers or text"]
-    if label.dtype.kind in "US":
-        blank = np.flatnonzero(np.strings.str_len(np.strings.strip(label)) == 0)
-        if len(blank):
-            return [
-                f"{len(blank)} labels are blank, the first is number {int(blank[0])}; "
-                "give those examples a class, or leave them out"
-            ]
-    return []
+    if label.dtype.kind not in "US":
+        return []
+    try:
+        missing = [value for value in np.unique(label) if spelling_of(value) is None]
+    except UnicodeDecodeError as error:
+        return [f"labels are not UTF-8 ({error}); save y as text"]
+    if not missing:
+        return []
+    blank = np.flatnonzero(np.isin(label, np.array(missing)))
+    return [
+        f"{len(blank)} labels are blank or NaN, the first is number {int(blank[0])}; "
+        "give those examples a class, or leave them out"
+    ]
 
 
-def _not_finite(values: np.ndarray) -> np.ndarray:
+def not_finite(values: np.ndarray) -> np.ndarray:
     """Returns the rows that have numbers that are not finite as float32."""
     is_right = np.abs(values) <= np.finfo(np.float32).max
     return np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
@@ -240,41 +361,12 @@ def _target_problems(
         problems.append(f"{len(targets)} names of targets, but labels have {widths}")
     for split, values in label.items():
         if values.dtype.kind == "f":
-            if len(bad := _not_finite(values)):
+            if len(bad := not_finite(values)):
                 problems.append(
                     f"split {split!r}: {len(bad)} examples have labels that are NaN or "
                     f"infinite, the first is number {int(bad[0])}"
                 )
     return problems
-
-
-def _source_of_numbers(
-    name: str,
-    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    targets: Sequence[str] | None,
-) -> Source:
-    examples = {
-        split: ArrayExamples(
-            values=_numbers(inputs),
-            label=label.reshape(len(label), -1).astype(np.float32),
-        )
-        for split, (inputs, label) in splits.items()
-    }
-    width = next(iter(examples.values())).label.shape[1]
-    if targets is None:
-        targets = [f"target{i + 1}" for i in range(width)] if width > 1 else ["target"]
-    return Source(
-        name=name,
-        splits=examples,
-        class_names=(),
-        targets=tuple(targets),
-        fingerprint=lambda: _fingerprint(examples),
-    )
-
-
-def _numbers(inputs: np.ndarray) -> np.ndarray:
-    inputs = inputs if inputs.dtype == np.uint8 else inputs.astype(np.float32)
-    return inputs[..., None] if inputs.ndim == 3 else inputs
 
 
 def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:

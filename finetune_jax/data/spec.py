@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.data.images import Geometry
+from finetune_jax.data.pixels import Pixels
 from finetune_jax.data.table_spec import TableSpec, table_from_json
 from finetune_jax.data.texts import TextOptions, TextSpec
 from finetune_jax.errors import problems_error
 
+# Largest mean and deviation of values in [0, 1] that is plausible; chosen by us.
+_LARGEST = 2
 # Keys of `config.data` that say what becomes of an example.
 PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation", "decode")
 
@@ -42,6 +45,7 @@ class DataSpec:
             there is one data set. All else then is the first's, but `train_counts`, one
             number.
         table: What is known of a table's columns; None of what is none.
+        pixels: How the values of image arrays were read; None for all other inputs.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +67,7 @@ class DataSpec:
     share: int = 0
     domains: "Mapping[str, DataSpec]" = dataclasses.field(default_factory=dict)
     table: TableSpec | None = None
+    pixels: Pixels | None = None
 
     @property
     def train_examples(self) -> int:
@@ -107,6 +112,8 @@ class DataSpec:
     def to_json(self) -> dict[str, Any]:
         """Returns what the config does not say, for a manifest."""
         plain = dataclasses.asdict(self)
+        if self.pixels is None:
+            del plain["pixels"]
         return {key: plain[key] for key in plain if key not in PREPROCESSING}
 
 
@@ -149,6 +156,8 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
         known["text"] = TextSpec(**{**text, "options": TextOptions(**options)})
     if known.get("table") is not None:
         known["table"] = table_from_json(known["table"])
+    if known.get("pixels") is not None:
+        known["pixels"] = Pixels(**plain["pixels"])
     spec = DataSpec(**known, **preprocessing_of(data))
     shapes = (*spec.shape, *spec.train_shape)
     if not (
@@ -182,6 +191,13 @@ def check_preprocessing(spec: DataSpec) -> None:
         for name, value in (("mean", spec.mean), ("std", spec.std))
         if len(value) not in (1, spec.shape[-1])
     ]
+    if spec.dtype == "uint8" or (spec.pixels and spec.pixels.scale in ("unit", "255")):
+        problems += [
+            f"config.data.{name}: {tuple(value)}, but images are scaled to [0, 1] first; "
+            "divide it by 255"
+            for name, value in (("mean", spec.mean), ("std", spec.std))
+            if max(value) > _LARGEST
+        ]
     if len(spec.shape) != 3:
         problems += [
             f"config.data.{name}: the data has no images"

@@ -1,5 +1,6 @@
 """From files of a table to a source of rows as a model takes them."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -14,14 +15,12 @@ from finetune_jax.data import sources
 from finetune_jax.data.columns import Columns, cells_of, codes_of, open_columns
 from finetune_jax.data.encoding import Encoded, Fitted, read_fitted
 from finetune_jax.data.fitting import fit
+from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.table_files import batches, columns_of, infer_schema
 from finetune_jax.data.tables import Format, Schema, TableOptions
 from finetune_jax.data.text_files import SPLITS
 from finetune_jax.errors import DataMissing, UserError, problems_error
-
-# From so many classes on, of which most rows have their own, labels are numbers.
-MANY_CLASSES = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,10 +177,12 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
     """Returns the source of the labels.
 
     Raises:
-        UserError: They are classes of which nearly every row has its own.
+        UserError: They are a single class, or nearly every row has a class of its own.
     """
     assert schema.label is not None
     classes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    content = " ".join(f"{s}={columns.sha256}" for s, columns in splits.items())
     if schema.labels == "numbers":
         labels = {
             split: columns.label.view(np.float32).reshape(-1, 1)
@@ -192,25 +193,27 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
             split: [str(value) for value in columns.values[schema.label].to_pylist()]
             for split, columns in splits.items()
         }
-        names = {value for values in text.values() for value in values}
+        counts: collections.Counter[str] = collections.Counter()
+        for split, values in text.items():
+            times = np.bincount(splits[split].label, minlength=len(values))
+            counts.update(dict(zip(values, times.tolist())))
         rows = sum(map(len, splits.values()))
-        if len(names) > max(MANY_CLASSES, rows // 2):
+        if len(counts) > max(MANY_CLASSES, rows // 2):
             raise UserError(
-                f"config.data.label: {schema.label!r} has {len(names):,} different values "
-                f"in {rows:,} rows; if it is a number, config.data.labels='numbers' says "
-                "so"
+                f"config.data.label: {schema.label!r} has {len(counts):,} different "
+                f"values in {rows:,} rows; if it is a number, "
+                "config.data.labels='numbers' says so"
             )
-        # Classes that are numbered keep the order of their numbers.
-        numbered = all(name.isascii() and name.isdigit() for name in names)
-        classes = tuple(sorted(names, key=int) if numbered else sorted(names))
-        places = {value: at for at, value in enumerate(classes)}
+        found = classes_of(counts, f"config.data.label: {schema.label!r}")
+        if found.problems:
+            raise problems_error(f"The data {name} cannot be used:", found.problems)
+        classes, warnings = found.names, found.warnings
         labels = {
-            split: np.array([places[value] for value in values], np.int32)[
-                splits[split].label
-            ]
+            split: found.of(values)[splits[split].label]
             for split, values in text.items()
         }
-    content = " ".join(f"{s}={columns.sha256}" for s, columns in splits.items())
+        if not all(n.isdigit() for n in counts) and list(classes) != sorted(counts):
+            content += f" {classes}"  # The files do not say how labels are read.
     return Source(
         name=name,
         splits={
@@ -219,6 +222,7 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
         },
         class_names=classes,
         targets=(schema.label,) if schema.labels == "numbers" else (),
+        warnings=warnings,
         fingerprint=lambda: content,
     )
 

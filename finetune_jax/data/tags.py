@@ -1,10 +1,13 @@
 """A tag for every word of a text: its first token has it, all others have none."""
 
+import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.texts import Rows, TextOptions, missing_columns
 
 # The label of places that have none.
@@ -52,6 +55,8 @@ def tag_problems(rows: Rows, options: TextOptions) -> list[str]:
             problems.append(f"{at}: {options.label!r} is not tags")
         elif len(words) != len(tags):
             problems.append(f"{at}: {len(words)} words, but {len(tags)} tags")
+        elif any(spelling_of(tag) is None for tag in tags):
+            problems.append(f"{at}: {options.label!r} has a tag that is blank or NaN")
     return problems
 
 
@@ -76,28 +81,43 @@ def encode_words(
     return tokens, begins
 
 
+def tag_classes(tags: Mapping[str, Sequence[Sequence[str]]], where: str) -> Classes:
+    """Returns the tags as classes; 'O', which is no entity, comes first.
+
+    Args:
+        tags: Tag of each word, by split.
+        where: Start of the messages.
+    """
+    counts = collections.Counter(
+        tag for rows in tags.values() for row in rows for tag in row
+    )
+    found = classes_of(counts, where, unit="words")
+    names = sorted(found.names, key=lambda name: name != "O")
+    places = [names.index(name) for name in found.names]
+    index = {text: places[at] for text, at in found.index.items()}
+    return dataclasses.replace(found, names=tuple(names), index=index)
+
+
 def tag_labels(
     begins: Mapping[str, Sequence[Sequence[int | None]]],
     tags: Mapping[str, Sequence[Sequence[str]]],
     length: int,
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Returns the tag of every place, [N, length] by split, and the names of the tags.
+    index: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+    """Returns the tag of every place, [N, length] by split.
 
     Args:
         begins: From `encode_words`, by split.
-        tags: Of each word.
-        length: Of the texts.
+        tags: Tag of each word, by split.
+        length: Length of the texts.
+        index: Class index by tag.
     """
-    names = sorted({tag for rows in tags.values() for row in rows for tag in row})
-    # What is no entity comes first.
-    names = sorted(names, key=lambda name: name != "O")
-    numbers = {name: index for index, name in enumerate(names)}
     found = {}
     for split, rows in begins.items():
         label = np.full((len(rows), length), NONE, np.int32)
         for row, (places, own) in enumerate(zip(rows, tags[split])):
             for place, word in enumerate(places):
                 if word is not None:
-                    label[row, place] = numbers[own[word]]
+                    label[row, place] = index[own[word]]
         found[split] = label
-    return found, tuple(names)
+    return found

@@ -1,14 +1,22 @@
 """From rows of a table to a source of tokens with labels."""
 
+import collections
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.questions import answer_problems, asked_in, encode_questions
 from finetune_jax.data.source import ArrayExamples, Source
-from finetune_jax.data.tags import encode_words, tag_labels, tag_problems, words_of
+from finetune_jax.data.tags import (
+    encode_words,
+    tag_classes,
+    tag_labels,
+    tag_problems,
+    words_of,
+)
 from finetune_jax.data.texts import (
     Rows,
     TextOptions,
@@ -57,13 +65,16 @@ def text_source(
     if options.labels == "answers":
         return _asked(name, splits, options, encoder)
     if options.labels == "tags":
-        examples, class_names = _tagged(splits, options, encoder)
+        examples, classes = _tagged(splits, options, encoder)
     else:
-        examples, class_names = _labelled(splits, options, encoder)
+        examples, classes = _labelled(splits, options, encoder)
+    if classes.problems and options.labels != "numbers":
+        raise problems_error(f"The data {name} cannot be used:", classes.problems)
     source = Source(
         name=name,
         splits=examples,
-        class_names=class_names,
+        class_names=classes.names,
+        warnings=classes.warnings,
         targets=(options.label,) if options.labels == "numbers" else (),
         fingerprint=lambda: _fingerprint(examples),
     )
@@ -72,33 +83,34 @@ def text_source(
 
 def _labelled(
     splits: Mapping[str, Rows], options: TextOptions, encoder: Any
-) -> tuple[dict[str, ArrayExamples], tuple[str, ...]]:
-    """Returns the examples by split, one label each, and the names of the classes."""
-    label, class_names = _labels(
+) -> tuple[dict[str, ArrayExamples], Classes]:
+    """Returns the examples by split, one label each, and the classes."""
+    label, classes = _labels(
         {
             split: [r[options.label] for r in rows.cells]
             for split, rows in splits.items()
         },
-        options.labels,
+        options,
     )
     tokens = {
         split: encode(encoder, [_sentences(row, options) for row in rows.cells])
         for split, rows in splits.items()
     }
-    return _examples(tokens, label, options), class_names
+    return _examples(tokens, label, options), classes
 
 
 def _tagged(
     splits: Mapping[str, Rows], options: TextOptions, encoder: Any
-) -> tuple[dict[str, ArrayExamples], tuple[str, ...]]:
-    """Returns the examples by split, a tag for each word, and the names of the tags."""
+) -> tuple[dict[str, ArrayExamples], Classes]:
+    """Returns the examples by split, a tag for each word, and the tags as classes."""
     tokens, begins, tags = {}, {}, {}
     for split, rows in splits.items():
         words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
         tokens[split], begins[split] = encode_words(encoder, words)
         tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
-    label, names = tag_labels(begins, tags, _length(tokens, options))
-    return _examples(tokens, label, options), names
+    classes = tag_classes(tags, f"config.data.label: {options.label!r}")
+    label = tag_labels(begins, tags, _length(tokens, options), classes.index)
+    return _examples(tokens, label, options), classes
 
 
 def _asked(
@@ -155,7 +167,7 @@ def _problems(rows: Rows, options: TextOptions) -> list[str]:
         return problems
     for line, row in zip(rows.lines, rows.cells):
         value, at = row.get(options.label), f"{rows.where}, line {line}"
-        if value is None or not str(value).strip():
+        if spelling_of(value) is None:
             problems.append(f"{at}: {options.label!r} is empty")
         elif isinstance(value, list | dict):
             problems.append(f"{at}: {options.label!r} is {value!r}, not one label")
@@ -172,23 +184,19 @@ def _is_number(value: Any) -> bool:
 
 
 def _labels(
-    given: Mapping[str, list], kind: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Returns the labels of each split, and the names of the classes if they are such."""
-    if kind == "numbers":
+    given: Mapping[str, list], options: TextOptions
+) -> tuple[dict[str, np.ndarray], Classes]:
+    """Returns the labels of each split, and the classes if they are such."""
+    if options.labels == "numbers":
         numbers = {k: np.array(v, np.float32).reshape(-1, 1) for k, v in given.items()}
-        return numbers, ()
-    plain = {split: [str(v).strip() for v in values] for split, values in given.items()}
-    names = {name for values in plain.values() for name in values}
-    # Classes that are numbered keep the order of their numbers.
-    numbered = all(name.isascii() and name.isdigit() for name in names)
-    ordered = sorted(names, key=int) if numbered else sorted(names)
-    places = {name: index for index, name in enumerate(ordered)}
-    label = {
-        split: np.array([places[name] for name in values], np.int32)
-        for split, values in plain.items()
+        return numbers, Classes(names=(), index={})
+    spelled = {
+        split: [str(spelling_of(value)) for value in values]
+        for split, values in given.items()
     }
-    return label, tuple(ordered)
+    counts = collections.Counter(text for texts in spelled.values() for text in texts)
+    classes = classes_of(counts, f"config.data.label: {options.label!r}")
+    return {split: classes.of(texts) for split, texts in spelled.items()}, classes
 
 
 def _sentences(row: Mapping[str, Any], options: TextOptions) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 It holds `x` and `y`, to be cut into splits here, or `x_train`, `y_train`, `x_test`, ...
 for each split that it has. Integers and text in `y` are classes, whose `class_names` may
-stand beside them; floating-point numbers [N] or [N, T] are what regression predicts, and
-`target_names` may stand beside them.
+stand beside them and give their order; floating-point numbers [N] or [N, T] are what
+regression predicts, and `target_names` may stand beside them. Images are [N, H, W, 1 or 3],
+bytes or floats; what else is read, and how, is in `data/pixels.py`.
 """
 
 import pathlib
@@ -62,4 +63,19 @@ def _splits(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> tuple:
     if problems:
         raise problems_error(f"{path} cannot be used:", problems)
     splits = {split: (inputs[split], labels[split]) for split in inputs}
-    return splits, *(None if n is None else [str(name) for name in n] for n in names)
+    return splits, *(None if n is None else _texts(n, path) for n in names)
+
+
+def _texts(names: np.ndarray, path: pathlib.Path) -> list[str]:
+    """Returns the names in an array.
+
+    Raises:
+        UserError: They are not UTF-8.
+    """
+    try:
+        return [
+            name.decode() if isinstance(name, bytes) else str(name)
+            for name in names.reshape(-1)
+        ]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: names that are not UTF-8: {error}") from error

@@ -5,6 +5,7 @@ DIR/train/daisy/1.jpg, DIR/test/rose/2.jpg with splits of its own: train, valida
                                            (or val, valid) and test
 """
 
+import collections
 import hashlib
 import os
 import pathlib
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from finetune_jax.data.images import SUFFIXES, Geometry, read_image
+from finetune_jax.data.labels import Classes, classes_of
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
@@ -69,34 +71,41 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     problems: list[str] = []
     roots = _split_roots(root, problems)
     found = {split: _classes(path, problems) for split, path in roots.items()}
-    names = sorted({name for classes in found.values() for name in classes})
-    if len(names) == 1:
-        problems.append(
-            f"{root}: one class, {names[0]!r}; two are needed to tell apart. Each class "
-            "is a folder of its own"
-        )
-    elif not names:
+    counts: collections.Counter[str] = collections.Counter()
+    for folders in found.values():
+        counts.update({name: len(images) for name, images in folders.items()})
+    classes = classes_of(counts, str(root), unit="images")
+    if not counts:
         problems.append(f"{root}: no folders with images in them, one a class")
+    else:
+        problems += [
+            f"{text}. Each class is a folder of its own" for text in classes.problems
+        ]
     if problems:
         raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
-    splits = {split: _image_files(classes, names) for split, classes in found.items()}
+    splits = {split: _image_files(folders, classes) for split, folders in found.items()}
+    # The files do not say how the names of their folders are read.
+    names = "" if list(classes.names) == sorted(counts) else f" {classes.names}"
     if "all" not in splits:  # Which is put in such an order where it is cut.
         splits = {split: _mixed(files) for split, files in splits.items()}
     return Source(
         name=f"folder {directory}",
         splits=splits,
-        class_names=tuple(names),
-        fingerprint=lambda: _fingerprint(root, splits),
+        class_names=classes.names,
+        warnings=classes.warnings,
+        fingerprint=lambda: _fingerprint(root, splits) + names,
     )
 
 
 def _image_files(
-    classes: Mapping[str, Sequence[pathlib.Path]], names: Sequence[str]
+    folders: Mapping[str, Sequence[pathlib.Path]], classes: Classes
 ) -> ImageFiles:
+    """Returns the images of a split, in the order of the classes."""
+    label_of = {name: classes.index[name] for name in folders}
     pairs = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in classes.get(name, ())
+        (path, label_of[name])
+        for name in sorted(folders, key=lambda name: (label_of[name], name))
+        for path in folders[name]
     ]
     label = np.array([label for _, label in pairs], np.int32)
     return ImageFiles([path for path, _ in pairs], label)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from finetune_jax.data.images import SUFFIXES
+from finetune_jax.data.labels import class_name, near_twins
 from finetune_jax.data.masks import Colour, MaskFiles
 from finetune_jax.data.source import Source
 from finetune_jax.data.sources.folder import SPLITS, files_below
@@ -71,6 +72,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         splits=splits,
         class_names=(),
         pixel_classes=classes,
+        warnings=tuple(f"{root / 'classes.csv'}: {t}" for t in near_twins(classes)),
         fingerprint=lambda: _fingerprint(root, splits),
     )
 
@@ -93,7 +95,7 @@ def _classes(
     names: list[str] = []
     colours: dict[Colour, int] = {}
     for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-        name, *values = (part.strip() for part in row or [""])
+        name, *values = (class_name(part) for part in row or [""])
         where = f"{path}, line {number}"
         if not any((name, *values)):
             continue

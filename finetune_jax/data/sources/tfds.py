@@ -7,15 +7,24 @@ one from arrays; image data sets of TFDS are prepared by TFDS itself, with Tenso
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune_jax.data.images import Geometry, fit_named, read_image
+from finetune_jax.data.labels import classes_of
+from finetune_jax.data.pixels import (
+    BYTES,
+    Pixels,
+    axes_problem,
+    decided,
+    extent_of,
+    read_as,
+)
 from finetune_jax.data.source import Source
 from finetune_jax.data.texts import Rows
-from finetune_jax.errors import DataMissing, UserError
+from finetune_jax.errors import DataMissing, UserError, problems_error
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -36,8 +45,11 @@ class TfdsExamples:
         shape = tuple(feature.shape)
         if len(shape) == 2:
             shape = (*shape, 1)
+        if len(shape) == 3 and shape[-1] in (2, 4):  # Alpha is laid on white.
+            shape = (*shape[:-1], shape[-1] - 1)
         self.shape = None if None in shape else shape
         self.dtype = "uint8" if feature.np_dtype == np.uint8 else "float32"
+        self.pixels: Pixels | None = None
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -52,13 +64,29 @@ class TfdsExamples:
         name, content = self.name(index), self._records[index][self._inputs_key]
         if isinstance(content, bytes) and content.startswith(_JPEG):
             return read_image(content, geometry, name=name, upright=False)
-        value = np.asarray(self._decode(content), self.dtype)
-        value = value[..., None] if value.ndim == 2 else value
+        value = self._value(content)
         return value if geometry is None else fit_named(value, geometry, name)
 
     def name(self, index: int) -> str:
         """Returns the number of one example."""
         return f"example {index}"
+
+    def _value(self, content: Any) -> np.ndarray:
+        value = np.asarray(self._decode(content))
+        value = value[..., None] if value.ndim == 2 else value
+        if self.pixels is None:
+            return value.astype(self.dtype, copy=False)
+        return read_as(value[None], self.pixels)[0]
+
+    def values(self) -> Iterator[np.ndarray]:
+        """Yields every example as it is stored, images as [1, H, W, C]."""
+        for index in range(len(self)):
+            value = np.asarray(self._decode(self._records[index][self._inputs_key]))
+            yield (value[..., None] if value.ndim == 2 else value)[None]
+
+    def set_pixels(self, pixels: Pixels) -> None:
+        """Sets how the values of images are read."""
+        self.pixels, self.dtype = pixels, pixels.dtype
 
 
 def _opened(
@@ -122,12 +150,63 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     if len(examples) == 1:
         examples = {"all": next(iter(examples.values()))}
     content = json.dumps([info.full_name, str(info.features), _checksums(info)])
+    name = f"tfds:{argument}"
+    labels, warnings = _class_names(name, classes, examples)
+    pixels, line = _pixels(name, feature, examples)
     return Source(
-        name=f"tfds:{argument}",
+        name=name,
         splits=examples,
-        class_names=tuple(classes.names),
+        class_names=labels,
+        pixels=pixels,
+        warnings=(*warnings, *([line] if line else [])),
         fingerprint=lambda: hashlib.sha256(content.encode()).hexdigest(),
     )
+
+
+def _class_names(
+    name: str, feature: Any, examples: Mapping[str, TfdsExamples]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the class names of a label's feature, and warnings.
+
+    Raises:
+        UserError: There is a single class, or a name twice.
+    """
+    labels = np.concatenate([part.label for part in examples.values()])
+    given = list(feature.names or map(str, range(feature.num_classes or 0)))
+    counts = {text: int((labels == place).sum()) for place, text in enumerate(given)}
+    classes = classes_of(counts, name, given=given, unit="examples")
+    if classes.problems:
+        raise problems_error(
+            f"config.data.name: {name} cannot be used:", classes.problems
+        )
+    return classes.names, classes.warnings
+
+
+def _pixels(
+    name: str, feature: Any, examples: Mapping[str, TfdsExamples]
+) -> tuple[Pixels | None, str]:
+    """Returns how values of images are read, and a line to tell; all are looked at.
+
+    Raises:
+        UserError: Their axes or their range are unclear.
+    """
+    shape = (1, *(size or 8 for size in feature.shape))
+    if len(shape) < 3:
+        return None, ""
+    if problem := axes_problem(shape):
+        raise UserError(f"config.data.name: {name}: images {problem}")
+    if feature.np_dtype == np.uint8:
+        pixels, line = BYTES, ""
+    else:
+        rows = (row for part in examples.values() for row in part.values())
+        pixels, line = decided(extent_of(rows))
+    if pixels is None:
+        raise UserError(f"config.data.name: {name}: images: {line}")
+    for part in examples.values():
+        part.set_pixels(pixels)
+    if shape[-1] in (2, 4) and len(shape) == 4:
+        line += f"{'; ' if line else ''}the last channel, alpha, is laid on white"
+    return pixels, f"{name}: images: {line}" if line else ""
 
 
 def load_rows(
