@@ -109,6 +109,8 @@ def classes_of(
     if given is not None:
         found, names = names, [class_name(name) for name in given]
         problems = _given_problems(names, found)
+    if "" in names:
+        problems.append("one of the class names is blank")
     if len(names) < 2:
         only = f"one class, {names[0]!r}" if names else "no classes"
         problems.append(f"{only}; at least two are needed")
@@ -131,8 +133,6 @@ def classes_of(
 def _given_problems(names: Sequence[str], found: Sequence[str]) -> list[str]:
     """Returns the problems of class names that are given, and of labels outside them."""
     problems = [f"class name {n!r} twice" for n, c in _times(names).items() if c > 1]
-    if "" in names:
-        problems.append("one of the class names is blank")
     if outside := [name for name in found if name not in names]:
         told = ", ".join(f"{n!r}{closest(n, names)}" for n in outside[:_SHOWN])
         problems.append(

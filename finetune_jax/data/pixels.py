@@ -200,7 +200,7 @@ class Images:
 
     Attributes:
         values: Images [N, H, W, 1 or 3] by split, bytes or float32.
-        pixels: How their values were read; None if there are problems.
+        pixels: How their values were read; None for bytes, or if there are problems.
         warnings: Lines about what was converted or assumed.
         problems: Lines that say why the arrays cannot be used.
     """
@@ -239,7 +239,7 @@ def read_images(splits: Mapping[str, np.ndarray]) -> Images:
         )
     return Images(
         values={name: read_as(array, pixels) for name, array in arrays.items()},
-        pixels=pixels,
+        pixels=None if pixels.scale == "bytes" else pixels,
         warnings=tuple(warnings),
     )
 

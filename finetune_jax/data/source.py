@@ -114,7 +114,7 @@ class Source:
             array of objects, the splits one after another; None: nothing.
         warnings: Lines about what is doubtful in the data, such as near-equal class names.
         not_used: Lines about files or rows that were left out, with counts and reasons.
-        pixels: How the values of image arrays were read; None for all other inputs.
+        pixels: How the values of image arrays were read, if they were not bytes.
     """
 
     name: str

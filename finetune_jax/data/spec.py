@@ -45,7 +45,7 @@ class DataSpec:
             there is one data set. All else then is the first's, but `train_counts`, one
             number.
         table: What is known of a table's columns; None of what is none.
-        pixels: How the values of image arrays were read; None for all other inputs.
+        pixels: How the values of image arrays were read, if they were not bytes.
     """
 
     shape: tuple[int, ...]

@@ -190,9 +190,9 @@ def _pixels(
     Raises:
         UserError: Their axes or their range are unclear.
     """
-    shape = (1, *(size or 8 for size in feature.shape))
-    if len(shape) < 3:
+    if len(feature.shape) < 2:
         return None, ""
+    shape = (1, *(size or 8 for size in feature.shape[:2]), *feature.shape[2:])
     if problem := axes_problem(shape):
         raise UserError(f"config.data.name: {name}: images {problem}")
     if feature.np_dtype == np.uint8:
@@ -206,7 +206,8 @@ def _pixels(
         part.set_pixels(pixels)
     if shape[-1] in (2, 4) and len(shape) == 4:
         line += f"{'; ' if line else ''}the last channel, alpha, is laid on white"
-    return pixels, f"{name}: images: {line}" if line else ""
+    told = f"{name}: images: {line}" if line else ""
+    return None if pixels.scale == "bytes" else pixels, told
 
 
 def load_rows(
