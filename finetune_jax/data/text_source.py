@@ -168,7 +168,7 @@ def _problems(rows: Rows, options: TextOptions) -> list[str]:
     for line, row in zip(rows.lines, rows.cells):
         value, at = row.get(options.label), f"{rows.where}, line {line}"
         if spelling_of(value) is None:
-            problems.append(f"{at}: {options.label!r} is empty")
+            problems.append(f"{at}: {options.label!r} is empty or NaN")
         elif isinstance(value, list | dict):
             problems.append(f"{at}: {options.label!r} is {value!r}, not one label")
         elif options.labels == "numbers" and not _is_number(value):
