@@ -13,6 +13,7 @@ from finetune_jax.config import Config
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.encoding import VOCABULARY, read_fitted, write_fitted
+from finetune_jax.data.spec import check_reads_alike
 from finetune_jax.domains import Domain
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
@@ -107,14 +108,18 @@ def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
         workdir: Workdir of the run, which need not be there yet.
 
     Raises:
-        UserError: The data cannot be read, or its classes are not those of the run.
+        UserError: The data cannot be read, or not as the run has read them.
     """
     # Columns are encoded as they were for training, whatever the files hold by now.
     is_table = (workdir / VOCABULARY).is_file()
     fitted = read_fitted(workdir, "--workdir") if is_table else None
     data = run_data(config, fitted)
     looks = (read_manifest(workdir) or {}).get("data")
-    return in_order_of_run(data, looks) if isinstance(looks, dict) else data
+    if not isinstance(looks, dict):
+        return data
+    data = in_order_of_run(data, looks)
+    check_reads_alike(data.spec, looks, f"--workdir: {workdir}")
+    return data
 
 
 def tell(

@@ -13,7 +13,7 @@ from finetune_jax.data.dataset import load_source, make_data
 from finetune_jax.data.images import Geometry, fit, read_image
 from finetune_jax.data.pixels import Pixels, axes_problem, read_images
 from finetune_jax.data.source import array_source
-from finetune_jax.data.spec import DataSpec, spec_from_json
+from finetune_jax.data.spec import DataSpec, check_reads_alike, spec_from_json
 from finetune_jax.errors import UserError
 from finetune_jax.predictor import checked, read_array
 
@@ -347,6 +347,35 @@ def test_the_range_is_kept_with_the_run():
     assert run.pixels == Pixels(scale="unit", low=0, high=1)
     plain = of_run(RGB).to_json()
     assert "pixels" not in plain and spec_from_json(plain, data).pixels is None
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "differs"),
+    [
+        (of_run(RGB), of_run(RGB), False),
+        (of_run(UNIT), of_run(UNIT), False),
+        (spec(dtype="float32"), of_run(UNIT), False),
+        (spec(dtype="float32"), of_run(UNIT * 4 - 2), False),
+        (spec(dtype="float32"), of_run(RGB.astype(int)), True),
+        (spec(dtype="float32"), of_run(HALVES), True),
+        (of_run(UNIT), of_run(UNIT * 4 - 2), True),
+    ],
+)
+def test_a_run_is_evaluated_on_data_that_are_read_alike(then, now, differs):
+    plain = then.to_json()
+    for names, other in (
+        (["0", "1"], False),
+        (["1.0", "0"], True),
+        (["0.0", " 1"], False),
+    ):
+        if differs or other:
+            with pytest.raises(
+                UserError, match="here: the data are not read as the run"
+            ):
+                check_reads_alike(now, {**plain, "class_names": names}, "here")
+        else:
+            check_reads_alike(now, {**plain, "class_names": names}, "here")
+    check_reads_alike(now, {}, "here")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.data.dataset import Data
+from finetune_jax.data.labels import class_name
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
@@ -74,7 +75,10 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
         UserError: The classes are not those of the run.
     """
     names = list(spec.class_names)
-    if not names or not isinstance(wanted, list | tuple) or list(wanted) == names:
+    if not names or not isinstance(wanted, list | tuple):
+        return None
+    wanted = _names(wanted)
+    if wanted == names:
         return None
     if set(wanted) != set(names):
         lines = [
@@ -91,7 +95,12 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
             f"config.data: {where}the classes are not those that the run began with: "
             f"{'; '.join(lines[:20])}. Give another --workdir, or bring the data back."
         )
-    return np.array([list(wanted).index(name) for name in names], np.int32)
+    return np.array([wanted.index(name) for name in names], np.int32)
+
+
+def _names(written: Sequence[Any]) -> list[str]:
+    """Returns the class names of a manifest as the data are read today."""
+    return [class_name(name) for name in written]
 
 
 def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec:
@@ -100,7 +109,7 @@ def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec
         ordered = np.zeros(len(places), int)
         ordered[places] = counts
         counts = tuple(ordered.tolist())
-    return dataclasses.replace(spec, class_names=tuple(wanted), train_counts=counts)
+    return dataclasses.replace(spec, class_names=tuple(_names(wanted)), train_counts=counts)
 
 
 def _numbered(dataset: Any, places: np.ndarray) -> Any:

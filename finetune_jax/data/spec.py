@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.data.images import Geometry
+from finetune_jax.data.labels import class_name
 from finetune_jax.data.pixels import Pixels
 from finetune_jax.data.table_spec import TableSpec, table_from_json
 from finetune_jax.data.texts import TextOptions, TextSpec
@@ -173,6 +174,49 @@ def spec_from_json(plain: Mapping[str, Any], data: Mapping[str, Any]) -> DataSpe
     ):
         raise ValueError("not what data look like")
     return spec
+
+
+def check_reads_alike(spec: DataSpec, plain: Mapping[str, Any], where: str) -> None:
+    """Checks that data are read as a run has read them.
+
+    Args:
+        spec: What the data look like today.
+        plain: What they looked like, as `to_json` wrote it.
+        where: Start of the message.
+
+    Raises:
+        UserError: Classes, their order, or the values of images are read otherwise.
+    """
+    problems = _read_otherwise(spec, plain)
+    for name, own in spec.domains.items():
+        then = plain.get("domains", {}).get(name, {})
+        problems += [f"domain {name!r}: {text}" for text in _read_otherwise(own, then)]
+    if problems:
+        raise problems_error(
+            f"{where}: the data are not read as the run has read them:",
+            problems,
+            "Bring the data back, or train again.",
+        )
+
+
+def _read_otherwise(spec: DataSpec, plain: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key in ("class_names", "targets", "pixel_classes"):
+        then, now = plain.get(key), getattr(spec, key)
+        # Former versions did not strip names, nor write 1.0 as 1.
+        if then is not None and [*map(class_name, then)] != [*map(class_name, now)]:
+            problems.append(
+                f"{key}: {', '.join(now)[:200]}; {', '.join(then)[:200]} then"
+            )
+    dtype = plain.get("dtype", spec.dtype)
+    scale = (plain.get("pixels") or {}).get("scale")
+    now = spec.pixels and spec.pixels.scale
+    # Former versions did not write the scale, and took floats as they are.
+    is_other = scale != now if scale else now == "255" and "dtype" in plain
+    if dtype != spec.dtype or is_other:
+        told = f" ({now})" if now else ""
+        problems.append(f"images: {spec.dtype}{told}; {dtype} then")
+    return problems
 
 
 def _as_tuple(value: Any) -> Any:
