@@ -84,8 +84,6 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     if problems:
         raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
     splits = {split: _image_files(folders, classes) for split, folders in found.items()}
-    # The files do not say how the names of their folders are read.
-    names = "" if list(classes.names) == sorted(counts) else f" {classes.names}"
     if "all" not in splits:  # Which is put in such an order where it is cut.
         splits = {split: _mixed(files) for split, files in splits.items()}
     return Source(
@@ -93,7 +91,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         splits=splits,
         class_names=classes.names,
         warnings=classes.warnings,
-        fingerprint=lambda: _fingerprint(root, splits) + names,
+        fingerprint=lambda: _fingerprint(root, splits),
     )
 
 
