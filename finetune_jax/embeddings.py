@@ -1,7 +1,6 @@
 """Pretrained embeddings of tables: matched to a run's own categories by their values."""
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from finetune_jax.data.encoding import VOCABULARY, Fitted, read_fitted
 from finetune_jax.data.table_spec import ROWS_BEFORE
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained.addresses import Weights
 from finetune_jax.pretrained.vectors import read_vectors
 from finetune_jax.trees import like, named
@@ -60,7 +60,7 @@ def matched(weights: Weights, params: Any, fitted: Fitted | None) -> Weights:
     if not ours or fitted is None:
         return weights
     kind, _, place = weights.address.partition(":")
-    workdir = pathlib.Path(place).expanduser()
+    workdir = user_path(place, "config.init.pretrained")
     if kind != "orbax" or not (workdir / VOCABULARY).is_file():
         raise UserError(
             f"config.init.pretrained: {weights.address!r} has embeddings, but not the "

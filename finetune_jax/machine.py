@@ -11,6 +11,8 @@ import platform
 import tempfile
 from collections.abc import Iterator
 
+from finetune_jax.paths import user_path
+
 # Bytes from which an array has pages of its own, and the number of that option in glibc.
 LARGE, M_MMAP_THRESHOLD = 2**20, -3
 # Bytes that compiled programs may take on disk.
@@ -20,7 +22,7 @@ PROGRAMS = 2**31
 def cache_folder() -> pathlib.Path:
     """Returns what runs share: FINETUNE_JAX_CACHE, or a folder in the user's cache."""
     if named := os.environ.get("FINETUNE_JAX_CACHE"):
-        return pathlib.Path(named)
+        return user_path(named, "FINETUNE_JAX_CACHE")
     try:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # A user without a home, as in some containers.

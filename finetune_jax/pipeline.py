@@ -20,6 +20,7 @@ from finetune_jax.data.texts import Rows
 from finetune_jax.data.threads import check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.main import pin_environment, resolved_config
+from finetune_jax.paths import user_path
 from finetune_jax.predictor import (
     Predictor,
     checked,
@@ -58,7 +59,7 @@ def pipeline(
         raise UserError(
             f"pipeline: no {', '.join(unknown)}; there are {', '.join(keys)}"
         )
-    folder = pathlib.Path(workdir).expanduser()
+    folder = user_path(workdir, "pipeline")
     pairs = [(keys[name], str(value)) for name, value in overrides.items()]
     config = resolved_config("", folder, pairs)
     pin_environment(folder, config.deterministic)
@@ -178,7 +179,7 @@ _FILES = (str, pathlib.Path, Image.Image)
 
 
 def _file(item: Any) -> Any:
-    return pathlib.Path(item).expanduser() if isinstance(item, str) else item
+    return user_path(item) if isinstance(item, str) else item
 
 
 def _kind(item: Any) -> str:

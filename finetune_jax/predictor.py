@@ -220,7 +220,7 @@ def read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
     """
     try:
         loaded: Any = np.load(path, allow_pickle=False)
-        array = loaded["x"] if path.suffix == ".npz" else loaded
+        array = loaded["x"] if path.suffix.lower() == ".npz" else loaded
     except Exception as error:  # NumPy raises whatever the damage leads to.
         raise UserError(f"{path}: cannot be read: {error}") from error
     return checked(array, spec, str(path))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from finetune_jax.errors import UserError
 from finetune_jax.machine import give_back_memory, memory, uncollected
 from finetune_jax.models.drawing import only_shapes
+from finetune_jax.models.sizes import TooSmall, least_side
 from finetune_jax.parallel import compiled_for_few
 from finetune_jax.state import TrainState
 from finetune_jax.tasks.task import Task
@@ -34,10 +35,42 @@ def random_state(
     return _state_of_keys(task, [_key_data(drawn) for drawn in (seed, *own)])
 
 
-def shapes_of(task: Task) -> TrainState:
-    """Returns the shapes of a task's states."""
-    with only_shapes(), uncollected():
-        return jax.eval_shape(lambda: random_state(task, 0))
+def shapes_of(task: Task, model: str = "the model") -> TrainState:
+    """Returns the shapes of a task's states.
+
+    Args:
+        task: Has the models.
+        model: Name of the model, for messages.
+
+    Raises:
+        UserError: Images are too small for a model.
+    """
+    try:
+        with only_shapes(), uncollected():
+            return jax.eval_shape(lambda: random_state(task, 0))
+    except TooSmall as error:
+        raise _too_small(task, model, error.stage) from error
+
+
+def _too_small(task: Task, model: str, stage: str) -> UserError:
+    """Returns the error that names the models, the size and the least size."""
+    leaves = [leaf.shape for leaf in jax.tree.leaves(task.batch_spec)]
+    *_, height, width, channels = min(s for s in leaves if len(s) == 3)
+    needed = []
+    for prefix, module in task.models.items():
+        side = least_side(
+            lambda x, module=module: module.init(jax.random.key(0), x, train=False),
+            channels,
+            min(height, width),
+        )
+        if side is None or side > min(height, width):
+            least = "" if side is None else f", which needs {side}x{side}"
+            needed.append(f"{prefix.strip('/') or model}{least}")
+    return UserError(
+        f"config.data.image_size: images of {height}x{width} pixels are too small for "
+        f"{' and '.join(needed)}: its stage {stage!r} leaves no pixels; set a larger "
+        "config.data.image_size, or choose another config.model.name"
+    )
 
 
 def _key_data(seed: int) -> jax.Array:

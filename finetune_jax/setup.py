@@ -301,7 +301,7 @@ def make_setup(
     if problems := task.check_fixed():
         raise problems_error("What is to be learned cannot be:", problems)
     if like is None:
-        shapes = shapes_of(task)
+        shapes = shapes_of(task, config.model.name)
         random_states = RandomStates(task, shapes)
     else:
         shapes, random_states = like.shapes, like.random_states

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.hints import Regressors, make_pairs, regressor_widths
 from finetune_jax.models import model_of
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.labels import labels_beside
 from finetune_jax.pretrained.load import load_weights
@@ -213,8 +213,8 @@ def saved_class_names(
         data_names: Of the data's classes.
     """
     kind, _, place = address.partition(":")
-    manifest = pathlib.Path(place).expanduser() / "manifest.json"
-    if kind != "orbax" or not manifest.is_file():
+    manifest = user_path(place, address) / "manifest.json" if kind == "orbax" else None
+    if manifest is None or not manifest.is_file():
         found = labels_beside(address)
         return found if set(found) & set(data_names) else None
     try:

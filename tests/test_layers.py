@@ -80,6 +80,7 @@ LAYERS = (
     ),
     ("defaults",),
     ("lookup", "clock", "machine", "grid", "lockstep", "aligned"),
+    ("paths",),
     ("errors",),
 )
 # Within a row: who may import whom.

@@ -24,6 +24,7 @@ from finetune_jax.data.table_files import batches
 from finetune_jax.data.tables import Format, Schema
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.machine import cache_folder
+from finetune_jax.paths import user_path
 from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
 
 # Blocks whose values are given codes at once, while the next are read.
@@ -73,7 +74,9 @@ def open_columns(
         UserError: The file cannot be read or changes meanwhile, or its columns cannot be
             kept.
     """
-    folder = (pathlib.Path(cache_dir) if cache_dir else cache_folder()) / "columns"
+    folder = (
+        user_path(cache_dir, "config.data.cache_dir") if cache_dir else cache_folder()
+    ) / "columns"
     before = _state(path)
     stopped, beside = threading.Event(), concurrent.futures.ThreadPoolExecutor(1)
     with beside, contextlib.ExitStack() as at_the_end:

@@ -8,11 +8,9 @@ import pathlib
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from finetune_jax.data.image_formats import image_formats
 from finetune_jax.errors import UserError
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-)
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -22,7 +20,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 # Of the longer side to the shorter one; beyond it an image resized by its shorter side
 # could fill the memory.
 _THIN = 100
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # What makes an image upright, by its EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +31,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Formats whose decoder does not change size or orientation that the header says. The
+# decoder of TIFF turns the image itself.
+_SIZED_BY_HEADER = ("BMP", "GIF", "JPEG", "MPO", "PNG", "WEBP")
 # Orientations that swap the sides, and those that put the file's last column or row at
 # the left or at the top.
 _SWAPPED, _ENDS_LEFT, _ENDS_ABOVE = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
@@ -86,6 +87,22 @@ def read_image(
 ) -> np.ndarray:
     """Returns the image of a file as a viewer shows it, bytes [H, W, 3] or [H, W, 1].
 
+    As `read_sized`, without the size.
+    """
+    return read_sized(file, geometry, name=name, upright=upright)[0]
+
+
+def read_sized(
+    file: pathlib.Path | bytes | Image.Image,
+    geometry: Geometry | None = None,
+    *,
+    name: str | None = None,
+    upright: bool = True,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the image of a file as a viewer shows it, and its width and height.
+
+    The image is bytes [H, W, 3] or [H, W, 1]; the size is that before it is fitted.
+
     It is turned as its EXIF orientation says. What is transparent lies on white; of 16
     bits the upper 8 are kept; palettes, CMYK and bilevel images become RGB or grey. Of an
     animation it is the first image.
@@ -111,8 +128,9 @@ def read_image(
             if geometry is not None:
                 return _read_fitted(image, geometry, name=name, upright=upright)
             image.load()
-            turn = _orientation(image) if upright else 1
-            return _pixels(_plain(_turned(image, turn), name))
+            turn = orientation_of(image) if upright else 1
+            size = _turned_size(image.size, turn)
+            return _pixels(_plain(_turned(image, turn), name)), size
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -125,10 +143,11 @@ def read_image(
 
 
 def oriented_size(file: pathlib.Path) -> tuple[int, int]:
-    """Returns width and height of the image of a file that `read_image` can read."""
-    with Image.open(file) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SWAPPED else (width, height)
+    """Returns the width and height that `read_sized` returns for a file."""
+    with _opened(file) as image:
+        if image.format not in _SIZED_BY_HEADER:
+            image.load()
+        return _turned_size(image.size, orientation_of(image))
 
 
 def _opened(
@@ -136,13 +155,14 @@ def _opened(
 ) -> contextlib.AbstractContextManager[Image.Image]:
     if isinstance(file, Image.Image):
         return contextlib.nullcontext(file)
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    content = io.BytesIO(file) if isinstance(file, bytes) else file
+    return Image.open(content, formats=image_formats())
 
 
 def _read_fitted(
     image: Image.Image, geometry: Geometry, *, name: str, upright: bool
-) -> np.ndarray:
-    """Returns an opened image in the shape wanted."""
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns an opened image in the shape wanted, and its size before that."""
     _check_not_thin(*image.size, geometry, name)
     whole, drafted, is_fast = image.size, None, geometry.decode == "fast"
     if is_fast:  # Which way up is not known yet; a square is large enough either way.
@@ -154,10 +174,9 @@ def _read_fitted(
     # A reduced image's last column and row may lie partly outside of the photo.
     inside = drafted[1][2:] if drafted else image.size
     whole = whole if drafted else image.size
-    turn = _orientation(image) if upright else 1
+    turn = orientation_of(image) if upright else 1
     image = _plain(_turned(image, turn), name)
-    if turn in _SWAPPED:
-        whole, inside = whole[::-1], inside[::-1]
+    whole, inside = _turned_size(whole, turn), _turned_size(inside, turn)
     size = geometry.size_of(*whole)
     cut = geometry.cut_of(size)
     method = INTERPOLATIONS[geometry.interpolation]
@@ -171,15 +190,20 @@ def _read_fitted(
         image = image.resize(shape, method, (left, top, right, bottom))
     else:
         image = image.resize(size, method).crop(cut)
-    return _with_channels(_pixels(image), geometry.shape[2])
+    return _with_channels(_pixels(image), geometry.shape[2]), whole
 
 
-def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation of an image, 1 where there is none."""
+def orientation_of(image: Image.Image) -> int:
+    """Returns the EXIF orientation of a loaded image: 2 to 8, or 1, which is upright."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found if found in _TURNS else 1
     except Exception:  # Broken EXIF data says nothing about the pixels.
         return 1
+
+
+def _turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation in _SWAPPED else size
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -195,7 +219,7 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     """
     if image.mode == "I" and image.format == "TIFF":
         raise UserError(f"{name}: grey levels of 32 bits; save it with 8 or 16")
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in SIXTEEN_BIT:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise UserError(f"{name}: grey levels outside of 16 bits")

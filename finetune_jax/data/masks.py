@@ -7,13 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from finetune_jax.data.images import Geometry, fit_named, oriented_size, read_image
+from finetune_jax.data.images import (
+    SIXTEEN_BIT,
+    Geometry,
+    fit_named,
+    orientation_of,
+    read_sized,
+)
 from finetune_jax.errors import UserError
 from finetune_jax.masks import IGNORED, palette
 
 Colour = tuple[int, int, int]
 _INDEXED = ("P", "L", "1")
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _SHOWN = 10
 
 
@@ -38,7 +43,12 @@ def read_mask(
                     "changed its values; save masks as PNG"
                 )
             image.load()
-            if image.mode in _INDEXED or image.mode in _SIXTEEN_BIT:
+            if (turn := orientation_of(image)) != 1:
+                raise UserError(
+                    f"{path}: a mask with the EXIF orientation {turn}; save it upright, "
+                    "as a viewer shows its image, without EXIF data"
+                )
+            if image.mode in _INDEXED or image.mode in SIXTEEN_BIT:
                 values = np.asarray(image).astype(np.int64)
             else:
                 values = _indices(np.asarray(image.convert("RGB")), colours, path)
@@ -141,9 +151,8 @@ class MaskFiles:
 
     def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
         """Returns one image, bytes [H, W, C + 1]: the last channel is its mask."""
-        image = read_image(self.images[index], geometry)
+        image, size = read_sized(self.images[index], geometry)
         mask = read_mask(self.masks[index], self.classes, self.colours)
-        size = oriented_size(self.images[index])
         if size != mask.shape[::-1]:
             shown = "x".join(map(str, mask.shape[::-1]))
             raise UserError(

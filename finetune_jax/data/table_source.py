@@ -14,13 +14,15 @@ from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.columns import Columns, cells_of, codes_of, open_columns
 from finetune_jax.data.encoding import Encoded, Fitted, read_fitted
+from finetune_jax.data.files import visible
 from finetune_jax.data.fitting import fit
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.table_files import batches, columns_of, infer_schema
 from finetune_jax.data.tables import Format, Schema, TableOptions
-from finetune_jax.data.text_files import SPLITS
+from finetune_jax.data.text_files import SPLITS, not_used
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.paths import user_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Table:
         if saved is None:
             former, where = None, "config.data.fitted"
             if self.options.fitted is not None:
-                folder = pathlib.Path(self.options.fitted).expanduser()
+                folder = user_path(self.options.fitted, where)
                 former = read_fitted(folder, where)
             columns = list(self.splits.values())
             saved, odd = fit(columns, train, self.schema, self.options, former)
@@ -132,6 +134,8 @@ def load_table(
     if problems:
         raise UserError("\n".join(problems))
     source = _labelled(f"{name} {directory}", splits, schema)
+    unused = not_used(directory, set(files.values()))
+    source = dataclasses.replace(source, not_used=unused)
     return Table(
         name=source.name, splits=splits, schema=schema, options=options, source=source
     )
@@ -145,14 +149,14 @@ def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.
     """
     if directory is None:
         raise DataMissing(f"config.data.dir: the file or folder of {name!r} is needed")
-    place = pathlib.Path(directory).expanduser()
+    place = user_path(directory, "config.data.dir")
     if place.is_file():
         return {"all": place}
     if not place.is_dir():
         raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
     found: dict[str, pathlib.Path] = {}
-    problems = []
-    for path in sorted(place.iterdir()):
+    problems: list[str] = []
+    for path in visible(place, problems):
         if not path.is_file() or path.suffix.lower() not in kind.suffixes:
             continue
         split = SPLITS.get(path.stem.lower(), path.stem)
@@ -212,8 +216,6 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
             split: found.of(values)[splits[split].label]
             for split, values in text.items()
         }
-        if not all(n.isdigit() for n in counts) and list(classes) != sorted(counts):
-            content += f" {classes}"  # The files do not say how labels are read.
     return Source(
         name=name,
         splits={

@@ -1,15 +1,17 @@
 """Text files as tables: found by split, decoded, and cut into rows."""
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
+from finetune_jax.data.files import Unused, files_below, visible
 from finetune_jax.data.source import Source
 from finetune_jax.data.tags import word_problems
 from finetune_jax.data.text_source import text_source
@@ -20,6 +22,7 @@ from finetune_jax.data.texts import (
     text_problems,
 )
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.paths import user_path
 
 # What files are called that hold a split.
 SPLITS = {
@@ -54,7 +57,13 @@ def load_texts(
             f"config.data.text: {options.text}, but {name!r} holds no texts; leave it empty"
         )
     rows = found.load_rows(directory, argument or None, options.header)
-    return text_source(f"{name} {directory or ''}".strip(), rows, options, tokenizer)
+    source, spec = text_source(
+        f"{name} {directory or ''}".strip(), rows, options, tokenizer
+    )
+    if hasattr(found, "READ"):  # Its rows are those of files.
+        used = {pathlib.Path(part.where) for part in rows.values()}
+        source = dataclasses.replace(source, not_used=not_used(directory, used))
+    return source, spec
 
 
 def read_splits(
@@ -77,14 +86,18 @@ def read_splits(
         raise DataMissing(
             f"config.data.dir: the folder of the {suffix} files is needed"
         )
-    place = pathlib.Path(directory).expanduser()
+    place = user_path(directory, "config.data.dir")
     if place.is_file():
         return {"all": read(place, header)}
     if not place.is_dir():
         raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
-    files = sorted(path for path in place.glob(f"*{suffix}") if path.is_file())
+    problems: list[str] = []
+    files = [
+        path
+        for path in visible(place, problems)
+        if path.is_file() and path.suffix.lower() == suffix
+    ]
     found: dict[str, Rows] = {}
-    problems = []
     for path in files:
         split = SPLITS.get(re.sub(r"-v[\d.]+$", "", path.stem.lower()))
         if split is None and len(files) == 1:
@@ -107,6 +120,26 @@ def read_splits(
     if problems:
         raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
     return found
+
+
+def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str, ...]:
+    """Returns lines about the files in `config.data.dir` that no split is read from.
+
+    Args:
+        directory: The folder; None, a file or a missing folder gives no lines.
+        used: Files that are read.
+    """
+    place = None if directory is None else user_path(directory, "config.data.dir")
+    if place is None or not place.is_dir():
+        return ()
+    unused = Unused()
+    for path in visible(place, [], unused):
+        if path.is_dir():
+            for file in files_below(path, None, unused):
+                unused.add(file, "in subfolders")
+        elif path not in used:
+            unused.add(path, "no files of a split")
+    return unused.lines(str(directory))
 
 
 def decoded(path: pathlib.Path) -> str:

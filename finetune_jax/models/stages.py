@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.sizes import check_pixels
+
 
 def run_stages(
     model: nn.Module,
@@ -27,12 +29,16 @@ def run_stages(
         train: Whether dropout and BatchNorm run as in training, where nothing sets it
             stage by stage.
         remat: Stages that the backward pass computes again.
+
+    Raises:
+        TooSmall: A stage leaves no pixels of its input.
     """
     names: tuple[str, ...] = model.stages  # type: ignore[attr-defined]
     start = 0 if first is None else names.index(first)
     stop = len(names) if last is None else names.index(last) + 1
     for name in names[start:stop]:
         x = run_block(getattr(model, name), x, train=train, remat=name in remat)
+        check_pixels(x, name)
     return x
 
 

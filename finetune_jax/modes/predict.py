@@ -7,18 +7,20 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Dataset, dataset_of
+from finetune_jax.data.depth import depth_warnings
 from finetune_jax.data.encoding import read_fitted
-from finetune_jax.data.images import SUFFIXES, oriented_size
+from finetune_jax.data.files import Unused, files_below
+from finetune_jax.data.image_formats import why_no_image
+from finetune_jax.data.images import oriented_size
 from finetune_jax.data.masks import unfitted, write_mask
 from finetune_jax.data.source import ArrayExamples, Source
-from finetune_jax.data.sources.folder import files_below
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.table_source import format_of, rows_to_predict
 from finetune_jax.data.text_files import inputs_of, read_texts
@@ -26,6 +28,7 @@ from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
+from finetune_jax.paths import user_path
 from finetune_jax.predictor import (
     ARRAYS,
     examples,
@@ -50,15 +53,15 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     spec = run_spec(config, workdir)
-    suffixes = _suffixes(config, spec)
-    paths = find_inputs(options.inputs, suffixes)
-    _check_kinds(paths, spec, suffixes)
-    output = _output(options.output or str(workdir / "predictions.jsonl"))
+    paths, told = find_inputs(options.inputs, _kind(config, spec))
+    output = _output(options.output or workdir / "predictions.jsonl")
+    for line in told:
+        print(line)
     predictor = open_predictor(config, workdir)
     print(f"checkpoint of step {predictor.step}")
     evaluator, largest = predictor.evaluator, predictor.evaluator.batch_size
     is_of_files = spec.text is None and spec.table is None
-    if is_of_files and not any(path.suffix in ARRAYS for path in paths):
+    if is_of_files and not any(map(_is_array, paths)):
         evaluator.batch_size = min(largest, len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
@@ -102,7 +105,7 @@ class MaskWriter:
         """
         self._folder.mkdir(exist_ok=True)
         path, stem = pathlib.Path(name), pathlib.Path(name).stem
-        if path.suffix.lower() in SUFFIXES:
+        if path.is_file():
             geometry = self._spec.geometry(training=False)
             assert geometry is not None
             mask = unfitted(mask, geometry, oriented_size(path))
@@ -118,105 +121,139 @@ class MaskWriter:
         return str(file)
 
 
-def _output(text: str) -> pathlib.Path:
+def _output(given: str | pathlib.Path) -> pathlib.Path:
     """Returns where predictions go.
 
     Raises:
         UserError: No file can be written there.
     """
-    path = pathlib.Path(text).resolve()
+    path = user_path(given, "--output").resolve()
     if not path.parent.is_dir():
         raise UserError(f"--output: no folder {str(path.parent)!r}")
     if path.exists() and not path.is_file():
-        raise UserError(f"--output: {text!r} is not a plain file")
+        raise UserError(f"--output: {str(given)!r} is not a plain file")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output: {str(path.parent)!r} cannot be written to")
     return path
 
 
+class Kind(NamedTuple):
+    """Files that a model takes.
+
+    Attributes:
+        name: Name of such files, in the plural.
+        why_not: Returns why a file is not one of them; None if it is.
+        why_not_named: The same of a file that `--inputs` names itself.
+        advice: End of the message about files that are not.
+    """
+
+    name: str
+    why_not: Callable[[pathlib.Path], str | None]
+    why_not_named: Callable[[pathlib.Path], str | None]
+    advice: str
+
+
 def find_inputs(
-    inputs: Sequence[str], suffixes: Collection[str] = SUFFIXES
-) -> list[pathlib.Path]:
-    """Returns the files that `--inputs` names; of a folder, all images or texts below it.
+    inputs: Sequence[str], kind: Kind
+) -> tuple[list[pathlib.Path], list[str]]:
+    """Returns the files that `--inputs` names, and lines about those not used.
 
     Args:
-        inputs: Files and folders.
-        suffixes: Of what is looked for in folders.
+        inputs: Files and folders; of a folder, all files of the kind below it are used.
+        kind: Files that the model takes.
 
     Raises:
-        UserError: Lists what is not there, and folders without such files.
+        UserError: Lists what is not there, folders without such files, and files that the
+            model does not take.
     """
-    kind = "images" if suffixes is SUFFIXES else f"files {', '.join(suffixes)}"
     if not inputs:
         raise UserError("--mode=predict needs --inputs, files or folders")
     found: list[pathlib.Path] = []
-    problems = []
+    lines, missing, refused = [], [], []
     for text in inputs:
-        path = pathlib.Path(os.path.expanduser(text))
+        path = user_path(text, "--inputs")
         if text and path.is_dir():
-            inside = [p for p in files_below(path) if p.suffix.lower() in suffixes]
+            inside, told = _inside(path, text, kind)
             found += inside
+            lines += told
             if not inside:
-                problems.append(f"--inputs: no {kind} in {text!r}")
+                missing += [f"--inputs: no {kind.name} in {text!r}", *told]
         elif text and path.is_file():
+            if reason := kind.why_not_named(path):
+                refused.append(f"{path}: {reason}")
             found.append(path)
         else:
-            problems.append(f"--inputs: no file or folder {text!r}")
-    if problems:
-        raise problems_error("What is to be predicted is not there:", problems)
-    return found
-
-
-def _suffixes(config: Config, spec: DataSpec) -> Collection[str]:
-    """Returns what files of inputs end with."""
-    if spec.table is not None:
-        kind = format_of(config.data.name)
-        assert kind is not None
-        return kind.suffixes
-    return SUFFIXES if spec.text is None else inputs_of(spec.text.options)
-
-
-def _check_kinds(
-    paths: Sequence[pathlib.Path], spec: DataSpec, suffixes: Collection[str]
-) -> None:
-    """Checks that images are given to models of images, and arrays to the others."""
-    if spec.text is not None or spec.table is not None:
-        kind = "texts" if spec.text is not None else "table of this kind"
-        problems = [
-            f"{p}: no {kind}" for p in paths if p.suffix.lower() not in suffixes
-        ]
-        if problems:
-            raise problems_error(
-                "--inputs: files that this model does not take:",
-                problems,
-                f"It takes {', '.join(suffixes)}.",
-            )
-        return
-    files, problems = takes_files(spec), []
-    for path in paths:
-        if path.suffix in ARRAYS or (files and path.suffix.lower() in SUFFIXES):
-            continue
-        problems.append(f"{path}: {'no image' if files else 'no array'}")
-    if problems:
-        kinds = (*(sorted(SUFFIXES) if files else ()), *ARRAYS)
+            missing.append(f"--inputs: no file or folder {text!r}")
+    if missing:
+        raise problems_error("What is to be predicted is not there:", missing)
+    if refused:
         raise problems_error(
-            "--inputs: files that this model does not take:",
-            problems,
-            f"It takes {', '.join(kinds)}; its inputs are {spec.dtype} {spec.shape}.",
+            "--inputs: files that this model does not take:", refused, kind.advice
         )
+    if kind.why_not is why_no_image:
+        images = [path for path in found if not _is_array(path)]
+        lines += [f"warning: {line}" for line in depth_warnings("--inputs", images)]
+    return found, lines
+
+
+def _inside(
+    folder: pathlib.Path, text: str, kind: Kind
+) -> tuple[list[pathlib.Path], list[str]]:
+    """Returns the files of a kind below a folder, and lines about all others."""
+    problems: list[str] = []
+    unused, inside = Unused(), []
+    for path in files_below(folder, problems, unused):
+        if reason := kind.why_not(path):
+            unused.add(path, reason)
+        else:
+            inside.append(path)
+    return inside, [*unused.lines(text), *problems]
+
+
+def _kind(config: Config, spec: DataSpec) -> Kind:
+    """Returns the kind of files that a run predicts."""
+    if spec.table is not None:
+        table = format_of(config.data.name)
+        assert table is not None
+        return _kind_of_suffixes(table.suffixes, "tables of this kind")
+    if spec.text is not None:
+        return _kind_of_suffixes(inputs_of(spec.text.options), "texts")
+    inputs = f"its inputs are {spec.dtype} {spec.shape}."
+    if not takes_files(spec):
+        return _kind_of_suffixes(ARRAYS, "arrays", inputs)
+    return Kind(
+        name="images",
+        why_not=why_no_image,
+        why_not_named=lambda path: None if _is_array(path) else why_no_image(path),
+        advice=f"It takes images, {' and '.join(ARRAYS)}; {inputs}",
+    )
+
+
+def _kind_of_suffixes(suffixes: Collection[str], what: str, more: str = "") -> Kind:
+    listed = ", ".join(suffix or "without suffix" for suffix in suffixes)
+
+    def why_not(path: pathlib.Path) -> str | None:
+        return None if path.suffix.lower() in suffixes else f"no {what}"
+
+    advice = f"It takes {listed}{f'; {more}' if more else '.'}"
+    return Kind(f"files {listed}", why_not, why_not, advice)
+
+
+def _is_array(path: pathlib.Path) -> bool:
+    return path.suffix.lower() in ARRAYS
 
 
 def _datasets(
     paths: Sequence[pathlib.Path], spec: DataSpec, errors: list[UserError | None]
 ) -> Iterator[tuple[list[str], Dataset]]:
     """Yields names and examples, some files at a time; adds an entry a file to errors."""
-    for path in (path for path in paths if path.suffix in ARRAYS):
+    for path in filter(_is_array, paths):
         (array, error), *_ = attempts(lambda p: read_array(p, spec), [path])
         errors.append(error)
         if error is None:
             names = [f"{path}#{row}" for row in range(len(array))]
             yield names, examples(array, spec)
-    files = (path for path in paths if path.suffix not in ARRAYS)
+    files = itertools.filterfalse(_is_array, paths)
     while chunk := list(itertools.islice(files, CHUNK)):
         dataset, found = fitted(chunk, spec)
         errors += found

@@ -25,6 +25,7 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained.digests import digests_of, gathered
 from finetune_jax.pretrained.mapped import Bytes, mapped
 from finetune_jax.pretrained.shards import INDEX, joined, shards_of
@@ -86,7 +87,7 @@ def _zoo(address: str, name: str) -> Weights:
 
 
 def _file(address: str, place: str) -> Weights:
-    path = pathlib.Path(place).expanduser()
+    path = user_path(place, "config.init.pretrained")
     if path.is_dir():
         raise UserError(f"config.init.pretrained: {place!r} is a folder, not a file")
     if not path.is_file():
@@ -261,7 +262,7 @@ def _orbax(address: str, place: str) -> Weights:
 
     from finetune_jax.trees import named
 
-    folder = _step_folder(pathlib.Path(place).expanduser())
+    folder = _step_folder(user_path(place, "config.init.pretrained"))
     try:
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.restore(folder)

@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 
 from finetune_jax.errors import UserError
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained.addresses import READERS, downloaded
 
 
@@ -33,7 +34,7 @@ def path_beside(address: str, name: str) -> pathlib.Path | None:
             return None
         path = pathlib.Path(spec.submodule_search_locations[0]) / inside
     else:
-        path = pathlib.Path(place).expanduser()
+        path = user_path(place, address)
     return (path if path.is_dir() else path.parent) / name
 
 

@@ -6,13 +6,13 @@ numbers there are. Nothing of a file is kept but the words that are asked for.
 
 import gzip
 import hashlib
-import pathlib
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 import numpy as np
 
 from finetune_jax.errors import UserError
+from finetune_jax.paths import user_path
 
 
 def read_vectors(
@@ -28,7 +28,7 @@ def read_vectors(
         UserError: No such file, or none of word vectors.
     """
     kind, _, place = address.partition(":")
-    path = pathlib.Path(place).expanduser()
+    path = user_path(place, "config.init.embeddings")
     where = f"config.init.embeddings: {address!r}"
     if kind != "file" or not path.is_file():
         raise UserError(f"{where}: no such file; write file:PATH of word vectors")

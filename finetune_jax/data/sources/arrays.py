@@ -13,6 +13,7 @@ import numpy as np
 
 from finetune_jax.data.source import Source, array_source
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.paths import user_path
 
 INPUTS = ("x", "inputs", "images", "image", "features")
 LABELS = ("y", "labels", "label")
@@ -27,7 +28,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     del argument
     if directory is None:
         raise DataMissing("config.data.dir: arrays needs an .npz file")
-    path = pathlib.Path(directory)
+    path = user_path(directory, "config.data.dir")
     if not path.is_file():
         raise DataMissing(f"config.data.dir: no file {directory!r}")
     try:

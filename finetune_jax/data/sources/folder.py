@@ -7,18 +7,21 @@ DIR/train/daisy/1.jpg, DIR/test/rose/2.jpg with splits of its own: train, valida
 
 import collections
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetune_jax.data.images import SUFFIXES, Geometry, read_image
+from finetune_jax.data.depth import depth_warnings
+from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.image_formats import images_of, why_no_image
+from finetune_jax.data.images import Geometry, read_image
 from finetune_jax.data.labels import Classes, classes_of
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.paths import user_path
 
 SPLITS = {
     "train": "train",
@@ -28,8 +31,6 @@ SPLITS = {
     "validation": "validation",
     "test": "test",
 }
-# What systems leave behind in folders.
-_LITTER = frozenset(("Thumbs.db", "desktop.ini"))
 
 
 class ImageFiles:
@@ -59,18 +60,19 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     """Returns the splits of the folder `config.data.dir`.
 
     Raises:
-        UserError: Lists folders without images, files that are none, and a lack of
-            classes.
+        UserError: Lists folders without images, images outside of the folders of
+            classes, and a lack of classes.
     """
     del argument
     if directory is None:
         raise DataMissing("config.data.dir: folder needs the folder of the photos")
-    root = pathlib.Path(os.path.expanduser(directory))
+    root = user_path(directory, "config.data.dir")
     if not root.is_dir():
         raise DataMissing(f"config.data.dir: no folder {directory!r}")
     problems: list[str] = []
-    roots = _split_roots(root, problems)
-    found = {split: _classes(path, problems) for split, path in roots.items()}
+    unused = Unused()
+    roots = _split_roots(root, problems, unused)
+    found = {split: _classes(path, problems, unused) for split, path in roots.items()}
     counts: collections.Counter[str] = collections.Counter()
     for folders in found.values():
         counts.update({name: len(images) for name, images in folders.items()})
@@ -82,7 +84,10 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             f"{text}. Each class is a folder of its own" for text in classes.problems
         ]
     if problems:
-        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+        told = "\n".join(unused.lines("config.data.dir"))
+        raise problems_error(
+            f"config.data.dir: {directory} cannot be used:", problems, told
+        )
     splits = {split: _image_files(folders, classes) for split, folders in found.items()}
     if "all" not in splits:  # Which is put in such an order where it is cut.
         splits = {split: _mixed(files) for split, files in splits.items()}
@@ -90,8 +95,14 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         name=f"folder {directory}",
         splits=splits,
         class_names=classes.names,
-        warnings=classes.warnings,
         fingerprint=lambda: _fingerprint(root, splits),
+        warnings=(
+            *classes.warnings,
+            *depth_warnings(
+                directory, [path for part in splits.values() for path in part.paths]
+            ),
+        ),
+        not_used=unused.lines(directory),
     )
 
 
@@ -115,26 +126,32 @@ def _mixed(files: ImageFiles) -> ImageFiles:
     return ImageFiles([files.paths[i] for i in order], files.label[order])
 
 
-def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.Path]:
+def _split_roots(
+    root: pathlib.Path, problems: list[str], unused: Unused
+) -> dict[str, pathlib.Path]:
     """Returns the folder of each split; {'all': root} where there are none."""
-    visible = _visible(root, problems)
+    inside = visible(root, problems, unused)
     splits = [
         (SPLITS[path.name.lower()], path)
-        for path in visible
+        for path in inside
         if path.name.lower() in SPLITS
         and path.is_dir()
-        and any(inner.is_dir() for inner in _visible(path, problems))
+        and any(inner.is_dir() for inner in visible(path, problems, unused))
     ]
     if not splits:
         return {"all": root}
     if "train" not in dict(splits):
         problems.append(f"{root}: there are splits, but none is train")
-    problems += [
-        f"{path}: neither a split nor in one; beside train there may be "
-        f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
-        for path in visible
-        if path not in [split for _, split in splits]
-    ]
+    for path in inside:
+        if path in [split for _, split in splits]:
+            continue
+        if not path.is_dir() and (reason := why_no_image(path)):
+            unused.add(path, reason)
+        else:
+            problems.append(
+                f"{path}: neither a split nor in one; beside train there may be "
+                f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
+            )
     found: dict[str, pathlib.Path] = {}
     for name, path in splits:
         if name in found:
@@ -145,62 +162,26 @@ def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.P
     return found
 
 
-def _classes(root: pathlib.Path, problems: list[str]) -> dict[str, list[pathlib.Path]]:
+def _classes(
+    root: pathlib.Path, problems: list[str], unused: Unused
+) -> dict[str, list[pathlib.Path]]:
     """Returns the images of each class folder, in an order that is always the same."""
     classes = {}
-    for folder in _visible(root, problems):
+    for folder in visible(root, problems, unused):
         if not folder.is_dir():
-            problems.append(f"{folder}: not in the folder of a class")
-            continue
-        images = []
-        for path in files_below(folder, problems):
-            if path.suffix.lower() in SUFFIXES:
-                images.append(path)
+            if reason := why_no_image(folder):
+                unused.add(folder, reason)
             else:
-                problems.append(f"{path}: not an image file; move it elsewhere")
+                problems.append(f"{folder}: not in the folder of a class")
+            continue
+        files = files_below(folder, problems, unused)
+        images = images_of(files, unused)
         if images:
             classes[folder.name] = images
         else:
-            problems.append(f"{folder}: no images in it")
+            others = f", but {len(files)} other files" if files else ""
+            problems.append(f"{folder}: no images in it{others}")
     return classes
-
-
-def _visible(folder: pathlib.Path, problems: list[str]) -> list[pathlib.Path]:
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError as error:
-        problems.append(f"{folder}: cannot be opened: {error}")
-        return []
-    return [
-        path
-        for path in inside
-        if not path.name.startswith(".") and path.name not in _LITTER
-    ]
-
-
-def files_below(
-    folder: pathlib.Path, problems: list[str] | None = None
-) -> list[pathlib.Path]:
-    """Returns all visible files below a folder; links are followed, circles are not.
-
-    Args:
-        folder: Where to look.
-        problems: Gets a line for every folder that cannot be opened.
-    """
-    told: list[str] = [] if problems is None else problems
-    found, seen = [], set()
-    for place, folders, _ in os.walk(folder, followlinks=True):
-        here = pathlib.Path(place)
-        if here.resolve() in seen:
-            folders.clear()
-            continue
-        seen.add(here.resolve())
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if not os.access(here / name, os.R_OK | os.X_OK):
-                told.append(f"{here / name}: cannot be opened")
-        found += [path for path in _visible(here, told) if not path.is_dir()]
-    return sorted(found)
 
 
 def _digest_of(path: pathlib.Path) -> str:

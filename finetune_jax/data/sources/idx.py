@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune_jax.data.source import Source, array_source
 from finetune_jax.errors import DataMissing, UserError
+from finetune_jax.paths import user_path
 
 SPLITS = {"train": "train", "test": "t10k"}
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -55,7 +56,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     del argument
     if directory is None:
         raise DataMissing("config.data.dir: idx needs the folder of the IDX files")
-    folder = pathlib.Path(directory)
+    folder = user_path(directory, "config.data.dir")
     splits, missing = {}, []
     for split, prefix in SPLITS.items():
         paths = []

@@ -12,49 +12,57 @@ pixels that count nowhere.
 
 import csv
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from finetune_jax.data.images import SUFFIXES
+from finetune_jax.data.depth import depth_warnings
+from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.image_formats import image_suffixes, images_of
 from finetune_jax.data.labels import class_name, near_twins
 from finetune_jax.data.masks import Colour, MaskFiles
 from finetune_jax.data.source import Source
-from finetune_jax.data.sources.folder import SPLITS, files_below
+from finetune_jax.data.sources.folder import SPLITS
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
 from finetune_jax.errors import DataMissing, UserError, problems_error
 from finetune_jax.masks import IGNORED
+from finetune_jax.paths import user_path
 
 _IGNORED_NAME = "ignored"
 _SHOWN = 50
+_PNG = (".png", ".apng")
+_NO_PLACE = "neither in images nor in masks"
 
 
 def load(directory: str | None = None, argument: str | None = None) -> Source:
     """Returns the splits of the folder `config.data.dir`.
 
     Raises:
-        UserError: Lists images without masks, masks without images, files that are
-            neither, and what is wrong with classes.csv.
+        UserError: Lists images without masks, masks without images, masks that are no
+            PNG files, and what is wrong with classes.csv.
     """
     del argument
     if directory is None:
         raise DataMissing("config.data.dir: masks needs the folder of images and masks")
-    root = pathlib.Path(os.path.expanduser(directory))
+    root = user_path(directory, "config.data.dir")
     if not root.is_dir():
         raise DataMissing(f"config.data.dir: no folder {directory!r}")
     problems: list[str] = []
+    unused = Unused()
     classes, colours = _classes(root / "classes.csv", problems)
     pairs = {
-        split: _pairs(path, problems)
-        for split, path in _split_roots(root, problems).items()
+        split: _pairs(path, problems, unused)
+        for split, path in _split_roots(root, problems, unused).items()
     }
     if len(problems) > _SHOWN:
         problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
     if problems:
-        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+        told = "\n".join(unused.lines("config.data.dir"))
+        raise problems_error(
+            f"config.data.dir: {directory} cannot be used:", problems, told
+        )
     splits = {}
     for split, found in pairs.items():
         names = list(found)
@@ -72,8 +80,14 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         splits=splits,
         class_names=(),
         pixel_classes=classes,
-        warnings=tuple(f"{root / 'classes.csv'}: {t}" for t in near_twins(classes)),
         fingerprint=lambda: _fingerprint(root, splits),
+        warnings=(
+            *(f"{root / 'classes.csv'}: {text}" for text in near_twins(classes)),
+            *depth_warnings(
+                directory, [path for part in splits.values() for path in part.images]
+            ),
+        ),
+        not_used=unused.lines(directory),
     )
 
 
@@ -118,14 +132,18 @@ def _classes(
     return tuple(names), colours
 
 
-def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.Path]:
+def _split_roots(
+    root: pathlib.Path, problems: list[str], unused: Unused
+) -> dict[str, pathlib.Path]:
     """Returns the folder of each split; {'all': root} where there are none."""
     if (root / "images").is_dir():
         return {"all": root}
     found: dict[str, pathlib.Path] = {}
-    for path in sorted(root.iterdir()):
+    for path in visible(root, problems, unused):
         name = SPLITS.get(path.name.lower())
         if name is None or not path.is_dir():
+            if path.name != "classes.csv":
+                _leave_out(path, problems, unused)
             continue
         if name in found:
             problems.append(
@@ -137,25 +155,46 @@ def _split_roots(root: pathlib.Path, problems: list[str]) -> dict[str, pathlib.P
     return found
 
 
+def _leave_out(path: pathlib.Path, problems: list[str], unused: Unused) -> None:
+    """Notes that a file, or all files of a folder, are not used."""
+    files = files_below(path, problems, unused) if path.is_dir() else [path]
+    for file in files:
+        unused.add(file, _NO_PLACE)
+
+
+def _named(
+    place: pathlib.Path, problems: list[str], unused: Unused
+) -> dict[str, pathlib.Path]:
+    """Returns the images below a folder by their name without suffix."""
+    found: dict[str, pathlib.Path] = {}
+    if not place.is_dir():
+        problems.append(f"{place}: no such folder")
+        return found
+    for path in images_of(files_below(place, problems, unused), unused):
+        inner = path.relative_to(place)
+        is_known = path.suffix.lower() in image_suffixes()
+        name = (inner.with_suffix("") if is_known else inner).as_posix()
+        if name in found:
+            problems.append(f"{path}: the same name as {found[name]}")
+        found[name] = path
+    return found
+
+
 def _pairs(
-    folder: pathlib.Path, problems: list[str]
+    folder: pathlib.Path, problems: list[str], unused: Unused
 ) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
     """Returns image and mask of each name, in the order of the names."""
-    kinds = []
-    for kind, suffixes in (("images", SUFFIXES), ("masks", frozenset((".png",)))):
-        place, found = folder / kind, {}
-        if not place.is_dir():
-            problems.append(f"{place}: no such folder")
-        for path in files_below(place, problems) if place.is_dir() else ():
-            name = path.relative_to(place).with_suffix("").as_posix()
-            if path.suffix.lower() not in suffixes:
-                what = "an image file" if kind == "images" else "a PNG file"
-                problems.append(f"{path}: not {what}; move it elsewhere, or save it so")
-            elif name in found:
-                problems.append(f"{path}: the same name as {found[name]}")
-            found[name] = path
-        kinds.append(found)
-    images, masks = kinds
+    images, masks = (
+        _named(folder / kind, problems, unused) for kind in ("images", "masks")
+    )
+    problems += [
+        f"{path}: not a PNG file; move it elsewhere, or save it so"
+        for path in masks.values()
+        if path.suffix.lower() in image_suffixes() - frozenset(_PNG)
+    ]
+    for path in visible(folder, problems, unused):
+        if path.name not in ("images", "masks", "classes.csv"):
+            _leave_out(path, problems, unused)
     if all(kind.is_dir() for kind in (folder / "images", folder / "masks")):
         problems += [f"{images[n]}: no mask" for n in sorted(images.keys() - masks)]
         problems += [f"{masks[n]}: no image" for n in sorted(masks.keys() - images)]

@@ -25,6 +25,7 @@ from finetune_jax.data.pixels import (
 from finetune_jax.data.source import Source
 from finetune_jax.data.texts import Rows
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.paths import user_path
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -103,7 +104,9 @@ def _opened(
     logging.getLogger("tensorflow_datasets").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
-    options: dict[str, Any] = {"data_dir": directory} if directory else {}
+    options: dict[str, Any] = {}
+    if directory:
+        options["data_dir"] = str(user_path(directory, "config.data.dir"))
     try:
         builder: Any = tfds.builder(argument, **options)
         info = builder.info

@@ -1,0 +1,127 @@
+"""Files of a folder: which of them count, and lines about those that are not used."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+
+# Names that operating systems, network disks and programs leave behind, case-folded.
+_LITTER = frozenset(
+    (
+        "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r",
+        "$recycle.bin", "system volume information", "found.000", "lost+found",
+        "__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder",
+        "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot",
+        "~snapshot", "__pycache__",
+    )
+)  # fmt: skip
+# Hidden files, locks of office programs, backups of editors, marks of downloads.
+_LITTER_FORMS = re.compile(r"\..*|~\$.*|.*~|.*:zone\.identifier", re.DOTALL)
+_NAMED = 3
+
+
+def is_litter(name: str) -> bool:
+    """Returns whether a file or folder is hidden or left behind by a system."""
+    folded = name.casefold()
+    return folded in _LITTER or _LITTER_FORMS.fullmatch(folded) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Files of a data set or of inputs that are left out, to be told in lines.
+
+    Attributes:
+        reasons: Reason by file.
+        litter: Hidden files and folders, and those of the system.
+    """
+
+    reasons: dict[pathlib.Path, str] = dataclasses.field(default_factory=dict)
+    litter: set[pathlib.Path] = dataclasses.field(default_factory=set)
+
+    def add(self, path: pathlib.Path, reason: str) -> None:
+        """Notes that a file is not used."""
+        self.reasons[path] = reason
+
+    def lines(self, where: str) -> tuple[str, ...]:
+        """Returns a line about files by suffix and reason, and one about litter.
+
+        Args:
+            where: The folder, for the beginning of a line.
+        """
+        found = []
+        if self.reasons:
+            by_reason: dict[str, list[str]] = {}
+            for path, reason in sorted(self.reasons.items()):
+                by_reason.setdefault(reason, []).append(path.suffix.lower())
+            parts = [f"{_counted(s)} ({reason})" for reason, s in by_reason.items()]
+            count = len(self.reasons)
+            found.append(f"{where}: {_files(count)} not used: {'; '.join(parts)}")
+        if self.litter:
+            names = [path.name for path in sorted(self.litter)]
+            shown = ", ".join(map(repr, list(dict.fromkeys(names))[:_NAMED]))
+            more = ", ..." if len(set(names)) > _NAMED else ""
+            count = len(names)
+            found.append(
+                f"{where}: {count} hidden or system "
+                f"{'entry' if count == 1 else 'entries'} not used: {shown}{more}"
+            )
+        return tuple(found)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
+def _counted(suffixes: list[str]) -> str:
+    counts = collections.Counter(suffixes).most_common()
+    return ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in counts)
+
+
+def visible(
+    folder: pathlib.Path, problems: list[str], unused: Unused | None = None
+) -> list[pathlib.Path]:
+    """Returns the files and folders in a folder without litter, sorted.
+
+    Args:
+        folder: The folder.
+        problems: Gets a line if the folder cannot be opened.
+        unused: Gets the litter.
+    """
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        problems.append(f"{folder}: cannot be opened: {error}")
+        return []
+    litter = {path for path in inside if is_litter(path.name)}
+    if unused is not None:
+        unused.litter.update(litter)
+    return [path for path in inside if path not in litter]
+
+
+def files_below(
+    folder: pathlib.Path,
+    problems: list[str] | None = None,
+    unused: Unused | None = None,
+) -> list[pathlib.Path]:
+    """Returns all visible files below a folder; links are followed, circles are not.
+
+    Args:
+        folder: The folder.
+        problems: Gets a line for every folder that cannot be opened.
+        unused: Gets the litter.
+    """
+    told: list[str] = [] if problems is None else problems
+    found, seen = [], set()
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        here = pathlib.Path(place)
+        if here.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        folders[:] = [name for name in folders if not is_litter(name)]
+        for name in folders:
+            if not os.access(here / name, os.R_OK | os.X_OK):
+                told.append(f"{here / name}: cannot be opened")
+        found += [path for path in visible(here, told, unused) if not path.is_dir()]
+    return sorted(found)
