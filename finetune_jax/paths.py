@@ -6,7 +6,7 @@ import re
 
 from finetune_jax.errors import UserError
 
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
 
 def user_path(text: str | os.PathLike[str], where: str = "") -> pathlib.Path:
@@ -49,6 +49,14 @@ def user_path(text: str | os.PathLike[str], where: str = "") -> pathlib.Path:
         prefix = f"{where}: " if where else ""
         raise UserError(f"{prefix}{given!r}: {'; '.join(problems)}")
     return pathlib.Path(found)
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Returns a path or a line as every terminal and file of UTF-8 takes it.
+
+    Bytes that are not UTF-8 become escapes with a backslash; all else stays.
+    """
+    return os.fspath(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_literal(text: str) -> bool:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from finetune_jax.data.image_formats import image_formats
 from finetune_jax.data.images import SIXTEEN_BIT
+from finetune_jax.paths import printable
 
 # Files of a data set whose headers are read.
 SAMPLE = 32
@@ -27,8 +28,9 @@ def depth_warnings(where: str, paths: Sequence[pathlib.Path]) -> tuple[str, ...]
     if not found or max(found) > _SUSPECT:
         return ()
     bits, count = max(found), len(found)
+    images = "1 image" if count == 1 else f"{count} images"
     return (
-        f"{where}: {count} {'images' if count > 1 else 'image'} of 16 bits in a sample, "
+        f"{printable(where)}: {images} of 16 bits in a sample, "
         f"all with values below {2**bits:,} ({bits} bits); the upper 8 of 16 bits are "
         f"used, so that they become almost black; multiply their values by "
         f"{2 ** (16 - bits)} and save them again",

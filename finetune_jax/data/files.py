@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 
+from finetune_jax.paths import printable
+
 # Names that operating systems, network disks and programs leave behind, case-folded.
 _LITTER = frozenset(
     (
@@ -66,7 +68,7 @@ class Unused:
                 f"{where}: {count} hidden or system "
                 f"{'entry' if count == 1 else 'entries'} not used: {shown}{more}"
             )
-        return tuple(found)
+        return tuple(map(printable, found))
 
 
 def _files(count: int) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -202,7 +203,7 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+def _turned_size(size: tuple[Any, Any], orientation: int) -> tuple[Any, Any]:
     return (size[1], size[0]) if orientation in _SWAPPED else size
 
 

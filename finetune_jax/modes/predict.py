@@ -28,7 +28,7 @@ from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
-from finetune_jax.paths import user_path
+from finetune_jax.paths import printable, user_path
 from finetune_jax.predictor import (
     ARRAYS,
     examples,
@@ -56,7 +56,7 @@ def main(config: Config, options: Options) -> int:
     paths, told = find_inputs(options.inputs, _kind(config, spec))
     output = _output(options.output or workdir / "predictions.jsonl")
     for line in told:
-        print(line)
+        print(printable(line))
     predictor = open_predictor(config, workdir)
     print(f"checkpoint of step {predictor.step}")
     evaluator, largest = predictor.evaluator, predictor.evaluator.batch_size
@@ -83,7 +83,7 @@ def main(config: Config, options: Options) -> int:
                 file.write(json.dumps({"file": name, **record}) + "\n")
                 written += 1
     part.replace(output)
-    print(f"{written:,} predictions in {output}")
+    print(f"{written:,} predictions in {printable(output)}")
     check_readable(errors, f"The other {written:,} are in {output}.")
     return 0
 
