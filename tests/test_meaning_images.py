@@ -1,5 +1,6 @@
 """Odd image files and folders: the same numbers as clean ones, a line, or a refusal."""
 
+import os
 import types
 
 import jax
@@ -18,6 +19,7 @@ from finetune_jax.data.image_formats import image_suffixes, why_no_image
 from finetune_jax.data.images import Geometry, oriented_size, read_image
 from finetune_jax.data.masks import MaskFiles, read_mask
 from finetune_jax.data.opening import opened
+from finetune_jax.data.spec import DataSpec, preprocessing_of
 from finetune_jax.errors import UserError
 from finetune_jax.models import make_model
 from finetune_jax.models.sizes import TooSmall, least_side
@@ -177,6 +179,24 @@ def test_files_beside_splits_are_told_or_refused(tmp_path):
     Image.fromarray(RED).save(tmp_path / "stray.png")
     with pytest.raises(UserError, match="stray.png: neither a split nor in one"):
         load_source("folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.png"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(photos(tmp_path) / name)
+    assert "no plain files" in load_source("folder", str(tmp_path)).not_used[0]
+
+
+def test_a_link_to_a_missing_photo_is_not_passed_over(tmp_path):
+    folder = photos(tmp_path)
+    (folder / "b.png").symlink_to(folder / "gone.png")
+    with pytest.raises(UserError, match="b.png: cannot be read"):
+        read_folder(tmp_path)
+    (folder / "b.png").rename(folder / "b")
+    assert (
+        "cannot be opened: No such file"
+        in load_source("folder", str(tmp_path)).not_used[0]
+    )
 
 
 def test_known_suffixes_are_of_formats_that_can_be_read():
@@ -360,6 +380,30 @@ def test_formats_that_change_size_when_they_are_decoded(tmp_path):
 # --- Masks ---
 
 
+def test_predicted_masks_are_as_large_as_their_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    writer = predict.MaskWriter(tmp_path / "masks", _scene_spec())
+    names = (os.fsdecode(b"caf\xe9.tif"), "no suffix", "a.TGA", "b.jp2")
+    for name, kind in zip(names, ("TIFF", "PNG", "TGA", "JPEG2000")):
+        Image.fromarray(CORNER).save(tmp_path / name, kind, exif=exif)
+        written = writer.write(np.ones((16, 16), np.uint8), str(tmp_path / name))
+        with Image.open(written) as mask:
+            assert mask.size == oriented_size(tmp_path / name)
+            assert mask.size == ((48, 64) if kind in ("TIFF", "PNG") else (64, 48))
+    written = writer.write(np.ones((16, 16), np.uint8), "x.npy#3")
+    with Image.open(written) as mask:
+        assert mask.size == (16, 16) and written.endswith("x.npy_3.png")
+
+
+def _scene_spec():
+    config = configs.default().data
+    return DataSpec(
+        shape=(16, 16, 3), train_shape=(16, 16, 3), dtype="uint8", class_names=(),
+        pixel_classes=("sky", "road"), train_counts=(1,), **preprocessing_of(config),
+    )  # fmt: skip
+
+
 def scene(root):
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)
@@ -516,8 +560,6 @@ def _small_config(name, **task):
 
 
 def _spec(config, side):
-    from finetune_jax.data.spec import DataSpec, preprocessing_of
-
     return DataSpec(
         shape=(side, side, 1), train_shape=(side, side, 1), dtype="uint8",
         class_names=("a", "b"), train_counts=(1, 1), **preprocessing_of(config.data),

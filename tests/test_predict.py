@@ -1,6 +1,7 @@
 """Predictions on files: the preprocessing of the run, and what becomes of bad files."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -114,6 +115,35 @@ def test_inputs_that_are_not_there_are_all_named(finished, tmp_path):
     with pytest.raises(UserError, match="no folder"):
         output = tmp_path / "no" / "out.jsonl"
         predict(finished, pictures.make_folder(tmp_path / "new"), output=output)
+
+
+def test_files_that_are_not_used_are_told_and_odd_names_predicted(
+    finished, tmp_path, capsys
+):
+    new = pictures.make_folder(tmp_path / "new", examples=1)
+    odd = new / os.fsdecode(b"caf\xe9 \xe2\x82\xac")
+    Image.fromarray(pictures.image((200, 50, 40))).save(odd, "JPEG")
+    (new / "red" / os.fsdecode(b"a.caf\xe9")).write_text("x")
+    (new / "notes.txt").write_text("x")
+    (new / "THUMBS.DB").write_text("x")
+    records = predict(finished, new, output=tmp_path / os.fsdecode(b"\xe9.jsonl"))
+    assert os.fsencode(odd) in [os.fsencode(record["file"]) for record in records]
+    told = capsys.readouterr().out
+    assert len(records) == 4 and "4 predictions in" in told
+    assert "2 files not used" in told and "1 .txt" in told and "'THUMBS.DB'" in told
+    told.encode("utf-8")
+
+
+def test_inputs_and_output_may_name_variables(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NEW", "new")
+    pictures.make_folder(tmp_path / "new", examples=1)
+    output = tmp_path / "out.jsonl"
+    flags = ["--config.parallel.devices=1", "--output=~/out.jsonl", "--inputs"]
+    program.run(["--mode=predict", f"--workdir={finished}", *flags, "~/$NEW"])
+    assert len(output.read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="--inputs: .*'NOPE' is not set"):
+        program.run(["--mode=predict", f"--workdir={finished}", "--inputs", "$NOPE/a"])
 
 
 def test_arrays_are_predicted_too(finished, tmp_path):

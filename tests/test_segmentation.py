@@ -297,7 +297,7 @@ def test_files_that_do_not_match_are_named_all_at_once(tmp_path):
     with pytest.raises(UserError) as refused:
         load_source("masks", str(tmp_path))
     for message in (
-        "masks/x.png: no image", "images/xx.png: no mask", "note.txt: not a PNG file",
+        "masks/x.png: no image", "images/xx.png: no mask", "1 file not used: 1 .txt",
         "line 1: ['road', '1', '2']; a name and three bytes", "line 2: 'road' twice",
         "no image that has a mask",
     ):  # fmt: skip

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import stat
 from collections.abc import Iterable
 
 from PIL import Image, UnidentifiedImageError
@@ -44,24 +45,34 @@ def why_no_image(path: pathlib.Path) -> str | None:
     the first bytes are read.
     """
     suffix = path.suffix.lower()
+    if _is_special(path):
+        return "no plain files"
     if suffix in image_suffixes():
         return None
     if suffix in _RAW:
         return "raw camera data; save them as PNG or JPEG"
     if suffix in _COPIES:
         return "unfinished files or copies"
-    if not path.is_file():
-        return "no plain files"
     try:
         with Image.open(path, formats=image_formats()) as image:
             is_image = image.format != "TGA" or _has_tga_mark(path)
     except UnidentifiedImageError:
         is_image = False
+    except Image.DecompressionBombError:  # Reading it says how large it is.
+        return None
     except OSError as error:
         return f"cannot be opened: {error.strerror or error}"
     except Exception:  # Pillow's plugins raise whatever the content leads to.
         is_image = False
     return None if is_image else "no images that Pillow can read"
+
+
+def _is_special(path: pathlib.Path) -> bool:
+    """Returns whether a file is a pipe, a socket or a device, which never ends."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # Such as a link to a missing file; opening it says so.
+        return False
 
 
 def images_of(files: Iterable[pathlib.Path], unused: Unused) -> list[pathlib.Path]:
