@@ -18,6 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from finetune_jax.defaults import (
+    ACCEPTED,
     CHOICES,
     ENTRIES,
     MOST_CLASSES,
@@ -311,6 +312,16 @@ def _range_problems(config: Config) -> list[str]:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             problems.append(f"config.init.fresh: {pattern!r} is no regex: {error}")
+    for name in config.init.accept:
+        if name not in ACCEPTED:
+            hint = closest(str(name), ACCEPTED)
+            problems.append(
+                f"config.init.accept: {name!r} is not one of {ACCEPTED}{hint}"
+            )
+    if config.init.entry is not None and config.init.pretrained is None:
+        problems.append(
+            f"config.init.entry: {config.init.entry!r}, but config.init.pretrained is None"
+        )
     return problems
 
 

@@ -32,6 +32,9 @@ CHOICES = {
     "data.mixing": ("weights", "size", "round_robin"),
     "init.input_channels": ("strict", "adapt"),
 }
+# What weights may have only if `init.accept` says so: numbers that are no floats of 16
+# bits or more, numbers that are not finite, and a kept head of other classes.
+ACCEPTED = ("integer", "float8", "nan", "classes")
 MOST_CLASSES = 10**6
 POSITIVE = (
     "data.batch_size", "data.image_size", "data.train_size", "data.resize",
@@ -88,7 +91,12 @@ ALSO: dict[str, Any] = {
 }
 # An entry of `model.members`: one of several models. What else may stand in it is what
 # may stand in `model`, which says all that an entry does not: see members.py.
-MEMBER: dict[str, Any] = {"label": None, "name": None, "pretrained": None}
+MEMBER: dict[str, Any] = {
+    "label": None,
+    "name": None,
+    "pretrained": None,
+    "entry": None,
+}
 # What an entry of `data.domains` may say otherwise than `data`; what is None is that of
 # `data`.
 OF_DOMAIN: dict[str, type] = {
@@ -143,7 +151,7 @@ OPTIONAL: dict[str, dict[str, type]] = {
         "std": tuple,
         "resize": int,
     },
-    "model.members": {"label": str, "name": str, "pretrained": str},
+    "model.members": {"label": str, "name": str, "pretrained": str, "entry": str},
     "data.domains": OF_DOMAIN,
 }
 
@@ -169,14 +177,7 @@ def default() -> Config:
     config.model.lora_alpha = 1.0  # Their product is scaled by alpha / rank.
     config.model.lora_targets = (r"(?!head/).*",)  # Regexes of the kernels.
     config.model.members = ()  # Of tasks with several models: see members.py.
-    config.init = ml_collections.ConfigDict()
-    config.init.pretrained = optional(str)  # A weights address; None starts at random.
-    config.init.fresh = ()  # Regexes of the names that keep their initial value.
-    config.init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
-    config.init.embeddings = ()  # (regex of fields, file:PATH of word vectors) pairs.
-    config.init.schemes = ()  # (regex, scheme, *arguments) of what starts otherwise.
-    config.init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
-    config.init.fisher_examples = 1000
+    config.init = _init()
     config.plan = ()
     config.population = ()  # Members, ((key, value), ...) each: see population.py.
     config.evaluate = ml_collections.ConfigDict()
@@ -208,6 +209,22 @@ def default() -> Config:
     for section in OPEN_SECTIONS:
         config[section].unlock()
     return config
+
+
+def _init() -> Any:
+    optional = config_dict.placeholder
+    init: Any = ml_collections.ConfigDict()
+    init.pretrained = optional(str)  # A weights address; None starts at random.
+    # Entry of a checkpoint with several, such as 'model_ema'; None: the usual one.
+    init.entry = optional(str)
+    init.accept = ()  # Of ACCEPTED: what weights may have in spite of doubts.
+    init.fresh = ()  # Regexes of the names that keep their initial value.
+    init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
+    init.embeddings = ()  # (regex of fields, file:PATH of word vectors) pairs.
+    init.schemes = ()  # (regex, scheme, *arguments) of what starts otherwise.
+    init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
+    init.fisher_examples = 1000
+    return init
 
 
 def _data() -> Any:

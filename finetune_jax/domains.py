@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from finetune_jax.data.splits import named_splits, select
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights, read_weights
+from finetune_jax.pretrained.labels import check_labels
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.random_states import shapes_of
 from finetune_jax.setup import Setup, make_task
@@ -100,7 +101,7 @@ def find_domains(setup: Setup) -> tuple[tuple[Domain, ...], list[str]]:
     if config.init.pretrained and any(
         entry.head == "pretrained" for entry in config.evaluate.also
     ):
-        weights = read_weights(config.init.pretrained)
+        weights = read_weights(config.init.pretrained, config.init.entry)
     for index, entry in enumerate(config.evaluate.also):
         where = f"config.evaluate.also[{index}]."
         wrong = _entry_problems(entry, where, config)
@@ -292,7 +293,7 @@ def _task_and_head(
     for count in dict.fromkeys((classes, max(logits, classes))):
         task = _task(setup, spec, count)
         try:
-            return task, _pretrained_head(task, weights)
+            return task, _pretrained_head(task, weights, spec, setup.config.init.accept)
         except UserError as error:
             problems += str(error).splitlines()[1:-1]
     told = "; ".join(dict.fromkeys(problem.strip() for problem in problems))
@@ -312,13 +313,16 @@ def _task(setup: Setup, spec: DataSpec, classes: int) -> Task:
     return make_task(described, spec)
 
 
-def _pretrained_head(task: Task, weights: Weights) -> dict[str, np.ndarray]:
+def _pretrained_head(
+    task: Task, weights: Weights, spec: DataSpec, accept: Collection[str]
+) -> dict[str, np.ndarray]:
     """Returns the variables of the last stage as the weights have them.
 
-    Low-rank updates are zero where the weights have none.
+    Low-rank updates are zero where the weights have none. Logits are in the order of the
+    domain's classes.
 
     Raises:
-        UserError: They do not have them, or not in these shapes.
+        UserError: They do not have them, or not in these shapes, or for other classes.
     """
     shapes = shapes_of(task)
     zeros = jax.tree.map(
@@ -327,7 +331,13 @@ def _pretrained_head(task: Task, weights: Weights) -> dict[str, np.ndarray]:
     )
     others = (rf"(?!({'|'.join(map(re.escape, task.heads))})/).*",)
     has_others = len(task.stages) > len(task.heads)
-    loaded = load_weights(zeros, weights, fresh=others if has_others else ())
+    loaded = load_weights(
+        zeros, weights, fresh=others if has_others else (), accept=accept
+    )
+    names = spec.class_names or spec.targets or spec.pixel_classes
+    kept = check_labels(weights.address, names, weights.class_names, accept)
+    for stage in task.heads:
+        loaded = kept.placed(loaded, stage)
     return _last_stage(task, loaded["params"], loaded["batch_stats"])
 
 

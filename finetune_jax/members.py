@@ -17,7 +17,7 @@ from finetune_jax.plan import Phase
 # What else the names of metrics begin with.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 # Of an entry, not of its model.
-_OWN = ("label", "pretrained")
+_OWN = ("label", "pretrained", "entry")
 
 
 def labels_of(model: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,6 +59,12 @@ def weights_addresses(config: Config) -> dict[str, str]:
         return {"": config.init.pretrained}
     labelled = zip(labels_of(config.model), config.model.members)
     return {label: e.pretrained for label, e in labelled if e.pretrained is not None}
+
+
+def weights_entries(config: Config) -> dict[str, str | None]:
+    """Returns the entry that is taken of the weights of models, by their prefix."""
+    labelled = zip(labels_of(config.model), config.model.members)
+    return {"": config.init.entry, **{label: e.entry for label, e in labelled}}
 
 
 def member_problems(config: Config, *, learn: bool) -> list[str]:

@@ -1,6 +1,5 @@
 """What a run begins with: its data, and a state at random, from weights, by schemes."""
 
-import collections
 import dataclasses
 import functools
 import re
@@ -11,17 +10,20 @@ from finetune_jax.config import Config, seeds
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.mixture import make_mixture
+from finetune_jax.data.spec import DataSpec
 from finetune_jax.embeddings import is_matched, matched, with_vectors
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.initialise import initialise, make_rules
 from finetune_jax.lookup import closest
 from finetune_jax.lsuv import first_examples
-from finetune_jax.members import weights_addresses
+from finetune_jax.members import weights_addresses, weights_entries
 from finetune_jax.parts import Several
 from finetune_jax.pretrained.addresses import Weights, read_weights
-from finetune_jax.pretrained.labels import check_labels
-from finetune_jax.pretrained.layout import COUNT, recognise
-from finetune_jax.pretrained.load import fresh_in, load_weights
+from finetune_jax.pretrained.labels import check_labels, is_output
+from finetune_jax.pretrained.layout import recognise
+from finetune_jax.pretrained.load import fresh_in, load_weights, taken_line
+from finetune_jax.pretrained.numbers import told_of_numbers
+from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
 from finetune_jax.pretrained.tokenizer import files_beside, find_tokenizer
 from finetune_jax.random_states import RandomStates
@@ -73,7 +75,8 @@ def layout_of(shapes: TrainState, weights: Weights) -> str | None:
     if not weights.tensors:
         return None
     names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
-    return recognise(names, weights.tensors, weights.address).name
+    fitting = without_prefix(weights, names)
+    return recognise(names, fitting.tensors, weights.address).name
 
 
 def told_of(weights: Weights | None, precision: str) -> list[str]:
@@ -83,14 +86,9 @@ def told_of(weights: Weights | None, precision: str) -> list[str]:
         weights: They, if there are any.
         precision: Of the run's computation.
     """
-    kinds = [t.dtype.name for t in (weights.tensors if weights else {}).values()]
-    half = {"float16", "bfloat16"} - {precision}
-    return [
-        f"{weights.address}: {kinds.count(kind)} of {len(kinds)} tensors are {kind}; they "
-        "become float32, and have no more digits for it"
-        for kind in sorted(half & set(kinds))
-        if weights is not None
-    ]
+    if weights is None:
+        return []
+    return told_of_numbers(weights.address, weights.tensors, precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,29 +149,20 @@ def starting_state(
     layouts, lines, told = {}, [], []
     for prefix, read in weights.items():
         if isinstance(task, Several):
-            variables, layouts[""] = _with_parts_loaded(task, variables, read, config)
-            lines += [f"{read.address} (layout: {layouts['']})", *read.notes]
-            told += told_of(read, config.precision)
-            continue
-        mine = _of_model(variables, prefix, others)
-        if not fresh_in(read, init.fresh, prefix)("params/head/logits/kernel"):
-            check_labels(read.address, data.spec.class_names)
+            found = _with_parts_loaded(task, variables, read, config)
+        else:
+            found = _with_model_loaded(
+                task,
+                variables,
+                prefix,
+                read,
+                others=others,
+                spec=data.spec,
+                config=config,
+            )
+        variables, layouts[prefix], own_lines = found
+        lines += own_lines
         told += told_of(read, config.precision)
-        layouts[prefix] = recognise(named(mine), read.tensors, read.address).name
-        loaded = load_weights(
-            mine,
-            read,
-            fresh=init.fresh,
-            adapt_input=init.input_channels == "adapt",
-            stem=_first_stage(task, prefix),
-            left_out=() if prefix else task.left_out(),
-            prefix=prefix,
-        )
-        lines += [_taken_line(mine, read, init.fresh, prefix), *read.notes]
-        variables = {
-            kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
-            for kind, tree in variables.items()
-        }
     if weights and ("" not in weights or isinstance(task, Several)):
         _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
@@ -194,51 +183,68 @@ def starting_state(
     return state.replace(params=params), found
 
 
-def _taken_line(
-    variables: Mapping[str, Any], weights: Weights, fresh: Sequence[str], prefix: str
-) -> str:
-    """Returns a line about the arrays that a model takes from weights, and the others.
-
-    Args:
-        variables: 'params' and 'batch_stats' of the model.
-        weights: Weights that fit it.
-        fresh: Regexes of names that keep their initial values.
-        prefix: Prefix of the model among several.
-    """
-    names = list(named(dict(variables)))
-    layout = recognise(names, weights.tensors, weights.address)
-    is_fresh = fresh_in(weights, fresh, prefix)
-    kept = [name.partition("/")[2] for name in names if is_fresh(name)]
-    needed = set(layout.names(n for n in names if not is_fresh(n)).values())
-    left = [n for n in weights.tensors if n not in needed and not n.endswith(COUNT)]
-    line = (
-        f"{prefix + ': ' if prefix else ''}{weights.address} (layout: {layout.name}), "
-    )
-    line += f"{len(names) - len(kept)} of {len(names)} arrays taken"
-    if kept:
-        line += f"; initial values kept: {_by_first(kept)}"
-    return line + (f"; left in the file: {_by_first(left)}" if left else "")
-
-
-def _by_first(names: Sequence[str]) -> str:
-    """Returns the first parts of names, with the number of names of each.
-
-    >>> _by_first(["head/logits/bias", "params/head/logits/kernel", "cls.bias"])
-    'head (2), cls (1)'
-    """
-    plain = [re.sub("^(params|batch_stats)/", "", name) for name in names]
-    counts = collections.Counter(re.split("[/.]", name)[0] for name in plain)
-    shown = [f"{name} ({number})" for name, number in counts.most_common(6)]
-    return ", ".join(shown) + (" and others" if len(counts) > 6 else "")
-
-
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
     """Returns the weights that models begin with, by their prefix."""
+    entries = weights_entries(config)
     return {
-        prefix: read_weights(address)
+        prefix: read_weights(address, entries[prefix])
         for prefix, address in weights_addresses(config).items()
         if prefix in ("", *task.prefixes)
     }
+
+
+def _with_model_loaded(
+    task: Task, variables: Mapping[str, Any], prefix: str, read: Weights,
+    *, others: Sequence[str], spec: DataSpec, config: Config,
+) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
+    """Returns variables with one model loaded, the weights' layout, and lines about it."""
+    init, mine = config.init, _of_model(variables, prefix, others)
+    fitting = without_prefix(read, named(mine))
+    layout = recognise(named(mine), fitting.tensors, read.address)
+    loaded = load_weights(
+        mine,
+        fitting,
+        fresh=init.fresh,
+        adapt_input=init.input_channels == "adapt",
+        stem=_first_stage(task, prefix),
+        left_out=() if prefix else task.left_out(),
+        prefix=prefix,
+        accept=init.accept,
+    )
+    is_fresh, head = fresh_in(read, init.fresh, prefix), _last_stage(task, prefix)
+    loaded, lines = _with_classes(loaded, read, head, is_fresh, spec, init)
+    merged = {
+        kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
+        for kind, tree in variables.items()
+    }
+    taken = taken_line(mine, fitting, layout, is_fresh, prefix)
+    return merged, layout.name, [taken, *fitting.notes, *lines]
+
+
+def _with_classes(
+    loaded: dict[str, Any],
+    weights: Weights,
+    stage: str,
+    is_fresh: Callable[[str], bool],
+    spec: DataSpec,
+    init: Config,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns loaded variables whose logits are those of the data, and lines about it.
+
+    Args:
+        loaded: Variables of one model.
+        weights: Weights that they come from.
+        stage: Name of the model's head.
+        is_fresh: Whether a leaf keeps its initial value, by its name.
+        spec: Description of the data.
+        init: The section `config.init`.
+    """
+    outputs = [name for name in named(loaded) if is_output(name, stage)]
+    if all(map(is_fresh, outputs)):
+        return loaded, []
+    names = spec.class_names or spec.targets or spec.pixel_classes
+    kept = check_labels(weights.address, names, weights.class_names, init.accept)
+    return kept.placed(loaded, stage), [kept.told] if kept.told else []
 
 
 def _of_model(
@@ -253,10 +259,10 @@ def _of_model(
 
 def _with_parts_loaded(
     task: Several, variables: Mapping[str, Any], read: Weights, config: Config
-) -> tuple[dict[str, Any], str]:
-    """Returns variables with the model of every domain loaded, and the weights' layout."""
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Returns variables with all domains' models loaded, the layout, and lines about it."""
     found = {kind: dict(named(tree)) for kind, tree in variables.items()}
-    layout = ""
+    layout, told = "", {}
     for domain, own_task in task.parts.items():
         own = task.gather(domain, variables["params"], variables["batch_stats"])
         mine = {"params": own[0], "batch_stats": own[1]}
@@ -274,18 +280,30 @@ def _with_parts_loaded(
             for name, place in by_name.items()
             if any(re.fullmatch(pattern, place) for pattern in config.init.fresh)
         }
-        layout = recognise(named(mine), read.tensors, read.address).name
+        fitting = without_prefix(read, named(mine))
+        layout = recognise(named(mine), fitting.tensors, read.address).name
         loaded = load_weights(
             mine,
-            read,
+            fitting,
             fresh=sorted(fresh),
             adapt_input=config.init.input_channels == "adapt",
             stem=own_task.stages[0],
             left_out=own_task.left_out(),
+            accept=config.init.accept,
         )
+        loaded, lines = _with_classes(
+            loaded,
+            read,
+            own_task.stages[-1],
+            fresh_in(read, sorted(fresh)),
+            task.data.domains[domain],
+            config.init,
+        )
+        told |= dict.fromkeys([*fitting.notes, *lines])
         for kind, tree in loaded.items():
             found[kind] |= {places[kind][n]: leaf for n, leaf in named(tree).items()}
-    return {kind: like(variables[kind], found[kind]) for kind in variables}, layout
+    merged = {kind: like(variables[kind], found[kind]) for kind in variables}
+    return merged, layout, [f"{read.address} (layout: {layout})", *read.notes, *told]
 
 
 def _wanted(
@@ -316,6 +334,12 @@ def _first_stage(task: Task, prefix: str) -> str:
         stage for stage in task.stages if not prefix or stage.startswith(f"{prefix}/")
     ]
     return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
+
+
+def _last_stage(task: Task, prefix: str) -> str:
+    """Returns the last stage of a model, without its prefix."""
+    head = dict(zip(task.prefixes, task.heads))[prefix]
+    return head.removeprefix(f"{prefix}/") if prefix else head
 
 
 def _not_loaded(

@@ -1,7 +1,6 @@
 """Models that teach: where they come from, and what they say of a batch."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,8 @@ import numpy as np
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.hints import Regressors, make_pairs, regressor_widths
 from finetune_jax.models import model_of
-from finetune_jax.paths import user_path
 from finetune_jax.pretrained.addresses import read_weights
-from finetune_jax.pretrained.labels import labels_beside
+from finetune_jax.pretrained.labels import keys, names_at
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.tasks.task import EVALUATION, apply_model
 
@@ -34,6 +32,7 @@ class Teacher:
     Attributes:
         module: The model.
         address: Of its weights, or 'start'.
+        entry: Entry of the checkpoint there; None is the usual one.
         where: In the config, for messages.
         class_names: Of its logits, where the address tells.
         classes: How many logits it has.
@@ -45,6 +44,7 @@ class Teacher:
     where: str
     class_names: tuple[str, ...] | None
     classes: int
+    entry: str | None = None
     taps: tuple[str, ...] = ()
 
     @property
@@ -55,8 +55,8 @@ class Teacher:
 
     def order(self, names: Sequence[str]) -> np.ndarray:
         """Returns which logits are those of some classes, in the order of these."""
-        own = list(self.class_names or names)
-        return np.array([own.index(n) if n in own else k for k, n in enumerate(names)])
+        wanted, own = keys(names, self.class_names or names)
+        return np.array([own.index(n) if n in own else k for k, n in enumerate(wanted)])
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Returns the shapes of its variables.
@@ -86,17 +86,18 @@ class Teacher:
         )
         with_address = f"{self.where}.pretrained"
         try:
-            return load_weights(zeros, read_weights(self.address))
+            return load_weights(zeros, read_weights(self.address, self.entry))
         except UserError as error:
             # What reads weights blames the key that they mostly come from.
             text = str(error).replace("config.init.pretrained", with_address)
+            text = text.replace("config.init.entry", f"{self.where}.entry")
             raise UserError(f"{self.where}, a teacher: {text}") from error
 
     def sha256(self) -> dict[str, str]:
         """Returns the digest of each file of its weights, by path."""
         if self.address == START:
             return {}
-        return dict(read_weights(self.address).sha256)
+        return dict(read_weights(self.address, self.entry).sha256)
 
     def says(self, variables: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
         """Returns 'logits', and the output of each stage that is asked for."""
@@ -171,7 +172,8 @@ def make_teachers(
     """Returns the teachers by label. Their weights are not read yet.
 
     Args:
-        members: What describes each model, and `pretrained`, the address of its weights.
+        members: What describes each model, and `pretrained` and `entry`, the address of
+            its weights and the entry there.
         data_names: Of the data's classes; a teacher of which nothing else is known has
             as many.
         precision: 'float32', 'bfloat16' or 'float64'.
@@ -187,13 +189,15 @@ def make_teachers(
         )
     found = {}
     for index, (label, described) in enumerate(members.items()):
-        model = {key: value for key, value in described.items() if key != "pretrained"}
+        own = ("pretrained", "entry")
+        model = {key: value for key, value in described.items() if key not in own}
         address = described["pretrained"]
         names = None if address == START else saved_class_names(address, data_names)
         count = described["classes"] or len(names or data_names)
         found[label] = Teacher(
             module=model_of(model, classes=count, precision=precision),
             address=address,
+            entry=described["entry"],
             where=f"config.model.members[{index}]",
             class_names=names if names and len(names) == count else None,
             classes=count,
@@ -212,15 +216,11 @@ def saved_class_names(
             in other words.
         data_names: Of the data's classes.
     """
-    kind, _, place = address.partition(":")
-    manifest = user_path(place, address) / "manifest.json" if kind == "orbax" else None
-    if manifest is None or not manifest.is_file():
-        found = labels_beside(address)
-        return found if set(found) & set(data_names) else None
-    try:
-        return tuple(json.loads(manifest.read_text())["data"]["class_names"]) or None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = names_at(address)
+    if not found or address.startswith("orbax:"):
+        return found or None
+    ours, theirs = keys(data_names, found)
+    return found if set(ours) & set(theirs) else None
 
 
 def class_problems(teacher: Teacher, names: Sequence[str]) -> list[str]:
@@ -242,8 +242,9 @@ def class_problems(teacher: Teacher, names: Sequence[str]) -> list[str]:
             f"{teacher.where}: a teacher of {teacher.classes} classes, and the data has "
             f"{len(names)}{advice}"
         ]
-    lacks = [name for name in names if name not in theirs]
-    more = [name for name in theirs if name not in names]
+    our_keys, their_keys = keys(names, theirs)
+    lacks = [n for n, key in zip(names, our_keys) if key not in their_keys]
+    more = [n for n, key in zip(theirs, their_keys) if key not in our_keys]
     if not lacks and not more:
         return []
     said = [f"it does not know {', '.join(lacks[:20])}"] if lacks else []

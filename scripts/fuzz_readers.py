@@ -38,7 +38,7 @@ from finetune_jax import config as configs
 from finetune_jax.data.images import Geometry, read_image
 from finetune_jax.data.sources import arrays, idx
 from finetune_jax.errors import UserError
-from finetune_jax.pretrained.addresses import FORMATS
+from finetune_jax.pretrained.formats import FORMATS
 
 MEMORY = 4 * 2**30
 TENSORS = {

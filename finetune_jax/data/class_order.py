@@ -109,7 +109,9 @@ def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec
         ordered = np.zeros(len(places), int)
         ordered[places] = counts
         counts = tuple(ordered.tolist())
-    return dataclasses.replace(spec, class_names=tuple(_names(wanted)), train_counts=counts)
+    return dataclasses.replace(
+        spec, class_names=tuple(_names(wanted)), train_counts=counts
+    )
 
 
 def _numbered(dataset: Any, places: np.ndarray) -> Any:

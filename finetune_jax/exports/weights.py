@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from finetune_jax.errors import UserError
 from finetune_jax.exports import published, texts
@@ -13,6 +12,8 @@ from finetune_jax.exports.trained import Trained, write_json
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.layout import OURS, Layout, layouts
+from finetune_jax.pretrained.prefixes import without_prefix
+from finetune_jax.pretrained.safetensors_file import save_safetensors
 from finetune_jax.trees import named
 
 # The last dense layer, as torch has it.
@@ -42,8 +43,8 @@ def write(trained: Trained, folder: pathlib.Path) -> str:
         more, dense = texts.sentence_files(trained, head)
         files |= more
         (folder / texts.DENSE).mkdir()
-        save_file(dense, folder / texts.DENSE / "model.safetensors")
-    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        save_safetensors(dense, folder / texts.DENSE / "model.safetensors")
+    save_safetensors(tensors, folder / "model.safetensors", metadata=metadata)
     text = f"`model.safetensors` has the weights in the layout {layout.name!r}"
     if layout is OURS:
         return f"{text}: `--config.init.pretrained=file:model.safetensors` of finetune_jax."
@@ -110,7 +111,8 @@ def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:
     if address is None or address.startswith(("hf:", "orbax:")) or trained.layout:
         return None
     try:
-        weights = read_weights(address)
+        entry = json.loads(trained.config)["init"]["entry"]
+        weights = without_prefix(read_weights(address, entry), named(trained.variables))
     except UserError:
         return None
     return weights.tensors if weights.sha256 == trained.weights_sha256 else None

@@ -1,8 +1,8 @@
 """Weights addresses: where weights lie, and how they are read from there.
 
     zoo:NAME               shipped with this project
-    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`) file, or
-                           the `.index.json` of several
+    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`, `.ckpt`)
+                           file, or the `.index.json` of several
     package:MODULE/PATH    such a file inside an installed package
     hf:OWNER/REPO[/FILE]   such a file of a repository on the Hugging Face Hub
     orbax:DIR              the workdir of a run, or an orbax checkpoint
@@ -13,23 +13,22 @@ Nothing in a weight file is ever executed.
 import dataclasses
 import hashlib
 import importlib.util
-import io
-import json
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.paths import user_path
 from finetune_jax.pretrained.digests import digests_of, gathered
-from finetune_jax.pretrained.mapped import Bytes, mapped
+from finetune_jax.pretrained.entries import no_entry
+from finetune_jax.pretrained.formats import choose_reader, is_weights
+from finetune_jax.pretrained.mapped import mapped
+from finetune_jax.pretrained.safetensors_file import taken
 from finetune_jax.pretrained.shards import INDEX, joined, shards_of
-from finetune_jax.pretrained.torch_file import read_torch_file
 
 ZOO = pathlib.Path(__file__).parent / "zoo"
 HUB_FILES = (
@@ -50,16 +49,23 @@ class Weights:
             at one waits for it, and raises a UserError if the file has changed since.
         notes: Lines that tell a reader what was taken from the file, such as the entry of
             a checkpoint, a prefix of all names, or the number types.
+        class_names: Class names that the file itself has, in the order of the logits.
     """
 
     address: str
     tensors: dict[str, np.ndarray]
     sha256: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
-def read_weights(address: str) -> Weights:
+def read_weights(address: str, entry: str | None = None) -> Weights:
     """Returns the tensors at an address.
+
+    Args:
+        address: Place of the weights.
+        entry: Name of one of several sets of weights there, such as 'model_ema'; None
+            takes the usual one.
 
     Raises:
         UserError: No such kind of address, nothing there, or nothing that can be read.
@@ -72,7 +78,7 @@ def read_weights(address: str) -> Weights:
         )
     reader = lookup.choose(READERS, kind, "config.init.pretrained")
     try:
-        return reader(address, place)
+        return reader(address, place, entry)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
@@ -81,98 +87,61 @@ def read_weights(address: str) -> Weights:
         ) from error
 
 
-def _zoo(address: str, name: str) -> Weights:
+def _zoo(address: str, name: str, entry: str | None) -> Weights:
     known = {path.stem: path for path in ZOO.glob("*.safetensors")}
-    return _file(address, str(lookup.choose(known, name, "config.init.pretrained")))
+    path = lookup.choose(known, name, "config.init.pretrained")
+    return _file(address, str(path), entry)
 
 
-def _file(address: str, place: str) -> Weights:
+def _file(address: str, place: str, entry: str | None) -> Weights:
     path = user_path(place, "config.init.pretrained")
     if path.is_dir():
-        raise UserError(f"config.init.pretrained: {place!r} is a folder, not a file")
+        inside = sorted(p.name for p in path.iterdir() if is_weights(p))
+        has = f"; its weight files: {', '.join(inside[:20])}" if inside else ""
+        raise UserError(
+            f"config.init.pretrained: {place!r} is a folder, not a file{has}"
+        )
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*") if p.suffix in FORMATS)
+        near = sorted(str(p) for p in path.parent.glob("*") if is_weights(p))
         raise UserError(
             f"config.init.pretrained: no file {place!r}{lookup.closest(place, near)}"
         )
-    if path.name.endswith(INDEX):
-        return _sharded(address, path)
-    if path.suffix not in FORMATS:
-        raise UserError(
-            f"config.init.pretrained: {place!r} is none of {', '.join(FORMATS)}"
-        )
+    if path.name.lower().endswith(INDEX):
+        return _sharded(address, path, entry)
     try:
         sha256, data = digests_of(path), mapped(path)
     except OSError as error:
         raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
-    tensors = FORMATS[path.suffix](data, f"config.init.pretrained: {place}")
-    return Weights(address=address, tensors=tensors, sha256=sha256)
+    read, notes = choose_reader(data, path)
+    found = read(data, f"config.init.pretrained: {place}", entry)
+    return Weights(
+        address=address,
+        tensors=found.tensors,
+        sha256=sha256,
+        notes=tuple(f"{path.name}: {note}" for note in (*notes, *found.notes)),
+        class_names=found.class_names,
+    )
 
 
-def _sharded(address: str, index: pathlib.Path) -> Weights:
+def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
     sha256: list[Mapping[str, str]] = [digests_of(index)]
+    notes: list[str] = []
 
     def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-        found = _file(address, str(path))
+        found = _file(address, str(path), None)
         sha256.append(found.sha256)
+        notes.extend(found.notes)
         return found.tensors
 
-    tensors = joined(index, read)
-    return Weights(address=address, tensors=tensors, sha256=gathered(*sha256))
+    tensors = taken(joined(index, read), entry, str(index))
+    if entry is not None:
+        notes.append(f"{index.name}: took {entry!r}, as config.init.entry says")
+    return Weights(
+        address=address, tensors=tensors, sha256=gathered(*sha256), notes=tuple(notes)
+    )
 
 
-def _safetensors(data: Bytes, where: str) -> dict[str, np.ndarray]:
-    """Returns tensors where they lie; the library would copy all of them.
-
-    Source: https://github.com/huggingface/safetensors, "Format".
-    """
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header: dict[str, Any] = json.loads(data[8:start])
-        found = {}
-        for name, about in {**header, "__metadata__": None}.items():
-            if about is not None:
-                dtype, shape = SAFETENSORS[about["dtype"]], tuple(about["shape"])
-                begin, end = (start + offset for offset in about["data_offsets"])
-                raw = memoryview(data)[begin:end]
-                if not start <= begin <= end <= len(data):
-                    raise ValueError(f"{name!r} lies outside the file")
-                found[name] = np.frombuffer(raw, dtype).reshape(shape)
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where}: cannot be read as safetensors ({len(data)} bytes): {error}. "
-            "Is it whole?"
-        ) from error
-
-
-def _npz(data: Bytes, where: str) -> dict[str, np.ndarray]:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises whatever the damage leads to.
-        raise UserError(
-            f"{where}: cannot be read as an .npz file of plain arrays ({len(data)} "
-            f"bytes): {error}"
-        ) from error
-
-
-SAFETENSORS = {
-    **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
-    **{f"{c.upper()}{8 * n}": np.dtype(f"<{c}{n}") for c in "iu" for n in (1, 2, 4, 8)},
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "BOOL": np.dtype(bool),
-}
-FORMATS = {
-    ".safetensors": _safetensors,
-    ".npz": _npz,
-    ".pth": read_torch_file,
-    ".pt": read_torch_file,
-    ".bin": read_torch_file,
-}
-
-
-def _package(address: str, place: str) -> Weights:
+def _package(address: str, place: str, entry: str | None) -> Weights:
     module, slash, path = place.partition("/")
     if not slash or not module.isidentifier():
         raise UserError(
@@ -188,13 +157,13 @@ def _package(address: str, place: str) -> Weights:
         )
     root = pathlib.Path(spec.submodule_search_locations[0])
     if not (root / path).is_file():
-        inside = [p for p in sorted(root.rglob("*")) if p.suffix in FORMATS]
+        inside = [p for p in sorted(root.rglob("*")) if is_weights(p)]
         has = ", ".join(str(p.relative_to(root)) for p in inside[:20]) or "none"
         raise UserError(
             f"config.init.pretrained: no file {path!r} in the package {module!r}; "
             f"the weight files in it: {has}"
         )
-    found = _file(address, str(root / path))
+    found = _file(address, str(root / path), entry)
     # By the address: where a package is installed differs from machine to machine.
     return _known_as(address, found)
 
@@ -208,7 +177,7 @@ def _known_as(address: str, found: Weights) -> Weights:
     return dataclasses.replace(found, sha256=gathered(found.sha256, renamed=renamed))
 
 
-def _hub(address: str, place: str) -> Weights:
+def _hub(address: str, place: str, entry: str | None) -> Weights:
     parts = place.split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(
@@ -221,7 +190,7 @@ def _hub(address: str, place: str) -> Weights:
         folder = pathlib.PurePosixPath(files[0]).parent if parts[2:] else ""
         for name in sorted(set(shards_of(pathlib.Path(path)).values())):
             downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
-    found = _file(address, path)
+    found = _file(address, path, entry)
     return _known_as(address, found)
 
 
@@ -257,10 +226,8 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
     )
 
 
-def _orbax(address: str, place: str) -> Weights:
+def _orbax(address: str, place: str, entry: str | None) -> Weights:
     import orbax.checkpoint as ocp
-
-    from finetune_jax.trees import named
 
     folder = _step_folder(user_path(place, "config.init.pretrained"))
     try:
@@ -270,14 +237,42 @@ def _orbax(address: str, place: str) -> Weights:
         raise UserError(
             f"config.init.pretrained: {folder} is not an orbax checkpoint: {error}"
         ) from error
-    wanted = {key: tree[key] for key in ("params", "batch_stats") if key in tree}
-    tensors = {name: np.asarray(leaf) for name, leaf in named(wanted or tree).items()}
+    tensors, notes = _of_state(tree, entry, str(folder))
     sha256 = {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return Weights(address=address, tensors=tensors, sha256=sha256)
+    told = tuple(f"{address}: {note}" for note in notes)
+    return Weights(address=address, tensors=tensors, sha256=sha256, notes=told)
+
+
+def _of_state(
+    tree: Any, entry: str | None, where: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the tensors of a state, and lines about averaged weights in it.
+
+    Args:
+        tree: A checkpoint's tree, such as that of a run.
+        entry: 'ema' takes the averaged weights of what has them; None the raw ones.
+        where: The checkpoint's folder.
+    """
+    from finetune_jax.trees import named
+
+    wanted = {key: tree[key] for key in ("params", "batch_stats") if key in tree}
+    tensors = {name: np.asarray(leaf) for name, leaf in named(wanted or tree).items()}
+    ema = named(tree["ema"]) if "params" in tree and tree.get("ema") else {}
+    averaged = {f"params/{name}": np.asarray(leaf) for name, leaf in ema.items()}
+    if entry is None:
+        told = "took 'params'; it also has 'ema': config.init.entry='ema' takes the "
+        return tensors, [f"{told}averaged weights"] if averaged else []
+    if entry == "ema" and averaged:
+        told = "took 'ema', the averaged weights, as config.init.entry says"
+        return {**tensors, **averaged}, [told]
+    if entry == "params" and "params" in tree:
+        return tensors, []
+    known = [*(["params"] if "params" in tree else []), *(["ema"] if averaged else [])]
+    raise no_entry(entry, known, where)
 
 
 def _step_folder(place: pathlib.Path) -> pathlib.Path:

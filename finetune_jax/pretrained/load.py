@@ -1,7 +1,8 @@
 """The strict merge of weights into a model: what does not fit is an error, all at once."""
 
+import collections
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from finetune_jax.errors import problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.models.lora import UPDATES, is_lora
 from finetune_jax.pretrained.addresses import Weights
-from finetune_jax.pretrained.layout import OURS, Layout, Place, recognise
+from finetune_jax.pretrained.layout import COUNT, OURS, Layout, Place, recognise
 from finetune_jax.pretrained.mapped import copied
+from finetune_jax.pretrained.numbers import Doubts
 from finetune_jax.pretrained.positions import POSITIONS, resized
+from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.trees import like, named
 
 # Beyond so many problems the file is another model's, and near names say nothing.
@@ -46,6 +49,7 @@ def load_weights(
     stem: str = "",
     left_out: Sequence[str] = (),
     prefix: str = "",
+    accept: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Returns `variables` with every leaf taken from the weights.
 
@@ -61,13 +65,17 @@ def load_weights(
         left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
             may have besides, and that are not wanted.
         prefix: Of the model, where these are the variables of one of several.
+        accept: `config.init.accept`, the kinds of numbers that are taken as they are.
+            None where no key is about these weights; then none are.
 
     Raises:
         UserError: Lists every leaf that the weights lack or have in another shape, every
-            tensor that is not used, and every regex in `fresh` that matches nothing, if
-            there is no prefix.
+            tensor that is not used, numbers that a model of floats does not take, and
+            every regex in `fresh` that matches nothing, if there is no prefix.
     """
-    saved, names = weights.tensors, named(dict(variables))
+    names = named(dict(variables))
+    weights = without_prefix(weights, names)
+    saved, doubts = weights.tensors, Doubts(accept)
     layout = recognise(names, saved, weights.address)
     is_fresh = fresh_in(weights, fresh, prefix)
     merged, missing, misfits, used = _merged(
@@ -76,6 +84,7 @@ def load_weights(
         layout,
         is_fresh=is_fresh,
         stem=stem if adapt_input else None,
+        doubts=doubts,
     )
     used |= set(layout.names([*names, *left_out]).values()) if left_out else set()
     # In our own layout `fresh` also says which tensors of the file are not wanted.
@@ -92,7 +101,9 @@ def load_weights(
         for pattern in fresh
         if not prefix and not any(re.fullmatch(pattern, name) for name in everything)
     ]
+    problems += doubts.problems(len(saved), saved)
     if problems:
+        problems += [f"(it was read so: {note})" for note in weights.notes]
         raise problems_error(
             f"{weights.address} (layout: {layout.name}) does not fit the model"
             f"{f' {prefix!r}' if prefix else ''}:",
@@ -111,6 +122,7 @@ def _merged(
     *,
     is_fresh: Callable[[str], bool],
     stem: str | None,
+    doubts: Doubts,
 ) -> tuple[dict[str, Any], list[tuple[str, str]], list[str], set[str]]:
     """Returns the leaves by name, what is missing, what misfits, and the tensors used.
 
@@ -120,6 +132,7 @@ def _merged(
         layout: Of the weights.
         is_fresh: Whether a leaf keeps its initial value.
         stem: The stage whose kernels are fitted to other channels; None is none.
+        doubts: Gets every tensor that is taken.
     """
     saved, places = weights.tensors, layout.places(names)
     merged, missing, misfits, used = dict(names), [], [], set()
@@ -147,7 +160,9 @@ def _merged(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
             )
         # A copy, also of what lies right: the file may change or go.
-        merged[name] = copied(value, np.dtype(leaf.dtype))
+        dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
+        merged[name] = copied(value, dtype)
+        doubts.look(place.tensor, tensor, dtype, merged[name])
     return merged, missing, misfits, used
 
 
@@ -189,3 +204,44 @@ def _in_short(missing: Sequence[tuple[str, str]], unused: Sequence[str]) -> list
 def _other_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     mean = kernel.mean(axis=2, keepdims=True) * (kernel.shape[2] / channels)
     return np.repeat(mean, channels, axis=2)
+
+
+def taken_line(
+    variables: Mapping[str, Any],
+    weights: Weights,
+    layout: Layout,
+    is_fresh: Callable[[str], bool],
+    prefix: str = "",
+) -> str:
+    """Returns a line about the arrays that a model takes from weights, and the others.
+
+    Args:
+        variables: 'params' and 'batch_stats' of the model.
+        weights: Weights that fit it.
+        layout: Layout of the weights.
+        is_fresh: Whether a leaf keeps its initial value, by its name.
+        prefix: Prefix of the model among several.
+    """
+    names = list(named(dict(variables)))
+    kept = [name.partition("/")[2] for name in names if is_fresh(name)]
+    needed = set(layout.names(n for n in names if not is_fresh(n)).values())
+    left = [n for n in weights.tensors if n not in needed and not n.endswith(COUNT)]
+    line = (
+        f"{prefix + ': ' if prefix else ''}{weights.address} (layout: {layout.name}), "
+    )
+    line += f"{len(names) - len(kept)} of {len(names)} arrays taken"
+    if kept:
+        line += f"; initial values kept: {_by_first(kept)}"
+    return line + (f"; left in the file: {_by_first(left)}" if left else "")
+
+
+def _by_first(names: Sequence[str]) -> str:
+    """Returns the first parts of names, with the number of names of each.
+
+    >>> _by_first(["head/logits/bias", "params/head/logits/kernel", "cls.bias"])
+    'head (2), cls (1)'
+    """
+    plain = [re.sub("^(params|batch_stats)/", "", name) for name in names]
+    counts = collections.Counter(re.split("[/.]", name)[0] for name in plain)
+    shown = [f"{name} ({number})" for name, number in counts.most_common(6)]
+    return ", ".join(shown) + (" and others" if len(counts) > 6 else "")

@@ -28,6 +28,7 @@ def make_task(config: Config, spec: DataSpec) -> Task:
     if role == "teachers":
         for described, entry in zip(given[role].values(), config.model["members"]):
             described["pretrained"] = entry["pretrained"]
+            described["entry"] = entry["entry"]
     return lookup.call(make, arguments, "config.task", **given)
 
 
