@@ -86,7 +86,8 @@ class Teacher:
         )
         with_address = f"{self.where}.pretrained"
         try:
-            return load_weights(zeros, read_weights(self.address, self.entry))
+            weights = read_weights(self.address, self.entry)
+            return load_weights(zeros, weights, accept=None)
         except UserError as error:
             # What reads weights blames the key that they mostly come from.
             text = str(error).replace("config.init.pretrained", with_address)

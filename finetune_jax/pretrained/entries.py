@@ -153,7 +153,7 @@ def _usual(
 ) -> tuple[Mapping[str, Any], list[str]]:
     """Returns the entry that is taken where none is asked for, and lines about it."""
     of_model = [n for n in entries if not _OF_TRAINING.fullmatch(n.casefold())]
-    raw = [n for n in of_model if not _AVERAGED.fullmatch(n.casefold())]
+    raw = [n for n in of_model if not _is_averaged(n)]
     is_usual = {n: n.rpartition(".")[2] in WRAPPERS for n in raw}
     usual = [n for n in raw if is_usual[n] and "." not in n]
     usual = usual or [n for n in raw if is_usual[n]]
@@ -161,26 +161,33 @@ def _usual(
     found = usual or ([] if own else raw or of_model)
     if len(found) > 1 or (not found and own and of_model):
         keys = ", ".join(repr(name[:100]) for name in sorted(top)[:20])
+        ways = [f"{KEY}={name[:100]!r}" for name in (found or of_model)[:_SHOWN]]
         raise Unfit(
             f"it holds several dicts of tensors; its keys are [{keys}]; "
-            f"{KEY}={(found or of_model)[0][:100]!r} takes one of them"
+            f"{' or '.join(ways)} takes one of them"
         )
     if found:
-        others = [name[:100] for name in of_model if name != found[0]]
-        note = f"took {found[0][:100]!r}"
-        if others:
-            note += f"; it also has {', '.join(map(repr, others[:_SHOWN]))}: "
-            note += f"{KEY}={others[0]!r} takes {_what(others[0])}"
-        return entries[found[0]], [note]
+        return entries[found[0]], [_told_usual(found[0], of_model)]
     if not own:
         raise Unfit(_told_empty(top))
     return top, []
 
 
-def _what(name: str) -> str:
+def _told_usual(name: str, of_model: Sequence[str]) -> str:
+    others = [other[:100] for other in of_model if other != name]
+    if not others:
+        only = ", the averaged weights: it has no others" if _is_averaged(name) else ""
+        return f"took {name[:100]!r}{only}"
+    averaged = [other for other in others if _is_averaged(other)]
+    what = "the averaged weights" if averaged else "this one"
     return (
-        "the averaged weights" if _AVERAGED.fullmatch(name.casefold()) else "this one"
+        f"took {name[:100]!r}; it also has {', '.join(map(repr, others[:_SHOWN]))}: "
+        f"{KEY}={(averaged or others)[0]!r} takes {what}"
     )
+
+
+def _is_averaged(name: str) -> bool:
+    return bool(_AVERAGED.fullmatch(name.casefold()))
 
 
 def _asked(

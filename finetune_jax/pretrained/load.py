@@ -49,7 +49,7 @@ def load_weights(
     stem: str = "",
     left_out: Sequence[str] = (),
     prefix: str = "",
-    accept: Collection[str] | None = None,
+    accept: Collection[str] | None = (),
 ) -> dict[str, Any]:
     """Returns `variables` with every leaf taken from the weights.
 
@@ -161,7 +161,9 @@ def _merged(
             )
         # A copy, also of what lies right: the file may change or go.
         dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
-        merged[name] = copied(value, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # Told below.
+            real = value.real if value.dtype.kind == "c" else value
+            merged[name] = copied(real, dtype)
         doubts.look(place.tensor, tensor, dtype, merged[name])
     return merged, missing, misfits, used
 

@@ -90,6 +90,8 @@ def _fits(
         return
     for layout, ours in tables:
         heads = {} if layout is OURS else _as_head(others, ours)
+        if set(heads.values()) & set(names.values()):
+            heads = {}  # The model has one already.
         renamed = {**names, **heads}
         if len(set(renamed.values())) < len(renamed):
             continue
@@ -97,6 +99,8 @@ def _fits(
         told += f"{len(theirs)} names"
         if heads:
             told += f"; took {' and '.join(map(repr, heads))} as the head"
+        elif not set(others) <= set(ours.values()):
+            told += f"; config.init.entry={prefix.rstrip('./')!r} takes these alone"
         yield _Fit(len(set(renamed.values()) & set(ours.values())), renamed, told)
 
 
