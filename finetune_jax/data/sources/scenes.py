@@ -142,7 +142,6 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         splits=splits,
         class_names=(),
         pixel_classes=("background", *source.class_names),
-        warnings=source.warnings,
         fingerprint=fingerprint,
         warnings=source.warnings,
         not_used=source.not_used,
