@@ -44,14 +44,19 @@ def modules(package: ModuleType) -> dict[str, ModuleType]:
     }
 
 
+def names(package: ModuleType) -> set[str]:
+    """Returns the names of the modules of a package; none is imported."""
+    return {info.name for info in pkgutil.iter_modules(package.__path__)}
+
+
 def module(package: ModuleType, name: str, where: str) -> ModuleType:
     """Returns one module of a package; only this one is imported.
 
     Raises:
         UserError: The package has no such module.
     """
-    names = {info.name: info.name for info in pkgutil.iter_modules(package.__path__)}
-    found = choose(names, name, where)
+    known = {name: name for name in names(package)}
+    found = choose(known, name, where)
     return importlib.import_module(f"{package.__name__}.{found}")
 
 

@@ -18,6 +18,7 @@ from finetune_jax.lookup import closest
 from finetune_jax.lsuv import first_examples
 from finetune_jax.members import weights_addresses, weights_entries
 from finetune_jax.parts import Several
+from finetune_jax.pretrained import architecture
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import check_labels, is_output
 from finetune_jax.pretrained.layout import recognise
@@ -177,6 +178,12 @@ def starting_state(
     )
     sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
     params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
+    lines += [
+        line
+        for one in architecture.described(config)
+        if one.prefix in layouts
+        for line in architecture.assumed(one, layouts[one.prefix])
+    ]
     found = Loaded(
         sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
     )
@@ -184,7 +191,12 @@ def starting_state(
 
 
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
-    """Returns the weights that models begin with, by their prefix."""
+    """Returns the weights that models begin with, by their prefix.
+
+    Raises:
+        UserError: They cannot be read, or were trained for another network.
+    """
+    architecture.check(config)
     entries = weights_entries(config)
     return {
         prefix: read_weights(address, entries[prefix])

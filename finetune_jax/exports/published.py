@@ -5,6 +5,8 @@ from typing import Any
 
 from finetune_jax.exports import texts
 from finetune_jax.exports.trained import Trained
+from finetune_jax.models import vit
+from finetune_jax.pretrained.fields import ACTIVATIONS
 
 # Of Pillow, as transformers writes them.
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -67,11 +69,11 @@ def written(
         return files, [code]
     name, classes = trained.model["name"], _classes(trained)
     files, code = {}, []
-    if "timm" in libraries:
+    if "timm" in libraries and has("timm", module):
         files["config.json"] = _timm(trained)
         made = 'timm.create_model("local-dir:.", pretrained=True)'
         code.append(f"import timm\n\nmodel = {made}")
-    if "torchvision" in libraries:
+    if "torchvision" in libraries and has("torchvision", module):
         arguments = f"num_classes={classes}"
         if type(module).__name__ == "VisionTransformer":
             arguments += f", image_size={trained.spec.shape[0]}"
@@ -120,7 +122,7 @@ def _resnet(module: Any, trained: Trained) -> dict[str, Any]:
         "layer_type": "bottleneck" if shape.bottleneck else "basic",
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
-        "downsample_in_bottleneck": False,
+        "downsample_in_bottleneck": shape.stride_in == "1x1",
     }
 
 
@@ -133,7 +135,7 @@ def _vit(module: Any, trained: Trained) -> dict[str, Any]:
         "num_hidden_layers": shape.depth,
         "num_attention_heads": shape.heads,
         "intermediate_size": 4 * shape.width,
-        "hidden_act": "gelu",
+        "hidden_act": ACTIVATIONS[module.hidden_activation][0],
         "layer_norm_eps": module.epsilon,
         "image_size": list(trained.spec.shape[:2]),
         "patch_size": shape.patch,
@@ -172,8 +174,13 @@ FAMILIES = ("ResNet", "EfficientNetLite", "VGG", "VisionTransformer", "ConvNeXt"
 
 
 def has(library: str, module: Any) -> bool:
-    """Returns whether a library has the model, so that it can take its weights."""
+    """Returns whether a library has the model, so that it can take its weights.
+
+    Epsilons, activations, heads and strides that a library has no argument for count, too.
+    """
     family = type(module).__name__
+    if library in ("torchvision", "timm") and not _computed_by(library, module):
+        return False
     if family == "Bert":
         return library in ("transformers", "sentence-transformers")
     if library != "transformers":
@@ -184,6 +191,21 @@ def has(library: str, module: Any) -> bool:
         64,
     )
     return family in TRANSFORMERS and plain
+
+
+def _computed_by(library: str, module: Any) -> bool:
+    """Returns whether torchvision or timm can compute the variant of a family."""
+    family = type(module).__name__
+    if family == "ResNet":
+        return module.shape.stride_in == "3x3"
+    if family == "ConvNeXt":
+        return module.epsilon == 1e-6
+    if family == "VisionTransformer":
+        heads = {width: heads for width, _, heads in vit.SIZES.values()}
+        plain = module.hidden_activation == "gelu"
+        plain = plain and module.shape.heads == heads.get(module.shape.width)
+        return module.epsilon == 1e-6 and (library == "timm" or plain)
+    return True
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:
@@ -213,9 +235,9 @@ def _preprocessor(trained: Trained) -> dict[str, Any]:
 
 
 def _timm(trained: Trained) -> dict[str, Any]:
-    spec = trained.spec
+    spec, module = trained.spec, trained.task.models[""]
     config: dict[str, Any] = {
-        "architecture": _timm_name(trained.model["name"]),
+        "architecture": _timm_name(trained.model["name"], module),
         "num_classes": _classes(trained),
         "model_args": {"in_chans": spec.shape[-1], **_timm_arguments(trained)},
     }
@@ -240,6 +262,10 @@ def _timm_arguments(trained: Trained) -> dict[str, Any]:
     family = type(module).__name__
     if family == "ConvNeXt":
         return {"depths": list(module.shape.blocks), "dims": list(module.shape.widths)}
+    if family == "EfficientNetLite":
+        padding, epsilon = module.variant
+        usual = epsilon == (1e-3 if padding == "same" else 1e-5)
+        return {} if usual else {"bn_eps": epsilon}
     if family != "VisionTransformer":
         return {}
     shape, kind = module.shape, module.pool_kind
@@ -252,6 +278,8 @@ def _timm_arguments(trained: Trained) -> dict[str, Any]:
         "class_token": module.class_token,
         "global_pool": "token" if kind == "token" else "avg",
     }
+    if module.hidden_activation != "gelu":
+        found["act_layer"] = module.hidden_activation
     return found | ({} if kind == "token" else {"fc_norm": kind == "mean_norm"})
 
 
@@ -262,15 +290,20 @@ _TIMM_VITS = (
 )  # fmt: skip
 
 
-def _timm_name(name: str) -> str:
-    """Returns what timm calls a model, or one that becomes it by arguments.
+def _timm_name(name: str, module: Any = None) -> str:
+    """Returns the name of a model in timm, or of one that becomes it by arguments.
 
-    >>> _timm_name("efficientnet_lite0"), _timm_name("resnet18")
-    ('tf_efficientnet_lite0', 'resnet18')
+    Args:
+        name: Our name.
+        module: The model; only its padding matters.
+
+    >>> _timm_name("vit_tiny_patch14"), _timm_name("resnet18")
+    ('vit_base_patch16_224', 'resnet18')
     """
     if name.startswith("vit_"):
         return f"{name if name in _TIMM_VITS else 'vit_base_patch16'}_224"
-    return f"tf_{name}" if name.startswith("efficientnet_lite") else name
+    padding = getattr(getattr(module, "variant", None), "padding", None)
+    return f"tf_{name}" if padding == "same" else name
 
 
 def _torchvision_name(name: str) -> str:

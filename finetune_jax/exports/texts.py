@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.exports.trained import Trained
+from finetune_jax.pretrained.fields import ACTIVATIONS
 from finetune_jax.pretrained.tokenizer import CONFIG, FILE
 
 # Their heads by how ours pools, and the activations before them.
@@ -47,6 +48,8 @@ def architecture(trained: Trained, layout: str) -> str | None:
     name = "DistilBert" if "DistilBERT" in layout else "Bert"
     if (module.types == 0) != (name == "DistilBert"):
         return None
+    if name == "DistilBert" and dict(module.block_arguments)["epsilon"] != 1e-12:
+        return None  # DistilBERT has no field for it.
     if module.pooling == "mean":
         return f"{name}Model"
     if module.pooling == "cls" and module.activation != _ACTIVATIONS[name]:
@@ -74,7 +77,7 @@ def model_config(trained: Trained, architecture: str) -> dict[str, Any]:
             "n_layers": module.layers,
             "n_heads": block["heads"],
             "hidden_dim": block["hidden"],
-            "activation": "gelu",
+            "activation": ACTIVATIONS[block["activation"]][0],
             "dropout": block["dropout"],
             "attention_dropout": block["attention_dropout"],
             "seq_classif_dropout": dropout,
@@ -87,12 +90,12 @@ def model_config(trained: Trained, architecture: str) -> dict[str, Any]:
         "num_hidden_layers": module.layers,
         "num_attention_heads": block["heads"],
         "intermediate_size": block["hidden"],
-        "hidden_act": "gelu",
+        "hidden_act": ACTIVATIONS[block["activation"]][0],
         "hidden_dropout_prob": block["dropout"],
         "attention_probs_dropout_prob": block["attention_dropout"],
         "classifier_dropout": dropout,
         "type_vocab_size": sizes["types"],
-        "layer_norm_eps": 1e-12,
+        "layer_norm_eps": block["epsilon"],
     }
 
 

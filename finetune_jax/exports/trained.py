@@ -17,6 +17,7 @@ from finetune_jax.exports.answer import answer
 from finetune_jax.models.backend import traced_for
 from finetune_jax.models.lora import LoRA, merge
 from finetune_jax.predictor import Predictor
+from finetune_jax.pretrained.architecture import effective
 from finetune_jax.tasks.task import Task
 
 # How images of the run became what the model takes.
@@ -72,7 +73,8 @@ class Trained:
     def about(self) -> dict[str, Any]:
         """Returns what a program that uses the model needs to know, ready for JSON."""
         spec, inputs = self.spec, self.inputs
-        found = {
+        found: dict[str, Any] = {
+            "model": {"name": self.model["name"], **(effective(self.model) or {})},
             "inputs": {"shape": list(inputs.shape), "dtype": str(inputs.dtype)},
             "outputs": {
                 name: [None, *answer.shape[1:]]

@@ -16,6 +16,15 @@ from finetune_jax import lookup
 from finetune_jax.models.lora import with_lora
 
 
+def constructors() -> dict[str, tuple[str, Callable]]:
+    """Returns the module and the constructor of every model, by the model's name."""
+    return {
+        model: (family, constructor)
+        for family, module in lookup.modules(sys.modules[__name__]).items()
+        for model, constructor in getattr(module, "MODELS", {}).items()
+    }
+
+
 def make_model(
     name: str,
     arguments: Mapping[str, Any],
@@ -34,12 +43,8 @@ def make_model(
     Raises:
         UserError: No such model, or arguments that it does not take.
     """
-    constructors = {
-        model: constructor
-        for module in lookup.modules(sys.modules[__name__]).values()
-        for model, constructor in getattr(module, "MODELS", {}).items()
-    }
-    constructor = lookup.choose(constructors, name, "config.model.name")
+    known = {model: made for model, (_, made) in constructors().items()}
+    constructor = lookup.choose(known, name, "config.model.name")
     lora = {k: v for k, v in arguments.items() if k.startswith("lora_")}
     arguments = {k: v for k, v in arguments.items() if k not in lora}
     module = lookup.call(constructor, arguments, "config.model", **given)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from finetune_jax import lookup
 from finetune_jax.errors import problems_error
+from finetune_jax.models.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import ACTIVATIONS, make_head
 from finetune_jax.models.stages import MaskedMean, run_stages
@@ -30,9 +31,9 @@ def _dense(width: int, kinds: Mapping[str, Any]) -> nn.Dense:
     return nn.Dense(width, kernel_init=INITIAL, **kinds)
 
 
-def _norm(kinds: Mapping[str, Any]) -> nn.LayerNorm:
+def _norm(epsilon: float, kinds: Mapping[str, Any]) -> nn.LayerNorm:
     # The fast variance, a difference of means, loses digits.
-    return nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, **kinds)
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, **kinds)
 
 
 class Embeddings(nn.Module):
@@ -44,6 +45,7 @@ class Embeddings(nn.Module):
         places: Of a text that are told apart.
         types: Sentences of a text that are told apart; 0 tells none apart.
         dropout: Rate.
+        epsilon: Number added to the variance in the LayerNorm.
     """
 
     width: int
@@ -51,6 +53,7 @@ class Embeddings(nn.Module):
     places: int
     types: int
     dropout: float
+    epsilon: float = 1e-12
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -62,7 +65,7 @@ class Embeddings(nn.Module):
         self.positions = table(self.places)
         if self.types:
             self.sentences = table(self.types)
-        self.norm = _norm(kinds)
+        self.norm = _norm(self.epsilon, kinds)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(
@@ -136,6 +139,8 @@ class Block(nn.Module):
         dropout: Rate.
         attention_dropout: Rate of the attention's weights.
         remat: Whether the backward pass computes the block again instead of keeping it.
+        activation: Activation between the dense layers, a key of `HIDDEN_ACTIVATIONS`.
+        epsilon: Number added to the variance in the LayerNorms.
     """
 
     width: int
@@ -144,6 +149,8 @@ class Block(nn.Module):
     dropout: float
     attention_dropout: float
     remat: bool
+    activation: str = "gelu"
+    epsilon: float = 1e-12
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -151,9 +158,9 @@ class Block(nn.Module):
         """Makes the layers."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.attention = Attention(self.heads, self.attention_dropout, **kinds)
-        self.attention_norm = _norm(kinds)
+        self.attention_norm = _norm(self.epsilon, kinds)
         self.dense1, self.dense2 = _dense(self.hidden, kinds), _dense(self.width, kinds)
-        self.dense_norm = _norm(kinds)
+        self.dense_norm = _norm(self.epsilon, kinds)
         self.drop1, self.drop2 = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
 
     def __call__(
@@ -165,7 +172,8 @@ class Block(nn.Module):
             y_BxTxD = block.attention(hidden_BxTxD, mask_BxT, train=train)
             y_BxTxD = block.drop1(y_BxTxD, deterministic=not train)
             hidden_BxTxD = block.attention_norm(y_BxTxD + hidden_BxTxD)
-            y_BxTxF = nn.gelu(block.dense1(hidden_BxTxD), approximate=False)
+            activation = HIDDEN_ACTIVATIONS[block.activation]
+            y_BxTxF = activation(block.dense1(hidden_BxTxD))
             y_BxTxD = block.drop2(block.dense2(y_BxTxF), deterministic=not train)
             return block.dense_norm(y_BxTxD + hidden_BxTxD)
 
@@ -303,6 +311,8 @@ def _bert(
     types: int = 2,
     pool: str = "cls",
     activation: str = "tanh",
+    hidden_activation: str = "gelu",
+    epsilon: float = 1e-12,
     dropout: float = 0.1,
     attention_dropout: float = 0.1,
     remat: bool = False,
@@ -316,6 +326,8 @@ def _bert(
     """
     lookup.choose(dict.fromkeys(POOLS), pool, "config.model.pool")
     lookup.choose(ACTIVATIONS, activation, "config.model.activation")
+    where = "config.model.hidden_activation"
+    lookup.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     _check(
         {
             "layers": layers, "width": width, "heads": heads, "hidden": hidden,
@@ -323,14 +335,16 @@ def _bert(
         },
         {"dropout": dropout, "attention_dropout": attention_dropout},
         types,
+        epsilon,
     )  # fmt: skip
     embeddings = {
         "width": width, "vocabulary": vocabulary, "places": positions,
-        "types": types, "dropout": dropout,
+        "types": types, "dropout": dropout, "epsilon": epsilon,
     }  # fmt: skip
     block = {
         "width": width, "heads": heads, "hidden": hidden, "dropout": dropout,
         "attention_dropout": attention_dropout, "remat": remat,
+        "activation": hidden_activation, "epsilon": epsilon,
     }  # fmt: skip
     return Bert(
         embeddings_arguments=tuple(embeddings.items()),
@@ -345,7 +359,9 @@ def _bert(
     )
 
 
-def _check(sizes: Mapping[str, int], rates: Mapping[str, float], types: int) -> None:
+def _check(
+    sizes: Mapping[str, int], rates: Mapping[str, float], types: int, epsilon: float
+) -> None:
     problems = [
         f"config.model.{name}: {size}; 1 or more is needed"
         for name, size in sizes.items()
@@ -358,6 +374,8 @@ def _check(sizes: Mapping[str, int], rates: Mapping[str, float], types: int) -> 
     heads, width = sizes["heads"], sizes["width"]
     if heads > 0 and width % heads:
         problems.append(f"config.model.heads: {heads} does not divide width={width}")
+    if epsilon <= 0:
+        problems.append(f"config.model.epsilon: {epsilon} is not above 0")
     if types < 0:
         problems.append(f"config.model.types: {types}; 0 or more is needed")
     if problems:

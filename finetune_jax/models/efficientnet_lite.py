@@ -2,6 +2,7 @@
 
 EfficientNets without squeeze-and-excitation and with ReLU6, made for small devices; stem
 and head keep their width. Padding is TensorFlow's 'SAME', as in the published weights.
+With padding='symmetric' it is torch's; BatchNorms then mostly have an epsilon of 1e-5.
 
 Source: Tan & Le 2019, table 1; github.com/tensorflow/tpu, official/efficientnet/lite.
 """
@@ -15,6 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax import lookup
+from finetune_jax.errors import UserError
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
@@ -22,6 +25,19 @@ from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_st
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 _INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+PADDINGS = ("same", "symmetric")
+
+
+class Variant(NamedTuple):
+    """Padding of the convolutions, and epsilon of the BatchNorms.
+
+    Attributes:
+        padding: One of `PADDINGS`.
+        epsilon: Number added to the variance.
+    """
+
+    padding: str = "same"
+    epsilon: float = 1e-3
 
 
 class Row(NamedTuple):
@@ -70,11 +86,13 @@ class ConvNorm(nn.Module):
         width: Channels.
         size: Of the kernel.
         stride: Of the convolution.
+        variant: Padding and epsilon.
     """
 
     width: int
     size: int = 1
     stride: int = 1
+    variant: Variant = Variant()
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -82,11 +100,13 @@ class ConvNorm(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x_BxHxWxC = _conv(self.width, self.size, self.stride, "conv", kinds)(x_BxHxWxC)
-        return nn.relu6(_norm("bn", kinds)(x_BxHxWxC, use_running_average=not train))
+        conv = _conv(self.variant, self.width, self.size, self.stride, "conv", kinds)
+        norm = _norm(self.variant, "bn", kinds)
+        return nn.relu6(norm(conv(x_BxHxWxC), use_running_average=not train))
 
 
 def _conv(
+    variant: Variant,
     width: int,
     size: int,
     stride: int,
@@ -98,7 +118,7 @@ def _conv(
         width,
         (size, size),
         strides=(stride, stride),
-        padding="SAME",
+        padding="SAME" if variant.padding == "same" else ((size // 2, size // 2),) * 2,
         feature_group_count=groups,
         use_bias=False,
         kernel_init=_INIT,
@@ -108,8 +128,8 @@ def _conv(
     )
 
 
-def _norm(name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
-    return batch_norm(name=name, momentum=0.99, epsilon=1e-3, **kinds)
+def _norm(variant: Variant, name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
+    return batch_norm(name=name, momentum=0.99, epsilon=variant.epsilon, **kinds)
 
 
 class Block(nn.Module):
@@ -120,11 +140,13 @@ class Block(nn.Module):
         stride: Of the block.
         rate: Of the examples for which only the shortcut counts in training; nothing is
             dropped where there is no shortcut.
+        variant: Padding and epsilon.
     """
 
     row: Row
     stride: int
     rate: float = 0.0
+    variant: Variant = Variant()
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -132,17 +154,20 @@ class Block(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        row, y = self.row, x_BxHxWxC
+        row, y, variant = self.row, x_BxHxWxC, self.variant
+
+        def norm(name, y):
+            return _norm(variant, name, kinds)(y, use_running_average=not train)
+
         inner = x_BxHxWxC.shape[-1] * row.expansion
         if row.expansion != 1:
-            y = _conv(inner, 1, 1, "expand_conv", kinds)(y)
-            y = nn.relu6(_norm("expand_bn", kinds)(y, use_running_average=not train))
-        y = _conv(
-            inner, row.kernel_size, self.stride, "depthwise_conv", kinds, groups=inner
-        )(y)
-        y = nn.relu6(_norm("depthwise_bn", kinds)(y, use_running_average=not train))
-        y = _conv(row.width, 1, 1, "project_conv", kinds)(y)
-        y = _norm("project_bn", kinds)(y, use_running_average=not train)
+            y = _conv(variant, inner, 1, 1, "expand_conv", kinds)(y)
+            y = nn.relu6(norm("expand_bn", y))
+        size, name = row.kernel_size, "depthwise_conv"
+        y = _conv(variant, inner, size, self.stride, name, kinds, groups=inner)(y)
+        y = nn.relu6(norm("depthwise_bn", y))
+        y = _conv(variant, row.width, 1, 1, "project_conv", kinds)(y)
+        y = norm("project_bn", y)
         if y.shape != x_BxHxWxC.shape:
             return y
         return drop_residual(y, self.rate, train=train) + x_BxHxWxC
@@ -155,11 +180,13 @@ class Stage(nn.Module):
         row: Of the table.
         rates: Of stochastic depth in each block.
         remat: Whether the backward pass computes each block again.
+        variant: Padding and epsilon.
     """
 
     row: Row
     rates: tuple[float, ...]
     remat: bool = False
+    variant: Variant = Variant()
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -171,6 +198,7 @@ class Stage(nn.Module):
                 self.row,
                 self.row.stride if index == 0 else 1,
                 rate,
+                self.variant,
                 self.dtype,
                 self.param_dtype,
                 name=f"block{index + 1}",
@@ -188,6 +216,7 @@ class EfficientNetLite(nn.Module):
         head_arguments: Pairs of the head's arguments.
         stochastic_depth: Rate of the last block.
         remat: Whether the backward pass computes each block again.
+        variant: Padding and epsilon.
     """
 
     rows: tuple[Row, ...]
@@ -197,6 +226,7 @@ class EfficientNetLite(nn.Module):
     remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    variant: Variant = Variant()
 
     stages = (
         "stem", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7",
@@ -207,11 +237,11 @@ class EfficientNetLite(nn.Module):
         """Makes a submodule a stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, [row.repeats for row in self.rows])
-        self.stem = ConvNorm(32, 3, 2, **kinds)
+        self.stem = ConvNorm(32, 3, 2, self.variant, **kinds)
         for index, row in enumerate(self.rows):
-            stage = Stage(row, rates[index], self.remat, **kinds)
+            stage = Stage(row, rates[index], self.remat, self.variant, **kinds)
             setattr(self, f"stage{index + 1}", stage)
-        self.top = ConvNorm(1280, **kinds)
+        self.top = ConvNorm(1280, variant=self.variant, **kinds)
         self.pool = GlobalPool()
         self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
 
@@ -226,17 +256,23 @@ def _efficientnet_lite(
     *,
     classes: int,
     head: Mapping[str, Any],
+    padding: str = "same",
+    epsilon: float = 1e-3,
     stochastic_depth: float = 0.0,
     remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> EfficientNetLite:
+    lookup.choose(dict.fromkeys(PADDINGS), padding, "config.model.padding")
+    if epsilon <= 0:
+        raise UserError(f"config.model.epsilon: {epsilon} is not above 0")
     rows = scaled(width, depth)
     # Refused here, not at the first use.
     stage_rates(stochastic_depth, [row.repeats for row in rows])
     arguments = tuple(sorted(head.items()))
+    variant = Variant(padding, epsilon)
     return EfficientNetLite(
-        rows, classes, arguments, stochastic_depth, remat, dtype, param_dtype
+        rows, classes, arguments, stochastic_depth, remat, dtype, param_dtype, variant
     )
 
 

@@ -1,7 +1,8 @@
 """ResNets for photos as torchvision has them: `resnet18` to `resnet152` and relatives.
 
-Source: He et al. 2016; the stride of a bottleneck lies in its 3x3 convolution ("v1.5", as
-in torchvision/models/resnet.py). ResNeXt: Xie et al. 2017; wide ResNets: Zagoruyko &
+Source: He et al. 2016. The stride of a bottleneck is in its 3x3 convolution ("v1.5", as
+in torchvision/models/resnet.py), or, with stride_in='1x1', in its first convolution, as in
+the paper. ResNeXt: Xie et al. 2017; wide ResNets: Zagoruyko &
 Komodakis 2016.
 """
 
@@ -14,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax import lookup
+from finetune_jax.errors import UserError
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.drawing import drawn
 from finetune_jax.models.heads import make_head
@@ -22,6 +25,10 @@ from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_st
 from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
 
 _INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+
+
+# Convolutions of a bottleneck that may have its stride.
+STRIDES = ("3x3", "1x1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +40,14 @@ class Shape:
         bottleneck: Three convolutions a block, the last of 4 times the width, or two.
         groups: Of the 3x3 convolution of a bottleneck.
         group_width: Channels of one group in the first stage.
+        stride_in: Convolution of a bottleneck that has its stride, one of `STRIDES`.
     """
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = True
     groups: int = 1
     group_width: int = 64
+    stride_in: str = "3x3"
 
 
 def _conv(
@@ -104,8 +113,10 @@ class Block(nn.Module):
         if self.shape.bottleneck:
             out = 4 * self.width
             inner = self.width * self.shape.group_width // 64 * groups
+            strides = {"1x1": (self.stride, 1), "3x3": (1, self.stride)}
+            first, second = strides[self.shape.stride_in]
             convolutions = (
-                (inner, 1, 1, 1), (inner, 3, self.stride, groups), (out, 1, 1, 1),
+                (inner, 1, first, 1), (inner, 3, second, groups), (out, 1, 1, 1),
             )  # fmt: skip
         else:
             convolutions = ((out, 3, self.stride, 1), (out, 3, 1, 1))
@@ -201,11 +212,18 @@ def _resnet(
     *,
     classes: int,
     head: Mapping[str, Any],
+    stride_in: str = "3x3",
     stochastic_depth: float = 0.0,
     remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNet:
+    lookup.choose(dict.fromkeys(STRIDES), stride_in, "config.model.stride_in")
+    if stride_in == "1x1" and not shape.bottleneck:
+        raise UserError(
+            "config.model.stride_in: '1x1', but this model has no bottlenecks; leave it out"
+        )
+    shape = dataclasses.replace(shape, stride_in=stride_in)
     stage_rates(stochastic_depth, shape.blocks)  # Refused here, not at the first use.
     arguments = tuple(sorted(head.items()))
     return ResNet(

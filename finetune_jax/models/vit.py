@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError, problems_error
+from finetune_jax.models.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.attention import Attention
 from finetune_jax.models.convolution import convolve
 from finetune_jax.models.drawing import drawn
@@ -96,11 +97,13 @@ class Block(nn.Module):
         heads: Of the attention.
         epsilon: Of the LayerNorms.
         rates: Of dropout, of dropout of attention, and of stochastic depth.
+        activation: Activation between the dense layers, a key of `HIDDEN_ACTIVATIONS`.
     """
 
     heads: int
     epsilon: float
     rates: tuple[float, float, float]
+    activation: str = "gelu"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -124,7 +127,7 @@ class Block(nn.Module):
         y = layer_norm(name="ln2", epsilon=self.epsilon, **kinds)(x_BxTxD)
         width = x_BxTxD.shape[-1]
         y = nn.Dense(4 * width, kernel_init=_INIT, name="dense1", **kinds)(y)
-        y = dropped(nn.gelu(y, approximate=False))
+        y = dropped(HIDDEN_ACTIVATIONS[self.activation](y))
         y = nn.Dense(width, kernel_init=_INIT, name="dense2", **kinds)(y)
         return x_BxTxD + drop_residual(dropped(y), of_block, train=train)
 
@@ -191,6 +194,7 @@ class VisionTransformer(nn.Module):
         stochastic_depth: Rate of the last block.
         epsilon: Of the LayerNorms.
         remat: Whether the backward pass computes each block again.
+        hidden_activation: Activation in the blocks, a key of `HIDDEN_ACTIVATIONS`.
     """
 
     shape: Shape
@@ -205,6 +209,7 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    hidden_activation: str = "gelu"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -222,7 +227,13 @@ class VisionTransformer(nn.Module):
         rates = stage_rates(self.stochastic_depth, [1] * self.shape.depth)
         for name, (rate,) in zip(self._blocks, rates):
             of_block = self.dropout, self.attention_dropout, rate
-            block = Block(self.shape.heads, self.epsilon, of_block, **kinds)
+            block = Block(
+                self.shape.heads,
+                self.epsilon,
+                of_block,
+                self.hidden_activation,
+                **kinds,
+            )
             setattr(self, name, block)
         self.pool = Pool(self.pool_kind.split("_")[0], self.class_token)
         norm = "pooled_norm" if self.pool_kind == "mean_norm" else "norm"
@@ -240,6 +251,8 @@ def _vit(
     *,
     classes: int,
     head: Mapping[str, Any],
+    heads: int = 0,
+    hidden_activation: str = "gelu",
     pool: str = "token",
     class_token: bool = True,
     dropout: float = 0.0,
@@ -251,6 +264,9 @@ def _vit(
     param_dtype: Any = jnp.float32,
 ) -> VisionTransformer:
     lookup.choose(POOLS, pool, "config.model.pool")
+    where = "config.model.hidden_activation"
+    lookup.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
+    shape = shape._replace(heads=heads or shape.heads)
     stage_rates(stochastic_depth, [1] * shape.depth)  # Refused here, not at first use.
     problems = [
         f"config.model.{name}: {rate} is not in [0, 1)"
@@ -259,6 +275,9 @@ def _vit(
         )
         if not 0 <= rate < 1
     ]  # fmt: skip
+    if shape.heads < 1 or shape.width % shape.heads:
+        width = shape.width
+        problems.append(f"config.model.heads: {heads} does not divide width={width}")
     if epsilon <= 0:
         problems.append(f"config.model.epsilon: {epsilon} is not above 0")
     if pool == "token" and not class_token:
@@ -281,6 +300,7 @@ def _vit(
         remat,
         dtype,
         param_dtype,
+        hidden_activation,
     )
 
 
@@ -292,7 +312,7 @@ SIZES = {
     "large": (1024, 24, 16),
 }
 MODELS = {
-    f"vit_{size}_patch{patch}": partial(_vit, Shape(*shape, patch))
+    f"vit_{size}_patch{patch}": partial(_vit, Shape(*shape, patch), heads=shape[2])
     for size, shape in SIZES.items()
     for patch in (14, 16, 32)
 }

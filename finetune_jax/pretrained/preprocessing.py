@@ -5,14 +5,15 @@ keys alone; an export of this project `model.json`.
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError
+from finetune_jax.pretrained import architecture
 from finetune_jax.pretrained.beside import read_beside
+from finetune_jax.pretrained.fields import loads
 
 # Of Pillow, as transformers writes them.
 _RESAMPLED = {2: "bilinear", 3: "bicubic"}
@@ -23,14 +24,27 @@ _STRETCHED_FROM = 384
 
 
 def filled(config: Config) -> tuple[Config, list[str]]:
-    """Returns the config with the preprocessing of its weights, and lines that tell it.
+    """Returns the config with the preprocessing and the network of its weights.
 
-    What the config says counts; where the weights say something else, a line tells both.
-    Where they say nothing it is the config itself.
+    In `config.data` the config counts; where the weights say something else, a line tells
+    both. In `config.model` they must agree. Where the weights say nothing, the config
+    itself is returned.
 
     Args:
         config: Resolved; None in `data` is what is not given.
+
+    Returns:
+        The config, and lines that tell what was filled.
+
+    Raises:
+        UserError: `config.model` is another network than that of the weights.
     """
+    config, lines = architecture.filled(config)
+    config, more = _with_preprocessing(config)
+    return config, [*lines, *more]
+
+
+def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
     found, where = {}, None
     if config.init.pretrained is not None and not config.data.text:
         found, where = beside(config.init.pretrained)
@@ -67,7 +81,7 @@ def beside(address: str) -> tuple[dict[str, Any], str | None]:
     for name, read in READERS.items():
         try:
             text = read_beside(address, name)
-            values = json.loads(text) if text is not None else None
+            values = loads(text) if text is not None else None
         except (UserError, ValueError):  # Not in the repository, or no JSON.
             continue
         if not isinstance(values, dict):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from finetune_jax.pretrained.fields import Fields
 from finetune_jax.pretrained.layout import Layout, Row
 
 
@@ -88,3 +89,41 @@ LAYOUTS = (
     _distilbert("transformers' DistilBERT", "", "classifier"),
     _distilbert("transformers' DistilBERT for questions", "distilbert.", "qa_outputs"),
 )
+
+# Kinds of transformers' models that a BERT here follows, and their classes' prefixes.
+TRANSFORMERS = {"bert": "Bert", "distilbert": "DistilBert"}
+
+
+def transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers.
+
+    Args:
+        fields: Its fields.
+        kind: A key of `TRANSFORMERS`.
+        name: Name of our model.
+    """
+    del name
+    fields.must("position_embedding_type", "absolute")
+    fields.must("embedding_size", fields.get("hidden_size"))
+    source = f"transformers' {kind}"
+    if kind == "bert":
+        fields.whole("heads", "num_attention_heads")
+        fields.activation("hidden_activation", "hidden_act")
+        fields.positive("epsilon", "layer_norm_eps")
+        fields.take("activation", "tanh", "model_type", source)
+        return
+    own = fields.get("n_heads") is not None
+    fields.whole("heads", "n_heads" if own else "num_attention_heads")
+    fields.activation("hidden_activation", "activation")
+    fields.take("epsilon", 1e-12, "model_type", source)
+    fields.take("activation", "relu", "model_type", source)
+
+
+def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the arguments that a layout leaves open, and the reason."""
+    del name
+    if layout not in {one.name for one in LAYOUTS}:
+        return (), ""
+    return ("heads", "hidden_activation", "epsilon"), (
+        "no config.json says the heads, the activation and the epsilon of LayerNorms"
+    )

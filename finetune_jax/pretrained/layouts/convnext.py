@@ -1,5 +1,8 @@
 """Layouts of ConvNeXts: those of torchvision, timm and transformers."""
 
+import re
+
+from finetune_jax.pretrained.fields import Fields
 from finetune_jax.pretrained.layout import Layout, Row, Turn
 
 # One number a channel, as torchvision multiplies images [C, H, W].
@@ -59,3 +62,59 @@ LAYOUTS = (
     Layout(name="transformers ConvNeXt", rows=_transformers("convnext.")),
     Layout(name="transformers ConvNeXt without a head", rows=_transformers("")),
 )
+
+TRANSFORMERS = {"convnext": "ConvNext"}
+_OLDER = re.compile(r"(_384)?(_in22ft1k|_in22k)$")
+# Values of timm's arguments that are followed.
+_TIMM_ARGUMENTS = {
+    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "kernel_sizes": (7,), "ls_init_value": (1e-6,), "stem_type": ("patch",),
+    "patch_size": (4,), "head_norm_first": (False,), "conv_mlp": (False,),
+    "conv_bias": (True,), "use_grn": (False,), "act_layer": ("gelu",),
+    "norm_layer": ("layernorm", "layernorm2d"), "norm_eps": (1e-6,),
+}  # fmt: skip
+
+
+def transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers.
+
+    Args:
+        fields: Its fields.
+        kind: A key of `TRANSFORMERS`.
+        name: Name of our model.
+    """
+    del kind, name
+    fields.must("hidden_act", "gelu", "gelu_python")
+    fields.must("patch_size", 4)
+    fields.must("num_stages", 4)
+    fields.positive("epsilon", "layer_norm_eps")
+
+
+def timm(
+    fields: Fields, arguments: Fields, architecture: str, name: str
+) -> tuple[str, ...]:
+    """Reads `config.json` of timm, and returns the names of the arguments that it read.
+
+    Args:
+        fields: Its fields.
+        arguments: Those of `model_args`.
+        architecture: Without the tag of its weights.
+        name: Name of our model.
+    """
+    if _OLDER.sub("", architecture) != name:
+        fields.refuse("architecture", f"{name} is {name} of timm")
+        return tuple(arguments)
+    fields.take("epsilon", 1e-6, "architecture")
+    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    return arguments.musts(_TIMM_ARGUMENTS)
+
+
+def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the arguments that a layout leaves open, and the reason."""
+    del name
+    if not layout.startswith("transformers"):
+        return (), ""
+    return ("epsilon",), (
+        "no config.json says the epsilon of the last LayerNorm, which is 1e-12 in "
+        "transformers by default"
+    )

@@ -1,5 +1,6 @@
 """Layouts of EfficientNet-Lite: the one of efficientnet-lite-pytorch, and timm's."""
 
+from finetune_jax.pretrained.fields import Fields
 from finetune_jax.pretrained.layout import Layout
 
 LAYOUTS = (
@@ -41,3 +42,49 @@ LAYOUTS = (
         ),
     ),
 )
+
+# Values of timm's arguments that are followed.
+_TIMM_ARGUMENTS = {
+    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "act_layer": ("relu6",), "norm_layer": ("batchnorm2d", "batchnorm"),
+    "se_layer": ("",), "aa_layer": ("",), "fix_stem": (True,), "stem_size": (32,),
+}  # fmt: skip
+_PADDINGS = {"same": "same", "": "symmetric"}
+
+
+def timm(
+    fields: Fields, arguments: Fields, architecture: str, name: str
+) -> tuple[str, ...]:
+    """Reads `config.json` of timm, and returns the names of the arguments that it read.
+
+    Args:
+        fields: Its fields.
+        arguments: Those of `model_args`.
+        architecture: Without the tag of its weights.
+        name: Name of our model.
+    """
+    converted = architecture == f"tf_{name}"
+    if not converted and architecture != name:
+        fields.refuse("architecture", f"{name} is tf_{name} or {name} of timm")
+        return tuple(arguments)
+    padding, epsilon = ("same", 1e-3) if converted else ("symmetric", 1e-5)
+    fields.take("padding", padding, "architecture")
+    fields.take("epsilon", epsilon, "architecture")
+    given = arguments.get("pad_type")
+    arguments.must("pad_type", *_PADDINGS)
+    if isinstance(given, str) and given in _PADDINGS:
+        arguments.take("padding", _PADDINGS[given], "pad_type")
+    if arguments.get("bn_eps") is not None:
+        arguments.positive("epsilon", "bn_eps")
+    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    return ("pad_type", "bn_eps", *arguments.musts(_TIMM_ARGUMENTS))
+
+
+def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the arguments that a layout leaves open, and the reason."""
+    if layout != "timm":
+        return (), ""
+    return ("padding", "epsilon"), (
+        f"the names fit tf_{name} of timm (padding='same', epsilon=0.001) and {name} "
+        "(padding='symmetric', epsilon=1e-05)"
+    )

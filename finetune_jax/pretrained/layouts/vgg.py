@@ -1,5 +1,6 @@
 """Layouts of VGGs, with and without BatchNorm: those of torchvision and timm."""
 
+from finetune_jax.pretrained.fields import Fields
 from finetune_jax.pretrained.layout import Layout, Row, Turn
 
 PLACES = 7
@@ -44,3 +45,27 @@ LAYOUTS = (
     Layout(name="timm VGG", rows=PLAIN + TIMM),
     Layout(name="timm VGG with BatchNorm", rows=NORMALISED + TIMM),
 )
+
+# Values of timm's arguments that are followed.
+_TIMM_ARGUMENTS = {
+    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "mlp_ratio": (1,), "act_layer": ("relu",), "norm_layer": ("batchnorm2d", "batchnorm"),
+}  # fmt: skip
+
+
+def timm(
+    fields: Fields, arguments: Fields, architecture: str, name: str
+) -> tuple[str, ...]:
+    """Reads `config.json` of timm, and returns the names of the arguments that it read.
+
+    Args:
+        fields: Its fields.
+        arguments: Those of `model_args`.
+        architecture: Without the tag of its weights.
+        name: Name of our model.
+    """
+    if architecture.removeprefix("tv_") != name:
+        fields.refuse("architecture", f"{name} is {name} of timm")
+        return tuple(arguments)
+    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    return arguments.musts(_TIMM_ARGUMENTS)

@@ -1,5 +1,9 @@
 """Layouts of Vision Transformers: those of timm, torchvision and transformers."""
 
+import re
+
+from finetune_jax.models import vit
+from finetune_jax.pretrained.fields import Fields
 from finetune_jax.pretrained.layout import Layout, Row
 
 
@@ -98,3 +102,112 @@ LAYOUTS = (
         )
     ),
 )  # fmt: skip
+
+TRANSFORMERS = {"vit": "ViT"}
+_TIMM_NAME = re.compile(
+    r"(?:vit|deit)_(tiny|small|base|large)_patch(\d+)(?:_\d+)?(?:_in21k)?"
+)
+# Values of timm's arguments that are followed.
+_TIMM_ARGUMENTS = {
+    "mlp_ratio": (4,), "qkv_bias": (True,), "qk_norm": (False,), "proj_bias": (True,),
+    "scale_attn_norm": (False,), "scale_mlp_norm": (False,), "init_values": (None,),
+    "pos_embed": ("learn",), "no_embed_class": (False,), "reg_tokens": (0,),
+    "pre_norm": (False,), "final_norm": (True,), "pool_include_prefix": (False,),
+    "dynamic_img_pad": (False,), "norm_layer": ("layernorm",),
+}  # fmt: skip
+
+
+def transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers.
+
+    Args:
+        fields: Its fields.
+        kind: A key of `TRANSFORMERS`.
+        name: Name of our model.
+    """
+    del kind
+    fields.must("qkv_bias", True)
+    fields.must("patch_size", _patch(name))
+    fields.whole("heads", "num_attention_heads")
+    fields.activation("hidden_activation", "hidden_act")
+    fields.positive("epsilon", "layer_norm_eps")
+    fields.take("pool", "token", "model_type", "transformers' vit")
+    _not_square(fields, "image_size")
+
+
+def timm(
+    fields: Fields, arguments: Fields, architecture: str, name: str
+) -> tuple[str, ...]:
+    """Reads `config.json` of timm, and returns the names of the arguments that it read.
+
+    Args:
+        fields: Its fields.
+        arguments: Those of `model_args`.
+        architecture: Without the tag of its weights.
+        name: Name of our model.
+    """
+    fits = _TIMM_NAME.fullmatch(architecture)
+    _, size, patch = name.split("_")
+    sized = arguments.get("embed_dim") is not None or (fits and fits[1] == size)
+    cut = arguments.get("patch_size") is not None or (
+        fits and f"patch{fits[2]}" == patch
+    )
+    if not fits or not sized or not cut:
+        fields.refuse("architecture", f"{name} is {name}_224 of timm")
+        return tuple(arguments)
+    arguments.must("patch_size", _patch(name))
+    if arguments.get("num_heads") is not None:
+        arguments.whole("heads", "num_heads")
+    else:
+        fields.take("heads", vit.SIZES[fits[1]][2], "architecture")
+    if arguments.get("act_layer") is None:
+        fields.take("hidden_activation", "gelu", "architecture")
+    else:
+        arguments.activation("hidden_activation", "act_layer")
+    fields.take("epsilon", 1e-6, "architecture")
+    _timm_pool(fields, arguments)
+    _not_square(arguments, "img_size")
+    read = ("num_heads", "act_layer", "class_token", "global_pool", "fc_norm")
+    return (*read, *arguments.musts(_TIMM_ARGUMENTS))
+
+
+def _timm_pool(fields: Fields, arguments: Fields) -> None:
+    """Reads how timm pools, and whether there is a class token."""
+    arguments.must("class_token", True, False)
+    arguments.must("fc_norm", True, False)
+    if arguments.get("class_token") is False:
+        arguments.take("class_token", False, "class_token")
+    place = arguments if arguments.get("global_pool") is not None else fields
+    kind, normed = place.get("global_pool"), arguments.get("fc_norm")
+    place.must("global_pool", "token", "avg", "")
+    if kind == "avg":
+        source = f"{place.said('global_pool')}, {arguments.said('fc_norm')}"
+        pool = "mean" if normed is False else "mean_norm"
+        place.take("pool", pool, "global_pool", source)
+    elif kind in ("token", None):
+        arguments.must("fc_norm", False)
+        place.take("pool", "token", "global_pool")
+
+
+def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the arguments that a layout leaves open, and the reason."""
+    del name
+    if layout not in {one.name for one in LAYOUTS}:
+        return (), ""
+    return ("heads", "hidden_activation", "epsilon"), (
+        "no config.json says the heads, the activation and the epsilon of LayerNorms"
+    )
+
+
+def _patch(name: str) -> int:
+    return int(name.rpartition("patch")[2])
+
+
+def _not_square(fields: Fields, key: str) -> None:
+    """Notes a grid of patches that only images of one shape have."""
+    size = fields.get(key)
+    if isinstance(size, list) and size and any(side != size[0] for side in size):
+        fields.notes.append(
+            f"{fields.where}: {fields.said(key)} is not square; the position embeddings "
+            "fit images of this shape only"
+        )
