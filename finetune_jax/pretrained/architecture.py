@@ -136,16 +136,20 @@ def assumed(one: Described, layout: str) -> list[str]:
         return []
     keys, why = ambiguous(layout, one.model["name"])
     fields = read(one.model, one.address)
-    if fields is not None:
+    if fields is not None and list(fields):
         keys = [key for key in keys if key in fields.unsaid]
-        why = f"{fields.where} does not say {listed(list(fields.unsaid.values()))}"
-    open_keys = [key for key in keys if key not in one.model]
-    if not why or (keys and not open_keys) or (fields is not None and not keys):
+        missing = listed([fields.unsaid[key] for key in keys]) if keys else ""
+        why = f"{fields.where} does not say {missing}" if keys else ""
+    chosen = [key for key in keys if key not in one.model]
+    if not why or (keys and not chosen):
         return []
-    told = ", ".join(f"{key}={known[key]!r}" for key in open_keys)
-    other = " and ".join(f"{one.where}.{key}" for key in open_keys)
-    choice = f" {told}; {other} gives another" if told else f" {one.model['name']}"
-    return [f"{one.address}: {why}; assumed:{choice}"]
+    line = f"{one.address}: {why}; assumed: "
+    if not keys:
+        return [line + one.model["name"]]
+    told = ", ".join(f"{key}={known[key]!r}" for key in chosen)
+    return [
+        f"{line}{told}; {listed([f'{one.where}.{k}' for k in chosen])} choose others"
+    ]
 
 
 def read(model: Mapping[str, Any], address: str) -> Fields | None:
