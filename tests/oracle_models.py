@@ -131,9 +131,9 @@ def _resnet(library, name, *, depths=None):
     return Oracle(made, {"stem": "resnet.embedder", **there, "pool": "resnet.pooler"})
 
 
-def _efficientnet(library, name, *, depth=None):
+def _efficientnet(library, name, *, depth=None, prefix="tf_"):
     assert library == "timm"
-    made = oracles.import_timm().create_model(f"tf_{name}", num_classes=CLASSES)
+    made = oracles.import_timm().create_model(f"{prefix}{name}", num_classes=CLASSES)
     for blocks in made.blocks if depth else ():
         del blocks[depth:]
     there = {f"stage{s}": f"blocks.{s - 1}" for s in range(1, 8)}
@@ -176,6 +176,7 @@ def _vit(library, name, *, depth, image_size, **arguments):
 
     _, size, patch = name.split("_")
     (width, _, heads), patch = SIZES[size], int(patch.removeprefix("patch"))
+    heads = arguments.pop("num_heads", heads)
     if library == "timm":
         made = oracles.import_timm().models.vision_transformer.VisionTransformer(
             img_size=image_size, patch_size=patch, embed_dim=width, depth=depth,
@@ -197,7 +198,7 @@ def _vit(library, name, *, depth, image_size, **arguments):
     config = transformers.ViTConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
         intermediate_size=4 * width, image_size=image_size, patch_size=patch,
-        num_labels=CLASSES,
+        num_labels=CLASSES, **arguments,
     )  # fmt: skip
     made = transformers.ViTForImageClassification(config)
     blocks = {f"block{b + 1}": f"vit.layers.{b}" for b in range(depth)}

@@ -32,7 +32,7 @@ ONCE, NARROW = (1, 1, 1, 1), (8, 8, 16, 16)
 SMALL_VIT = vit.Shape(16, 2, 2, 16)
 # Models that are made smaller than their names say.
 SMALLER = (
-    (vit, "vit_tiny_patch16", functools.partial(vit._vit, SMALL_VIT)),
+    (vit, "vit_tiny_patch16", functools.partial(vit._vit, SMALL_VIT, heads=2)),
     (
         convnext,
         "convnext_tiny",
@@ -84,11 +84,23 @@ ROWS = [
     ),
     Row("torchvision", VITS, theirs=VIT),
     Row("transformers", VITS, EPSILON, VIT, says=True),
+    Row(
+        "timm", VITS, {"heads": 4, "hidden_activation": "quick_gelu"},
+        VIT | {"num_heads": 4, "act_layer": "quick_gelu"}, says=True,
+    ),
+    Row(
+        "transformers", VITS, {"heads": 1, "hidden_activation": "relu", "epsilon": 1e-3},
+        VIT | {"num_heads": 1, "hidden_act": "relu", "layer_norm_eps": 1e-3}, says=True,
+    ),
     Row("torchvision", "convnext_tiny", theirs=CONVNEXT),
     Row("timm", "convnext_tiny", theirs=CONVNEXT, says=True),
     Row("transformers", "convnext_tiny", EPSILON, CONVNEXT, says=True),
     Row("torchvision", "vgg11", VGG, {"dense": 8}),
     LITE,
+    Row(
+        "timm", "efficientnet_lite0", {"padding": "symmetric", "epsilon": 1e-5},
+        {"depth": 1, "prefix": ""},
+    ),
     dataclasses.replace(LITE, layout="efficientnet-lite-pytorch"),
 ]  # fmt: skip
 
@@ -228,6 +240,7 @@ def test_weights_go_back_to_their_library(row, tmp_path):
 TEXT_ROWS = [  # Ours, how it pools, the oracle, and what file names differ in.
     ("bert_base", "cls", "BertForSequenceClassification", ""),
     ("bert_base", "cls", "BertForSequenceClassification", "older"),
+    ("bert_base", "cls", "BertForSequenceClassification", "variant"),
     ("bert_base", "none", "BertForTokenClassification", ""),
     ("minilm_l6", "mean", "BertModel", ""),
     ("distilbert_base", "cls", "DistilBertForSequenceClassification", ""),
@@ -288,8 +301,10 @@ def their_logits(folder, kind, inputs):
 @pytest.mark.parametrize("row", TEXT_ROWS, ids="-".join)
 def test_encoders_go_back_to_transformers(row, tmp_path):
     name, pool, kind, names = row
-    types_ = 0 if name.startswith("distil") else 2
-    config, task, batch = text_task(tmp_path, name, pool, types=types_)
+    arguments = {"types": 0 if name.startswith("distil") else 2}
+    if names == "variant":
+        arguments |= {"heads": 2, "hidden_activation": "relu", "epsilon": 1e-3}
+    config, task, batch = text_task(tmp_path, name, pool, **arguments)
     tiny = {k: v for k, v in test_text.TINY.items() if k in test_bert.TINY}
     module = test_bert.oracle(kind, tiny, 2)
     before = {k: np.array(v) for k, v in test_bert.tensors_of(module).items()}

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import re
+import types
 
+import numpy as np
 import pytest
 import small
 
 from finetune_jax import config as configs
 from finetune_jax.errors import UserError
+from finetune_jax.exports import published, texts
+from finetune_jax.models import make_model
 from finetune_jax.pretrained import architecture
 from finetune_jax.pretrained.preprocessing import filled
 
@@ -387,3 +391,78 @@ def test_the_model_of_a_run_is_that_of_the_run_it_begins_with(tmp_path):
         UserError, match=r"heads: 4, but config\.json says model\.heads=2"
     ):
         filled(other)
+
+
+VARIANTS = [
+    ("transformers", "resnet50", {}),
+    ("transformers", "resnet50", {"stride_in": "1x1"}),
+    ("timm", "resnet50", {}),
+    ("timm", "efficientnet_lite0", {}),
+    ("timm", "efficientnet_lite1", {"padding": "symmetric", "epsilon": 1e-5}),
+    ("timm", "efficientnet_lite0", {"epsilon": 1e-2}),
+    ("timm", "efficientnet_lite0", {"padding": "symmetric"}),
+    ("timm", "vit_base_patch14", {"heads": 6, "hidden_activation": "silu"}),
+    ("timm", "vit_tiny_patch16", {"pool": "mean_norm"}),
+    ("timm", "vit_tiny_patch16", {"pool": "mean", "class_token": False}),
+    ("timm", "convnext_small", {}),
+    (
+        "transformers",
+        "vit_tiny_patch16",
+        {"epsilon": 1e-3, "hidden_activation": "tanh"},
+    ),
+    ("transformers", "convnext_tiny", {"epsilon": 1e-3}),
+    ("bert", "bert_base", {"heads": 2, "hidden_activation": "quick_gelu"}),
+    ("bert", "minilm_l6", {"epsilon": 1e-3, "hidden_activation": "gelu_tanh"}),
+    ("distilbert", "distilbert_base", {"heads": 2, "hidden_activation": "silu"}),
+    ("ours", "ft_transformer", {"heads": 2}),
+    ("ours", "vit_tiny_patch16", {"heads": 6, "epsilon": 0.1}),
+]
+
+
+def said_by_export(library, model, module):
+    """Returns the JSON that an export of a model writes, without running anything."""
+    bias = {"bias": np.zeros(10)}
+    trained = types.SimpleNamespace(
+        task=types.SimpleNamespace(models={"": module}),
+        spec=small.spec((32, 32, 3)),
+        model=model,
+        variables={"params": {"head": {"logits": bias}}},
+    )
+    if library == "timm":
+        return published._timm(trained)
+    if library == "transformers":
+        return published.TRANSFORMERS[type(module).__name__](module, trained)
+    kind = {"bert": "BertModel", "distilbert": "DistilBertModel"}[library]
+    return texts.model_config(trained, kind)
+
+
+@pytest.mark.parametrize("library, name, arguments", VARIANTS)
+def test_an_export_says_its_variant(library, name, arguments, tmp_path):
+    model = {"name": name, **arguments}
+    if library == "ours":
+        values = {"model": {"name": name, **architecture.effective(model)}}
+    else:
+        module = make_model(name, {"head": {}, **arguments}, classes=10)
+        values = said_by_export(library, model, module)
+        assert library not in ("timm", "transformers") or published.has(library, module)
+    config = config_of(Case(name, values), tmp_path)
+    full, _ = filled(config)
+    found = {key: full.model[key] for key in full.model if key not in config.model}
+    assert found == arguments
+
+
+@pytest.mark.parametrize(
+    "library, name, arguments",
+    [
+        ("timm", "resnet50", {"stride_in": "1x1"}),
+        ("torchvision", "resnet50", {"stride_in": "1x1"}),
+        ("timm", "vit_tiny_patch16", {"epsilon": 1e-3}),
+        ("torchvision", "vit_base_patch16", {"heads": 6}),
+        ("torchvision", "vit_base_patch16", {"hidden_activation": "relu"}),
+        ("timm", "convnext_tiny", {"epsilon": 1e-12}),
+    ],
+)
+def test_an_export_names_no_library_that_has_no_such_variant(library, name, arguments):
+    for given in ({}, arguments):
+        module = make_model(name, {"head": {}, **given}, classes=10)
+        assert published.has(library, module) == (given == {})
