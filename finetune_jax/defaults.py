@@ -242,6 +242,7 @@ def _data() -> Any:
     data.header = ()  # Names of the columns of files that do not begin with them.
     data.columns = ()  # Of tables: (regex, 'number', 'category' or 'ignore') pairs.
     data.log_columns = ()  # Regexes of numbers x that become sign(x) log(1 + |x|).
+    data.missing = ()  # Signs of cells without a value in tables, besides pandas' own.
     data.hash_rows = optional(int)  # Of an embedding; None: a row for each value.
     data.min_count = 2  # Training rows that a value needs for a row of its own.
     data.fitted = optional(str)  # Workdir of a run whose columns are continued.

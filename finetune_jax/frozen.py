@@ -62,7 +62,9 @@ def part_by_part(make: Callable[[dict], Any], batch: dict, rows: int | None) -> 
     count = len(batch["label"])
     if rows is None or count <= rows:
         return make(batch)
-    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+    # Parts of a batch may be of size 0, of which -1 says nothing.
+    number = count // rows
+    parts = jax.tree.map(lambda x: x.reshape(number, rows, *x.shape[1:]), batch)
     made = jax.lax.map(make, parts)
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), made)
 

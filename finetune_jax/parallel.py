@@ -160,7 +160,7 @@ class Devices:
         """Returns placed outputs, a row an example, as numpy arrays."""
         rows = jax.device_get(tree)
         if self.mode == "pmap":
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+            return jax.tree.map(np.concatenate, rows)
         return rows
 
     @property

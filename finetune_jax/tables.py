@@ -80,7 +80,7 @@ class Tables:
             file = place / f"{index}.bin"
             if file.stat().st_size != nbytes(leaf):
                 raise ValueError(f"{file} has {file.stat().st_size:,} bytes")
-            if nbytes(table) <= self.memory:
+            if not nbytes(leaf) or nbytes(table) <= self.memory:
                 flat = aligned.zeros((nbytes(leaf),), np.uint8)
                 with file.open("rb") as opened:
                     opened.readinto(flat.data)

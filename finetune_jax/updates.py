@@ -155,7 +155,8 @@ class Updates:
             batch = examples.take(np.zeros(size, int))
             batch["position"] = np.zeros(size, np.int32)
             parts = phase.phase.accumulate_steps
-            batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+            rows = size // parts
+            batch = jax.tree.map(lambda x: x.reshape(parts, rows, *x.shape[1:]), batch)
             rest = batch, np.float32(0), np.float32(0)
             traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
             self.stock[key] = stock_gradients(traced.jaxpr)

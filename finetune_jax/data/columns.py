@@ -1,8 +1,8 @@
 """Tables as memory-mapped columns: converted once, kept by what is in the file.
 
-A row's cells are int32: the bits of its numbers as float32, then a code for each
-category, -1 where it is missing. What the codes stand for lies beside them, in Arrow's
-own format; the label too has a code, or the bits of a number.
+A row has its numbers, float64, NaN where they are missing, and a code for each category,
+int32, -1 where it is missing. The values of the codes lie beside them, in Arrow's own
+format; the label too has a code, or the bits of a float32.
 """
 
 import concurrent.futures
@@ -30,9 +30,10 @@ from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
 # Blocks whose values are given codes at once, while the next are read.
 GROUP = 32
 # Of what is written; to be raised when that changes.
-VERSION = 1
+VERSION = 2
 MISSING = -1
-FILES = ("0.bin", "1.bin", "2.bin")  # Cells, labels, and what codes stand for.
+# Numbers, codes of categories, labels, and the values of codes.
+FILES = ("0.bin", "1.bin", "2.bin", "3.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class Columns:
 
     Attributes:
         path: Of the file.
-        cells: int32 [N, F], mapped; see above.
+        numbers: float64 [N, F], mapped; see above.
+        codes: int32 [N, C], mapped.
         label: int32 [N]: a code, or the bits of a number; zeros where there is none.
         values: What the codes of each category, and of the label, stand for: Arrow's
             arrays of strings.
@@ -49,14 +51,15 @@ class Columns:
     """
 
     path: pathlib.Path
-    cells: np.ndarray
+    numbers: np.ndarray
+    codes: np.ndarray
     label: np.ndarray
     values: Mapping[str, Any]
     sha256: str
 
     def __len__(self) -> int:
         """Returns the number of rows."""
-        return len(self.cells)
+        return len(self.label)
 
 
 def open_columns(
@@ -176,11 +179,14 @@ def _found(
         files = [_mapped(place / name) for name in FILES]
         if verify and [sha256_of(file) for file in files] != wanted:
             raise ValueError("changed since it was written")
+        label = files[2].view(np.int32)
+        rows = len(label)
         return Columns(
             path=path,
-            cells=files[0].view(np.int32).reshape(-1, len(schema.inputs)),
-            label=files[1].view(np.int32),
-            values=from_bytes(files[2]),
+            numbers=files[0].view(np.float64).reshape(rows, len(schema.numbers)),
+            codes=files[1].view(np.int32).reshape(rows, len(schema.categories)),
+            label=label,
+            values=from_bytes(files[3]),
             sha256=sha256,
         )
     except FileNotFoundError:
@@ -199,13 +205,13 @@ def _mapped(file: pathlib.Path) -> np.ndarray:
 def _converted(
     path: pathlib.Path, kind: Format, schema: Schema
 ) -> Generator[list[np.ndarray]]:
-    """Yields cells, labels and, at the end, what codes stand for, as they are written.
+    """Yields numbers, codes, labels and, at the end, the values of codes, as written.
 
     Raises:
         UserError: The file cannot be read; or names numbers that are infinite, and rows
             without a label or with one that may not be.
     """
-    inputs, label = len(schema.inputs), schema.label
+    label, nothing = schema.label, np.zeros(0, np.uint8)
     coded = [name for name, is_number in schema.is_number.items() if not is_number]
     values: dict[str, Any] = {}
     row, problems = 0, []
@@ -219,16 +225,16 @@ def _converted(
 
             codes = dict(zip(coded, threads.map(recoded, coded)))
             first, labels = row, [np.zeros(0, np.int32)]
-            # Cells of a block are written while they are in a cache.
+            # The rows of a block are written while they are in a cache.
             for at, batch in enumerate(group):
                 own = {name: found[at] for name, found in codes.items()}
-                cells = cells_of(batch, schema, own)
-                labels.append(np.zeros(len(cells), np.int32))
+                numbers, places = cells_of(batch, schema, own)
+                labels.append(np.zeros(len(numbers), np.int32))
                 if label is not None:
                     labels[-1] = own[label] if label in own else _bits(batch[label])
-                problems += _infinite(cells, schema, row)
-                row += len(cells)
-                yield [cells, labels[-1], np.zeros(0, np.uint8)]
+                problems += _infinite(numbers, schema, row)
+                row += len(numbers)
+                yield [numbers, places, labels[-1], nothing]
             whole = np.concatenate(labels)
             problems += _label_problems(whole, schema, values, kind, first)
             if len(problems) > 20:
@@ -236,10 +242,9 @@ def _converted(
     if problems:
         more = ["and perhaps more"] if len(problems) > 20 else []
         raise problems_error(f"{path} cannot be used:", problems[:20] + more)
-    nothing = np.zeros((0, inputs), np.int32)
     # In an order of which threads decide nothing.
     values = {name: values[name] for name in coded if name in values}
-    yield [nothing, nothing.reshape(-1), to_bytes(values)]
+    yield [nothing, nothing, nothing, to_bytes(values)]
 
 
 def _groups(path: pathlib.Path, kind: Format, schema: Schema) -> Iterator[list]:
@@ -257,26 +262,34 @@ def _groups(path: pathlib.Path, kind: Format, schema: Schema) -> Iterator[list]:
             yield group
 
 
-def cells_of(batch: Any, schema: Schema, codes: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the cells of a batch, int32 [n, F].
+def cells_of(
+    batch: Any, schema: Schema, codes: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of a batch, float64 [n, F], and its codes, int32 [n, C].
 
     Args:
         batch: Has the numbers.
         schema: The columns.
-        codes: Of the categories.
+        codes: Codes of the categories.
     """
-    cells = np.empty((batch.num_rows, len(schema.inputs)), np.int32)
+    numbers = np.empty((batch.num_rows, len(schema.numbers)), np.float64)
+    places = np.empty((batch.num_rows, len(schema.categories)), np.int32)
     for place, name in enumerate(schema.numbers):
-        cells[:, place] = _bits(batch.column(name))
-    for place, name in enumerate(schema.categories, start=len(schema.numbers)):
-        cells[:, place] = codes[name]
-    return cells
+        numbers[:, place] = _numbers(batch.column(name))
+    for place, name in enumerate(schema.categories):
+        places[:, place] = codes[name]
+    return numbers, places
+
+
+def _numbers(column: Any) -> np.ndarray:
+    """Returns numbers, NaN for what is missing, float64 [n]."""
+    return column.to_numpy(zero_copy_only=False)
 
 
 def _bits(column: Any) -> np.ndarray:
-    """Returns the bits of numbers, NaN for what is missing, int32 [n]."""
-    numbers = column.to_numpy(zero_copy_only=False)
-    return numbers.astype(np.float32, copy=False).view(np.int32)
+    """Returns the bits of numbers as float32, int32 [n]."""
+    with np.errstate(over="ignore"):  # Infinities are refused later.
+        return _numbers(column).astype(np.float32).view(np.int32)
 
 
 def codes_of(column: Any) -> np.ndarray:
@@ -302,9 +315,9 @@ def _coded(columns: Sequence[Any], known: Any) -> tuple[list[np.ndarray], Any]:
     return codes, both.chunk(0).dictionary
 
 
-def _infinite(cells: np.ndarray, schema: Schema, row: int) -> list[str]:
-    numbers = cells[:, : len(schema.numbers)].view(np.float32)
-    if not (infinite := np.isinf(numbers)).any():
+def _infinite(numbers: np.ndarray, schema: Schema, row: int) -> list[str]:
+    """Returns the numbers that are infinite, or would be as float32."""
+    if not (infinite := np.abs(numbers) > np.finfo(np.float32).max).any():
         return []
     return [
         f"row {row + at + 1}: {schema.numbers[place]!r} is infinite, or too large"

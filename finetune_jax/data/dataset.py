@@ -293,7 +293,7 @@ def make_data(
         UserError: A split that is wrong or empty, a class absent from training, what
             classes are needed for where there are none.
     """
-    source, text, table = opened(config, tokenizer)
+    source, text, table = opened(config, tokenizer, fitted)
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
     stratified = labelled and config["stratified"]

@@ -99,20 +99,25 @@ class Encoder:
     rows: np.ndarray
     begin: np.ndarray
 
-    def __call__(self, cells: np.ndarray) -> np.ndarray:
-        """Returns rows, int32 [n, N + M + C], of cells, int32 [n, N + C]."""
+    def __call__(self, numbers: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Returns rows, int32 [n, N + M + C].
+
+        Args:
+            numbers: As columns have them, float64 [n, N].
+            codes: Likewise, int32 [n, C].
+        """
         spec, count = self.spec, len(self.spec.numbers)
-        found = np.empty((len(cells), spec.width), np.int32)
-        for begin in range(0, len(cells), CHUNK):
-            part = cells[begin : begin + CHUNK]
-            out = found[begin : begin + CHUNK]
-            values, is_missing = standardised(
-                part[:, :count].view(np.float32), spec.numbers
-            )
+        if spec.schema.version == 1:  # Runs before had them so.
+            numbers = numbers.astype(np.float32)
+        found = np.empty((len(numbers), spec.width), np.int32)
+        for begin in range(0, len(numbers), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            out = found[part]
+            values, is_missing = standardised(numbers[part], spec.numbers)
             out[:, :count] = values.view(np.int32)
             marks = is_missing[:, list(spec.marks)].astype(np.float32)
             out[:, count : count + len(spec.marks)] = marks.view(np.int32)
-            out[:, len(spec.features) :] = self.rows[part[:, count:] + self.begin]
+            out[:, len(spec.features) :] = self.rows[codes[part] + self.begin]
         return found
 
 
@@ -167,9 +172,10 @@ class Encoded:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Returns one row, or some."""
-        cells = np.asarray(self.columns.cells[index])
-        found = self.encoder(np.atleast_2d(cells))
-        return found if cells.ndim == 2 else found[0]
+        numbers = np.asarray(self.columns.numbers[index])
+        codes = np.asarray(self.columns.codes[index])
+        found = self.encoder(np.atleast_2d(numbers), np.atleast_2d(codes))
+        return found if codes.ndim == 2 else found[0]
 
 
 def digest_of(known: Mapping[str, Any]) -> str:

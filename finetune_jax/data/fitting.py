@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from finetune_jax.data import doubts
 from finetune_jax.data.columns import Columns
 from finetune_jax.data.encoding import Fitted, digest_of, logarithm
 from finetune_jax.data.table_spec import (
@@ -42,10 +43,16 @@ def fit(
         UserError: A column is another in the former run.
     """
     ordered = np.sort(train)
-    numbers, warnings = _numbers(columns, ordered, schema, options)
+
+    def is_told(name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern, _ in options.columns)
+
+    numbers, odd = _numbers(columns, ordered, schema, options, is_told)
     counts = _counts(columns, ordered, schema)
-    categories, known, rare = _categories(columns, counts, len(train), schema, options)
-    warnings += rare
+    categories, known, rare = _categories(
+        columns, counts, len(train), schema, options, is_told
+    )
+    warnings = [*doubts.form_doubts(schema, is_told), *odd, *rare]
     if former is not None:
         numbers, known = _continued(numbers, known, former, options)
     categories = tuple(
@@ -65,13 +72,12 @@ def _with_rows(one: Category, known: int) -> Category:
 def _parts(
     columns: Sequence[Columns], ordered: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the file and the cells of some training rows after the other."""
+    """Yields the file and the rows in it of some training rows after the other."""
     begin = 0
     for at, one in enumerate(columns):
         first, last = np.searchsorted(ordered, [begin, begin + len(one)])
         for start in range(first, last, CHUNK):
-            rows = ordered[start : min(start + CHUNK, last)] - begin
-            yield at, one.cells[rows]
+            yield at, ordered[start : min(start + CHUNK, last)] - begin
         begin += len(one)
 
 
@@ -80,16 +86,20 @@ def _numbers(
     ordered: np.ndarray,
     schema: Schema,
     options: TableOptions,
+    is_told: Callable[[str], bool],
 ) -> tuple[tuple[Number, ...], list[str]]:
-    """Returns the statistics of the numbers, and those that say nothing."""
+    """Returns the statistics of the numbers, and what is odd about them."""
     names = schema.numbers
     logs = [
         any(re.fullmatch(pattern, name) for pattern in options.log_columns)
         for name in names
     ]
     count, mean, square = (np.zeros(len(names)) for _ in range(3))
-    for _, cells in _parts(columns, ordered) if names else ():
-        values = cells[:, : len(names)].view(np.float32).astype(np.float64)
+    least, most = (np.full(len(names), sign * np.inf) for sign in (1, -1))
+    for at, rows in _parts(columns, ordered) if names else ():
+        values = columns[at].numbers[rows]
+        least = np.fmin(least, np.fmin.reduce(values, axis=0))
+        most = np.fmax(most, np.fmax.reduce(values, axis=0))
         values[:, logs] = logarithm(values[:, logs])
         is_there = ~np.isnan(values)
         found = is_there.sum(axis=0)
@@ -103,8 +113,7 @@ def _numbers(
         )
         count = count + found
     std = np.sqrt(square / np.maximum(count, 1))
-    # What is constant may be off by rounding.
-    is_constant = std <= 1e-12 * np.maximum(np.abs(mean), 1)
+    is_constant = least >= most  # The deviation may be off by rounding.
     missing = 1 - count / len(ordered)
     numbers = tuple(
         Number(
@@ -116,32 +125,30 @@ def _numbers(
         )
         for at, name in enumerate(names)
     )
-    return numbers, [
-        _says_nothing(name, "has no value" if not count[at] else "has one value")
-        for at, name in enumerate(names)
-        if is_constant[at] and (not count[at] or not missing[at])
-    ]
-
-
-def _says_nothing(name: str, why: str) -> str:
-    return (
-        f"column {name!r} {why} in all training rows and says nothing; "
-        f"config.data.columns=(({name!r}, 'ignore'),) leaves it out"
-    )
+    warnings = []
+    for at, name in enumerate(names):
+        if is_constant[at] and (not count[at] or not missing[at]):
+            why = "has one value" if count[at] else "has no value"
+            warnings.append(doubts.says_nothing(name, why))
+        elif not is_told(name):
+            files = [one.numbers[:CHUNK, at] for one in columns]
+            largest = max(abs(least[at]), abs(most[at]))
+            warnings.append(doubts.number_doubt(name, files, largest))
+    return numbers, [text for text in warnings if text]
 
 
 def _counts(
     columns: Sequence[Columns], ordered: np.ndarray, schema: Schema
 ) -> list[list[np.ndarray]]:
     """Returns how often each code of each category occurs, by file; -1 comes first."""
-    first = len(schema.numbers)
     found = [
         [np.zeros(len(one.values[name]) + 1, np.int64) for name in schema.categories]
         for one in columns
     ]
-    for at, cells in _parts(columns, ordered) if schema.categories else ():
+    for at, rows in _parts(columns, ordered) if schema.categories else ():
+        codes = columns[at].codes[rows]
         for place, counts in enumerate(found[at]):
-            counts += np.bincount(cells[:, first + place] + 1, minlength=len(counts))
+            counts += np.bincount(codes[:, place] + 1, minlength=len(counts))
     return found
 
 
@@ -151,6 +158,7 @@ def _categories(
     train: int,
     schema: Schema,
     options: TableOptions,
+    is_told: Callable[[str], bool],
 ) -> tuple[tuple[Category, ...], dict[str, Any], list[str]]:
     """Returns the categories, their known values, and what is odd about them."""
     import pyarrow as pa
@@ -192,29 +200,17 @@ def _categories(
                 else float(occurs[~is_known].sum() / train),
             )
         )
-        there = values.filter(pa.array(occurs > 0))
-        if len(there) + (missing > 0) <= 1:
-            why = "has one value" if len(there) else "has no value"
-            warnings.append(_says_nothing(name, why))
-        elif len(there) > max(train // 2, 20) and _are_numbers(there):
-            warnings.append(
-                f"column {name!r} is a category of {len(there):,} different values in "
-                f"{train:,} training rows, all of them numbers; if it measures something, "
-                f"config.data.columns=(({name!r}, 'number'),) says so"
+        is_there = occurs > 0
+        if is_there.sum() + (missing > 0) <= 1:
+            why = "has one value" if is_there.any() else "has no value"
+            warnings.append(doubts.says_nothing(name, why))
+        else:
+            there, told = values.filter(pa.array(is_there)), is_told(name)
+            doubt = doubts.category_doubt(
+                name, there, occurs[is_there], train, is_told=told
             )
-    return tuple(categories), known, warnings
-
-
-def _are_numbers(values: Any) -> bool:
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
-    try:
-        pc.cast(values.slice(0, 1000), pa.float64())
-        return True
-    except pa.ArrowInvalid:
-        return False
+            warnings += [doubt, None if told else doubts.line_break_doubt(name, there)]
+    return tuple(categories), known, [text for text in warnings if text]
 
 
 def _fields(names: Sequence[str]) -> list[str]:
@@ -223,7 +219,7 @@ def _fields(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: Two would have the same.
     """
-    fields = [re.sub(r"[/\s]+", "_", name) for name in names]
+    fields = [re.sub(r"[/\s]+", "_", name) or "unnamed" for name in names]
     twice = [name for name, field in zip(names, fields) if fields.count(field) > 1]
     if twice:
         raise UserError(

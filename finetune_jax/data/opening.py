@@ -8,6 +8,7 @@ from typing import Any
 from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.classes import check_no_classes
+from finetune_jax.data.encoding import Fitted
 from finetune_jax.data.shifts import shifted
 from finetune_jax.data.source import Source
 from finetune_jax.data.table_source import Table, format_of, load_table
@@ -37,13 +38,14 @@ def load_source(name: str, directory: str | None) -> Source:
 
 
 def opened(
-    config: Mapping[str, Any], tokenizer: str | None
+    config: Mapping[str, Any], tokenizer: str | None, fitted: Fitted | None = None
 ) -> tuple[Source, TextSpec | None, Table | None]:
     """Returns the source, and what is known of its texts or its columns, if any.
 
     Args:
         config: The section `config.data`.
         tokenizer: What a tokenizer.json holds, for texts.
+        fitted: What a run has kept of a table; None infers its columns.
 
     Raises:
         UserError: No such source, its data cannot be read, or more is asked of it than
@@ -56,7 +58,7 @@ def opened(
         source, text = load_texts(config["name"], config["dir"], options, tokenizer)
     elif kind is not None:
         table = load_table(
-            config["name"], config["dir"], kind, columns, config["cache_dir"]
+            config["name"], config["dir"], kind, columns, config["cache_dir"], fitted
         )
         source = table.source
     else:

@@ -1,59 +1,45 @@
-"""What is wrong with a file of separated values, line by line."""
+"""Lines of a file of separated values that cannot be read, and why."""
 
-import csv
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-# So many are listed.
+from finetune_jax.data.number_forms import Form, is_missing
+from finetune_jax.errors import UserError
+
+# Number of lines that are listed.
 MOST = 20
 
 
 def faults(
-    reader: Any,
+    rows: Iterator[tuple[int, list[str]]],
     names: Sequence[str],
-    numbers: Collection[str],
+    numbers: Mapping[str, Form],
     missing: Collection[str],
-    begin: int,
 ) -> list[str]:
     """Returns the first lines that cannot be read, and what is wrong with each.
 
     Args:
-        reader: From `csv.reader`, of text decoded with 'surrogateescape'.
-        names: Of the columns.
-        numbers: Those that hold numbers.
-        missing: What stands for nothing.
-        begin: Lines before the first row.
+        rows: From `separated.rows_of`, of text decoded with 'surrogateescape'.
+        names: Names of the columns.
+        numbers: Forms of the columns of numbers.
+        missing: Signs of cells without a value.
     """
     found: list[str] = []
-    places = [at for at, name in enumerate(names) if name in numbers]
-    for line, cells in _lines(reader):
-        if isinstance(cells, str):
-            return [*found, f"line {line}: {cells}"]
-        if line > begin and cells:
-            found += [
-                f"line {line}: {text}" for text in _wrong(cells, names, places, missing)
-            ]
-        if len(found) >= MOST:
-            return [*found[:MOST], "and perhaps more"]
+    places = {at: numbers[name] for at, name in enumerate(names) if name in numbers}
+    try:
+        for line, cells in rows:
+            wrong = _wrong(cells, names, places, missing)
+            found += [f"line {line}: {text}" for text in wrong]
+            if len(found) >= MOST:
+                return [*found[:MOST], "and perhaps more"]
+    except UserError as error:
+        return [*found, str(error)]
     return found
-
-
-def _lines(reader: Any) -> Iterator[tuple[int, Any]]:
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield reader.line_num, str(error)
-            return
-        if cells is None:
-            return
-        yield reader.line_num, cells
 
 
 def _wrong(
     cells: Sequence[str],
     names: Sequence[str],
-    numbers: Sequence[int],
+    numbers: Mapping[int, Form],
     missing: Collection[str],
 ) -> list[str]:
     if len(cells) != len(names):
@@ -64,11 +50,16 @@ def _wrong(
             cell.encode()
         except UnicodeEncodeError:
             found.append(f"{name!r} is not UTF-8")
-    for place in numbers:
+    for place, form in numbers.items():
         cell = cells[place]
-        try:
-            if cell not in missing:
-                float(cell)
-        except ValueError:
-            found.append(f"{names[place]!r} is {cell[:40]!r}, not a number")
+        if not is_missing(cell, missing) and not _is_number(cell, form):
+            said = f" {form}".rstrip()
+            found.append(f"{names[place]!r} is {cell[:40]!r}, not a number{said}")
     return found
+
+
+def _is_number(cell: str, form: Form) -> bool:
+    if form.fits(cell):
+        return True
+    # These are refused elsewhere, or are missing.
+    return cell.strip().lower().lstrip("+-") in ("inf", "infinity", "nan")

@@ -1,22 +1,37 @@
 """The files of a table: their columns, and their rows, a block after the other.
 
 Files are read by pyarrow, in all threads, and never as a whole. A number that is missing
-is NaN, a category that is missing has no value.
+is null or NaN, a category that is missing is null.
 """
 
 import collections
 import concurrent.futures
-import csv
+import contextlib
 import io
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from finetune_jax.data import number_forms
+from finetune_jax.data.number_forms import PLAIN, Form
+from finetune_jax.data.separated import (
+    Head,
+    begin_of,
+    first_cells,
+    head_of,
+    rows_of,
+)
 from finetune_jax.data.table_faults import faults
-from finetune_jax.data.tables import Format, Schema, TableOptions
+from finetune_jax.data.tables import (
+    VERSION,
+    Format,
+    Schema,
+    TableOptions,
+    signs_of,
+)
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 
@@ -32,32 +47,40 @@ def columns_of(path: pathlib.Path, kind: Format, header: Sequence[str]) -> list[
     """Returns the names of the columns of a file.
 
     Raises:
-        UserError: It is empty, no such file, or has a name twice.
+        UserError: The file is empty, cannot be read, or has a name twice.
     """
-    if kind.delimiter is None:
-        return list(_parquet(path).schema_arrow.names)
-    if header:
-        return list(header)
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line 1: not UTF-8; convert the file") from error
-    names = next(_reader(io.StringIO(text), kind), [])
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if not names or twice:
-        wrong = f"columns twice: {', '.join(twice)}" if twice else "empty"
+    if kind.delimiter is not None:
+        return list(table_head(path, kind, header).names)
+    names = list(_parquet(path).schema_arrow.names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"{path}: {wrong}; config.data.header names the columns of files that do "
-            "not begin with them"
+            f"{path}: columns twice: {', '.join(map(repr, twice))}; each column needs a "
+            "name of its own"
         )
     return names
 
 
-def _reader(file: Any, kind: Format) -> Any:
-    quoting = csv.QUOTE_MINIMAL if kind.quotes else csv.QUOTE_NONE
-    return csv.reader(file, delimiter=kind.delimiter or ",", quoting=quoting)  # type: ignore
+def table_head(path: pathlib.Path, kind: Format, header: Sequence[str]) -> Head:
+    """Returns the beginning of a file of separated values.
+
+    Raises:
+        UserError: As `separated.head_of` does.
+    """
+    assert kind.delimiter is not None
+    if kind.header:  # Files of this kind never begin with names.
+        return Head(
+            names=tuple(header),
+            lines=0,
+            delimiter=kind.delimiter,
+            expected=kind.delimiter,
+        )
+    return head_of(path, header, delimiter=kind.delimiter, quotes=kind.quotes)
+
+
+def cells_in(path: pathlib.Path, kind: Format, header: Sequence[str]) -> int:
+    """Returns the number of cells in the first line of a file without names."""
+    delimiter = table_head(path, kind, header).delimiter
+    return len(first_cells(begin_of(path), delimiter, kind.quotes)[0])
 
 
 def infer_schema(
@@ -100,60 +123,136 @@ def infer_schema(
                 "them; if these are texts, name their columns in config.data.text."
             )
         raise problems_error("The columns do not fit:", problems, advice)
-    given = {name: _given_kind(name, kind, options) for name in first}
-    unknown = [n for n in first if given[n] is None and n != options.label]
-    for path in paths if unknown else ():
-        for name in _not_numbers(path, kind, options, unknown):
-            given[name] = "category"
-    kinds = {n: given[n] or "number" for n in first if n != options.label}
+    kinds = {name: given_kind(name, kind, options) for name in first}
+    kinds.pop(options.label)
+    forms = _forms(paths, kind, options, kinds)
+    kinds = {n: k or ("number" if n in forms else "category") for n, k in kinds.items()}
     return Schema(
         names=tuple(options.header),
         numbers=tuple(n for n in kinds if kinds[n] == "number"),
         categories=tuple(n for n in kinds if kinds[n] == "category"),
         label=options.label,
         labels=options.labels,
+        forms=number_forms.as_entries(forms),
+        missing=tuple(options.missing),
+        version=VERSION,
     )
 
 
-def _given_kind(name: str, kind: Format, options: TableOptions) -> str | None:
+def given_kind(name: str, kind: Format, options: TableOptions) -> str | None:
+    """Returns the kind that the config or the format gives a column; None infers it."""
     for pattern, wanted in options.columns:
         if re.fullmatch(pattern, name):
             return wanted
     return kind.kinds.get(name)
 
 
-def _not_numbers(
-    path: pathlib.Path, kind: Format, options: TableOptions, names: Sequence[str]
-) -> list[str]:
-    """Returns the columns of which the beginning of a file has what is no number."""
+def _forms(
+    paths: Sequence[pathlib.Path],
+    kind: Format,
+    options: TableOptions,
+    kinds: Mapping[str, str | None],
+) -> dict[str, Form]:
+    """Returns how the columns are written that are numbers, by the beginning of files.
+
+    Args:
+        paths: The files.
+        kind: How they are written.
+        options: Options of the data.
+        kinds: Kinds of the columns but the label; None infers one.
+    """
+    told = {name for name, given in kinds.items() if given == "number"}
+    if options.labels == "numbers":
+        told.add(options.label)
+    told -= kind.kinds.keys()  # Their form is known.
+    wanted = [n for n in kinds if kinds[n] is None]
+    wanted += [n for n in kinds if n in told] + [n for n in told if n not in kinds]
+    cells: dict[str, list] = {name: [] for name in wanted}
+    others, commas = set(), False
+    for path in paths if wanted else ():
+        if kind.delimiter is not None:
+            commas |= table_head(path, kind, options.header).delimiter == ";"
+        own, no_text = _first_cells(path, kind, options, wanted)
+        others |= no_text
+        for name, values in own.items():
+            cells[name].append(values)
+    signs = (*kind.missing, *options.missing)
+    found = {}
+    for name in wanted:
+        form = _form_of(cells[name], signs, told=name in told, commas=commas)
+        if name not in others and (form is not None or name in told):
+            found[name] = form or PLAIN
+    return found
+
+
+def _form_of(
+    parts: Sequence[Any], signs: Sequence[str], *, told: bool, commas: bool
+) -> Form | None:
+    """Returns how the cells of a column are written; None if they are no numbers."""
     import pyarrow as pa
     from pyarrow import compute
 
     pc: Any = compute  # Its functions are made when it is imported.
+    if not parts:
+        return PLAIN
+    values = pc.unique(pa.chunked_array(parts, pa.string()))
+    try:
+        number_forms.parsed(values, PLAIN, signs)
+        usual = pc.utf8_trim_whitespace(values)
+        names = pc.any(pc.match_substring_regex(usual, _LEADING_ZERO)).as_py()
+        return None if names and not told else PLAIN
+    except pa.ArrowInvalid:
+        pass
+    texts = [
+        text
+        for text in values.to_pylist()
+        if text is not None and not number_forms.is_missing(text, signs)
+    ]
+    return number_forms.form_of(texts, told=told, commas=commas)
+
+
+def _first_cells(
+    path: pathlib.Path, kind: Format, options: TableOptions, names: Sequence[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Returns different texts of columns in the beginning of a file, Arrow's strings.
+
+    Also the names of columns that are neither texts nor numbers, such as dates; numbers
+    of Parquet have no texts.
+    """
+    import pyarrow as pa
+
     if kind.delimiter is None:
         schema = _parquet(path).schema_arrow
         is_number = [pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal]
-        return [
-            n for n in names if not any(is_(schema.field(n).type) for is_ in is_number)
-        ]
+        types = {name: schema.field(name).type for name in names}
+        numbers = {n for n in names if any(is_(types[n]) for is_ in is_number)}
+        names = [n for n in names if n not in numbers and _is_text(types[n])]
+        others = types.keys() - numbers - set(names)
+    else:
+        others = set()
+    if not names:
+        return {}, others
     schema = Schema(
         names=tuple(options.header),
         numbers=(),
         categories=tuple(names),
         label=None,
         labels="classes",
+        version=VERSION,
     )
-    found = []
-    table = next(iter(batches(path, kind, schema, block=LOOKED_AT)), None)
-    for name in names if table is not None else ():
-        values = table.column(name).dictionary  # type: ignore[union-attr]
-        try:
-            pc.cast(values, pa.float64())
-            if pc.any(pc.match_substring_regex(values, _LEADING_ZERO)).as_py():
-                found.append(name)
-        except pa.ArrowInvalid:
-            found.append(name)
-    return found
+    with contextlib.closing(batches(path, kind, schema, block=LOOKED_AT)) as blocks:
+        table = next(blocks, None)
+    if table is None:
+        return {}, others
+    return {name: table.column(name).dictionary for name in names}, others
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def batches(
@@ -161,7 +260,7 @@ def batches(
 ) -> Generator[Any]:
     """Yields the rows of a file as pyarrow's RecordBatches of the schema's columns.
 
-    Numbers are float32, all others dictionaries of strings.
+    Numbers are float64, all others dictionaries of strings.
 
     Args:
         path: Of the file.
@@ -191,38 +290,101 @@ def batches(
 
 
 def _found_faults(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
+    import pyarrow as pa
+
     if kind.delimiter is None:
         return []
-    names = schema.names or columns_of(path, kind, ())
-    numbers = [name for name, is_number in schema.is_number.items() if is_number]
-    begin = 0 if schema.names else 1
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        return faults(_reader(file, kind), names, numbers, kind.missing, begin)
+    head, signs = table_head(path, kind, schema.names), signs_of(kind, schema)
+    with pa.input_stream(str(path)) as stream:
+        file = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        rows = rows_of(file, head, kind.quotes)
+        return faults(rows, _names(head.names, schema), _forms_in(schema), signs)
+
+
+def _forms_in(schema: Schema) -> dict[str, Form]:
+    """Returns the form of each column of numbers."""
+    forms = number_forms.from_entries(schema.forms)
+    return {n: forms.get(n, PLAIN) for n, is_ in schema.is_number.items() if is_}
+
+
+def _names(found: Sequence[str], schema: Schema) -> list[str]:
+    """Returns a file's names of columns as a schema has them, perhaps with blanks."""
+    known = {name.strip(): name for name in schema.is_number}
+    return [known.get(name, name) for name in found]
 
 
 def _separated_batches(
     path: pathlib.Path, kind: Format, schema: Schema, block: int
 ) -> Iterator[Any]:
+    for batch in _separated_texts(path, kind, schema, block):
+        yield _read_batch(batch, kind, schema)
+
+
+def _read_batch(batch: Any, kind: Format, schema: Schema) -> Any:
+    """Returns a batch whose numbers and categories are read from texts.
+
+    Raises:
+        ArrowInvalid: A cell of a column of numbers is none.
+    """
+    import pyarrow as pa
+
+    forms, signs, arrays = _forms_in(schema), signs_of(kind, schema), []
+    for name in schema.is_number:
+        column = batch.column(name)
+        if name in forms and pa.types.is_string(column.type):
+            column = number_forms.parsed(column, forms[name], signs)
+        elif name not in forms and name not in kind.kinds and schema.version > 1:
+            column = _trimmed(column, signs)
+        arrays.append(column)
+    return pa.record_batch(arrays, names=list(schema.is_number))
+
+
+def _trimmed(column: Any, signs: Sequence[str]) -> Any:
+    """Returns a dictionary-encoded column without blanks around its values."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    pc: Any = compute  # Its functions are made when it is imported.
+    values = pc.utf8_trim_whitespace(column.dictionary)
+    is_missing = pc.is_in(values, value_set=pa.array(signs, values.type))
+    if not pc.any(is_missing).as_py() and values.equals(column.dictionary):
+        return column
+    values = pc.if_else(is_missing, pa.scalar(None, values.type), values)
+    own = pc.dictionary_encode(values)
+    codes = pc.take(own.indices, column.indices)
+    return pa.DictionaryArray.from_arrays(codes, own.dictionary)
+
+
+def _separated_texts(
+    path: pathlib.Path, kind: Format, schema: Schema, block: int
+) -> Iterator[Any]:
+    """Yields the rows of a file; numbers of no known form are texts still."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
     text = pa.dictionary(pa.int32(), pa.string())
-    names = schema.names or columns_of(path, kind, ())
-    kinds = {n: pa.float32() if is_ else text for n, is_ in schema.is_number.items()}
+    head = table_head(path, kind, schema.names)
+    names = _names(head.names, schema)
+    kinds = {
+        name: (pa.float64() if name in kind.kinds else pa.string())
+        if is_number
+        else text
+        for name, is_number in schema.is_number.items()
+    }
     parse = arrow_csv.ParseOptions(
-        delimiter=kind.delimiter or ",",
+        delimiter=head.delimiter,
         quote_char='"' if kind.quotes else False,
         newlines_in_values=kind.quotes,
     )
     convert = arrow_csv.ConvertOptions(
         column_types=kinds,
         include_columns=list(kinds),
-        null_values=list(kind.missing),
+        null_values=list(signs_of(kind, schema)),
         strings_can_be_null=True,
     )
     first = arrow_csv.ReadOptions(
-        column_names=list(names),
-        skip_rows=0 if schema.names else 1,
+        column_names=names,
+        skip_rows=head.lines,
         block_size=block,
         use_threads=kind.quotes,  # Else the blocks are parsed at the same time.
     )
@@ -231,7 +393,7 @@ def _separated_batches(
             yield from (batch for batch in reader if batch.num_rows)
         return
     other = arrow_csv.ReadOptions(
-        column_names=list(names), block_size=block, use_threads=False
+        column_names=names, block_size=block, use_threads=False
     )
 
     def parsed(content: memoryview, options: Any) -> list:
@@ -305,15 +467,19 @@ def _parquet_batches(
     from pyarrow import compute
 
     pc: Any = compute  # Its functions are made when it is imported.
-    del kind
-    wanted = schema.is_number
+    wanted, kinds = schema.is_number, _parquet(path).schema_arrow
     rows = max(block // (16 * max(len(wanted), 1)), 1024)
+
+    def read(name: str, column: Any) -> Any:
+        if not wanted[name]:
+            return pc.dictionary_encode(pc.cast(column, pa.string()))
+        if _is_text(kinds.field(name).type):
+            return pc.cast(column, pa.string())
+        if pa.types.is_temporal(column.type):
+            column = pc.cast(column, pa.int64())
+        return pc.cast(column, pa.float64(), safe=False)
+
     with _parquet(path) as file:
         for batch in file.iter_batches(batch_size=rows, columns=list(wanted)):
-            arrays = [
-                pc.cast(batch.column(name), pa.float32(), safe=False)
-                if is_number
-                else pc.dictionary_encode(pc.cast(batch.column(name), pa.string()))
-                for name, is_number in wanted.items()
-            ]
-            yield pa.record_batch(arrays, names=list(wanted))
+            arrays = [read(name, batch.column(name)) for name in wanted]
+            yield _read_batch(pa.record_batch(arrays, names=list(wanted)), kind, schema)

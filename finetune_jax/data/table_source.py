@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ from finetune_jax.data.files import visible
 from finetune_jax.data.fitting import fit
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.source import ArrayExamples, Source
-from finetune_jax.data.table_files import batches, columns_of, infer_schema
+from finetune_jax.data.table_files import (
+    batches,
+    cells_in,
+    columns_of,
+    infer_schema,
+    table_head,
+)
 from finetune_jax.data.tables import Format, Schema, TableOptions
 from finetune_jax.data.text_files import SPLITS, not_used
 from finetune_jax.errors import DataMissing, UserError, problems_error
@@ -105,6 +111,7 @@ def load_table(
     kind: Format,
     options: TableOptions,
     cache_dir: str | None,
+    saved: Fitted | None = None,
 ) -> Table:
     """Returns the table that `config.data` describes.
 
@@ -114,13 +121,18 @@ def load_table(
         kind: How they are written.
         options: Of the data.
         cache_dir: `config.data.cache_dir`.
+        saved: What a run has kept, whose columns are read as they were; None infers them.
 
     Raises:
         UserError: No such files, columns that do not fit, rows that cannot be read, all
             at once.
     """
     files = _files(name, directory, kind)
-    schema = infer_schema(list(files.values()), kind, options)
+    if saved is None:
+        schema = infer_schema(list(files.values()), kind, options)
+    else:
+        schema = saved.spec.schema
+        _check_columns(files.values(), kind, schema)
     if not schema.inputs:
         raise UserError(
             f"{directory}: no columns but the label; nothing to predict from"
@@ -134,11 +146,42 @@ def load_table(
     if problems:
         raise UserError("\n".join(problems))
     source = _labelled(f"{name} {directory}", splits, schema)
-    unused = not_used(directory, set(files.values()))
-    source = dataclasses.replace(source, not_used=unused)
+    warnings = [
+        text for path in files.values() for text in _warnings(path, kind, schema)
+    ]
+    source = dataclasses.replace(
+        source,
+        warnings=(*source.warnings, *warnings),
+        not_used=not_used(directory, set(files.values())),
+    )
     return Table(
         name=source.name, splits=splits, schema=schema, options=options, source=source
     )
+
+
+def _warnings(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
+    """Returns what is odd about how a file is written."""
+    if kind.delimiter is None:
+        return []
+    return table_head(path, kind, schema.names).warnings(path)
+
+
+def _check_columns(paths: Iterable[pathlib.Path], kind: Format, schema: Schema) -> None:
+    """Checks that files have the columns of a schema.
+
+    Raises:
+        UserError: Lists the columns that are missing.
+    """
+    problems = []
+    for path in paths:
+        there = [name.strip() for name in columns_of(path, kind, schema.names)]
+        problems += [
+            f"{path}: no column {name!r}{lookup.closest(name, there)}"
+            for name in schema.is_number
+            if name.strip() not in there
+        ]
+    if problems:
+        raise problems_error("The columns are not those of the run:", problems)
 
 
 def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.Path]:
@@ -219,7 +262,7 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
     return Source(
         name=name,
         splits={
-            split: ArrayExamples(values=columns.cells, label=labels[split])
+            split: ArrayExamples(values=columns.codes, label=labels[split])
             for split, columns in splits.items()
         },
         class_names=classes,
@@ -245,14 +288,12 @@ def rows_to_predict(
     schema = dataclasses.replace(fitted.spec.schema, label=None)
     header = schema.names
     if header and kind.delimiter is not None:
-        with path.open("rb") as file:
-            cells = file.readline().count(kind.delimiter.encode()) + 1
-        if cells == len(header) - 1:
-            own = fitted.spec.schema.label
-            header = tuple(name for name in header if name != own)
-            schema = dataclasses.replace(schema, names=header)
-    there = columns_of(path, kind, header)
-    absent = [name for name in schema.inputs if name not in there]
+        own = fitted.spec.schema.label
+        others = tuple(name for name in header if name != own)
+        if cells_in(path, kind, header) == len(others):
+            header, schema = others, dataclasses.replace(schema, names=others)
+    there = [name.strip() for name in columns_of(path, kind, header)]
+    absent = [name for name in schema.inputs if name.strip() not in there]
     if absent:
         raise problems_error(
             f"{path} cannot be predicted:",
@@ -262,4 +303,4 @@ def rows_to_predict(
         columns = {name: batch.column(name) for name in schema.categories}
         codes = {name: codes_of(column) for name, column in columns.items()}
         encoder = fitted.encoder({n: c.dictionary for n, c in columns.items()})
-        yield encoder(cells_of(batch, schema, codes))
+        yield encoder(*cells_of(batch, schema, codes))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_jax.data.number_forms import from_entries
 from finetune_jax.data.tables import Schema
 
 # Rows of every embedding that stand for no value of their own.
@@ -98,11 +99,13 @@ class TableSpec:
             f"{self.schema.label!r} is predicted from columns, {len(self.numbers)} of "
             f"numbers, {len(self.categories)} of categories:"
         ]
+        forms = from_entries(self.schema.forms)
         for one in self.numbers:
             log = "log, " if one.log else ""
+            form = f"{forms[one.name]}, " if one.name in forms else ""
             found.append(
-                f"  {one.name}: number, {log}mean {one.mean:.4g}, deviation {one.std:.4g}, "
-                f"{one.missing:.1%} missing"
+                f"  {one.name}: number, {form}{log}mean {one.mean:.4g}, deviation "
+                f"{one.std:.4g}, {one.missing:.1%} missing"
             )
         for one in self.categories:
             kind = "hashed into" if one.hashed else "category,"
@@ -113,16 +116,17 @@ class TableSpec:
         return found
 
 
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def table_from_json(plain: Mapping[str, Any]) -> TableSpec:
     """Returns the spec that a manifest has.
 
     Raises:
         KeyError, TypeError, ValueError: It is not such a thing.
     """
-    schema: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in plain["schema"].items()
-    }
+    schema = {key: _as_tuples(value) for key, value in plain["schema"].items()}
     spec = TableSpec(
         schema=Schema(**schema),
         numbers=tuple(Number(**one) for one in plain["numbers"]),

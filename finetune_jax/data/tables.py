@@ -8,8 +8,15 @@ from typing import Any
 from finetune_jax.errors import problems_error
 
 KINDS = ("number", "category", "ignore")
-# What stands for nothing in files other than Criteo's; the same as pandas', in short.
-MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+# Signs of cells without a value, in files other than Criteo's: those of pandas, and UCI's.
+MISSING = (
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
+    "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "?",
+)  # fmt: skip
+# The same for runs whose schema has version 1.
+MISSING_1 = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+# How cells are read, to be raised when that changes; see `Schema.version`.
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,7 @@ class Format:
         header: Names of the columns, where files never begin with them.
         kinds: Of these columns.
         label: Which of them the label is.
-        missing: What stands for nothing.
+        missing: Signs of cells without a value.
         classes: The labels that there may be; empty is any.
     """
 
@@ -48,6 +55,7 @@ class TableOptions:
         columns: (regex, kind) pairs, the first that matches counts; the kinds of all
             others are inferred.
         log_columns: Regexes of number columns x that become sign(x) log(1 + |x|).
+        missing: Signs of cells without a value, besides those that are known.
         hash_rows: Rows of an embedding that values are hashed into; None has one for each
             value of the training rows.
         min_count: Training rows that a value needs for a row of its own.
@@ -59,6 +67,7 @@ class TableOptions:
     header: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     log_columns: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     hash_rows: int | None = None
     min_count: int = 2
     fitted: str | None = None
@@ -75,6 +84,10 @@ class Schema:
         categories: Those that are categories.
         label: The one to be predicted; None where it is not there.
         labels: 'classes' or 'numbers'.
+        forms: How numbers are written that are not plain, from `number_forms.as_entries`.
+        missing: Signs of cells without a value, besides those of the files' format.
+        version: How cells are read. 1: blanks around categories belong to them, numbers
+            are float32. 2: blanks are taken away, numbers are float64.
     """
 
     names: tuple[str, ...]
@@ -82,6 +95,9 @@ class Schema:
     categories: tuple[str, ...]
     label: str | None
     labels: str
+    forms: tuple[tuple[str, ...], ...] = ()
+    missing: tuple[str, ...] = ()
+    version: int = 1
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -96,6 +112,28 @@ class Schema:
         if self.label is not None:
             found[self.label] = self.labels == "numbers"
         return found
+
+
+def signs_of(kind: Format, schema: Schema) -> tuple[str, ...]:
+    """Returns the signs of cells without a value."""
+    is_old = schema.version == 1 and kind.missing == MISSING
+    return (*(MISSING_1 if is_old else kind.missing), *schema.missing)
+
+
+def rule(name: str, kind: str) -> str:
+    """Returns how a config gives a column its kind, for messages.
+
+    >>> rule("age", "number")
+    "config.data.columns=(('age', 'number'),)"
+    """
+    pattern = name
+    try:
+        is_plain = re.fullmatch(name, name) is not None
+    except re.error:
+        is_plain = False
+    if not is_plain:
+        pattern = re.escape(name)
+    return f"config.data.columns=(({pattern!r}, {kind!r}),)"
 
 
 def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOptions:
@@ -141,14 +179,29 @@ def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOp
                 f"config.data.columns: {entry!r}; (regex, kind) is needed, the kind one "
                 f"of {', '.join(KINDS)}"
             )
+    if not all(isinstance(sign, str) for sign in options.missing):
+        problems.append(
+            f"config.data.missing: {options.missing!r}; texts are needed, such as ('-999',)"
+        )
     patterns = [e[0] for e in options.columns if isinstance(e, tuple) and e]
     for key, given in (("columns", patterns), ("log_columns", options.log_columns)):
         problems += _regex_problems(f"config.data.{key}", given)
     if problems:
         raise problems_error("config.data does not fit:", problems)
-    if found.label is not None and options.label == plain.label:
-        options = dataclasses.replace(options, label=found.label)
-    return dataclasses.replace(options, header=found.header or options.header)
+    label = options.label
+    if found.label is not None and label == plain.label:
+        label = found.label
+    # Names have no blanks around them, whatever a file or an older config has.
+    return dataclasses.replace(
+        options,
+        label=label.strip(),
+        header=found.header or tuple(name.strip() for name in options.header),
+        columns=(
+            *((pattern.strip(), kind) for pattern, kind in options.columns),
+            *((re.escape(name), kind) for name, kind in found.kinds.items()),
+        ),
+        log_columns=tuple(pattern.strip() for pattern in options.log_columns),
+    )
 
 
 def _regex_problems(where: str, patterns: Sequence[Any]) -> list[str]:

@@ -1,0 +1,174 @@
+"""Doubts about the inferred kind of a table's column, each with what to write instead."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.data.number_forms import form_of, from_entries, is_any_number
+from finetune_jax.data.tables import Schema, rule
+
+# Values of a category that are looked at.
+LOOKED_AT = 2000
+# From so many rows on, whole numbers without gaps count them.
+_FEWEST_ROWS = 10
+# float64 has all whole numbers up to here.
+EXACT = 2.0**53
+_DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_NAMED = rf"(\d{{1,2}}[ .-]+{_MONTH}[ ,-]*\d{{2,4}}|{_MONTH} \d{{1,2}},? \d{{4}})"
+_TIME = r"\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?( ?[ap]m)?( ?(z|utc|[+-]\d{2}:?\d{2}))?"
+_DATE = re.compile(rf"({_DAY}|{_NAMED})([ t,]+{_TIME})?|{_TIME}", re.IGNORECASE)
+_IDENTIFIER = re.compile(
+    r"(.*[_\W])?(id|idx|index|key|row|number|no|nr)", re.IGNORECASE
+)
+_UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+
+
+def form_doubts(schema: Schema, is_told: Callable[[str], bool]) -> list[str]:
+    """Returns the columns that are read as numbers without signs around them.
+
+    Args:
+        schema: The columns.
+        is_told: Whether the config gives a column its kind.
+    """
+    return [
+        f"column {name!r} is read as numbers {form}; {rule(name, 'category')} takes its "
+        f"values for names, and {rule(name, 'number')} says that they are numbers"
+        for name, form in from_entries(schema.forms).items()
+        if not is_told(name)
+    ]
+
+
+def number_doubt(name: str, files: Sequence[np.ndarray], largest: float) -> str | None:
+    """Returns why a column of numbers may say nothing or something else.
+
+    Args:
+        name: Name of the column.
+        files: First numbers of the column in each file.
+        largest: Largest absolute number of the training rows.
+    """
+    out = f"{rule(name, 'ignore')} leaves it out"
+    kept = f"{rule(name, 'number')} keeps it without a warning"
+    if sum(map(len, files)) >= _FEWEST_ROWS and all(map(_has_no_gaps, files)):
+        return f"column {name!r} counts the rows; {out}, and {kept}"
+    if _UNNAMED.fullmatch(name):
+        return f"column {name!r} has no name and may be an index; {out}, and {kept}"
+    if _IDENTIFIER.fullmatch(name) and all(map(_is_distinct, files)):
+        return (
+            f"column {name!r} has another whole number in every row and may be an "
+            f"identifier; {out}, and {kept}"
+        )
+    if largest > EXACT:
+        return (
+            f"column {name!r} has numbers beyond 2**53, whose last digits are lost; if "
+            f"they are identifiers, {out}, or {rule(name, 'category')} has a row for each"
+        )
+    return None
+
+
+def _has_no_gaps(numbers: np.ndarray) -> bool:
+    """Returns whether numbers are whole, and have each between two limits once."""
+    return bool((np.diff(np.sort(numbers)) == 1).all() and (numbers % 1 == 0).all())
+
+
+def _is_distinct(numbers: np.ndarray) -> bool:
+    whole = (numbers % 1 == 0).all()
+    return bool(whole and len(np.unique(numbers)) == len(numbers) >= _FEWEST_ROWS)
+
+
+def category_doubt(
+    name: str, values: Any, counts: np.ndarray, rows: int, *, is_told: bool = False
+) -> str | None:
+    """Returns why a column of categories may be something else.
+
+    Args:
+        name: Name of the column.
+        values: Different values of the training rows, Arrow's array of strings.
+        counts: Number of rows that have each.
+        rows: Number of training rows.
+        is_told: Whether the config says that it is a category.
+    """
+    order = np.argsort(-counts, kind="stable")[:LOOKED_AT]
+    looked = values.take(order).to_pylist()
+    is_number = np.array([is_any_number(value) for value in looked])
+    most = len(values) > max(rows // 2, 20)
+    number = rule(name, "number")
+    many = f"{len(values):,} different values in {rows:,} training rows"
+    if is_number.all() and most:
+        return (
+            f"column {name!r} is a category of {many}, all of them numbers; if it measures "
+            f"something, {number} says so"
+        )
+    if is_told:
+        return None
+    out = f"{rule(name, 'ignore')} leaves it out"
+    kept = f"{rule(name, 'category')} keeps it without a warning"
+    if all(map(_DATE.fullmatch, looked)):
+        return (
+            f"column {name!r} has dates or times such as {looked[0]!r}, taken for "
+            "categories, of which others in new rows are unknown; write numbers, such as "
+            f"seconds since 1970 or the month, in the file, or {out}; {kept}"
+        )
+    if doubt := _number_doubt(name, looked, counts[order], is_number):
+        return f"{doubt}; {kept}"
+    if most and counts[counts <= 1].sum() > rows / 2:
+        return (
+            f"column {name!r} is a category of {many}, so that nearly all are too rare to "
+            f"be learned; {out}, or {number} if it measures something; {kept}"
+        )
+    return None
+
+
+def _number_doubt(
+    name: str, looked: Sequence[str], counts: np.ndarray, is_number: np.ndarray
+) -> str | None:
+    """Returns that categories could be numbers, all or most of them."""
+    # Numbers with zeros before them are names.
+    if any(re.match(r"[+-]?0\d", value) for value in looked):
+        return None
+    number = rule(name, "number")
+    told = form_of(looked, told=True)
+    if told is not None:
+        return (
+            f"column {name!r} is a category, but could be numbers {told}: if it measures "
+            f"something, {number} says so"
+        )
+    if is_number.all():
+        return (
+            f"column {name!r} is a category of numbers that are not written alike, such as "
+            f"{looked[0]!r}; if it measures something, write them alike"
+        )
+    share = counts[is_number].sum() / max(counts.sum(), 1)
+    if share < 0.5 or is_number.sum() < 3:
+        return None
+    others = [value for value, is_ in zip(looked, is_number) if not is_][:3]
+    return (
+        f"column {name!r} is a category, but {share:.0%} of its values are numbers; others "
+        f"are {', '.join(map(repr, others))}. If it measures something, "
+        f"config.data.missing={tuple(others)!r} says that such cells have no value, and "
+        f"{number} that all others are numbers"
+    )
+
+
+def line_break_doubt(name: str, values: Any) -> str | None:
+    """Returns that cells have several lines, as a quotation mark too many makes."""
+    from pyarrow import compute
+
+    pc: Any = compute  # Its functions are made when it is imported.
+    found = values.filter(pc.match_substring_regex(values, "[\r\n]"))
+    if not len(found):
+        return None
+    return (
+        f"column {name!r} has {len(found):,} values of several lines, such as "
+        f"{found[0].as_py()[:40]!r}; look whether a quotation mark in the file has no other"
+    )
+
+
+def says_nothing(name: str, why: str) -> str:
+    """Returns that a column has one value, or none."""
+    return (
+        f"column {name!r} {why} in all training rows and says nothing; "
+        f"{rule(name, 'ignore')} leaves it out"
+    )
