@@ -1,7 +1,7 @@
 """What a user did wrong, told in one message: found, where, what to do."""
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _RESUME = "and the same command goes on from the last checkpoint"
 # Errors of a disk that takes no more, with what to do.
@@ -52,6 +52,12 @@ def why_not_written(error: Exception) -> str:
     text = str(error)
     known = [advice for words, advice in _IN_WORDS.items() if words in text]
     return known[0] if known else text.partition("\n")[0][:300]
+
+
+def first_of(problems: Sequence[str], most: int = 20) -> list[str]:
+    """Returns the first problems, and how many more there are."""
+    more = len(problems) - most
+    return [*problems[:most], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:

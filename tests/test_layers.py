@@ -79,7 +79,7 @@ LAYERS = (
         "flops",
     ),
     ("defaults",),
-    ("lookup", "clock", "machine", "grid", "lockstep", "aligned"),
+    ("lookup", "clock", "machine", "grid", "lockstep", "aligned", "lines"),
     ("paths",),
     ("errors",),
 )

@@ -1,6 +1,5 @@
 """Text files as tables: found by split, decoded, and cut into rows."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -12,6 +11,7 @@ from typing import Any
 from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.separated import begin_of, first_cells, head_of, rows_of
 from finetune_jax.data.source import Source
 from finetune_jax.data.tags import word_problems
 from finetune_jax.data.text_source import text_source
@@ -21,7 +21,8 @@ from finetune_jax.data.texts import (
     TextSpec,
     text_problems,
 )
-from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.errors import DataMissing, UserError, first_of, problems_error
+from finetune_jax.lines import decoded, lines_of
 from finetune_jax.paths import user_path
 
 # What files are called that hold a split.
@@ -142,63 +143,40 @@ def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str
     return unused.lines(str(directory))
 
 
-def decoded(path: pathlib.Path) -> str:
-    """Returns the text of a file.
-
-    Raises:
-        UserError: It cannot be read, or is not UTF-8; names the line.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 ({error.reason}, byte "
-            f"0x{data[error.start]:02x}); convert the file to UTF-8"
-        ) from error
-
-
 def read_separated(
-    path: pathlib.Path, header: Sequence[str], *, delimiter: str, quoting: int
+    path: pathlib.Path, header: Sequence[str], *, delimiter: str, quotes: bool
 ) -> Rows:
     """Returns the rows of a file of separated values.
 
     Raises:
-        UserError: Not UTF-8, or lists the rows that have not as many values as columns.
+        UserError: Not UTF-8, a name twice, or lists the rows that have not as many values
+            as columns.
     """
     text = io.StringIO(decoded(path), newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting)  # type: ignore
-    columns, cells, lines, problems = list(header), [], [], []
-    while True:
-        begin = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {begin}: {error}") from error
-        if values is None:
-            break
-        if not values:
-            continue
-        if not columns:
-            columns = values
-        elif len(values) != len(columns):
-            problems.append(
-                f"{path}, line {begin}: {len(values)} values, but there are "
-                f"{len(columns)} columns ({', '.join(columns[:20])})"
-            )
-        else:
-            cells.append(dict(zip(columns, values)))
-            lines.append(begin)
+    head = head_of(path, header, delimiter=delimiter, quotes=quotes)
+    columns, cells, lines, problems = list(head.names), [], [], []
+    try:
+        for line, values in rows_of(text, head, quotes):
+            if len(values) != len(columns):
+                problems.append(
+                    f"{path}, line {line}: {len(values)} values, but there are "
+                    f"{len(columns)} columns ({', '.join(columns[:20])})"
+                )
+            else:
+                cells.append(dict(zip(columns, values)))
+                lines.append(line)
+    except UserError as error:
+        problems.append(f"{path}, {error}")
     if problems:
-        more = len(problems) - 20
-        problems = problems[:20] + ([f"and {more} more"] if more > 0 else [])
         advice = "config.data.header names the columns of files without such a line."
-        raise UserError("\n  ".join([*problems, advice]))
-    return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
+        raise UserError("\n  ".join([*first_of(problems), advice]))
+    return Rows(
+        where=str(path),
+        columns=columns,
+        cells=cells,
+        lines=lines,
+        warnings=tuple(head.warnings(path)),
+    )
 
 
 def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
@@ -217,7 +195,7 @@ def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: not JSON: {error}")
             continue
@@ -227,11 +205,23 @@ def read_json_lines(path: pathlib.Path, header: Sequence[str]) -> Rows:
         cells.append(value)
         lines.append(number)
     if problems:
-        more = len(problems) - 20
-        problems = problems[:20] + ([f"and {more} more"] if more > 0 else [])
-        raise UserError("\n  ".join(problems))
+        raise UserError("\n  ".join(first_of(problems)))
     columns = list(dict.fromkeys(name for row in cells for name in row))
     return Rows(where=str(path), columns=columns, cells=cells, lines=lines)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object.
+
+    Raises:
+        ValueError: A name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"names twice: {', '.join(map(repr, twice))}")
+    return found
 
 
 def inputs_of(options: TextOptions) -> dict[str, str | None]:
@@ -252,7 +242,7 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> Rows:
     """
     kind = inputs_of(options)[path.suffix.lower()]
     if kind is None:
-        lines = decoded(path).splitlines()
+        lines = lines_of(decoded(path), path)
         column = options.text[0]
         rows = Rows(
             where=str(path),
@@ -278,10 +268,10 @@ def check_texts(rows: Rows, options: TextOptions) -> None:
     """
     find = word_problems if options.labels == "tags" else text_problems
     if problems := find(rows, options):
-        raise UserError("\n  ".join(problems[:20]))
+        raise UserError("\n  ".join(first_of(problems)))
 
 
 def _has_texts_alone(path: pathlib.Path, kind: str, columns: int) -> bool:
     separator = {"tsv": "\t", "csv": ","}[kind]
-    first = next(csv.reader(decoded(path).splitlines(), delimiter=separator), [])
-    return len(first) == columns
+    cells, _ = first_cells(begin_of(path), separator, kind == "csv")
+    return len(cells) == columns

@@ -1,6 +1,7 @@
 """From rows of a table to a source of tokens with labels."""
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -62,8 +63,10 @@ def text_source(
         raise problems_error(f"The data {name} cannot be used:", problems)
     assert tokenizer is not None
     encoder = make_encoder(tokenizer, options.max_tokens)
+    warnings = tuple(text for rows in splits.values() for text in rows.warnings)
     if options.labels == "answers":
-        return _asked(name, splits, options, encoder)
+        source, spec = _asked(name, splits, options, encoder)
+        return dataclasses.replace(source, warnings=warnings), spec
     if options.labels == "tags":
         examples, classes = _tagged(splits, options, encoder)
     else:
@@ -74,9 +77,9 @@ def text_source(
         name=name,
         splits=examples,
         class_names=classes.names,
-        warnings=classes.warnings,
         targets=(options.label,) if options.labels == "numbers" else (),
         fingerprint=lambda: _fingerprint(examples),
+        warnings=(*warnings, *classes.warnings),
     )
     return source, TextSpec(options=options, vocabulary=vocabulary_of(encoder))
 

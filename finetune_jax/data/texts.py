@@ -75,6 +75,7 @@ class Rows:
         cells: A list of values by column for each row.
         lines: Where each row is, for messages.
         unit: What `lines` count.
+        warnings: Lines about what is odd in how the file is written.
     """
 
     where: str
@@ -82,6 +83,7 @@ class Rows:
     cells: Sequence[Mapping[str, Any]]
     lines: Sequence[int]
     unit: str = "line"
+    warnings: tuple[str, ...] = ()
 
 
 def options_of(config: Mapping[str, Any], *, table: bool = False) -> TextOptions:

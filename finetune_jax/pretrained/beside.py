@@ -48,6 +48,7 @@ def read_beside(address: str, name: str) -> str | None:
     if path is None or not path.is_file():
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        # Not `read_text`, which takes a carriage return for the end of a line.
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from finetune_jax import lookup
 from finetune_jax.errors import UserError
+from finetune_jax.lines import lines_of
 from finetune_jax.pretrained.addresses import READERS
 from finetune_jax.pretrained.beside import read_beside
 from finetune_jax.pretrained.shards import INDEX
@@ -93,8 +94,9 @@ def _made_of(vocabulary: str, config: str) -> str:
     try:
         found: Mapping = json.loads(config)
         lowercase = bool(found.get("do_lower_case", True))
+        tokens = lines_of(vocabulary, "vocab.txt")
         made = BertWordPieceTokenizer(
-            {token: place for place, token in enumerate(vocabulary.splitlines())},
+            {token: place for place, token in enumerate(tokens)},
             lowercase=lowercase,
             strip_accents=found.get("strip_accents"),
             handle_chinese_chars=bool(found.get("tokenize_chinese_chars", True)),

@@ -5,7 +5,6 @@ They are quoted where need be.
 `config.data.dir` is a folder with train.csv, dev.csv, test.csv, or one file.
 """
 
-import csv
 import functools
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from finetune_jax.data.text_files import read_separated, read_splits
 from finetune_jax.data.texts import Rows
 
 TABLE = Format(suffixes=(".csv",), delimiter=",", quotes=True)
-READ = functools.partial(read_separated, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+READ = functools.partial(read_separated, delimiter=",", quotes=True)
 
 
 def load_rows(

@@ -27,6 +27,7 @@ from finetune_jax.data.sources.folder import SPLITS
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
 from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.lines import lines_of
 from finetune_jax.masks import IGNORED
 from finetune_jax.paths import user_path
 
@@ -96,7 +97,7 @@ def _classes(
 ) -> tuple[tuple[str, ...], dict[Colour, int]]:
     """Returns the names of the classes, and the index of each colour."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         problems.append(
             f"{path}: not there; it names the classes, a row each, in the order of "
@@ -108,7 +109,7 @@ def _classes(
         return (), {}
     names: list[str] = []
     colours: dict[Colour, int] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+    for number, row in enumerate(csv.reader(lines_of(text, path)), start=1):
         name, *values = (class_name(part) for part in row or [""])
         where = f"{path}, line {number}"
         if not any((name, *values)):

@@ -10,9 +10,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.data.text_files import decoded, read_splits
+from finetune_jax.data.text_files import read_splits
 from finetune_jax.data.texts import Rows
 from finetune_jax.errors import UserError
+from finetune_jax.lines import decoded
 
 COLUMNS = ("id", "title", "question", "context", "answers")
 _SHOWN = 20

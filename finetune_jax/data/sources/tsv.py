@@ -3,7 +3,6 @@
 `config.data.dir` is a folder with train.tsv, dev.tsv, test.tsv, or one file.
 """
 
-import csv
 import functools
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from finetune_jax.data.text_files import read_separated, read_splits
 from finetune_jax.data.texts import Rows
 
 TABLE = Format(suffixes=(".tsv",), delimiter="\t")
-READ = functools.partial(read_separated, delimiter="\t", quoting=csv.QUOTE_NONE)
+READ = functools.partial(read_separated, delimiter="\t", quotes=False)
 
 
 def load_rows(
