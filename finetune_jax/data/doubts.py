@@ -6,7 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.data.number_forms import form_of, from_entries, is_any_number
+from finetune_jax.data.number_forms import (
+    PLAIN,
+    form_of,
+    from_entries,
+    is_any_number,
+)
 from finetune_jax.data.tables import Schema, rule
 
 # Values of a category that are looked at.
@@ -96,7 +101,7 @@ def category_doubt(
     most = len(values) > max(rows // 2, 20)
     number = rule(name, "number")
     many = f"{len(values):,} different values in {rows:,} training rows"
-    if is_number.all() and most:
+    if most and form_of(looked) == PLAIN:
         return (
             f"column {name!r} is a category of {many}, all of them numbers; if it measures "
             f"something, {number} says so"
@@ -130,7 +135,8 @@ def _number_doubt(
         return None
     number = rule(name, "number")
     told = form_of(looked, told=True)
-    if told is not None:
+    # What begins with letters is rather a name, such as 'person5'.
+    if told is not None and not any(map(str.isalpha, told.before)):
         return (
             f"column {name!r} is a category, but could be numbers {told}: if it measures "
             f"something, {number} says so"

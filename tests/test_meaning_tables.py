@@ -1,0 +1,362 @@
+"""Odd tables have the numbers of the clean one, or a warning, or are refused."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+from meaning import Odd, by_name, check
+from test_tables import data_of, in_order, section, taken
+
+from finetune_jax.data.dataset import make_data
+from finetune_jax.data.encoding import read_fitted, write_fitted
+from finetune_jax.data.number_forms import Form, form_of
+from finetune_jax.data.table_source import format_of, rows_to_predict
+from finetune_jax.data.tables import MISSING
+from finetune_jax.errors import UserError
+
+HEADER = ("power", "weight", "city", "label")
+_RNG = np.random.default_rng(0)
+ROWS = [
+    (
+        f"{_RNG.normal(50, 9):.1f}",
+        str(int(_RNG.integers(800, 4000))),
+        ("Rome", "Oslo", "Bern")[at % 3],
+        ("no", "yes")[at % 2],
+    )
+    for at in range(40)
+]
+# The same with cells of no value.
+GAPS = [
+    tuple(
+        "" if at % 7 == place and place < 3 else cell for place, cell in enumerate(row)
+    )
+    for at, row in enumerate(ROWS)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FINETUNE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def text_of(rows=ROWS, header=HEADER, sep=",", end="\n"):
+    return (
+        end.join(sep.join(cells) for cells in ([header] if header else []) + rows) + end
+    )
+
+
+def file_of(folder, content, suffix="csv"):
+    path = folder / f"t.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def csv(name, content, **outcome):
+    """Returns a case of a CSV file that has a text or bytes."""
+    return Odd(name=name, make=lambda folder: file_of(folder, content), **outcome)
+
+
+def changed(place, change, rows=ROWS):
+    """Returns rows with other cells in one column."""
+    return [
+        tuple(change(at, c) if p == place else c for p, c in enumerate(row))
+        for at, row in enumerate(rows)
+    ]
+
+
+def read(path, **given):
+    """Returns the rows of a file as a model takes them, the labels, and the warnings."""
+    data = data_of(path, path.suffix[1:], **given)
+    order = in_order(data)
+    return (taken(data.train)[order], data.train.label[order]), data.warnings
+
+
+def clean(folder, rows=ROWS):
+    (folder / "clean").mkdir()
+    return read(file_of(folder / "clean", text_of(rows)))[0]
+
+
+def parquet(change, name):
+    """Returns the writer of a Parquet file whose columns are texts, one of them changed."""
+
+    def make(folder):
+        import pyarrow as pa
+        from pyarrow import parquet as files
+
+        columns = dict(zip(HEADER, map(list, zip(*ROWS))))
+        columns[name] = change(columns[name])
+        files.write_table(pa.table(columns), folder / "t.parquet")
+        return folder / "t.parquet"
+
+    return make
+
+
+EUROPEAN = changed(1, lambda _, c: f"{int(c):,}".replace(",", ".") + ",0")
+READ_THE_SAME = (
+    csv("blanks", text_of(sep=" , ").replace("label ", "label"), same=True),
+    csv("blanks that do not break", text_of(sep="\u00a0,"), same=True),
+    csv("byte order mark", b"\xef\xbb\xbf" + text_of().encode(), same=True),
+    csv(
+        "byte order mark and quoted names",
+        b'\xef\xbb\xbf"power","weight","city","label"\r\n'
+        + text_of(header=None, end="\r\n").encode(),
+        same=True,
+    ),
+    csv("old Mac", text_of(end="\r"), same=True),
+    csv("empty lines first", "\n\n" + text_of(), same=True),
+    csv("plus signs", text_of(changed(1, lambda _, c: f"+{c}")), same=True),
+    csv(
+        "long fractions", text_of(changed(1, lambda _, c: f"{c}.000000000")), same=True
+    ),
+    csv(
+        "powers of ten",
+        text_of(changed(1, lambda _, c: f"{int(c) / 1000}e3")),
+        same=True,
+    ),
+    Odd(name="texts in Parquet", make=parquet(list, "power"), same=True),
+    Odd(
+        name="blanks in Parquet",
+        make=parquet(lambda cells: [f" {c} " for c in cells], "city"),
+        same=True,
+    ),
+)
+READ_WITH_A_WORD = (
+    csv(
+        "percents",
+        text_of(changed(0, lambda _, c: f"{c}%")),
+        same=True,
+        warns="without '%'",
+    ),
+    csv(
+        "percents, blank",
+        text_of(changed(0, lambda _, c: f"{c} %")),
+        same=True,
+        warns="'%'",
+    ),
+    csv(
+        "thousands",
+        text_of(changed(1, lambda _, c: f'"{int(c):,}"')),
+        same=True,
+        warns="'weight' is read as numbers with ',' between thousands",
+    ),
+    csv("dollars", text_of(changed(1, lambda _, c: f"${c}")), same=True, warns=r"'\$'"),
+    csv(
+        "euros and thousands",
+        text_of(changed(1, lambda _, c: f'"{int(c):,}.00 €"')),
+        same=True,
+        warns="without '€', with ',' between",
+    ),
+    csv(
+        "decimal commas",
+        text_of(changed(0, lambda _, c: '"' + c.replace(".", ",") + '"')),
+        same=True,
+        warns="',' before the fraction",
+    ),
+    csv(
+        "points between thousands",
+        text_of(EUROPEAN, sep=";"),
+        same=True,
+        warns=r"(?s)'\.' between thousands, with ',' before.*",
+    ),
+    csv("semicolons", text_of(sep=";"), same=True, warns="separated by ';', not ','"),
+    csv("tabs", text_of(sep="\t"), same=True, warns=r"separated by '\\t'"),
+    csv(
+        "semicolons and commas",
+        text_of(changed(0, lambda _, c: c.replace(".", ",")), sep=";"),
+        same=True,
+        warns="(?s)',' before the fraction|separated by ';'",
+    ),
+    Odd(
+        name="percents in Parquet",
+        make=parquet(lambda cells: [f"{c}%" for c in cells], "power"),
+        same=True,
+        warns="without '%'",
+    ),
+)
+DOUBTFUL = (
+    csv("units", text_of(changed(1, lambda _, c: f"{c} kg")), warns="'weight'.*without 'kg'"),
+    csv("apostrophes", text_of(changed(1, lambda _, c: f"{int(c):,}".replace(",", "'"))),
+        warns="'weight'.*between thousands"),
+    csv(
+        "a few words",
+        text_of(changed(1, lambda at, c: "unknown" if at % 9 == 4 else c)),
+        warns=r"'weight'.*others are 'unknown'.*config\.data\.missing=\('unknown',\)",
+    ),
+    csv("some percents", text_of(changed(0, lambda at, c: c + "%" * (at % 2))),
+        warns="'power'.*not written alike"),
+    csv("commas of both kinds", text_of(changed(1, lambda at, c: f'"{int(c):,}"' if at % 2 else c)),
+        warns="'weight' is a category"),
+    csv("days", text_of(changed(1, lambda at, _: f"2024-01-{at % 28 + 1:02d}")), warns="dates or times"),
+    csv("days of Germany", text_of(changed(1, lambda at, _: f"{at % 28 + 1}.3.2024")), warns="dates"),
+    csv("times", text_of(changed(1, lambda at, _: f"{at % 24:02d}:30")), warns="dates or times"),
+    csv("instants", text_of(changed(1, lambda at, _: f"2024-01-05T10:{at:02d}:00Z")), warns="dates"),
+    csv("names of months", text_of(changed(1, lambda at, _: f"{at % 28 + 1} Mar 2024")), warns="dates"),
+    csv("index from 0", text_of(changed(1, lambda at, _: str(at))), warns="'weight' counts the rows"),
+    csv("index from 1, last row first", text_of(changed(1, lambda at, _: str(40 - at))),
+        warns="counts the rows"),
+    csv("no name", text_of(header=("", *HEADER[1:])), warns="'' has no name"),
+    csv("pandas' name", text_of(header=("Unnamed: 0", *HEADER[1:])), warns="has no name"),
+    csv("identifier", text_of(changed(1, lambda at, _: str(at * 37 % 1009)), header=("power", "user_id", "city", "label")),
+        warns="may be an identifier"),
+    csv("numbers of accounts", text_of(changed(1, lambda at, _: str(2**60 + at * 999))),
+        warns=r"beyond 2\*\*53"),
+    csv("names of persons", text_of(changed(2, lambda at, _: f"person{at}")),
+        warns="'city'.*too rare to be learned"),
+    csv("codes with letters", text_of(changed(1, lambda at, c: f"A{c}")), warns="'weight'.*too rare"),
+    csv("open quote", text_of(changed(2, lambda at, c: '"' * (at in (5, 9)) + c)).replace('"Bern', '"Bern', 1),
+        warns="values of several lines"),
+    Odd(
+        name="instants in Parquet",
+        make=parquet(lambda cells: np.arange(40).astype("datetime64[s]"), "weight"),
+        warns="dates or times",
+    ),
+)  # fmt: skip
+REFUSED = (
+    csv("names twice", text_of(header=("power", "power", "city", "label")), refuses="columns twice: 'power'"),
+    csv("names twice but for blanks", text_of(header=("power", " power", "city", "label")), refuses="twice"),
+    csv("UTF-16", text_of().encode("utf-16"), refuses="probably UTF-16"),
+    csv("UTF-16 without a mark", text_of().encode("utf-16-le"), refuses="probably UTF-16"),
+    csv("too many cells", text_of() + "1,2,Rome,yes,3\n", refuses="line 42: 5 values"),
+    csv("semicolons and too many cells", text_of(sep=";") + "1;2;Rome;yes;3\n", refuses="line 42: 5 values"),
+    csv("infinite", text_of(changed(1, lambda at, c: "inf" if at == 3 else c)), refuses="row 4: 'weight'"),
+    csv("Latin-1", text_of().replace("Bern", "Zürich").encode("latin-1"), refuses="'city' is not UTF-8"),
+    csv("empty", "", refuses="empty"),
+)  # fmt: skip
+
+
+@by_name(READ_THE_SAME + READ_WITH_A_WORD + DOUBTFUL + REFUSED)
+def test_an_odd_table_is_read_alike_or_not_without_a_word(odd, tmp_path):
+    check(odd, read, clean(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("sign", [*filter(None, MISSING), " NA", "? ", "-", "–"])
+def test_signs_of_nothing_are_empty_cells(sign, tmp_path):
+    is_dash = sign in "-–"  # A category may be a dash.
+    rows = [
+        tuple(c or ("" if is_dash and at == 2 else sign) for at, c in enumerate(row))
+        for row in GAPS
+    ]
+    odd = csv("", text_of(rows), same=True)
+    check(odd, read, clean(tmp_path, GAPS), tmp_path)
+
+
+def test_signs_of_nothing_may_be_given(tmp_path):
+    rows = [tuple(c or "-999" for c in row) for row in GAPS]
+    read_so = functools.partial(read, missing=("-999",))
+    check(csv("", text_of(rows), same=True), read_so, clean(tmp_path, GAPS), tmp_path)
+
+
+def test_what_is_doubted_can_be_said(tmp_path):
+    rows = changed(1, lambda _, c: f"{c} kg")
+    read_so = functools.partial(read, columns=(("weight", "number"),))
+    check(csv("", text_of(rows), same=True), read_so, clean(tmp_path), tmp_path)
+    path = file_of(tmp_path, text_of(changed(1, lambda at, c: str(at))))
+    assert not read(path, columns=(("weight", "number"),))[1]
+    path = file_of(tmp_path, text_of(changed(1, lambda at, c: f"2024-01-{at + 1}")))
+    assert not read(path, columns=(("weight", "category"),))[1]
+    path = file_of(tmp_path, text_of(changed(1, lambda at, c: "x" if at == 4 else c)))
+    with pytest.raises(UserError, match="line 6: 'weight' is 'x', not a number"):
+        read(path, columns=(("weight", "number"),))
+
+
+def test_rules_in_messages_match_their_columns(tmp_path):
+    header = ("price ($)", *HEADER[1:])
+    path = file_of(tmp_path, text_of(changed(0, lambda at, c: f"{at}"), header=header))
+    (warning,) = read(path)[1]
+    rule = warning.partition("config.data.columns=")[2].partition(" leaves")[0]
+    found = data_of(path, "csv", columns=eval(rule))
+    assert not found.warnings and found.spec.table.schema.numbers == ("weight",)
+
+
+@pytest.mark.parametrize("factor", [1, 1000, 10**6])
+def test_times_keep_their_digits(factor, tmp_path):
+    at = np.random.default_rng(1).permutation(4000)[:40]
+    seconds = np.array([str((1_700_000_000 + int(t)) * factor) for t in at])
+    path = file_of(tmp_path, text_of(changed(1, lambda row, _: seconds[row])))
+    data = data_of(path, "csv")
+    found = taken(data.train)[in_order(data)][:, 1].view(np.float32)
+    np.testing.assert_allclose(found, (at - at.mean()) / at.std(), atol=1e-5)
+    assert not data.warnings and len(np.unique(found)) == 40
+
+
+def kept(data, folder):
+    """Returns what a run would keep of a table."""
+    write_fitted(folder, data.fitted)
+    plain = {"data": data.spec.to_json()}
+    (folder / "manifest.json").write_text(json.dumps(plain))
+    return read_fitted(folder, "--workdir")
+
+
+def predicted(path, fitted):
+    return np.concatenate(list(rows_to_predict(path, format_of("csv"), fitted)))
+
+
+def test_predictions_read_columns_as_training_did(tmp_path):
+    rows = changed(0, lambda _, c: f" {c}%", changed(1, lambda _, c: f'"{int(c):,}"'))
+    data = data_of(file_of(tmp_path, text_of(rows)), "csv")
+    fitted, wanted = kept(data, tmp_path), taken(data.train)[in_order(data)]
+    np.testing.assert_array_equal(predicted(tmp_path / "t.csv", fitted), wanted)
+    mixed = rows[:-1] + [tuple(c.strip('"').replace(",", "") for c in rows[-1])]
+    path = file_of(tmp_path, text_of(mixed, sep=";"))
+    np.testing.assert_array_equal(predicted(path, fitted), wanted)
+    path = file_of(tmp_path, text_of(changed(0, lambda _, c: c.strip("% "), rows)))
+    with pytest.raises(
+        UserError, match="line 2: 'power' is '.*', not a number without '%'"
+    ):
+        predicted(path, fitted)
+
+
+def test_runs_of_before_read_cells_as_they_did(tmp_path):
+    rows = changed(2, lambda at, c: f" {c}" if at % 2 else "NA" if at == 4 else "?")
+    path = file_of(
+        tmp_path, text_of(rows, header=("power", " weight", "city", "label"))
+    )
+    data = data_of(path, "csv", columns=(("weight", "number"), ("city", "category")))
+    schema = dataclasses.replace(
+        data.spec.table.schema, version=1, numbers=("power", " weight")
+    )
+    numbers = [
+        dataclasses.replace(n, name=s)
+        for n, s in zip(data.spec.table.numbers, schema.numbers)
+    ]
+    spec = dataclasses.replace(data.spec.table, schema=schema, numbers=tuple(numbers))
+    plain = dataclasses.asdict(spec)
+    for key in ("forms", "missing", "version"):
+        plain["schema"].pop(key)
+    write_fitted(tmp_path, data.fitted)
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": {"table": plain}}))
+    fitted = read_fitted(tmp_path, "--workdir")
+    assert fitted.spec.schema == schema
+    found = predicted(path, fitted)
+    raw = np.array([row[0] for row in rows], np.float32).astype(np.float64)
+    one = spec.numbers[0]
+    np.testing.assert_array_equal(
+        found[:, 0].view(np.float32), ((raw - one.mean) / one.std).astype(np.float32)
+    )
+    # Blanks are of the values, which this vocabulary has without, and '?' is one.
+    assert (found[1::2, -1] == 1).all() and found[4, -1] == 0 and found[2, -1] == 1
+    again = make_data(section(path, "csv"), seed=0, fitted=fitted)
+    np.testing.assert_array_equal(taken(again.train)[in_order(again)], found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "form"),
+    [
+        (("1,234", "1,234,567"), Form(thousands=",")),
+        (("1,234", "12,5"), Form(decimal=",")),
+        (("0,123", "0,456"), Form(decimal=",")),
+        (("1.234,5", "12"), Form(thousands=".", decimal=",")),
+        (("1,234", "1234"), None),
+        (("-$5", "$1,000.5"), Form(before="$", thousands=",")),
+        (("−5", "3"), Form()),
+        (("Q1", "Q2"), None),
+        (("5", "5%"), None),
+        (("10.0.0.1", "10.0.0.2"), None),
+        (("-", ".", "5"), Form()),
+        (("kg",), None),
+    ],
+)
+def test_forms_of_numbers(texts, form):
+    assert form_of(texts) == form
