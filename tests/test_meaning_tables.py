@@ -176,54 +176,141 @@ READ_WITH_A_WORD = (
     ),
 )
 DOUBTFUL = (
-    csv("units", text_of(changed(1, lambda _, c: f"{c} kg")), warns="'weight'.*without 'kg'"),
-    csv("apostrophes", text_of(changed(1, lambda _, c: f"{int(c):,}".replace(",", "'"))),
-        warns="'weight'.*between thousands"),
+    csv(
+        "units",
+        text_of(changed(1, lambda _, c: f"{c} kg")),
+        warns="'weight'.*without 'kg'",
+    ),
+    csv(
+        "apostrophes",
+        text_of(changed(1, lambda _, c: f"{int(c):,}".replace(",", "'"))),
+        warns="'weight'.*between thousands",
+    ),
     csv(
         "a few words",
         text_of(changed(1, lambda at, c: "unknown" if at % 9 == 4 else c)),
         warns=r"'weight'.*others are 'unknown'.*config\.data\.missing=\('unknown',\)",
     ),
-    csv("some percents", text_of(changed(0, lambda at, c: c + "%" * (at % 2))),
-        warns="'power'.*not written alike"),
-    csv("commas of both kinds", text_of(changed(1, lambda at, c: f'"{int(c):,}"' if at % 2 else c)),
-        warns="'weight' is a category"),
-    csv("days", text_of(changed(1, lambda at, _: f"2024-01-{at % 28 + 1:02d}")), warns="dates or times"),
-    csv("days of Germany", text_of(changed(1, lambda at, _: f"{at % 28 + 1}.3.2024")), warns="dates"),
-    csv("times", text_of(changed(1, lambda at, _: f"{at % 24:02d}:30")), warns="dates or times"),
-    csv("instants", text_of(changed(1, lambda at, _: f"2024-01-05T10:{at:02d}:00Z")), warns="dates"),
-    csv("names of months", text_of(changed(1, lambda at, _: f"{at % 28 + 1} Mar 2024")), warns="dates"),
-    csv("index from 0", text_of(changed(1, lambda at, _: str(at))), warns="'weight' counts the rows"),
-    csv("index from 1, last row first", text_of(changed(1, lambda at, _: str(40 - at))),
-        warns="counts the rows"),
+    csv(
+        "some percents",
+        text_of(changed(0, lambda at, c: c + "%" * (at % 2))),
+        warns="'power'.*not written alike",
+    ),
+    csv(
+        "commas of both kinds",
+        text_of(changed(1, lambda at, c: f'"{int(c):,}"' if at % 2 else c)),
+        warns="'weight' is a category",
+    ),
+    csv(
+        "days",
+        text_of(changed(1, lambda at, _: f"2024-01-{at % 28 + 1:02d}")),
+        warns="dates or times",
+    ),
+    csv(
+        "days of Germany",
+        text_of(changed(1, lambda at, _: f"{at % 28 + 1}.3.2024")),
+        warns="dates",
+    ),
+    csv(
+        "times",
+        text_of(changed(1, lambda at, _: f"{at % 24:02d}:30")),
+        warns="dates or times",
+    ),
+    csv(
+        "instants",
+        text_of(changed(1, lambda at, _: f"2024-01-05T10:{at:02d}:00Z")),
+        warns="dates",
+    ),
+    csv(
+        "names of months",
+        text_of(changed(1, lambda at, _: f"{at % 28 + 1} Mar 2024")),
+        warns="dates",
+    ),
+    csv(
+        "index from 0",
+        text_of(changed(1, lambda at, _: str(at))),
+        warns="'weight' counts the rows",
+    ),
+    csv(
+        "index from 1, last row first",
+        text_of(changed(1, lambda at, _: str(40 - at))),
+        warns="counts the rows",
+    ),
     csv("no name", text_of(header=("", *HEADER[1:])), warns="'' has no name"),
-    csv("pandas' name", text_of(header=("Unnamed: 0", *HEADER[1:])), warns="has no name"),
-    csv("identifier", text_of(changed(1, lambda at, _: str(at * 37 % 1009)), header=("power", "user_id", "city", "label")),
-        warns="may be an identifier"),
-    csv("numbers of accounts", text_of(changed(1, lambda at, _: str(2**60 + at * 999))),
-        warns=r"beyond 2\*\*53"),
-    csv("names of persons", text_of(changed(2, lambda at, _: f"person{at}")),
-        warns="'city'.*too rare to be learned"),
-    csv("codes with letters", text_of(changed(1, lambda at, c: f"A{c}")), warns="'weight'.*too rare"),
-    csv("open quote", text_of(changed(2, lambda at, c: '"' * (at in (5, 9)) + c)).replace('"Bern', '"Bern', 1),
-        warns="values of several lines"),
+    csv(
+        "pandas' name", text_of(header=("Unnamed: 0", *HEADER[1:])), warns="has no name"
+    ),
+    csv(
+        "identifier",
+        text_of(
+            changed(1, lambda at, _: str(at * 37 % 1009)),
+            header=("power", "user_id", "city", "label"),
+        ),
+        warns="may be an identifier",
+    ),
+    csv(
+        "numbers of accounts",
+        text_of(changed(1, lambda at, _: str(2**60 + at * 999))),
+        warns=r"beyond 2\*\*53",
+    ),
+    csv(
+        "names of persons",
+        text_of(changed(2, lambda at, _: f"person{at}")),
+        warns="'city'.*too rare to be learned",
+    ),
+    csv(
+        "codes with letters",
+        text_of(changed(1, lambda at, c: f"A{c}")),
+        warns="'weight'.*too rare",
+    ),
+    csv(
+        "open quote",
+        text_of(changed(2, lambda at, c: '"' * (at in (5, 9)) + c)).replace(
+            '"Bern', '"Bern', 1
+        ),
+        warns="values of several lines",
+    ),
     Odd(
         name="instants in Parquet",
         make=parquet(lambda cells: np.arange(40).astype("datetime64[s]"), "weight"),
         warns="dates or times",
     ),
-)  # fmt: skip
+)
 REFUSED = (
-    csv("names twice", text_of(header=("power", "power", "city", "label")), refuses="columns twice: 'power'"),
-    csv("names twice but for blanks", text_of(header=("power", " power", "city", "label")), refuses="twice"),
+    csv(
+        "names twice",
+        text_of(header=("power", "power", "city", "label")),
+        refuses="columns twice: 'power'",
+    ),
+    csv(
+        "names twice but for blanks",
+        text_of(header=("power", " power", "city", "label")),
+        refuses="twice",
+    ),
     csv("UTF-16", text_of().encode("utf-16"), refuses="probably UTF-16"),
-    csv("UTF-16 without a mark", text_of().encode("utf-16-le"), refuses="probably UTF-16"),
+    csv(
+        "UTF-16 without a mark",
+        text_of().encode("utf-16-le"),
+        refuses="probably UTF-16",
+    ),
     csv("too many cells", text_of() + "1,2,Rome,yes,3\n", refuses="line 42: 5 values"),
-    csv("semicolons and too many cells", text_of(sep=";") + "1;2;Rome;yes;3\n", refuses="line 42: 5 values"),
-    csv("infinite", text_of(changed(1, lambda at, c: "inf" if at == 3 else c)), refuses="row 4: 'weight'"),
-    csv("Latin-1", text_of().replace("Bern", "Zürich").encode("latin-1"), refuses="'city' is not UTF-8"),
+    csv(
+        "semicolons and too many cells",
+        text_of(sep=";") + "1;2;Rome;yes;3\n",
+        refuses="line 42: 5 values",
+    ),
+    csv(
+        "infinite",
+        text_of(changed(1, lambda at, c: "inf" if at == 3 else c)),
+        refuses="row 4: 'weight'",
+    ),
+    csv(
+        "Latin-1",
+        text_of().replace("Bern", "Zürich").encode("latin-1"),
+        refuses="'city' is not UTF-8",
+    ),
     csv("empty", "", refuses="empty"),
-)  # fmt: skip
+)
 
 
 @by_name(READ_THE_SAME + READ_WITH_A_WORD + DOUBTFUL + REFUSED)

@@ -1,0 +1,188 @@
+"""Odd files of texts have the tokens of the clean one, or a warning, or are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import texts
+from meaning import Odd, by_name, check
+from tokenizers import Tokenizer
+
+from finetune_jax.data.sources.masks import load as load_masks
+from finetune_jax.data.text_files import load_texts, read_texts
+from finetune_jax.data.texts import TextOptions
+from finetune_jax.errors import UserError
+from finetune_jax.lines import lines_of
+from finetune_jax.pretrained.tokenizer import find_tokenizer
+
+OPTIONS = TextOptions(text=("sentence",), max_tokens=12, buckets=(12,))
+ROWS = texts.rows(12)
+# What Python's `splitlines` takes for line ends, but are characters.
+CHARACTERS = ("\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e")
+
+
+def text_of(rows=ROWS, header="sentence,label", sep=",", end="\n"):
+    return end.join([header, *(sep.join(row) for row in rows)]) + end
+
+
+def odd(name, content, suffix="csv", **outcome):
+    def make(folder):
+        path = folder / f"t.{suffix}"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return Odd(name=name, make=make, **outcome)
+
+
+def json_of(rows):
+    return "".join(json.dumps(dict(zip(("sentence", "label"), r))) + "\n" for r in rows)
+
+
+def read(path):
+    source, _ = load_texts(path.suffix[1:], str(path), OPTIONS, texts.tokenizer())
+    examples = source.splits["all"]
+    return (examples.values, examples.label), source.warnings
+
+
+LONG = [(f"{text} " + "film " * 40_000, label) for text, label in ROWS]
+CASES = (
+    odd("blanks around names", text_of(header="sentence , label"), same=True),
+    odd("blanks that do not break", text_of(header="sentence,\u00a0label"), same=True),
+    odd("byte order mark", b"\xef\xbb\xbf" + text_of().encode(), same=True),
+    odd(
+        "mark and quotes",
+        b'\xef\xbb\xbf"sentence","label"\r\n' + text_of(header="", end="\r\n").encode(),
+        same=True,
+    ),
+    odd("old Mac", text_of(end="\r"), same=True),
+    odd("empty lines", text_of(end="\n\n"), same=True),
+    odd(
+        "name of several lines",
+        text_of(header='sentence,label,"a\nb"', rows=[(*r, "") for r in ROWS]),
+        same=True,
+    ),
+    odd(
+        "other order",
+        text_of([r[::-1] for r in ROWS], header="label,sentence"),
+        same=True,
+    ),
+    odd("tabs", text_of(sep="\t", header="sentence\tlabel"), suffix="tsv", same=True),
+    odd(
+        "lines of JSON, old Windows",
+        json_of(ROWS).replace("\n", "\r\n"),
+        suffix="jsonl",
+        same=True,
+    ),
+    odd(
+        "semicolons",
+        text_of(sep=";", header="sentence;label"),
+        same=True,
+        warns="separated by ';'",
+    ),
+    odd(
+        "tabs in csv",
+        text_of(sep="\t", header="sentence\tlabel"),
+        same=True,
+        warns=r"'\\t'",
+    ),
+    odd("bars", text_of(sep="|", header="sentence|label"), same=True, warns=r"'\|'"),
+    odd(
+        "names twice",
+        text_of([(*r, "x") for r in ROWS], header="sentence,label,label"),
+        refuses="columns twice: 'label'",
+    ),
+    odd(
+        "names twice in tsv",
+        text_of([(*r, "x") for r in ROWS], header="label\tsentence\tlabel", sep="\t"),
+        suffix="tsv",
+        refuses="twice",
+    ),
+    odd(
+        "names twice in JSON",
+        '{"sentence": "a", "label": 1, "label": 2}\n',
+        suffix="jsonl",
+        refuses="line 1: .*names twice: 'label'",
+    ),
+    odd("UTF-16", text_of().encode("utf-16"), refuses="line 1: .*UTF-16"),
+    odd(
+        "UTF-16 in JSON",
+        json_of(ROWS).encode("utf-16-be"),
+        suffix="jsonl",
+        refuses="UTF-16",
+    ),
+    odd("too many cells", text_of() + "a,b,c\n", refuses="line 14: 3 values"),
+    odd(
+        "open quote", text_of() + '"a film,1\nthe plot,0\n', refuses="line 14: .*quoted"
+    ),
+    odd(
+        "quote that ends early",
+        text_of() + '"a film" is good,1\n',
+        refuses="line 14: .*quoted",
+    ),
+    odd(
+        "half a character",
+        text_of().replace("a", "a") and '{"sentence": "a \\ud83d", "label": 1}\n',
+        suffix="jsonl",
+        refuses="half a character",
+    ),
+    odd("empty text", text_of() + ",1\n", refuses="line 14: 'sentence' is empty"),
+)
+
+
+@by_name(CASES)
+def test_an_odd_file_of_texts_is_read_alike_or_not_without_a_word(odd, tmp_path):
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean/t.csv").write_text(text_of())
+    check(odd, read, read(tmp_path / "clean/t.csv")[0], tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_text_may_be_of_any_length(suffix, tmp_path):
+    sep = {"csv": ",", "tsv": "\t"}[suffix]
+    made = text_of(LONG, header=f"sentence{sep}label", sep=sep)
+    (long, label), _ = read(odd("", made, suffix, same=True).make(tmp_path))
+    assert long.shape == (12, 2, 12) and len(made) > 12 * 200_000
+    (same, _), _ = read(odd("", json_of(LONG), "jsonl", same=True).make(tmp_path))
+    np.testing.assert_array_equal(long, same)
+
+
+@pytest.mark.parametrize("sign", CHARACTERS)
+def test_characters_end_no_line(sign, tmp_path):
+    rows = [(f"good{sign}film", "1"), ("bad", "0")]
+    for suffix in ("csv", "tsv", "jsonl"):
+        sep = {"tsv": "\t"}.get(suffix, ",")
+        made = text_of(rows, header=f"sentence{sep}label", sep=sep)
+        path = odd(
+            "", json_of(rows) if suffix == "jsonl" else made, suffix, same=True
+        ).make(tmp_path)
+        assert read_texts(path, OPTIONS).cells[0]["sentence"] == rows[0][0]
+    lines = odd("", f"good{sign}film\r\nbad\r\n", "txt", same=True).make(tmp_path)
+    found = read_texts(lines, OPTIONS)
+    assert [row["sentence"] for row in found.cells] == [rows[0][0], "bad"]
+    assert list(found.lines) == [1, 2]
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", sign, "film")
+    (tmp_path / "vocab.txt").write_bytes("\n".join(words).encode())
+    made = Tokenizer.from_str(find_tokenizer(f"file:{tmp_path}", None))
+    assert made.token_to_id("film") == 6
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "classes.csv").write_text(f"a{sign}b\nsky\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_masks(str(tmp_path), None)
+    assert "classes" not in str(error.value)  # It has two, and the images are missing.
+
+
+def test_lines_without_text_are_refused_by_their_number(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("good\n\nfilm\n")
+    with pytest.raises(UserError, match="line 2: 'sentence' is empty"):
+        read_texts(path, OPTIONS)
+    path.write_text("\n" * 30)
+    with pytest.raises(UserError, match="and 10 more"):
+        read_texts(path, OPTIONS)
+
+
+def test_a_carriage_return_ends_all_lines_or_none():
+    assert lines_of("a\rb\r", "t.txt") == ["a", "b"]
+    with pytest.raises(UserError, match="t.txt, line 2: a carriage return within"):
+        lines_of("a\nb\rc\n", "t.txt")
+    assert lines_of("", "t.txt") == []
