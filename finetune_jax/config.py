@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import json
 import math
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +32,7 @@ from finetune_jax.defaults import (
 )
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
+from finetune_jax.paths import user_path
 
 
 def load(address: str) -> Config:
@@ -42,7 +42,7 @@ def load(address: str) -> Config:
         UserError: No such file, or one that fails or returns something else.
     """
     path, _, argument = address.partition(":")
-    file = pathlib.Path(path)
+    file = user_path(path, "--config")
     if not file.is_file():
         near = [str(p) for p in sorted(file.parent.glob("*.py"))]
         raise UserError(

@@ -20,6 +20,7 @@ from finetune_jax.errors import (
 from finetune_jax.lookup import choose, closest
 from finetune_jax.machine import free_at_once, keep_programs
 from finetune_jax.modes.options import Options
+from finetune_jax.paths import user_path
 from finetune_jax.plan import plan_problems
 from finetune_jax.workdir import read_config, read_manifest, read_recorded_config
 
@@ -206,7 +207,7 @@ def run(arguments: Sequence[str]) -> int:
     flags, overrides = parse(arguments)
     choose(MODES, flags.mode, "--mode")
     _check_flags(flags, overrides)
-    workdir = pathlib.Path(flags.workdir) if flags.workdir else None
+    workdir = user_path(flags.workdir, "--workdir") if flags.workdir else None
     if flags.mode in WORKDIR_HAS_CONFIG:
         if workdir is None:
             raise UserError(f"--mode={flags.mode} needs --workdir, the folder of a run")

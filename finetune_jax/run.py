@@ -28,6 +28,7 @@ from finetune_jax.loop import Loop
 from finetune_jax.machine import cache_folder
 from finetune_jax.nonfinite import Guard
 from finetune_jax.overview import overview
+from finetune_jax.paths import user_path
 from finetune_jax.plan import optimizer_state_moves
 from finetune_jax.preemption import Stop
 from finetune_jax.pretrained.preprocessing import filled
@@ -317,7 +318,9 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
         task=setup.task,
         devices=setup.devices,
         tables=Tables(
-            folder=pathlib.Path(data.cache_dir or cache_folder() / "features"),
+            folder=user_path(
+                data.cache_dir or cache_folder() / "features", "config.data.cache_dir"
+            ),
             limit=data.cache_gb * 1e9,
             memory=data.memory_gb * 1e9,
             say=terminal.say,

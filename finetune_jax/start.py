@@ -178,16 +178,21 @@ def starting_state(
     )
     sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
     params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
-    lines += [
+    lines += _assumed_lines(config, layouts)
+    found = Loaded(
+        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
+    )
+    return state.replace(params=params), found
+
+
+def _assumed_lines(config: Config, layouts: Mapping[str, str]) -> list[str]:
+    """Returns lines about the variants that no file beside the weights decides."""
+    return [
         line
         for one in architecture.described(config)
         if one.prefix in layouts
         for line in architecture.assumed(one, layouts[one.prefix])
     ]
-    found = Loaded(
-        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
-    )
-    return state.replace(params=params), found
 
 
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:

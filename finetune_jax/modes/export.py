@@ -11,6 +11,7 @@ from finetune_jax.exports.card import make_card
 from finetune_jax.exports.trained import trained_from, write_json
 from finetune_jax.lookup import closest
 from finetune_jax.modes.options import Options
+from finetune_jax.paths import user_path
 from finetune_jax.predictor import open_predictor
 from finetune_jax.pretrained.tokenizer import kept_files
 from finetune_jax.workdir import read_json, read_manifest, write_text
@@ -32,7 +33,7 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     formats = checked_formats(options.formats)
-    folder = _empty(pathlib.Path(options.output or workdir / "export"))
+    folder = _empty(user_path(options.output or workdir / "export", "--output"))
     predictor = open_predictor(config, workdir)
     manifest = read_manifest(workdir) or {}
     tokenizer = kept_files(workdir) if predictor.spec.text is not None else {}

@@ -9,7 +9,6 @@ to our arguments is in the module of the family in `layouts`.
 import copy
 import importlib
 import inspect
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from finetune_jax.config import Config
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.members import labels_of, member_models
 from finetune_jax.models import constructors
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained import layouts
 from finetune_jax.pretrained.beside import read_beside
 from finetune_jax.pretrained.fields import Fields, listed, loads, same
@@ -219,7 +219,7 @@ def _places(address: str) -> list[str]:
     kind, _, place = address.partition(":")
     if kind != "orbax" or not place:
         return [address]
-    path = pathlib.Path(place).expanduser().absolute()
+    path = user_path(place, "config.init.pretrained").absolute()
     return [f"orbax:{folder}" for folder in (path, *list(path.parents)[:3])]
 
 

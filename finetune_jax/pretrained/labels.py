@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
+from finetune_jax.paths import user_path
 from finetune_jax.pretrained.beside import read_beside
 from finetune_jax.trees import like, named
 
@@ -196,7 +197,9 @@ def _listed(names: Sequence[str]) -> str:
 def names_at(address: str) -> tuple[str, ...]:
     """Returns the class names of the weights at an address; () where nothing says them."""
     kind, _, place = address.partition(":")
-    if kind == "orbax" and (found := _of_run(pathlib.Path(place).expanduser())):
+    if kind == "orbax" and (
+        found := _of_run(user_path(place, "config.init.pretrained"))
+    ):
         return found
     return labels_beside(address)
 

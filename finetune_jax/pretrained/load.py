@@ -162,7 +162,7 @@ def _merged(
         # A copy, also of what lies right: the file may change or go.
         dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
         with np.errstate(over="ignore", invalid="ignore"):  # Told below.
-            real = value.real if value.dtype.kind == "c" else value
+            real = np.real(value) if value.dtype.kind == "c" else value
             merged[name] = copied(real, dtype)
         doubts.look(place.tensor, tensor, dtype, merged[name])
     return merged, missing, misfits, used
