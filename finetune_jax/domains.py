@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from finetune_jax.config import Config
+from finetune_jax.data.classes import check_labelled
 from finetune_jax.data.dataset import (
     Dataset,
     dataset_of,
@@ -185,7 +186,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         raise UserError(f"{where}name: the labels of {entry.name} are not classes")
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
-    class_names, warnings = source.class_names, source.warnings
+    given_label, class_names, warnings = everything, source.class_names, source.warnings
     if entry.head != "pretrained":
         place, class_names = _places(class_names, setup.data.spec.class_names, where)
         if class_names != source.class_names:
@@ -205,6 +206,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
 
     def split(key: str) -> Dataset:
         chosen = select(splits, entry[key], f"{where}{key}")
+        check_labelled(source, given_label, {key: chosen}, training=True)
         return dataset_of(source, spec, chosen, everything[chosen])
 
     test, train = split("test"), split("train") if entry.train is not None else None

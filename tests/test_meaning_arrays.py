@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import types
 
 import meaning
 import numpy as np
@@ -13,6 +14,7 @@ from finetune_jax.data.dataset import load_source, make_data
 from finetune_jax.data.images import Geometry, fit, read_image
 from finetune_jax.data.pixels import Pixels, axes_problem, read_images
 from finetune_jax.data.source import array_source
+from finetune_jax.data.sources import tfds
 from finetune_jax.data.spec import DataSpec, check_reads_alike, spec_from_json
 from finetune_jax.errors import UserError
 from finetune_jax.predictor import checked, read_array
@@ -251,6 +253,61 @@ def test_idx_files_of_other_numbers(tmp_path):
         load_source("idx", str(tmp_path))
 
 
+def prepared(values, names=("a", "b"), labels=LABELS, shape=None):
+    """Returns what TFDS would give of arrays: examples by split, and the features."""
+    records = [{"x": x, "y": y} for x, y in zip(values, labels)]
+    feature = types.SimpleNamespace(
+        shape=shape or values.shape[1:],
+        np_dtype=values.dtype,
+        decode_example_np=np.asarray,
+    )
+    part = tfds.TfdsExamples(records, ("x", "y"), feature, True)
+    return {"all": part}, feature, types.SimpleNamespace(names=names, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "seen", "told"),
+    [
+        (RGB, RGB, ""),
+        (GREY[..., 0], GREY, ""),
+        (with_alpha(RGB), RGB, "alpha, is laid on white"),
+        (RGB.astype(int), RGB, "read as bytes"),
+        (RGB.astype("u2") * 257, RGB, "upper 8 of 16 bits"),
+        (RGB * 1.0, RGB, "read as bytes"),
+        (UNIT, UNIT, ""),
+        (HALVES, HALVES / 255, "divided by 255"),
+    ],
+)
+def test_prepared_data_sets_are_read_as_arrays(values, seen, told):
+    examples, feature, _ = prepared(values)
+    pixels, line = tfds._pixels("tfds:a", feature, examples)
+    assert told in line and bool(told) == bool(line)
+    part = examples["all"]
+    assert part.shape == seen.shape[1:] and part.dtype == str(seen.dtype)
+    assert (pixels is None) == (
+        values.dtype.kind != "f" and told != "upper 8 of 16 bits"
+    )
+    for index in (0, 5):
+        np.testing.assert_allclose(part.read(index), seen[index], rtol=1e-6)
+
+
+def test_prepared_data_sets_that_do_not_fit_are_refused():
+    for values, message in (
+        (RGB.transpose(0, 3, 1, 2), "come first"),
+        (RGB.astype("u2") * 16, "neither bytes"),
+    ):
+        examples, feature, _ = prepared(values)
+        with pytest.raises(UserError, match=message):
+            tfds._pixels("tfds:a", feature, examples)
+    for names, message in ((("a",), "one class, 'a'"), (("a", "a "), "'a' twice")):
+        examples, _, labels = prepared(RGB, names)
+        with pytest.raises(UserError, match=message):
+            tfds._class_names("tfds:a", labels, examples)
+    examples, _, labels = prepared(RGB, (" a", "A"))
+    names, warnings = tfds._class_names("tfds:a", labels, examples)
+    assert names == ("a", "A") and "'a' (10 examples) and 'A' (10" in warnings[0]
+
+
 def spec(pixels=None, dtype="uint8", shape=(*SIZE, 3)):
     return DataSpec(
         shape=shape,
@@ -281,12 +338,17 @@ NO_ALPHA = "ignore:.*alpha"
         (FILES, with_alpha(RGB)[:2], RGB[:2]),
         (FILES, GREY[:2, ..., 0], GREY[:2]),
         (of_run(RGB.astype(int)), RGB[:2] // 255, RGB[:2] // 255),
-        (of_run(RGB * 1.0), RGB[:2] // 255 * 1.0, RGB[:2] // 255),
+        (of_run(RGB * 1.0), RGB[:2] // 128 * 2.0, RGB[:2] // 128 * 2),
+        (of_run(RGB * 1.0), RGB[:2] * 0.0, RGB[:2] * 0),
         (of_run(RGB * 1.0), RGB[:2], RGB[:2]),
         (of_run(HALVES), HALVES[:1] / 90, HALVES[:1] / 90 / 255),
         (of_run(UNIT), UNIT[:1].astype("f8") / 300, UNIT[:1] / 300),
         (of_run(UNIT), RGB[:1] > 9, (RGB[:1] > 9) * np.float32(1)),
-        (of_run(RGB.astype("u2") * 257), RGB[:1].astype("u2"), RGB[:1] * 0),
+        (
+            of_run(RGB.astype("u2") * 257),
+            RGB[:1].astype("i4") * 9,
+            RGB[:1] * 9.0 // 256,
+        ),
         (of_run(UNIT * 4 - 2), UNIT[:1] * 5 - 2, UNIT[:1] * 5 - 2),
         (spec(dtype="float32"), UNIT[:1].astype("f8") * 3, UNIT[:1] * 3),
     ],
@@ -308,7 +370,12 @@ def test_inputs_of_predictions_are_read_as_the_run_read_its_own(run, values, see
         (FILES, RGB.transpose(0, 3, 1, 2), r"x.transpose\(0, 2, 3, 1\)"),
         (FILES, colours(5), "5 channels"),
         (FILES, np.zeros((2, 7)), r"\(2, 7\), but the model takes \(6, 5, 3\)"),
+        (FILES, UNIT, r"if 1 is white, save np.rint\(x \* 255\)"),
         (of_run(RGB * 1.0), HALVES, "save bytes from 0 to 255"),
+        (of_run(RGB * 1.0), RGB // 255 * 1.0, "if 1 is white"),
+        (of_run(HALVES), UNIT, "floats from 0 to 255"),
+        (of_run(RGB.astype("u2") * 257), RGB.astype("u2"), "from 0 to 65535"),
+        (FILES, RGB[0], r"\(6, 5, 3\): a single image .*x\[None\]"),
         (of_run(UNIT), RGB, "floats from 0 to 1; save them so"),
         (of_run(UNIT), RGB * 1.0, "floats from 0 to 1; save them so"),
         (of_run(UNIT), UNIT * 4 - 2, "floats from 0 to 1"),
@@ -383,7 +450,8 @@ def test_a_run_is_evaluated_on_data_that_are_read_alike(then, now, differs):
     [
         ((9, 8, 8), True), ((9, 8, 8, 1), True), ((9, 8, 8, 4), True),
         ((9, 3, 32, 3), True), ((9, 1, 28, 28), False), ((9, 3, 8, 4), False),
-        ((9, 8, 8, 8), False), ((9, 8, 8, 0), False), ((9, 1, 8, 8, 3), False),
+        ((9, 8, 3), False), ((9, 8, 8, 8), False), ((9, 8, 8, 0), False),
+        ((9, 1, 8, 8, 3), False),
     ],
 )  # fmt: skip
 def test_axes(shape, is_right):

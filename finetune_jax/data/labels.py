@@ -112,7 +112,7 @@ def classes_of(
     if "" in names:
         problems.append("one of the class names is blank")
     if len(names) < 2:
-        only = f"one class, {names[0]!r}" if names else "no classes"
+        only = f"one class, {names[0]!r}" if names else "no examples"
         problems.append(f"{only}; at least two are needed")
     places = {name: place for place, name in enumerate(names)}
     sizes: collections.Counter[str] = collections.Counter()

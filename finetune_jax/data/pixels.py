@@ -157,6 +157,11 @@ def axes_problem(shape: Sequence[int], *, alone: bool = False) -> str | None:
     """
     told = tuple(shape[1:] if alone else shape)
     last = "x.transpose(1, 2, 0)" if alone else "x.transpose(0, 2, 3, 1)"
+    if len(shape) == 3 and shape[2] in (1, 2, 3, 4):
+        return (
+            f"{told}: a single image [H, W, C]? Then x[None]. If they are grey images of "
+            f"{shape[2]} columns: x[..., None]"
+        )
     if len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3)):
         return None
     if len(shape) != 4:
@@ -314,9 +319,9 @@ def to_predict(
     Raises:
         UserError: The values have not the range of the run's.
     """
-    array = _with_channel_axis(array)
     if problem := axes_problem(array.shape, alone=alone):
         raise UserError(f"{name}: {problem}")
+    array = _with_channel_axis(array)
     extent, lines = extent_of([_colours(array)]), []
     if pixels is None and dtype == "uint8":
         pixels = BYTES
@@ -342,23 +347,29 @@ def to_predict(
 def _misfit(extent: Extent, pixels: Pixels | None) -> str | None:
     """Returns what to do with values whose range is not the run's; None if it is."""
     is_float, low, high = extent.kind == "floats", extent.low, extent.high
+    is_bright = high > 1 or high == 0
     if pixels is None:
         return None if is_float else "save floats, scaled as the run's images were"
     if pixels.scale in ("bytes", "whole"):
         fits = extent.whole and 0 <= low and high <= 255 and extent.dtype != "bool"
-        if fits and (not is_float or pixels.scale == "whole"):
+        if fits and (not is_float or (pixels.scale == "whole" and is_bright)):
             return None
-        return "save bytes from 0 to 255: np.rint(x).astype('uint8')"
+        if is_bright:
+            return "save bytes from 0 to 255: np.rint(x).astype('uint8')"
+        return "if 1 is white, save np.rint(x * 255).astype('uint8')"
     if pixels.scale == "16 bits":
-        fits = not is_float and extent.dtype != "uint8" and 0 <= low and high <= 0xFFFF
-        return None if fits else "save 16 bits, as the run's images were"
+        fits = not is_float and 0 <= low and (high > 255 or not high) and high <= 0xFFFF
+        return (
+            None if fits else "save 16 bits from 0 to 65535, as the run's images were"
+        )
     if pixels.scale == "as they are":
         margin = pixels.high - pixels.low
         if is_float and pixels.low - margin <= low and high <= pixels.high + margin:
             return None
         return f"the run's images were from {pixels.low:.6g} to {pixels.high:.6g}"
-    white = 1 if pixels.scale == "unit" else 255
-    is_binary = pixels.scale == "unit" and not is_float and extent.kind != "bytes"
-    if (is_float or is_binary) and 0 <= low and high <= white:
+    is_unit, white = pixels.scale == "unit", 1 if pixels.scale == "unit" else 255
+    is_binary = is_unit and not is_float and extent.kind != "bytes"
+    is_clear = is_unit or is_bright  # Floats up to 1 would be black.
+    if (is_float or is_binary) and is_clear and 0 <= low and high <= white:
         return None
     return f"the run's images were floats from 0 to {white}; save them so"
