@@ -13,7 +13,7 @@ import pytest
 import texts
 from PIL import Image
 
-from finetune_jax.data.classes import check_labelled
+from finetune_jax.data.classes import check_classes, check_labelled
 from finetune_jax.data.dataset import load_source
 from finetune_jax.data.labels import class_name, classes_of, in_order, near_twins
 from finetune_jax.data.source import array_source
@@ -344,3 +344,12 @@ def test_many_twins_are_told_in_few_lines():
     assert in_order({"1", "01", "1.5", "0"}) == ["0", "01", "1", "1.5"]
     found = classes_of({"-": 1, "_": 2}, "here")
     assert found.names == ("-", "_") and not found.warnings
+    assert class_name("-0.0") == "0" and class_name("+1.0") == "+1"
+    assert len(near_twins(["-0", "0"])) == len(near_twins(["1e3", "1000"])) == 1
+
+
+def test_classes_absent_from_training_are_told_with_their_twins():
+    source = source_of(["Cat", "Dog", "cat", "dog"])
+    label = source.splits["all"].label
+    with pytest.raises(UserError, match="(?s)cat, dog.*'Cat' and 'cat' are different"):
+        check_classes(source, label, np.array([0, 1]))

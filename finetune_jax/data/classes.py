@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.labels import near_twins
 from finetune_jax.data.source import Source
 from finetune_jax.errors import UserError, problems_error
 
@@ -46,6 +47,7 @@ def check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
             f"config.data.train: {len(absent)} of {len(source.class_names)} classes "
             f"have no training example: {', '.join(absent[:20])}. A model cannot learn "
             "what it never sees; choose another split."
+            + "".join(f"\n  {line}" for line in near_twins(source.class_names))
         )
 
 

@@ -23,6 +23,7 @@ from finetune_jax.lookup import closest
 _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))\.0*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d{1,3}", re.ASCII | re.IGNORECASE)
 # Unicode categories of blanks, dashes, underscores and invisible characters.
 _SEPARATORS = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 _SHOWN = 10
@@ -60,8 +61,9 @@ def class_name(spelling: str) -> str:
     text, before = unicodedata.normalize("NFC", spelling), None
     while text != before:  # Visible and invisible blanks may alternate.
         before, text = text, text.strip().strip(_INVISIBLE)
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    if whole := _WHOLE.fullmatch(text):
+        return "0" if whole[1] in ("-0", "+0") else whole[1]
+    return text
 
 
 def spelling_of(value: Any) -> str | None:
@@ -190,8 +192,8 @@ def _key(name: str) -> str:
 
     Case, blanks, dashes, underscores, dots, commas and slashes make no difference.
     """
-    if _NUMBER.fullmatch(name):
-        return f"{decimal.Decimal(name).normalize():f}"
+    if _NUMBER.fullmatch(name) or _EXPONENT.fullmatch(name):
+        return str(decimal.Decimal(name).normalize() + 0)  # Without the sign of -0.
     plain = unicodedata.normalize("NFKC", name).casefold()
     kept = [
         c for c in plain
