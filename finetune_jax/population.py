@@ -134,7 +134,7 @@ def run_population(
     domains = open_domains(setup)
     setups = member_setups(setup, members)
     _, loaded = setup.start(measure=False)
-    told = tell(setup, loaded, notes, terminal)
+    told = tell(setup, domains, loaded, notes, terminal)
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):

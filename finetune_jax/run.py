@@ -78,7 +78,7 @@ def run(
     domains = open_domains(setup)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, loaded = setup.start(measure=not begun)
-    told = tell(setup, loaded, notes, terminal)
+    told = tell(setup, domains, loaded, notes, terminal)
     setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
@@ -124,18 +124,26 @@ def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
 
 
 def tell(
-    setup: Setup, loaded: Loaded, notes: Sequence[str], terminal: Terminal
+    setup: Setup,
+    domains: Sequence[Domain],
+    loaded: Loaded,
+    notes: Sequence[str],
+    terminal: Terminal,
 ) -> dict[str, list[str]]:
     """Prints the overview of a run and its warnings, and returns both for the manifest.
 
     Args:
         setup: Setup of the run.
+        domains: Other domains that states are measured on.
         loaded: Weights that the run starts from.
         notes: Lines about config keys that files beside the weights decided.
         terminal: Terminal that a person reads.
     """
     lines = overview(setup, loaded, notes)
     warnings = [*setup.data.warnings, *loaded.told]
+    for domain in domains:
+        own = (*domain.warnings, *domain.not_used)
+        warnings += [f"config.evaluate.also, {domain.label}: {line}" for line in own]
     terminal.tell(lines, warnings)
     return {"overview": lines, "warnings": warnings}
 
