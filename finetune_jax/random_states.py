@@ -64,11 +64,11 @@ def _too_small(task: Task, model: str, stage: str) -> UserError:
             min(height, width),
         )
         if side is None or side > min(height, width):
-            least = "" if side is None else f", which needs {side}x{side}"
-            needed.append(f"{prefix.strip('/') or model}{least}")
+            least = "" if side is None else f" (at least {side}x{side})"
+            needed.append(f"{repr(prefix) if prefix else model}{least}")
     return UserError(
         f"config.data.image_size: images of {height}x{width} pixels are too small for "
-        f"{' and '.join(needed)}: its stage {stage!r} leaves no pixels; set a larger "
+        f"{' and '.join(needed)}: stage {stage!r} leaves no pixels; set a larger "
         "config.data.image_size, or choose another config.model.name"
     )
 

@@ -545,7 +545,7 @@ def test_images_that_are_too_small_are_refused_by_name(name, side, least):
     assert not problems
     task = make_task(config, _spec(config, side))
     wanted = (
-        rf"{side}x{side} pixels are too small for {name}, which needs {least}x{least}"
+        rf"{side}x{side} pixels are too small for {name} \(at least {least}x{least}\)"
     )
     with pytest.raises(UserError, match=wanted):
         shapes_of(task, name)
