@@ -95,10 +95,9 @@ def visible(
     except OSError as error:
         problems.append(f"{folder}: cannot be opened: {error}")
         return []
-    litter = {path for path in inside if is_litter(path.name)}
     if unused is not None:
-        unused.litter.update(litter)
-    return [path for path in inside if path not in litter]
+        unused.litter.update(path for path in inside if is_litter(path.name))
+    return [path for path in inside if not is_litter(path.name)]
 
 
 def files_below(
@@ -115,15 +114,19 @@ def files_below(
     """
     told: list[str] = [] if problems is None else problems
     found, seen = [], set()
-    for place, folders, _ in os.walk(folder, followlinks=True):
+
+    def refused(error: OSError) -> None:
+        told.append(f"{error.filename}: cannot be opened: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refused):
         here = pathlib.Path(place)
         if here.resolve() in seen:
             folders.clear()
             continue
         seen.add(here.resolve())
+        if unused is not None:
+            litter = filter(is_litter, (*folders, *files))
+            unused.litter.update(here / name for name in litter)
         folders[:] = [name for name in folders if not is_litter(name)]
-        for name in folders:
-            if not os.access(here / name, os.R_OK | os.X_OK):
-                told.append(f"{here / name}: cannot be opened")
-        found += [path for path in visible(here, told, unused) if not path.is_dir()]
+        found += [here / name for name in files if not is_litter(name)]
     return sorted(found)
