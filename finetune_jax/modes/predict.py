@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -248,7 +249,11 @@ def _datasets(
 ) -> Iterator[tuple[list[str], Dataset]]:
     """Yields names and examples, some files at a time; adds an entry a file to errors."""
     for path in filter(_is_array, paths):
-        (array, error), *_ = attempts(lambda p: read_array(p, spec), [path])
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always", UserWarning)
+            (array, error), *_ = attempts(lambda p: read_array(p, spec), [path])
+        for doubt in doubts:
+            print(f"warning: {printable(str(doubt.message))}")
         errors.append(error)
         if error is None:
             names = [f"{path}#{row}" for row in range(len(array))]
