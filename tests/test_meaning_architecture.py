@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,10 @@ FOLLOWED = [
     Case("bert_base", BERT | {"hidden_act": "gelu_python"}),
     Case("bert_base", BERT | {"layer_norm_eps": 1e-5}, {"epsilon": 1e-5}),
     Case("bert_base", BERT | {"num_attention_heads": 2}, arguments={"heads": 2}),
+    Case("bert_base", BERT | {"architectures": ["BertForTokenClassification"]},
+         {"pool": "none"}),
+    Case("bert_base", BERT | {"architectures": ["BertForTokenClassification"]},
+         fresh=("head/.*",)),
     Case("minilm_l6", BERT | {"model_type": None, "architectures": ["TFBertModel"]}),
     Case("distilbert_base", DISTIL | {"sinusoidal_pos_embds": True}),
     Case("distilbert_base", DISTIL | {"activation": "relu"}, {"hidden_activation": "relu"}),
@@ -148,6 +153,8 @@ REFUSED = [
     refused("bert_base", BERT, "hidden_activation: 'relu'.*hidden_act='gelu'",
             arguments={"hidden_activation": "relu"}),
     refused("distilbert_base", DISTIL, "epsilon: 0.1", arguments={"epsilon": 0.1}),
+    refused("bert_base", BERT | {"architectures": ["BertForSequenceClassification"]},
+            "pool: 'mean'.*ForSequence", arguments={"pool": "mean"}),
     refused("vit_tiny_patch16", VIT | {"model_type": "deit"}, "model_type='deit'"),
     refused("vit_tiny_patch16", VIT | {"model_type": "dinov2"}, "model_type='dinov2'"),
     refused("vit_tiny_patch16", VIT, "pool: 'mean'.*'token'", arguments={"pool": "mean"}),
@@ -422,7 +429,7 @@ VARIANTS = [
 def said_by_export(library, model, module):
     """Returns the JSON that an export of a model writes, without running anything."""
     bias = {"bias": np.zeros(10)}
-    trained = types.SimpleNamespace(
+    trained: Any = types.SimpleNamespace(
         task=types.SimpleNamespace(models={"": module}),
         spec=small.spec((32, 32, 3)),
         model=model,
@@ -440,7 +447,7 @@ def said_by_export(library, model, module):
 def test_an_export_says_its_variant(library, name, arguments, tmp_path):
     model = {"name": name, **arguments}
     if library == "ours":
-        values = {"model": {"name": name, **architecture.effective(model)}}
+        values = {"model": {"name": name, **(architecture.effective(model) or {})}}
     else:
         module = make_model(name, {"head": {}, **arguments}, classes=10)
         values = said_by_export(library, model, module)

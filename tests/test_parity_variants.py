@@ -106,11 +106,11 @@ def timm_vit(**model_args):
     return make
 
 
-def resnet(first):
+def resnet(downsample):
     def make(folder):
         library = oracles.import_transformers()
         config = library.ResNetConfig(
-            depths=list(ONCE), num_labels=CLASSES, downsample_in_bottleneck=first
+            depths=list(ONCE), num_labels=CLASSES, downsample_in_bottleneck=downsample
         )
         return published(library.ResNetForImageClassification(config), folder)
 
@@ -143,12 +143,24 @@ def next_of(epsilon):
 TINY = {key: test_bert.TINY[key] for key in ("layers", "width", "hidden")}
 TINY |= {"vocabulary": 31, "positions": 12}
 HEADS_2 = {"num_attention_heads": 2, "layer_norm_eps": 1e-3, "hidden_act": "relu"}
-SHALLOW = {"changed": lambda m: m.clone(shape=m.shape._replace(depth=2))}
-FIRST = {
-    "changed": lambda m: m.clone(shape=dataclasses.replace(m.shape, blocks=ONCE)),
-}
-FEW = {"changed": lambda m: m.clone(rows=scaled(1.0, 0.1))}
-SMALL = {"changed": lambda m: m.clone(shape=convnext.Shape(ONCE, NARROW))}
+
+
+def shallow(module):
+    return module.clone(shape=module.shape._replace(depth=2))
+
+
+def first(module):
+    return module.clone(shape=dataclasses.replace(module.shape, blocks=ONCE))
+
+
+def few(module):
+    return module.clone(rows=scaled(1.0, 0.1))
+
+
+def small_next(module):
+    return module.clone(shape=convnext.Shape(ONCE, NARROW))
+
+
 PAIRS = [
     Pair(
         "bert_base",
@@ -184,19 +196,19 @@ PAIRS = [
         "vit_tiny_patch16",
         vit(num_attention_heads=6, hidden_act="relu", layer_norm_eps=1e-2),
         {"heads": 6, "hidden_activation": "relu", "epsilon": 1e-2},
-        **SHALLOW,
+        changed=shallow,
     ),
     Pair(
         "vit_tiny_patch16",
         vit(num_attention_heads=3, hidden_act="gelu_pytorch_tanh"),
         {"hidden_activation": "gelu_tanh", "epsilon": 1e-12},
-        **SHALLOW,
+        changed=shallow,
     ),
     Pair(
         "vit_tiny_patch16",
         timm_vit(num_heads=6, act_layer="quick_gelu", global_pool="avg"),
         {"heads": 6, "hidden_activation": "quick_gelu", "pool": "mean_norm"},
-        **SHALLOW,
+        changed=shallow,
     ),
     Pair(
         "vit_tiny_patch16",
@@ -208,24 +220,24 @@ PAIRS = [
             act_layer="gelu_tanh",
         ),  # fmt: skip
         {"class_token": False, "pool": "mean", "hidden_activation": "gelu_tanh"},
-        **SHALLOW,
+        changed=shallow,
     ),
-    Pair("resnet50", resnet(True), {"stride_in": "1x1"}, **FIRST),
-    Pair("resnet50", resnet(False), {}, **FIRST),
-    Pair("efficientnet_lite0", lite("tf_efficientnet_lite0"), {}, **FEW),
+    Pair("resnet50", resnet(True), {"stride_in": "1x1"}, changed=first),
+    Pair("resnet50", resnet(False), {}, changed=first),
+    Pair("efficientnet_lite0", lite("tf_efficientnet_lite0"), {}, changed=few),
     Pair(
         "efficientnet_lite0",
         lite("efficientnet_lite0"),
         {"padding": "symmetric", "epsilon": 1e-5},
-        **FEW,
+        changed=few,
     ),
     Pair(
         "efficientnet_lite0",
         lite("tf_efficientnet_lite0", bn_eps=1e-2, pad_type=""),
         {"padding": "symmetric", "epsilon": 1e-2},
-        **FEW,
+        changed=few,
     ),
-    Pair("convnext_tiny", next_of(1e-2), {"epsilon": 1e-2}, **SMALL),
+    Pair("convnext_tiny", next_of(1e-2), {"epsilon": 1e-2}, changed=small_next),
 ]
 
 

@@ -215,12 +215,14 @@ def _files(address: str, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def _places(address: str) -> list[str]:
-    """Returns an address, and for checkpoints those of the folders around."""
+    """Returns an address, and for a checkpoint of a run that of the run, too."""
     kind, _, place = address.partition(":")
     if kind != "orbax" or not place:
         return [address]
-    path = user_path(place, "config.init.pretrained").absolute()
-    return [f"orbax:{folder}" for folder in (path, *list(path.parents)[:3])]
+    folders = [user_path(place, "config.init.pretrained").absolute()]
+    while folders[-1].name in ("state", "checkpoints") or folders[-1].name.isdigit():
+        folders.append(folders[-1].parent)
+    return [f"orbax:{folder}" for folder in folders]
 
 
 def _read(

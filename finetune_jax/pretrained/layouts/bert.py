@@ -92,6 +92,12 @@ LAYOUTS = (
 
 # Kinds of transformers' models that a BERT here follows, and their classes' prefixes.
 TRANSFORMERS = {"bert": "Bert", "distilbert": "DistilBert"}
+# Pooling before the heads of their classes, by the ends of their names.
+_POOLS = {
+    "ForSequenceClassification": "cls",
+    "ForTokenClassification": "none",
+    "ForQuestionAnswering": "none",
+}
 
 
 def transformers(fields: Fields, kind: str, name: str) -> None:
@@ -105,6 +111,11 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
     del name
     fields.must("position_embedding_type", "absolute")
     fields.must("embedding_size", fields.get("hidden_size"))
+    classes = fields.get("architectures")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    for end, pool in _POOLS.items():
+        if first.endswith(end):
+            fields.take("pool", pool, "architectures")
     source = f"transformers' {kind}"
     if kind == "bert":
         fields.whole("heads", "num_attention_heads")

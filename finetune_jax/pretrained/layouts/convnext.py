@@ -102,7 +102,9 @@ def timm(
         name: Name of our model.
     """
     if _OLDER.sub("", architecture) != name:
-        fields.refuse("architecture", f"{name} is {name} of timm")
+        fields.refuse(
+            "architecture", f"{name} follows no other model of timm than {name}"
+        )
         return tuple(arguments)
     fields.take("epsilon", 1e-6, "architecture")
     fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])

@@ -65,7 +65,7 @@ def timm(
     """
     converted = architecture == f"tf_{name}"
     if not converted and architecture != name:
-        fields.refuse("architecture", f"{name} is tf_{name} or {name} of timm")
+        fields.refuse("architecture", f"{name} follows tf_{name} and {name} of timm")
         return tuple(arguments)
     padding, epsilon = ("same", 1e-3) if converted else ("symmetric", 1e-5)
     fields.take("padding", padding, "architecture")

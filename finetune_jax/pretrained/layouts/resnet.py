@@ -83,7 +83,9 @@ def timm(
         name: Name of our model.
     """
     if _OLDER.sub("", architecture) != name:
-        fields.refuse("architecture", f"{name} is {name} of timm")
+        fields.refuse(
+            "architecture", f"{name} follows no other model of timm than {name}"
+        )
         return tuple(arguments)
     if name not in _BASIC:
         fields.take("stride_in", "3x3", "architecture")

@@ -65,7 +65,9 @@ def timm(
         name: Name of our model.
     """
     if architecture.removeprefix("tv_") != name:
-        fields.refuse("architecture", f"{name} is {name} of timm")
+        fields.refuse(
+            "architecture", f"{name} follows no other model of timm than {name}"
+        )
         return tuple(arguments)
     fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
     return arguments.musts(_TIMM_ARGUMENTS)

@@ -153,7 +153,9 @@ def timm(
         fits and f"patch{fits[2]}" == patch
     )
     if not fits or not sized or not cut:
-        fields.refuse("architecture", f"{name} is {name}_224 of timm")
+        fields.refuse(
+            "architecture", f"{name} follows {name}_224 of timm, of any size of images"
+        )
         return tuple(arguments)
     arguments.must("patch_size", _patch(name))
     if arguments.get("num_heads") is not None:
