@@ -49,7 +49,7 @@ class Case:
     """
 
     model: str
-    values: dict | list | str
+    values: dict | list | str | bytes
     filled: dict = dataclasses.field(default_factory=dict)
     refuses: tuple = ()
     tells: str | None = None
@@ -108,6 +108,9 @@ FOLLOWED = [
     Case("resnet18", RESNET | {"layer_type": "basic", "downsample_in_bottleneck": True}),
     Case("resnet50", timm("resnet50.a1_in1k", drop_path_rate=0.1, output_stride=32)),
     Case("resnet50", timm("tv_resnet50")),
+    Case("resnet50", timm("hf-hub:timm/resnet50.a1_in1k")),
+    Case("bert_base", "\ufeff" + json.dumps(BERT | {"num_attention_heads": 2}),
+         {"heads": 2}),
     Case("resnext50_32x4d", timm("resnext50_32x4d", cardinality=32, base_width=4)),
     Case("efficientnet_lite0", timm("tf_efficientnet_lite0.in1k")),
     Case("efficientnet_lite0", timm("efficientnet_lite0.ra_in1k"),
@@ -221,6 +224,11 @@ REFUSED = [
             arguments={"stride_in": "1x1"}, file="model.json"),
 ]  # fmt: skip
 TOLD = [
+    Case("resnet50", {"model": {"name": "resnet50", "stride_in": ["1x1"]}},
+         tells="stride_in=.* is no value"),
+    Case("efficientnet_lite0", timm("tf_efficientnet_lite0", bn_eps="1e-3"),
+         tells="bn_eps='1e-3' is not a positive number"),
+    Case("bert_base", json.dumps(BERT).encode("utf-16"), tells="cannot be read"),
     Case("bert_base", [1], tells="a JSON list, not an object"),
     Case("bert_base", "no JSON", tells="cannot be read as JSON"),
     Case("bert_base", DEEP, tells="nested too deep"),
@@ -244,8 +252,10 @@ TOLD = [
 
 
 def config_of(case, folder):
-    text = case.values if isinstance(case.values, str) else json.dumps(case.values)
-    (folder / case.file).write_text(text)
+    text = case.values
+    if not isinstance(text, bytes):
+        text = (text if isinstance(text, str) else json.dumps(text)).encode()
+    (folder / case.file).write_bytes(text)
     overrides = [
         ("init.pretrained", f"file:{folder}/model.safetensors"),
         ("init.fresh", repr(case.fresh)),

@@ -8,6 +8,7 @@ import pytest
 from finetune_jax.errors import UserError
 from finetune_jax.models import make_model
 from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.layout import layouts
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.pretrained.positions import resized
 from finetune_jax.trees import named
@@ -94,3 +95,33 @@ def test_images_that_patches_do_not_divide_are_refused():
     message = "patches of 16 pixels do not divide images of 50 x 50; set config.data"
     with pytest.raises(UserError, match=message):
         shapes(50)
+
+
+def by_timm(positions, **more):
+    """Returns tensors of a small image's model as timm names them."""
+    leaves = values(shapes(48))
+    layout = next(one for one in layouts() if one.name == "timm ViT")
+    tensors = layout.tensors(leaves)
+    table = np.random.default_rng(0).normal(size=(1, positions, 192))
+    return tensors | {"pos_embed": table.astype(np.float32)} | more
+
+
+@pytest.mark.parametrize("size", [48, 64])
+@pytest.mark.parametrize(
+    "positions, more",
+    [
+        (9, {}),  # Only the patches have positions: `no_embed_class`.
+        (16, {}),
+        (1, {}),
+        (11, {"dist_token": np.zeros((1, 1, 192), np.float32)}),
+        (14, {"reg_token": np.zeros((1, 4, 192), np.float32)}),
+        # Five registers, a class token and 4 patches are as many as 9 patches and one.
+        (10, {"reg_token": np.zeros((1, 5, 192), np.float32)}),
+    ],
+)
+def test_positions_of_other_tokens_are_not_taken_for_those_of_patches(
+    positions, more, size
+):
+    weights = Weights(address="file:w", tensors=by_timm(positions, **more), sha256={})
+    with pytest.raises(UserError, match="pos_embed|dist_token|reg_token"):
+        load_weights(shapes(size), weights)

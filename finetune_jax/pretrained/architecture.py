@@ -198,7 +198,9 @@ def _files(address: str, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
         for name in FILES:
             try:
                 text = read_beside(place, name)
-            except UserError:  # Not in a repository, or no network.
+            except UserError as error:
+                if not place.startswith("hf:"):  # There it may just be missing.
+                    notes.append(f"{name}: {error}; it is not used")
                 continue
             if text is None:
                 continue
@@ -241,7 +243,9 @@ def _read(
     if timm is not None and hasattr(family, "timm"):
         if (architecture := timm.text("architecture")) is not None:
             arguments = fields.within("model_args")
-            followed = family.timm(timm, arguments, architecture.split(".")[0], name)
+            # Such as 'hf-hub:timm/resnet50.a1_in1k'.
+            base = re.split("[:/]", architecture)[-1].split(".")[0]
+            followed = family.timm(timm, arguments, base, name)
             _others(arguments, (*_HARMLESS, *followed))
         return fields
     of_transformers = {"model_type", "architectures"} & set(values)
@@ -264,8 +268,10 @@ def _of_ours(
     if theirs is None or ours is None or known[name][0] != known[model["name"]][0]:
         return
     for key, value in theirs.items():
-        if key != "heads" or name == model["name"]:
-            source = f"model.{key}={value!r} of {name}"
+        source = f"model.{key}={value!r} of {name}"
+        if not isinstance(value, str | int | float):
+            fields.notes.append(f"{fields.where}: {source} is no value; it is not used")
+        elif key != "heads" or name == model["name"]:
             fields.take(key, value, key, source)
 
 

@@ -181,13 +181,13 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 def loads(text: str) -> Any:
-    """Returns the value of a JSON text.
+    """Returns the value of a JSON text, which may begin with a byte order mark.
 
     Raises:
         ValueError: It is no JSON, or is nested too deep.
     """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
