@@ -228,8 +228,8 @@ def _with_model_loaded(
         prefix=prefix,
         accept=init.accept,
     )
-    is_fresh, head = fresh_in(read, init.fresh, prefix), _last_stage(task, prefix)
-    loaded, lines = _with_classes(loaded, read, head, is_fresh, spec, init)
+    is_fresh, heads = fresh_in(read, init.fresh, prefix), _last_stages(task, prefix)
+    loaded, lines = _with_classes(loaded, read, heads, is_fresh, spec, init)
     merged = {
         kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
         for kind, tree in variables.items()
@@ -241,7 +241,7 @@ def _with_model_loaded(
 def _with_classes(
     loaded: dict[str, Any],
     weights: Weights,
-    stage: str,
+    heads: Sequence[str],
     is_fresh: Callable[[str], bool],
     spec: DataSpec,
     init: Config,
@@ -251,17 +251,23 @@ def _with_classes(
     Args:
         loaded: Variables of one model.
         weights: Weights that they come from.
-        stage: Name of the model's head.
+        heads: Names of the stages that are heads.
         is_fresh: Whether a leaf keeps its initial value, by its name.
         spec: Description of the data.
         init: The section `config.init`.
     """
-    outputs = [name for name in named(loaded) if is_output(name, stage)]
-    if all(map(is_fresh, outputs)):
+    outputs = {
+        stage: [name for name in named(loaded) if is_output(name, stage)]
+        for stage in heads
+    }
+    kept_heads = [stage for stage in heads if not all(map(is_fresh, outputs[stage]))]
+    if not kept_heads:
         return loaded, []
     names = spec.class_names or spec.targets or spec.pixel_classes
     kept = check_labels(weights.address, names, weights.class_names, init.accept)
-    return kept.placed(loaded, stage), [kept.told] if kept.told else []
+    for stage in kept_heads:
+        loaded = kept.placed(loaded, stage)
+    return loaded, [kept.told] if kept.told else []
 
 
 def _of_model(
@@ -311,7 +317,7 @@ def _with_parts_loaded(
         loaded, lines = _with_classes(
             loaded,
             read,
-            own_task.stages[-1],
+            own_task.heads,
             fresh_in(read, sorted(fresh)),
             task.data.domains[domain],
             config.init,
@@ -353,10 +359,12 @@ def _first_stage(task: Task, prefix: str) -> str:
     return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
 
 
-def _last_stage(task: Task, prefix: str) -> str:
-    """Returns the last stage of a model, without its prefix."""
-    head = dict(zip(task.prefixes, task.heads))[prefix]
-    return head.removeprefix(f"{prefix}/") if prefix else head
+def _last_stages(task: Task, prefix: str) -> list[str]:
+    """Returns the last stage of a model, without its prefix; of all where none is ''."""
+    if prefix == "" and "" not in task.prefixes:
+        return list(task.heads)
+    by_prefix = dict(zip(task.prefixes, task.heads))
+    return [by_prefix[prefix].removeprefix(f"{prefix}/" if prefix else "")]
 
 
 def _not_loaded(

@@ -9,22 +9,26 @@ import struct
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import ml_dtypes
 import numpy as np
 import pytest
+import small
 import torch_files
 from meaning import Odd, by_name, check
 from safetensors.numpy import save, save_file
 from torch_files import Call, Name, Raw, described, zipped
 
+from finetune_jax import config as configs
 from finetune_jax.errors import UserError
 from finetune_jax.models import convnext, make_model
 from finetune_jax.pretrained import labels
-from finetune_jax.pretrained.addresses import Weights, read_weights
+from finetune_jax.pretrained.addresses import Weights, _of_state, read_weights
 from finetune_jax.pretrained.layout import layouts
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.pretrained.safetensors_file import save_safetensors
+from finetune_jax.setup import make_setup
 from finetune_jax.start import told_of
 from finetune_jax.trees import named
 
@@ -201,6 +205,17 @@ ODD = (
         make=torch_file("w.pth", student=2.0, teacher=...),
         refuses="several dicts .*config.init.entry='student' or .*entry='teacher'",
     ),
+    Odd(
+        name="deeper",
+        make=torch_file("w.pth", run={"ema": {}, "net": {"a": 1}}, checkpoint=...),
+        same=True,
+        warns="took 'checkpoint'",
+    ),
+    Odd(
+        name="optimizer",
+        make=torch_file("w.pth", state={"x": {"a": 1}}, param_groups=[]),
+        refuses="it is the state of an optimizer",
+    ),
     # Objects beside tensors.
     *(
         Odd(
@@ -353,6 +368,22 @@ ODD = (
         )
     ),
     Odd(
+        name="averaged-in-names",
+        make=tensors_file(
+            change=lambda n, a: {f"ema_model.{n}": a * 2, f"model.{n}": a}
+        ),
+        same=True,
+        warns="left out 56 averaged tensors, which config.init.entry='ema_model' takes",
+    ),
+    Odd(
+        name="three-models",
+        make=tensors_file(
+            "w.npz",
+            lambda n, a: {f"q.{n}": a, f"k.{n}": a * 2, f"p.{n}": a, "queue": a},
+        ),
+        refuses="config.init.entry='q' takes these alone",
+    ),
+    Odd(
         name="two-models",
         make=tensors_file(
             change=lambda n, a: {f"student.{n}": a, f"teacher.{n}": a * 2}
@@ -434,6 +465,16 @@ ENTRIES = (
         "ema",
     ),
     (
+        tensors_file(
+            "w.pth", lambda n, a: {f"module.q.{n}": a, f"module.k.{n}": a * 2}
+        ),
+        "q",
+    ),
+    (
+        tensors_file("w.pth", lambda n, a: {f"m.q.{n}": a, f"m.k.{n}": a * 2}),
+        "m.q",
+    ),
+    (
         tensors_file("w.npz", lambda n, a: {f"a/b/{n}": a, f"a/c/{n}": a * 2}),
         "a/b",
     ),
@@ -472,6 +513,29 @@ def test_an_entry_inside_an_entry_is_taken(tmp_path):
 def test_an_entry_that_is_not_there_is_answered_with_the_closest(make, tmp_path):
     with pytest.raises(UserError, match="config.init.entry: 'model_em'.*'model_ema'"):
         read(make(tmp_path), "model_em")
+
+
+def test_averaged_weights_of_torch_have_a_count_that_is_no_tensor(tmp_path):
+    tensors = {"n_averaged": np.array(3), **clean()}
+    names = {n if n == "n_averaged" else f"module.{n}": a for n, a in tensors.items()}
+    (tmp_path / "w.pth").write_bytes(torch_files.write_zip(names))
+    found, lines = read(tmp_path / "w.pth")
+    np.testing.assert_array_equal(found[0], numbers()[0])
+    assert "left out the prefix 'module.' of all names" in lines[0]
+
+
+def test_averaged_weights_of_a_run_are_taken_by_their_name():
+    tree = {
+        "params": {"head": {"bias": np.zeros(2)}, "stem": {"bias": np.ones(1)}},
+        "ema": {"head/bias": np.ones(2)},
+    }
+    raw, (told,) = _of_state(tree, None, "run")
+    assert raw["params/head/bias"].tolist() == [0, 0] and "entry='ema' takes" in told
+    averaged, (told,) = _of_state(tree, "ema", "run")
+    assert averaged["params/head/bias"].tolist() == [1, 1] and "took 'ema'" in told
+    assert averaged["params/stem/bias"].tolist() == [1]
+    with pytest.raises(UserError, match="'emma' is not in run; did you mean 'ema'"):
+        _of_state(tree, "emma", "run")
 
 
 def test_no_object_of_a_file_is_made_or_called(tmp_path, monkeypatch):
@@ -696,6 +760,81 @@ def test_the_key_keeps_a_head_of_other_classes(tmp_path):
     address = of_run(class_names=("x", "y", "z"))(tmp_path)
     kept = labels.check_labels(address, NAMES, accept=("classes",))
     assert kept.order is None and "for other classes: it has x, y, z" in kept.told
+
+
+# A run's own start
+
+DIGITS = tuple(map(str, range(10)))
+MEMBERS = tuple(
+    {"label": label, "name": "mlp", "hidden": (4,)} for label in ("one", "two")
+)
+
+
+def start(weights, task, **init):
+    """Returns the heads' kernels before the first update, and the lines that are told."""
+    if task == "joint":
+        config = mixtures.config(
+            {"domain": "digits", "name": "digits"}, mixtures.INVERTED
+        )
+    else:
+        config = small.config(model="mlp", hidden=(4,))
+    with config.unlocked():
+        config.model.hidden = (4,)
+        if task == "mutual":
+            config.task = {"name": "mutual"}
+            config.model.members = tuple(
+                {**entry, "pretrained": weights} for entry in MEMBERS
+            )
+        elif task == "of_all":
+            config.task = {"name": "mutual"}
+            config.model.members = MEMBERS
+    init = {"pretrained": None if task == "mutual" else weights, **init}
+    overrides = [(f"init.{key}", str(value)) for key, value in init.items()]
+    config, problems = configs.resolve(config, overrides)
+    assert not problems, problems
+    state, found = make_setup(config).start()
+    leaves = named(state.params)
+    kernels = [leaves[n] for n in leaves if n.endswith("head/logits/kernel")]
+    return kernels, "\n".join(found.told)
+
+
+def weights_of(state, folder, names, prefixes=("",)):
+    leaves = {
+        f"params/{prefix}{name.removeprefix('params/')}": np.asarray(leaf)
+        for name, leaf in state.items()
+        for prefix in prefixes
+    }
+    save_file(leaves, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps({"labels": names}))
+    return f"file:{folder}/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["classify", "mutual", "of_all", pytest.param("joint", marks=pytest.mark.slow)],
+)
+def test_a_run_begins_with_the_classes_of_its_data(task, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = 64 if task == "joint" else 144
+    layers = {"stage1/dense": (pixels, 4), "head/logits": (4, 10)}
+    leaves = {}
+    for name, shape in layers.items():
+        leaves[f"params/{name}/kernel"] = rng.standard_normal(shape, np.float32)
+        leaves[f"params/{name}/bias"] = rng.standard_normal(shape[1:], np.float32)
+    prefixes = ("one/", "two/") if task == "of_all" else ("",)
+    address = weights_of(leaves, tmp_path, DIGITS[::-1], prefixes)
+    kernels, told = start(address, task)
+    assert len(kernels) == (1 if task == "classify" else 2)
+    for kernel in kernels:
+        wanted = leaves["params/head/logits/kernel"][:, ::-1]
+        np.testing.assert_array_equal(kernel, wanted)
+    assert "put into the order of the data's: 0, 1, 2" in told
+    address = weights_of(leaves, tmp_path, [str(n + 3) for n in range(10)], prefixes)
+    with pytest.raises(UserError, match="has the labels 3, 4, 5"):
+        start(address, task)
+    kernels, told = start(address, task, accept=("classes",))
+    assert "for other classes" in told
+    np.testing.assert_array_equal(kernels[0], leaves["params/head/logits/kernel"])
 
 
 # What is written

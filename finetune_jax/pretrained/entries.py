@@ -13,7 +13,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # Averaged weights; the raw ones beside them are taken unless the key says otherwise.
 _AVERAGED = re.compile(r"(.*[^a-z])?(ema|swa|avg|averaged?|shadow|polyak)([^a-z].*)?")
 # State of the training, never of the model.
-_OF_TRAINING = re.compile(r".*(optim|sched|scaler).*|amp")
+_OF_TRAINING = re.compile(r".*(optim|sched|scaler|callback|loops).*|amp")
+# A count that torch keeps beside averaged weights.
+_COUNT = "n_averaged"
 # Put before every name by DataParallel and by torch.compile.
 _WRAPPED = ("module.", "_orig_mod.")
 _DEPTH = 4
@@ -153,7 +155,7 @@ def _usual(
 ) -> tuple[Mapping[str, Any], list[str]]:
     """Returns the entry that is taken where none is asked for, and lines about it."""
     of_model = [n for n in entries if not _OF_TRAINING.fullmatch(n.casefold())]
-    raw = [n for n in of_model if not _is_averaged(n)]
+    raw = [n for n in of_model if not is_averaged(n)]
     is_usual = {n: n.rpartition(".")[2] in WRAPPERS for n in raw}
     usual = [n for n in raw if is_usual[n] and "." not in n]
     usual = usual or [n for n in raw if is_usual[n]]
@@ -176,9 +178,9 @@ def _usual(
 def _told_usual(name: str, of_model: Sequence[str]) -> str:
     others = [other[:100] for other in of_model if other != name]
     if not others:
-        only = ", the averaged weights: it has no others" if _is_averaged(name) else ""
+        only = ", the averaged weights: it has no others" if is_averaged(name) else ""
         return f"took {name[:100]!r}{only}"
-    averaged = [other for other in others if _is_averaged(other)]
+    averaged = [other for other in others if is_averaged(other)]
     what = "the averaged weights" if averaged else "this one"
     return (
         f"took {name[:100]!r}; it also has {', '.join(map(repr, others[:_SHOWN]))}: "
@@ -186,7 +188,12 @@ def _told_usual(name: str, of_model: Sequence[str]) -> str:
     )
 
 
-def _is_averaged(name: str) -> bool:
+def is_averaged(name: str) -> bool:
+    """Returns whether a name is that of averaged weights.
+
+    >>> is_averaged("state_dict_ema"), is_averaged("schema")
+    (True, False)
+    """
     return bool(_AVERAGED.fullmatch(name.casefold()))
 
 
@@ -203,22 +210,30 @@ def _asked(
     inside = [n for n in entries if n.startswith(f"{entry}.")]
     if len(inside) == 1:
         return entries[inside[0]], [f"took {inside[0]!r}, as {KEY}={entry!r} says"]
-    # The rest of the name is a beginning of the tensors' names.
-    for path in ("", *sorted(entries, key=len, reverse=True)):
-        if path and not entry.startswith(f"{path}."):
-            continue
-        state = entries[path] if path else top
-        rest = entry[len(path) + 1 :] if path else entry
-        found = under({n: v for n, v in state.items() if is_tensor(v)}, rest)
-        if found:
-            return found, note
-    own = [name for name, value in top.items() if is_tensor(value)]
-    raise no_entry(entry, [*entries, *beginnings(own)], "the file")
+    # The name, or what follows the path in it, is a beginning of tensors' names.
+    found, known = {}, [*entries]
+    for path, state in {"": top, **entries}.items():
+        tensors = {n: v for n, v in state.items() if is_tensor(v)}
+        known += beginnings([*tensors])
+        rest = entry.removeprefix(f"{path}.") if path else entry
+        for names in (tensors, _unwrapped(tensors)[0]):
+            if inner := under(names, rest):
+                found[path] = inner
+    if len(found) > 1:
+        ways = " or ".join(f"{KEY}={f'{path}.{entry}'!r}" for path in found if path)
+        raise UserError(
+            f"{KEY}: {entry!r} is in several dicts of the file; write {ways}"
+        )
+    if found:
+        ((path, tensors),) = found.items()
+        inside = f" (in {path!r})" if path and not entry.startswith(path) else ""
+        return tensors, [f"took {entry!r}{inside}, as {KEY} says"]
+    raise no_entry(entry, list(dict.fromkeys(known)), "the file")
 
 
 def _unwrapped(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns tensors without the prefixes of wrappers, and these prefixes."""
-    found, left = dict(tensors), ""
+    found, left = {n: t for n, t in tensors.items() if n != _COUNT}, ""
     for prefix in _WRAPPED * 2:
         if found and all(n.startswith(prefix) and n != prefix for n in found):
             found = {n.removeprefix(prefix): t for n, t in found.items()}
@@ -254,6 +269,8 @@ def _told_top(top: Any) -> str:
 def _told_empty(top: Mapping[str, Any]) -> str:
     keys = ", ".join(repr(name[:100]) for name in sorted(top)[:20])
     told = f"it holds no dict of tensors; its keys are [{keys}]"
+    if {"state", "param_groups"} <= set(top):
+        told += "; it is the state of an optimizer"
     if objects := _objects([top]):
         name, kind = objects[0]
         told += (

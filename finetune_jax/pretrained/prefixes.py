@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune_jax.pretrained.addresses import Weights
+from finetune_jax.pretrained.entries import is_averaged
 from finetune_jax.pretrained.layout import OURS, Layout, layouts
 
 # Parts of a prefix, such as three in `module.model.backbone.`.
@@ -43,7 +45,8 @@ def without_prefix(weights: Weights, ours: Iterable[str]) -> Weights:
                 best, found = fit.shared, fit
     if found is None:
         return weights
-    tensors = {found.names[name]: value for name, value in weights.tensors.items()}
+    kept = found.names
+    tensors = {kept[name]: t for name, t in weights.tensors.items() if name in kept}
     place = weights.address.partition(":")[2].rpartition("/")[2] or weights.address
     notes = (*weights.notes, f"{place}: {found.told}")
     return dataclasses.replace(weights, tensors=tensors, notes=notes)
@@ -61,7 +64,7 @@ def _shared(
 
 
 def _prefixes(theirs: Sequence[str]) -> list[str]:
-    """Returns the prefixes that at least half of all names have, the shortest first."""
+    """Returns the prefixes of at least a quarter of all names, averaged weights last."""
     counts: collections.Counter[str] = collections.Counter()
     for name in theirs:
         for sign in (".", "/"):
@@ -69,8 +72,12 @@ def _prefixes(theirs: Sequence[str]) -> list[str]:
             counts.update(
                 sign.join(parts[: index + 1]) + sign for index in range(len(parts))
             )
-    common = [prefix for prefix, count in counts.items() if count * 2 >= len(theirs)]
-    return sorted(common, key=len)
+    common = [prefix for prefix, count in counts.items() if count * 4 >= len(theirs)]
+    return sorted(common, key=lambda prefix: (_is_averaged(prefix), len(prefix)))
+
+
+def _is_averaged(name: str) -> bool:
+    return any(map(is_averaged, re.split("[./]", name)))
 
 
 def _fits(
@@ -81,13 +88,18 @@ def _fits(
     """Yields ways to leave out a prefix; the other names may be those of the head."""
     others = [name for name in theirs if not name.startswith(prefix)]
     names = {name: name.removeprefix(prefix) for name in theirs}
+    whole, averaged = f"left out the prefix {prefix!r} of", ""
     if not others:
-        yield _Fit(
-            _shared(tables, names.values()),
-            names,
-            f"left out the prefix {prefix!r} of all names",
-        )
+        yield _Fit(_shared(tables, names.values()), names, f"{whole} all names")
         return
+    # Raw weights are taken, as of a checkpoint with entries.
+    mean = [] if _is_averaged(prefix) else [n for n in others if _is_averaged(n)]
+    if mean:
+        entry = re.split("[./]", mean[0])[0]
+        averaged = f"; left out {len(mean)} averaged tensors, which "
+        averaged += f"config.init.entry={entry!r} takes"
+        others = [name for name in others if not _is_averaged(name)]
+        names = {name: names[name] for name in theirs if name not in set(mean)}
     for layout, ours in tables:
         heads = {} if layout is OURS else _as_head(others, ours)
         if set(heads.values()) & set(names.values()):
@@ -95,13 +107,13 @@ def _fits(
         renamed = {**names, **heads}
         if len(set(renamed.values())) < len(renamed):
             continue
-        told = f"left out the prefix {prefix!r} of {len(theirs) - len(others)} of "
-        told += f"{len(theirs)} names"
+        told = f"{whole} {len(names) - len(others)} of {len(theirs)} names"
         if heads:
             told += f"; took {' and '.join(map(repr, heads))} as the head"
-        elif not set(others) <= set(ours.values()):
+        elif others and not set(others) <= set(ours.values()):
             told += f"; config.init.entry={prefix.rstrip('./')!r} takes these alone"
-        yield _Fit(len(set(renamed.values()) & set(ours.values())), renamed, told)
+        shared = len(set(renamed.values()) & set(ours.values()))
+        yield _Fit(shared, renamed, told + averaged)
 
 
 def _as_head(others: Sequence[str], ours: Mapping[str, Any]) -> dict[str, str]:
