@@ -19,23 +19,25 @@ from finetune_jax.models import make_model
 from finetune_jax.pretrained.addresses import read_weights
 from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.trees import count, named
 
 LAST_BIAS = "params/head/logits/bias"
 
 
-def converted(address: str, model: str, size: int) -> dict:
+def converted(address: str, model: str, size: int, entry: str | None = None) -> dict:
     """Returns parameters and batch statistics of a model, with the weights' classes.
 
     Args:
         address: Of the weights.
         model: Its name.
         size: Of the images, where the model's shapes depend on it.
+        entry: Entry of a checkpoint with several; None takes the usual one.
 
     Raises:
         UserError: The weights cannot be read, or do not fit the model.
     """
-    weights = read_weights(address)
+    weights = read_weights(address, entry)
 
     def shapes(classes: int) -> dict:
         module = make_model(
@@ -48,6 +50,9 @@ def converted(address: str, model: str, size: int) -> dict:
         )
 
     names = named(shapes(1))
+    weights = without_prefix(weights, names)
+    for note in weights.notes:
+        print(note, file=sys.stderr)
     layout = recognise(names, weights.tensors, address)
     bias = weights.tensors.get(layout.names([LAST_BIAS]).get(LAST_BIAS, ""))
     return load_weights(shapes(1 if bias is None else len(bias)), weights)
@@ -61,12 +66,15 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--entry", help="such as model_ema; the usual one by default")
     parser.add_argument("--image_size", type=int, default=224)
     arguments = parser.parse_args()
     try:
         if arguments.output.exists():
             raise UserError(f"--output: {arguments.output} exists already")
-        variables = converted(arguments.address, arguments.model, arguments.image_size)
+        variables = converted(
+            arguments.address, arguments.model, arguments.image_size, arguments.entry
+        )
         with ocp.PyTreeCheckpointer() as writer:
             writer.save(arguments.output.absolute(), variables)
     except (UserError, OSError) as error:

@@ -96,7 +96,7 @@ def archived(content: bytes) -> bytes:
 
 def with_pickle(content: bytes) -> bytes:
     """Returns a torch archive with this pickle."""
-    values = list(TENSORS.values())
+    values = list(TENSORS.values()) * 2
     return torch_files.zipped(content, values)
 
 
@@ -126,6 +126,9 @@ def targets() -> dict[str, tuple[list[bytes], Callable[[bytes], object]]]:
         pickles = [archive.read("archive/data.pkl")]
     with zipfile.ZipFile(io.BytesIO(torch_files.with_code())) as archive:
         pickles.append(archive.read("archive/data.pkl"))
+    checkpoint = torch_files.with_objects(TENSORS)
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as archive:
+        pickles.append(archive.read("archive/data.pkl"))
     text = configs.to_json(configs.resolve(configs.default())[0]).encode()
     pth, npz_of = FORMATS[".pth"], FORMATS[".npz"]
     return {
@@ -138,7 +141,10 @@ def targets() -> dict[str, tuple[list[bytes], Callable[[bytes], object]]]:
             [npy(value) for value in TENSORS.values()],
             lambda data: npz_of(archived(data), "f"),
         ),
-        "pth": ([whole, torch_files.with_code()], lambda data: pth(data, "f")),
+        "pth": (
+            [whole, checkpoint, torch_files.with_code()],
+            lambda data: pth(data, "f"),
+        ),
         "pickle in a pth": (pickles, lambda data: pth(with_pickle(data), "f")),
         "pth before 1.6": (
             [torch_files.write_legacy(TENSORS)],

@@ -125,3 +125,18 @@ def write_legacy(tensors):
 def with_code():
     """Returns a file that makes the folder `code-was-run` if it is unpickled."""
     return zipped({"weight": Call(Name("os mkdir"), ("code-was-run",))})
+
+
+def with_objects(tensors):
+    """Returns a training checkpoint: tensors, averaged ones, and objects beside them."""
+    arrays = [np.asarray(array, order="C") for array in tensors.values()] * 2
+    calls = [described(str(i), array) for i, array in enumerate(arrays)]
+    namespace = b"cargparse\nNamespace\n)\x81}X\x02\x00\x00\x00lrK\x01sb"
+    checkpoint = {
+        "state_dict": dict(zip(tensors, calls)),
+        "ema": {"module": dict(zip(tensors, calls[len(tensors) :]))},
+        "args": Raw(namespace),
+        "path": Call(Name("pathlib PosixPath"), ("/", "tmp")),
+        "history": [Raw(b"ccollections\nOrderedDict\n)}\x92"), {"a": (1, None)}],
+    }
+    return zipped(checkpoint, arrays)

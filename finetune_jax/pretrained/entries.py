@@ -154,7 +154,7 @@ def _usual(
     top: Mapping[str, Any], own: Mapping[str, Any], entries: Mapping[str, dict]
 ) -> tuple[Mapping[str, Any], list[str]]:
     """Returns the entry that is taken where none is asked for, and lines about it."""
-    of_model = [n for n in entries if not _OF_TRAINING.fullmatch(n.casefold())]
+    of_model = [n for n in entries if not _OF_TRAINING.fullmatch(_start(n))]
     raw = [n for n in of_model if not is_averaged(n)]
     is_usual = {n: n.rpartition(".")[2] in WRAPPERS for n in raw}
     usual = [n for n in raw if is_usual[n] and "." not in n]
@@ -194,7 +194,12 @@ def is_averaged(name: str) -> bool:
     >>> is_averaged("state_dict_ema"), is_averaged("schema")
     (True, False)
     """
-    return bool(_AVERAGED.fullmatch(name.casefold()))
+    return bool(_AVERAGED.fullmatch(_start(name)))
+
+
+def _start(name: str) -> str:
+    # A file may have names of any length.
+    return name[:200].casefold()
 
 
 def _asked(
