@@ -276,6 +276,33 @@ DOUBTFUL = (
         warns="dates or times",
     ),
 )
+DOUBTFUL += (
+    csv(
+        "points between thousands and semicolons",
+        text_of(changed(1, lambda at, c: f"{at * 97:,}".replace(",", ".")), sep=";"),
+        warns=r"'weight' is read as numbers with '\.' between thousands",
+    ),
+    csv(
+        "months",
+        text_of(changed(1, lambda at, _: f"2024-{at % 12 + 1:02d}")),
+        warns="dates or times",
+    ),
+    csv(
+        "days as numbers",
+        text_of(changed(1, lambda at, _: f"202403{at % 31 + 1:02d}")),
+        warns="'weight' seems to have dates such as 20240301",
+    ),
+    csv(
+        "digits of another script",
+        text_of(changed(1, lambda _, c: "".join(chr(0x660 + int(d)) for d in c))),
+        warns="not written alike",
+    ),
+    csv(
+        "several lines",
+        text_of(changed(2, lambda at, c: '"a\nb"' if at % 5 == 1 else c)),
+        warns="values of several lines",
+    ),
+)
 REFUSED = (
     csv(
         "names twice",
@@ -346,6 +373,15 @@ def test_what_is_doubted_can_be_said(tmp_path):
     path = file_of(tmp_path, text_of(changed(1, lambda at, c: "x" if at == 4 else c)))
     with pytest.raises(UserError, match="line 6: 'weight' is 'x', not a number"):
         read(path, columns=(("weight", "number"),))
+
+
+def test_labels_have_forms_too(tmp_path):
+    rows = [(*row[:3], f"${int(row[1]):,}".join('""')) for row in ROWS]
+    data = data_of(file_of(tmp_path, text_of(rows)), "csv", labels="numbers")
+    wanted = [[float(row[1])] for row in ROWS]
+    np.testing.assert_array_equal(data.train.label[in_order(data)], wanted)
+    (warning,) = data.warnings
+    assert "'label' is read as numbers without '$'" in warning
 
 
 def test_rules_in_messages_match_their_columns(tmp_path):
@@ -443,6 +479,7 @@ def test_runs_of_before_read_cells_as_they_did(tmp_path):
         (("10.0.0.1", "10.0.0.2"), None),
         (("-", ".", "5"), Form()),
         (("kg",), None),
+        (("5", "1.234"), Form()),
     ],
 )
 def test_forms_of_numbers(texts, form):

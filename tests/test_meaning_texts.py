@@ -1,5 +1,6 @@
 """Odd files of texts have the tokens of the clean one, or a warning, or are refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -169,6 +170,19 @@ def test_characters_end_no_line(sign, tmp_path):
     with pytest.raises(UserError) as error:
         load_masks(str(tmp_path), None)
     assert "classes" not in str(error.value)  # It has two, and the images are missing.
+
+
+def test_texts_alone_are_told_from_whole_rows_without_names(tmp_path):
+    options = dataclasses.replace(OPTIONS, header=("label", "sentence"))
+    path = tmp_path / "t.csv"
+    for content, wanted in (
+        ("good; film\nbad\n", ["good; film", "bad"]),
+        ("1;good film\n0;bad\n", ["good film", "bad"]),
+        ("1,good film\n0,bad\n", ["good film", "bad"]),
+    ):
+        path.write_text(content)
+        found = read_texts(path, options)
+        assert [row["sentence"] for row in found.cells] == wanted
 
 
 def test_lines_without_text_are_refused_by_their_number(tmp_path):

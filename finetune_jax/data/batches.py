@@ -144,7 +144,10 @@ def training_batches(
         batch = dataset.take(taken)
         batch["position"] = places_of(taken, batch_size, views)
         return jax.tree.map(
-            lambda array: array.reshape(micro_batches, -1, *array.shape[1:]), batch
+            lambda array: array.reshape(
+                micro_batches, len(array) // micro_batches, *array.shape[1:]
+            ),
+            batch,
         )
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

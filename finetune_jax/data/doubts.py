@@ -20,7 +20,7 @@ LOOKED_AT = 2000
 _FEWEST_ROWS = 10
 # float64 has all whole numbers up to here.
 EXACT = 2.0**53
-_DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+_DAY = r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
 _MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _NAMED = rf"(\d{{1,2}}[ .-]+{_MONTH}[ ,-]*\d{{2,4}}|{_MONTH} \d{{1,2}},? \d{{4}})"
 _TIME = r"\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?( ?[ap]m)?( ?(z|utc|[+-]\d{2}:?\d{2}))?"
@@ -38,12 +38,17 @@ def form_doubts(schema: Schema, is_told: Callable[[str], bool]) -> list[str]:
         schema: The columns.
         is_told: Whether the config gives a column its kind.
     """
-    return [
-        f"column {name!r} is read as numbers {form}; {rule(name, 'category')} takes its "
-        f"values for names, and {rule(name, 'number')} says that they are numbers"
-        for name, form in from_entries(schema.forms).items()
-        if not is_told(name)
-    ]
+    found = []
+    for name, form in from_entries(schema.forms).items():
+        said = f"column {name!r} is read as numbers {form}"
+        if name == schema.label:
+            found.append(f"{said}; if that is wrong, write plain numbers in the file")
+        elif not is_told(name):
+            found.append(
+                f"{said}; {rule(name, 'category')} takes its values for names, and "
+                f"{rule(name, 'number')} says that they are numbers"
+            )
+    return found
 
 
 def number_doubt(name: str, files: Sequence[np.ndarray], largest: float) -> str | None:
@@ -65,6 +70,12 @@ def number_doubt(name: str, files: Sequence[np.ndarray], largest: float) -> str 
             f"column {name!r} has another whole number in every row and may be an "
             f"identifier; {out}, and {kept}"
         )
+    if all(map(_are_days, files)):
+        return (
+            f"column {name!r} seems to have dates such as {files[0][0]:.0f}, whose "
+            f"differences are no numbers of days; write days in the file, or {out}, and "
+            f"{kept}"
+        )
     if largest > EXACT:
         return (
             f"column {name!r} has numbers beyond 2**53, whose last digits are lost; if "
@@ -81,6 +92,16 @@ def _has_no_gaps(numbers: np.ndarray) -> bool:
 def _is_distinct(numbers: np.ndarray) -> bool:
     whole = (numbers % 1 == 0).all()
     return bool(whole and len(np.unique(numbers)) == len(numbers) >= _FEWEST_ROWS)
+
+
+def _are_days(numbers: np.ndarray) -> bool:
+    """Returns whether numbers such as 20240131 are days of a calendar."""
+    month, day = numbers // 100 % 100, numbers % 100
+    is_day = (numbers % 1 == 0) & (numbers > 19000100) & (numbers < 21001232)
+    is_day &= (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+    return bool(
+        (is_day | np.isnan(numbers)).all() and is_day[:1].all() and len(numbers)
+    )
 
 
 def category_doubt(
@@ -152,9 +173,9 @@ def _number_doubt(
     others = [value for value, is_ in zip(looked, is_number) if not is_][:3]
     return (
         f"column {name!r} is a category, but {share:.0%} of its values are numbers; others "
-        f"are {', '.join(map(repr, others))}. If it measures something, "
-        f"config.data.missing={tuple(others)!r} says that such cells have no value, and "
-        f"{number} that all others are numbers"
+        f"are {', '.join(map(repr, others))}. If it measures something, write these as "
+        f"numbers, or say by config.data.missing={tuple(others)!r} that such cells have no "
+        f"value; {number} says that all others are numbers"
     )
 
 

@@ -165,7 +165,9 @@ def mixed_batches(
 
     def load(update: int) -> dict[str, Any]:
         return jax.tree.map(
-            lambda array: array.reshape(micro_batches, -1, *array.shape[1:]),
+            lambda array: array.reshape(
+                micro_batches, len(array) // micro_batches, *array.shape[1:]
+            ),
             mixture.batch(update, orders),
         )
 

@@ -106,7 +106,12 @@ def form_of(
     separators = list(_SEPARATORS) + (list(_RARE_SEPARATORS) if told else [])
     if commas:
         separators.sort(key=lambda one: one[1] == ".")
-        separators.insert(0, separators.pop(separators.index(("", "."))))
+        # Points before three digits each are rather between thousands.
+        if any("." in text for text in usual):
+            separators.remove((".", ","))
+            separators.insert(0, (".", ","))
+        plain = separators.pop(separators.index(("", ".")))
+        separators.insert(1 if separators[0] == (".", ",") else 0, plain)
     forms = [
         Form(before=before, after=after, thousands=thousands, decimal=decimal)
         for thousands, decimal in separators
@@ -146,10 +151,14 @@ def _around(text: str) -> tuple[str, str]:
 def is_any_number(text: str) -> bool:
     """Returns whether a cell is a number in any form, with known signs around it.
 
-    >>> [is_any_number(text) for text in ("1.234,5", "5%", "5 kg", "$3", "five")]
-    [True, True, False, True, False]
+    >>> [is_any_number(text) for text in ("1.234,5", "5%", "5 kg", "$3", "five", "٣")]
+    [True, True, False, True, False, True]
     """
-    return form_of([text]) is not None
+    try:
+        float(text)  # Also with digits of other scripts.
+        return True
+    except ValueError:
+        return form_of([text]) is not None
 
 
 def parsed(texts: Any, form: Form, missing: Collection[str]) -> Any:

@@ -198,6 +198,8 @@ def _form_of(
     values = pc.unique(pa.chunked_array(parts, pa.string()))
     try:
         number_forms.parsed(values, PLAIN, signs)
+        if commas and pc.any(pc.match_substring_regex(values, "[.][0-9]{3}")).as_py():
+            raise pa.ArrowInvalid("points may be between thousands")
         usual = pc.utf8_trim_whitespace(values)
         names = pc.any(pc.match_substring_regex(usual, _LEADING_ZERO)).as_py()
         return None if names and not told else PLAIN
@@ -283,9 +285,10 @@ def batches(
             _found_faults(path, kind, schema)
             # The rows that it counts are those of a block.
             or [re.sub(r"Row #\d+: ", "", str(error))],
-            "Mend these lines; a column of names is one by config.data.columns="
-            "(('NAME', 'category'),), and config.data.header names the columns of files "
-            "that do not begin with them.",
+            "Mend these lines. A column of names is one by config.data.columns="
+            "(('NAME', 'category'),); config.data.missing=('unknown',) lists signs of "
+            "cells without a value; config.data.header names the columns of files that do not "
+            "begin with them.",
         ) from error
 
 
@@ -476,7 +479,8 @@ def _parquet_batches(
         if _is_text(kinds.field(name).type):
             return pc.cast(column, pa.string())
         if pa.types.is_temporal(column.type):
-            column = pc.cast(column, pa.int64())
+            is_short = column.type.bit_width == 32
+            column = pc.cast(column, pa.int32() if is_short else pa.int64())
         return pc.cast(column, pa.float64(), safe=False)
 
     with _parquet(path) as file:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.data.labels import Classes, classes_of, spelling_of
-from finetune_jax.data.texts import Rows, TextOptions, missing_columns
+from finetune_jax.data.texts import Rows, TextOptions, is_unicode, missing_columns
 
 # The label of places that have none.
 NONE = -1
@@ -38,6 +38,8 @@ def word_problems(rows: Rows, options: TextOptions) -> list[str]:
             problems.append(f"{at}: {column!r} is {row.get(column)!r}, not words")
         elif not words or not all(word.strip() for word in words):
             problems.append(f"{at}: {column!r} is empty, or one of its words")
+        elif not all(map(is_unicode, words)):
+            problems.append(f"{at}: {column!r} has half a character (a surrogate)")
     return problems
 
 

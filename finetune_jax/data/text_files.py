@@ -253,7 +253,7 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> Rows:
     else:
         read = lookup.module(sources, kind, "--inputs").READ
         header = options.header if kind in ("tsv", "csv") else ()
-        if header and _has_texts_alone(path, kind, len(options.text)):
+        if header and _has_texts_alone(path, kind, options):
             header = options.text
         rows = read(path, header)
     check_texts(rows, options)
@@ -271,7 +271,17 @@ def check_texts(rows: Rows, options: TextOptions) -> None:
         raise UserError("\n  ".join(first_of(problems)))
 
 
-def _has_texts_alone(path: pathlib.Path, kind: str, columns: int) -> bool:
-    separator = {"tsv": "\t", "csv": ","}[kind]
-    cells, _ = first_cells(begin_of(path), separator, kind == "csv")
-    return len(cells) == columns
+def _has_texts_alone(path: pathlib.Path, kind: str, options: TextOptions) -> bool:
+    """Returns whether a file without names has the columns of texts alone."""
+    delimiter, quotes = {"tsv": "\t", "csv": ","}[kind], kind == "csv"
+    begin = begin_of(path)
+    cells, _ = first_cells(begin, delimiter, quotes)
+    if len(cells) != len(options.text):
+        return False
+    # A text may have semicolons, but not as many in all lines.
+    head = head_of(path, options.header, delimiter=delimiter, quotes=quotes)
+    lines = [line for line in begin.split("\n")[:-1] or [begin] if line.strip()]
+    return head.delimiter == delimiter or not all(
+        len(first_cells(line, head.delimiter, quotes)[0]) == len(options.header)
+        for line in lines
+    )

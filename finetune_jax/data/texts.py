@@ -182,7 +182,18 @@ def text_problems(
                 problems.append(f"{at}: {column!r} is {value!r}, not a text")
             elif not value.strip():
                 problems.append(f"{at}: {column!r} is empty")
+            elif not is_unicode(value):
+                problems.append(f"{at}: {column!r} has half a character (a surrogate)")
     return problems
+
+
+def is_unicode(text: str) -> bool:
+    r"""Returns whether a text has whole characters only; JSON's "\ud83d" is half a one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_encoder(tokenizer: str, max_tokens: int) -> Any:
