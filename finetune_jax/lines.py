@@ -28,7 +28,7 @@ def check_begin(data: bytes, path: pathlib.Path) -> None:
     if data.startswith(_WIDE) or b"\0" in data[:_BEGIN]:
         raise UserError(
             f"{path}, line 1: not text in UTF-8 but probably UTF-16, as Excel's 'Unicode "
-            "text' is, or a compressed file; convert UTF-16 by iconv -f UTF-16 -t UTF-8 FILE"
+            "text' is, or compressed; convert UTF-16 by iconv -f UTF-16 -t UTF-8 FILE"
         )
 
 

@@ -287,8 +287,8 @@ def batches(
             or [re.sub(r"Row #\d+: ", "", str(error))],
             "Mend these lines. A column of names is one by config.data.columns="
             "(('NAME', 'category'),); config.data.missing=('unknown',) lists signs of "
-            "cells without a value; config.data.header names the columns of files that do not "
-            "begin with them.",
+            "cells without a value; config.data.header names the columns of files that do "
+            "not begin with them.",
         ) from error
 
 
