@@ -104,16 +104,21 @@ class TableSpec:
             log = "log, " if one.log else ""
             form = f"{forms[one.name]}, " if one.name in forms else ""
             found.append(
-                f"  {one.name}: number, {form}{log}mean {one.mean:.4g}, deviation "
+                f"  {_shown(one.name)}: number, {form}{log}mean {one.mean:.4g}, deviation "
                 f"{one.std:.4g}, {one.missing:.1%} missing"
             )
         for one in self.categories:
             kind = "hashed into" if one.hashed else "category,"
             found.append(
-                f"  {one.name}: {kind} {one.rows - ROWS_BEFORE:,} rows, "
+                f"  {_shown(one.name)}: {kind} {one.rows - ROWS_BEFORE:,} rows, "
                 f"{one.missing:.1%} missing, {one.unseen:.1%} rare"
             )
         return found
+
+
+def _shown(name: str) -> str:
+    """Returns a name on one line, for a list of columns."""
+    return " ".join(name.split()) or repr(name)
 
 
 def _as_tuples(value: Any) -> Any:
