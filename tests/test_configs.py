@@ -151,7 +151,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch):
     if config.data.text:
         unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
     if config.init.pretrained is None:
-        unread -= {"init.fresh", "init.input_channels"}  # They are about weights.
+        unread -= {"init.fresh", "init.input_channels", "init.accept"}
     if config.task.name == "mutual":  # What several models need is not kept.
         unread -= {"data.cache_dir", "data.cache_gb"}
     assert not unread

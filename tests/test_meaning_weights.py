@@ -795,7 +795,7 @@ def start(weights, task, **init):
     state, found = make_setup(config).start()
     leaves = named(state.params)
     kernels = [leaves[n] for n in leaves if n.endswith("head/logits/kernel")]
-    return kernels, "\n".join(found.told)
+    return kernels, "\n".join(found.lines)
 
 
 def weights_of(state, folder, names, prefixes=("",)):
