@@ -1,5 +1,6 @@
 """`scripts/convert_weights.py` changes names and lay-out, and not one number."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import pytest
 import torch_files
 from test_weights import layout, published, shapes, values
 
+from finetune_jax.pretrained import architecture
 from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.pretrained.labels import names_at
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.trees import digest, named
 
@@ -50,6 +53,28 @@ def test_converted_weights_are_those_of_the_file(weights, tmp_path):
     )
     assert digest(named(ours)) == digest(named(theirs))
     assert layout("finetune_jax").names(converted.tensors).keys() == named(ours).keys()
+
+
+@pytest.mark.slow
+def test_the_variant_that_a_file_beside_says_stays_with_the_weights(tmp_path):
+    tensors = published("transformers", "resnet50", classes=2)
+    (tmp_path / "weights.pth").write_bytes(torch_files.write_zip(tensors))
+    about = {"model_type": "resnet", "downsample_in_bottleneck": True}
+    about["id2label"] = {"0": "ant", "1": "bee"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    output = tmp_path / "converted"
+    done = convert(f"file:{tmp_path / 'weights.pth'}", "resnet50", output)
+    assert done.returncode == 0, done.stderr
+    assert "stride_in='1x1', as config.json says" in done.stderr
+    assert architecture.variant("resnet50", f"orbax:{output}")[0] == {
+        "stride_in": "1x1"
+    }
+    assert names_at(f"orbax:{output}") == ("ant", "bee")
+    about["layer_type"] = "basic"
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    done = convert(f"file:{tmp_path / 'weights.pth'}", "resnet50", tmp_path / "other")
+    assert done.returncode == 2 and "layer_type='basic'" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

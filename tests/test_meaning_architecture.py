@@ -483,3 +483,32 @@ def test_an_export_names_no_library_that_has_no_such_variant(library, name, argu
     for given in ({}, arguments):
         module = make_model(name, {"head": {}, **given}, classes=10)
         assert published.has(library, module) == (given == {})
+
+
+@pytest.mark.parametrize(
+    ("modes", "pool", "told"),
+    [
+        ({"pooling_mode_mean_tokens": True}, "mean", False),
+        (
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+            "mean",
+            True,
+        ),
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+            "mean",
+            True,
+        ),
+        ({"pooling_mode_mean_tokens": True}, "cls", True),
+        ({"pooling_mode_cls_token": True}, "none", False),
+        ([], "mean", False),
+        ({"word_embedding_dimension": 384}, "mean", False),
+    ],
+)
+def test_another_pooling_of_sentence_transformers_is_told(tmp_path, modes, pool, told):
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    model = {"name": "minilm_l6", "pool": pool}
+    found = architecture.read(model, f"file:{tmp_path}/model.safetensors")
+    assert any("1_Pooling" in note for note in found.notes) is told

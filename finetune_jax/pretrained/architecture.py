@@ -123,6 +123,28 @@ def check(config: Config) -> None:
         raise _refusal(problems)
 
 
+def variant(model: str, address: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns the arguments that make a model the network of some weights, and lines.
+
+    Args:
+        model: Name of the model.
+        address: Address of the weights.
+
+    Raises:
+        UserError: Lists every field of the files beside them that no argument follows.
+    """
+    one = Described("--model", "", {"name": model}, address)
+    if (fields := read(one.model, address)) is None:
+        return {}, []
+    lacking, wrong = _compared(one, fields, ())
+    if wrong:
+        raise _refusal(_headed(one, wrong))
+    told = [
+        f"{key}={value!r}, as {fields.where} says" for key, value in lacking.items()
+    ]
+    return lacking, [*fields.notes, *told]
+
+
 def assumed(one: Described, layout: str) -> list[str]:
     """Returns a line that tells which variant was assumed; none if a file says it.
 
@@ -172,6 +194,7 @@ def read(model: Mapping[str, Any], address: str) -> Fields | None:
         found = Fields({}, FILES[0])
     if found is not None:
         found.notes[:0] = notes
+        found.notes += _pooling_notes(model, address)
     return found
 
 
@@ -214,6 +237,22 @@ def _files(address: str, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
             else:
                 kind = type(values).__name__
                 notes.append(f"{name}: a JSON {kind}, not an object; it is not used")
+
+
+def _pooling_notes(model: Mapping[str, Any], address: str) -> list[str]:
+    """Returns a line if sentence-transformers pools tokens otherwise than the model."""
+    name, known = "1_Pooling/config.json", effective(model) or {}
+    try:
+        values = loads(read_beside(address, name) or "null")
+    except (UserError, ValueError):
+        return []
+    if not isinstance(values, Mapping) or known.get("pool", "none") == "none":
+        return []
+    modes = [key for key, is_chosen in values.items() if is_chosen is True]
+    modes = [key for key in modes if key.startswith("pooling_mode")]
+    if not modes or (modes == ["pooling_mode_mean_tokens"] and known["pool"] == "mean"):
+        return []
+    return [f"{name}: {listed(modes)}, but config.model.pool is {known['pool']!r}"]
 
 
 def _places(address: str) -> list[str]:
