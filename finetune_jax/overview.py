@@ -4,6 +4,8 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
@@ -48,7 +50,7 @@ def _data_lines(config: Config, data: Data) -> list[str]:
     if spec.domains:
         lines = [
             f"domain {name}: {of.train_examples:,} train examples, {_shape(of)}; "
-            f"{_classes(of)}"
+            f"{_classes(of, of.train_counts)}"
             for name, of in spec.domains.items()
         ]
     else:
@@ -56,7 +58,8 @@ def _data_lines(config: Config, data: Data) -> list[str]:
         counts = ", ".join(f"{len(part):,} {split}" for split, part in sizes.items())
         place = pathlib.PurePath(config.data.dir or "").name
         name = f"{config.data.name} {place}".strip()
-        lines = [f"{name}: {counts} examples, {_shape(spec)}", _classes(spec)]
+        classes = _classes(spec, _class_counts(data))
+        lines = [f"{name}: {counts} examples, {_shape(spec)}", classes]
         if spec.table is not None:
             lines[1] = f"{lines[1]}; {_columns(spec.table)}"
     left = ["; ".join(data.not_used)] if data.not_used else []
@@ -71,8 +74,17 @@ def _shape(spec: DataSpec) -> str:
     return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
 
 
-def _classes(spec: DataSpec) -> str:
-    """Returns the classes with their training examples, or what else is predicted."""
+def _class_counts(data: Data) -> Sequence[int]:
+    """Returns the training examples of each class, or the words of each tag."""
+    spec = data.spec
+    if spec.text is None or spec.text.options.labels != "tags":
+        return spec.train_counts
+    label = data.train.label
+    return np.bincount(label[label >= 0], minlength=len(spec.class_names)).tolist()
+
+
+def _classes(spec: DataSpec, counts: Sequence[int]) -> str:
+    """Returns the classes with their counts, or what else is predicted."""
     if spec.targets:
         return f"predicted numbers: {_listed(spec.targets)}"
     if spec.pixel_classes:
@@ -80,13 +92,12 @@ def _classes(spec: DataSpec) -> str:
     if not spec.class_names:
         return "predicted: answers in the passage"
     shown = list(spec.class_names)
-    if len(spec.train_counts) == len(shown):
-        shown = [f"{name} ({n:,})" for name, n in zip(shown, spec.train_counts)]
+    are_known = len(counts) == len(shown)
+    if are_known:
+        shown = [f"{name} ({n:,})" for name, n in zip(shown, counts)]
     line = f"{len(shown)} classes: {_listed(shown)}"
-    if len(shown) > _NAMES and len(spec.train_counts) == len(shown):
-        line += (
-            f", {min(spec.train_counts):,} to {max(spec.train_counts):,} examples each"
-        )
+    if len(shown) > _NAMES and are_known:
+        line += f", {min(counts):,} to {max(counts):,} examples each"
     return line
 
 

@@ -1,11 +1,15 @@
 """The first lines of a run: data, weights and plan."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import small
 
 from finetune_jax import main
 from finetune_jax.data.dataset import Data, no_data
-from finetune_jax.overview import overview
+from finetune_jax.data.texts import TextOptions, TextSpec
+from finetune_jax.overview import _data_lines, overview
 from finetune_jax.plan import Phase
 from finetune_jax.run import run
 from finetune_jax.setup import make_setup
@@ -103,3 +107,13 @@ def test_an_unwritable_file_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="card.md") as error:
         write_text(tmp_path / "card.md", "text")
     assert error.value.errno == 28
+
+
+def test_tags_are_told_with_the_words_that_have_them():
+    text = TextSpec(options=TextOptions(labels="tags"), vocabulary=9)
+    spec = dataclasses.replace(small.spec(shape=(2, 3), classes=2), text=text)
+    spec = dataclasses.replace(spec, class_names=("O", "B-LOC"), train_counts=(2,))
+    data = no_data(spec)
+    label = np.array([[0, 1, -1], [0, 0, -1]], np.int32)
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, label=label))
+    assert _data_lines(small.config(), data)[1] == "2 classes: O (3), B-LOC (1)"

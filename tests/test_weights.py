@@ -280,9 +280,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
     path.write_bytes(torch_files.with_code())
-    with pytest.raises(
-        UserError, match=r"weights\.pth: .* object of 'os.mkdir'"
-    ):
+    with pytest.raises(UserError, match=r"weights\.pth: .* object of 'os.mkdir'"):
         read_weights(f"file:{path}")
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
 
