@@ -23,7 +23,7 @@ from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import check_labels, is_output
 from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import fresh_in, load_weights, taken_line
-from finetune_jax.pretrained.numbers import told_of_numbers
+from finetune_jax.pretrained.numbers import told_of_accepted, told_of_numbers
 from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.pretrained.tokenizer import FILE as TOKENIZER
 from finetune_jax.pretrained.tokenizer import files_beside, find_tokenizer
@@ -80,16 +80,20 @@ def layout_of(shapes: TrainState, weights: Weights) -> str | None:
     return recognise(names, fitting.tensors, weights.address).name
 
 
-def told_of(weights: Weights | None, precision: str) -> list[str]:
-    """Returns what a reader should know of the weights that a run begins with.
+def told_of(
+    weights: Weights | None, precision: str, accept: Sequence[str] = ()
+) -> list[str]:
+    """Returns warnings about the weights that a run begins with.
 
     Args:
-        weights: They, if there are any.
-        precision: Of the run's computation.
+        weights: The weights, if there are any.
+        precision: Precision of the run's computation.
+        accept: `config.init.accept`.
     """
     if weights is None:
         return []
-    return told_of_numbers(weights.address, weights.tensors, precision)
+    about = weights.address, weights.tensors
+    return [*told_of_numbers(*about, precision), *told_of_accepted(*about, accept)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,7 @@ def starting_state(
             )
         variables, layouts[prefix], own_lines = found
         lines += own_lines
-        told += told_of(read, config.precision)
+        told += told_of(read, config.precision, init.accept)
     if weights and ("" not in weights or isinstance(task, Several)):
         _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
@@ -178,21 +182,38 @@ def starting_state(
     )
     sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
     params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
-    lines += _assumed_lines(config, layouts)
+    lines += _lines_of_models(task, config, weights, layouts)
     found = Loaded(
         sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
     )
     return state.replace(params=params), found
 
 
-def _assumed_lines(config: Config, layouts: Mapping[str, str]) -> list[str]:
-    """Returns lines about the variants that no file beside the weights decides."""
-    return [
-        line
-        for one in architecture.described(config)
-        if one.prefix in layouts
-        for line in architecture.assumed(one, layouts[one.prefix])
-    ]
+def _lines_of_models(
+    task: Task,
+    config: Config,
+    weights: Mapping[str, Weights],
+    layouts: Mapping[str, str],
+) -> list[str]:
+    """Returns lines about teachers, and about variants that were assumed.
+
+    Args:
+        task: Task of the run.
+        config: Config of the run.
+        weights: Weights by the prefix of the models that are trained.
+        layouts: Names of their layouts, likewise.
+    """
+    fixed = task.fixed_layouts()
+    lines = [line for _, own in fixed.values() for line in own]
+    known = {**layouts, **{label: layout for label, (layout, _) in fixed.items()}}
+    for one in architecture.described(config):
+        if one.prefix in known:
+            arch = weights[one.prefix].arch if one.prefix in weights else ""
+            named_lines = architecture.named(one, arch, config.init.fresh)
+            if named_lines is None:
+                named_lines = architecture.assumed(one, known[one.prefix])
+            lines += named_lines
+    return lines
 
 
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax import trees
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.hints import Regressors, make_pairs, regressor_widths
 from finetune_jax.models import model_of
 from finetune_jax.pretrained.addresses import read_weights
-from finetune_jax.pretrained.labels import keys, names_at
+from finetune_jax.pretrained.labels import are_places, keys, names_at
+from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import load_weights
+from finetune_jax.pretrained.prefixes import without_prefix
 from finetune_jax.tasks.task import EVALUATION, apply_model
 
 # The address of the model as the run begins with it.
@@ -87,12 +90,34 @@ class Teacher:
         with_address = f"{self.where}.pretrained"
         try:
             weights = read_weights(self.address, self.entry)
+            weights = without_prefix(weights, dict(trees.named(zeros)))
             return load_weights(zeros, weights, accept=None)
         except UserError as error:
             # What reads weights blames the key that they mostly come from.
             text = str(error).replace("config.init.pretrained", with_address)
             text = text.replace("config.init.entry", f"{self.where}.entry")
             raise UserError(f"{self.where}, a teacher: {text}") from error
+
+    def layout(
+        self, shape: tuple[int, ...], names: Sequence[str]
+    ) -> tuple[str, list[str]]:
+        """Returns the name of the layout of its weights, and lines about them.
+
+        Args:
+            shape: Shape of one input.
+            names: Class names of the data.
+        """
+        weights = read_weights(self.address, self.entry)
+        leaves = dict(trees.named(self.shapes(shape)))
+        weights = without_prefix(weights, leaves)
+        found = recognise(leaves, weights.tensors, self.address).name
+        line = f"{self.where}, a teacher: {self.address} (layout: {found})"
+        if self.class_names is None:
+            line += (
+                "; nothing says what its classes are: in their order they are taken for "
+                f"{', '.join(names[:20])}"
+            )
+        return found, [line, *weights.notes]
 
     def sha256(self) -> dict[str, str]:
         """Returns the digest of each file of its weights, by path."""
@@ -212,16 +237,17 @@ def saved_class_names(
     """Returns the classes that the model at an address learned, where something tells.
 
     Args:
-        address: A former run's, whose manifest tells; or of weights with a file beside
-            them. If none of the names there is the data's, they may be the same classes
-            in other words.
-        data_names: Of the data's classes.
+        address: Address of a former run, whose manifest tells, or of weights with a file
+            beside them.
+        data_names: Class names of the data. If they are numbers and no name is the same,
+            they may stand for the classes of the weights.
     """
     found = names_at(address)
     if not found or address.startswith("orbax:"):
         return found or None
     ours, theirs = keys(data_names, found)
-    return found if set(ours) & set(theirs) else None
+    are_others = are_places(data_names) and not set(ours) & set(theirs)
+    return None if are_others else found
 
 
 def class_problems(teacher: Teacher, names: Sequence[str]) -> list[str]:

@@ -50,6 +50,7 @@ class Weights:
         notes: Lines that tell a reader what was taken from the file, such as the entry of
             a checkpoint, a prefix of all names, or the number types.
         class_names: Class names that the file itself has, in the order of the logits.
+        arch: Name of the network that the file itself has; empty where it has none.
     """
 
     address: str
@@ -57,6 +58,7 @@ class Weights:
     sha256: Mapping[str, str]
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    arch: str = ""
 
 
 def read_weights(address: str, entry: str | None = None) -> Weights:
@@ -120,6 +122,7 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
         sha256=sha256,
         notes=tuple(f"{path.name}: {note}" for note in (*notes, *found.notes)),
         class_names=found.class_names,
+        arch=found.arch,
     )
 
 

@@ -28,6 +28,10 @@ FILES = ("config.json", "model.json")
 VARIANT = (
     "heads", "hidden_activation", "activation", "epsilon", "padding", "stride_in", "pool",
 )  # fmt: skip
+# Fields of which one at least is in a file of transformers.
+_OF_TRANSFORMERS = (
+    "model_type", "architectures", "hidden_act", "num_attention_heads", "n_heads",
+)  # fmt: skip
 # Fields of timm's `model_args` that change no output, or that shapes check.
 _HARMLESS = (
     "num_classes", "in_chans", "img_size", "embed_dim", "depth", "depths", "dims",
@@ -174,6 +178,40 @@ def assumed(one: Described, layout: str) -> list[str]:
     ]
 
 
+def named(one: Described, arch: str, fresh: tuple[str, ...]) -> list[str] | None:
+    """Returns lines about the network that a checkpoint names.
+
+    Args:
+        one: A model and the address of its weights.
+        arch: Name that a training program of timm or torchvision wrote.
+        fresh: Regexes of parameters that keep their initial value.
+
+    Returns:
+        None if a file beside the weights describes the network, or no name does.
+
+    Raises:
+        UserError: The model lacks arguments that this network has.
+    """
+    family = _family(one.model["name"])
+    if not arch or not hasattr(family, "timm") or read(one.model, one.address):
+        return None
+    fields = Fields({"architecture": arch}, "the checkpoint")
+    family.timm(
+        fields, fields.within("model_args"), arch.split(".")[0], one.model["name"]
+    )
+    lacking, wrong = _compared(one, fields, fresh)
+    if lacking:
+        told = " and ".join(f"{one.where}.{key}={v!r}" for key, v in lacking.items())
+        raise UserError(f"{one.address}: the checkpoint says arch={arch!r}; set {told}")
+    if not wrong:
+        return []
+    name = one.model["name"]
+    return [
+        f"{one.address}: the checkpoint says arch={arch!r}, which is not known to be "
+        f"{name}; it is taken for {name}"
+    ]
+
+
 def read(model: Mapping[str, Any], address: str) -> Fields | None:
     """Returns the fields of the first file beside weights that describes a network.
 
@@ -287,7 +325,7 @@ def _read(
             followed = family.timm(timm, arguments, base, name)
             _others(arguments, (*_HARMLESS, *followed))
         return fields
-    of_transformers = {"model_type", "architectures"} & set(values)
+    of_transformers = set(_OF_TRANSFORMERS) & set(values)
     if of_transformers and hasattr(family, "TRANSFORMERS"):
         kind = _model_type(fields, family.TRANSFORMERS, name)
         if kind is not None:
@@ -333,10 +371,13 @@ def _model_type(fields: Fields, known: Mapping[str, str], name: str) -> str | No
             fields.refuse("architectures", follows)
             return None
         return fits[0]
-    if kind is not None and kind not in known:
+    if kind is None:  # As older versions wrote it.
+        older = "distilbert" if fields.get("n_heads") is not None else ""
+        return older if older in known else next(iter(known))
+    if kind not in known:
         fields.refuse("model_type", follows)
         return None
-    if kind is not None and first is not None and not first.startswith(known[kind]):
+    if first is not None and not first.startswith(known[kind]):
         fields.notes.append(
             f"{fields.where}: {fields.said('architectures')} is no class of transformers' "
             f"{kind}; the weights are taken as those of {kind}"

@@ -8,8 +8,8 @@ import numpy as np
 
 # Where training programs keep class names: torchvision's tutorials, mmpretrain 0 and 1.
 _LISTS = ("class_names", "classes", "CLASSES", "label_names", "labels")
-_NUMBERED = ("class_to_idx", "label2id")
-_SECTIONS = ("meta", "dataset_meta")
+_NUMBERED = ("class_to_idx", "label2id", "label_map", "idx_to_class", "id2label")
+_SECTIONS = ("meta", "dataset_meta", "hyper_parameters")
 _MOST = 10**5
 
 
@@ -21,11 +21,13 @@ class Contents:
         tensors: Tensors by name.
         notes: Lines about the entry that was taken and what was left out.
         class_names: Class names in the order of the logits; empty where unknown.
+        arch: Name of the network that a training program wrote; empty where it wrote none.
     """
 
     tensors: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    arch: str = ""
 
 
 def listed_classes(top: Any) -> tuple[str, ...]:
@@ -36,13 +38,13 @@ def listed_classes(top: Any) -> tuple[str, ...]:
     >>> listed_classes({"class_to_idx": {"dog": 1, "cat": 0}})
     ('cat', 'dog')
     """
-    values = top
-    for _ in range(1 + len(_SECTIONS)):
-        if not isinstance(values, Mapping):
-            return ()
+    sections = [top]
+    for values in sections:
+        if not isinstance(values, Mapping) or len(sections) > 2 * len(_SECTIONS):
+            continue
         if found := _names(values):
             return found
-        values = next((values[key] for key in _SECTIONS if key in values), None)
+        sections += [values[key] for key in _SECTIONS if key in values]
     return ()
 
 
@@ -55,8 +57,23 @@ def _names(values: Mapping[str, Any]) -> tuple[str, ...]:
     for key in _NUMBERED:
         found = values.get(key)
         if isinstance(found, dict) and 1 < len(found) < _MOST:
-            places = list(found.values())
-            if all(type(p) is int for p in places):
-                if sorted(places) == list(range(len(places))):
-                    return tuple(sorted(found, key=found.__getitem__))
+            names, places = list(found), list(found.values())
+            if all(isinstance(name, str) for name in places):  # By their places.
+                names, places = places, names
+            try:
+                by_place = dict(zip(map(int, places), names))
+            except (TypeError, ValueError):
+                continue
+            if sorted(by_place) == list(range(len(found))):
+                return tuple(str(by_place[place]) for place in range(len(found)))
     return ()
+
+
+def named_network(top: Any) -> str:
+    """Returns the name of the network in a checkpoint of timm or torchvision; '' if none.
+
+    >>> named_network({"arch": "resnet50", "state_dict": {}})
+    'resnet50'
+    """
+    arch = top.get("arch") if isinstance(top, Mapping) else None
+    return arch[:100] if isinstance(arch, str) else ""

@@ -14,6 +14,7 @@ from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.paths import user_path
 from finetune_jax.pretrained.beside import read_beside
+from finetune_jax.pretrained.fields import loads
 from finetune_jax.trees import like, named
 
 # Leaves whose last axis is that of the logits.
@@ -103,7 +104,7 @@ def check_labels(
     lacking = [n for n, key in zip(class_names, ours) if key not in theirs]
     if not lacking:
         return _moved(address, class_names, known, ours, theirs)
-    if _are_places(class_names) and not set(ours) & set(theirs):
+    if are_places(class_names) and not set(ours) & set(theirs):
         if len(class_names) <= len(known):
             pairs = ", ".join(f"{a} is {b!r}" for a, b in zip(class_names, known))
             told = f"the data's classes have numbers for names: {pairs[:300]}"
@@ -185,7 +186,8 @@ def _folded(name: str) -> str:
     return " ".join(words) if any(words) else _plain(name)
 
 
-def _are_places(names: Sequence[str]) -> bool:
+def are_places(names: Sequence[str]) -> bool:
+    """Returns whether class names are the numbers of their places, from 0 on."""
     return [_plain(name) for name in names] == [str(n) for n in range(len(names))]
 
 
@@ -223,7 +225,7 @@ def labels_beside(address: str) -> tuple[str, ...]:
     for name in ("config.json", "model.json"):
         try:
             text = read_beside(address, name)
-            found = _labels(json.loads(text)) if text is not None else ()
+            found = _labels(loads(text)) if text is not None else ()
         except (UserError, ValueError, TypeError, AttributeError, KeyError):
             continue  # Not in the repository, no JSON, or of another kind.
         if found and not all(map(_NUMBERED.fullmatch, found)):
@@ -233,8 +235,16 @@ def labels_beside(address: str) -> tuple[str, ...]:
 
 def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the labels in a file of transformers, of timm, or of this project."""
-    if numbered := values.get("id2label"):
+    numbered, places = values.get("id2label"), values.get("label2id")
+    if isinstance(numbered, list):
+        return tuple(map(str, numbered))
+    if numbered:
         return tuple(str(numbered[str(number)]) for number in range(len(numbered)))
-    listed = values.get("pretrained_cfg", values).get("label_names")
+    if places:
+        by_place = {int(place): str(name) for name, place in places.items()}
+        return tuple(by_place[number] for number in range(len(places)))
+    # timm writes them beside, or inside, the section of the pretrained weights.
+    inner = values.get("pretrained_cfg") or {}
+    listed = values.get("label_names") or inner.get("label_names")
     listed = listed or values.get("labels") or values.get("targets")
     return tuple(map(str, listed or ()))

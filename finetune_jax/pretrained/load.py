@@ -158,6 +158,7 @@ def _merged(
         if value.shape != leaf.shape:
             misfits.append(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
+                + _more_logits(name, leaf.shape, value.shape)
             )
         # A copy, also of what lies right: the file may change or go.
         dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
@@ -170,6 +171,14 @@ def _merged(
 
 def _both(ours: str, theirs: str) -> str:
     return ours if ours == theirs else f"{ours} ({theirs})"
+
+
+def _more_logits(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """Returns how a head with more logits than the data has classes is kept."""
+    is_head = re.fullmatch(r"params/(.*/)?head/logits/(kernel|bias)", name)
+    if not is_head or ours[:-1] != theirs[:-1] or not ours or ours[-1] > theirs[-1]:
+        return ""
+    return f"; config.model.classes={theirs[-1]} keeps all logits of the weights"
 
 
 def _each(

@@ -131,3 +131,25 @@ def told_of_numbers(
             f"become float32, and {told}"
         )
     return lines
+
+
+def told_of_accepted(
+    address: str, tensors: Mapping[str, np.ndarray], accept: Collection[str]
+) -> list[str]:
+    """Returns a line about integers that are taken as they are.
+
+    Args:
+        address: Address of the weights.
+        tensors: Tensors by name.
+        accept: `config.init.accept`.
+    """
+    if "integer" not in accept:
+        return []
+    found = [
+        name
+        for name, tensor in tensors.items()
+        if kind_of(tensor.dtype) == "integer" and tensor.ndim
+    ]
+    shown = ", ".join(name[:100] for name in found[:_SHOWN])
+    told = f"{address}: {len(found)} tensors of integers are taken as they are: {shown}"
+    return [told] if found else []

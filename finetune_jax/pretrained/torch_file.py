@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from finetune_jax.errors import UserError
-from finetune_jax.pretrained.contents import Contents, listed_classes
+from finetune_jax.pretrained.contents import Contents, listed_classes, named_network
 from finetune_jax.pretrained.entries import Opaque, Unfit, choose_entry
 from finetune_jax.pretrained.mapped import Bytes, stream
 
@@ -120,6 +120,7 @@ def read_torch_file(data: Bytes, where: str, entry: str | None = None) -> Conten
             tensors=_arrays(chosen.tensors, held, is_swapped, limit_bytes),
             notes=chosen.notes,
             class_names=listed_classes(top),
+            arch=named_network(top),
         )
     except Unfit as error:
         raise UserError(f"{where}: {error}. {ADVICE}") from None
@@ -337,7 +338,12 @@ def _as(kind: type, value: Any) -> Any:
 
 def _dict(pairs: Any = ()) -> dict[str, Any]:
     # Names are strings; and to hash a deep tuple overflows the stack of the process.
-    return {key: value for key, value in pairs if isinstance(key, str)}
+    # Class names may be numbered.
+    return {
+        str(key): value
+        for key, value in pairs
+        if isinstance(key, str) or (type(key) is int and isinstance(value, str))
+    }
 
 
 def _counts(numbers: Any) -> tuple[int, ...]:

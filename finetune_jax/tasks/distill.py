@@ -118,6 +118,14 @@ class Distill(Mixed, Answering):
             found |= teacher.sha256()
         return found
 
+    def fixed_layouts(self) -> dict[str, tuple[str, list[str]]]:
+        """Returns the layout of each teacher's weights, and lines about it, by label."""
+        return {
+            label: teacher.layout(self.data.shape, self.data.class_names)
+            for label, teacher in self.teachers.items()
+            if teacher.address != START
+        }
+
     def served(self) -> Task:
         """Returns the task of the student alone."""
         models = {"": self.models[""]}

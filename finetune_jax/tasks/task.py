@@ -100,6 +100,14 @@ class Task(abc.ABC):
         """Returns the digest of each file that `fixed` reads, by its path."""
         return {}
 
+    def fixed_layouts(self) -> Mapping[str, tuple[str, list[str]]]:
+        """Returns the layout of each model's weights that `fixed` reads, and lines about it.
+
+        Raises:
+            UserError: The weights cannot be read, or do not fit.
+        """
+        return {}
+
     @property
     def is_taught(self) -> bool:
         """Whether the loss reads `batch['taught']`."""
