@@ -4,12 +4,17 @@ python scripts/convert_weights.py ADDRESS --model=resnet50 --output=DIR
 
 ADDRESS is one of file:PATH, package:MODULE/PATH, hf:OWNER/REPO[/FILE]. What is written
 can be used as `--config.init.pretrained=orbax:DIR`, or by any program with orbax. Its
-`model.json` keeps the variant of the network, such as its strides, and the class names.
+`model.json` keeps the variant of the network, such as its strides, the class names and the
+preprocessing. --model.KEY=VALUE gives an argument of the model, such as a variant that no
+file beside the weights says.
 """
 
 import argparse
+import ast
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +28,8 @@ from finetune_jax.pretrained.labels import names_at
 from finetune_jax.pretrained.layout import recognise
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.pretrained.prefixes import without_prefix
+from finetune_jax.pretrained.preprocessing import beside
+from finetune_jax.start import told_of
 from finetune_jax.trees import count, named
 from finetune_jax.workdir import write_json
 
@@ -30,27 +37,34 @@ LAST_BIAS = "params/head/logits/bias"
 
 
 def converted(
-    address: str, model: str, size: int, entry: str | None = None
+    address: str,
+    model: Mapping[str, Any],
+    size: int,
+    entry: str | None = None,
+    accept: Sequence[str] = (),
 ) -> tuple[dict, dict]:
     """Returns parameters and batch statistics of a model, and the content of `model.json`.
 
     Args:
         address: Of the weights.
-        model: Its name.
+        model: Arguments of the model, with its name.
         size: Of the images, where the model's shapes depend on it.
         entry: Entry of a checkpoint with several; None takes the usual one.
+        accept: Kinds of numbers to take as they are, as `config.init.accept` has them.
 
     Raises:
         UserError: The weights cannot be read, do not fit the model, or were trained for
             another network.
     """
     weights = read_weights(address, entry)
-    arguments, notes = architecture.variant(model, address)
+    lacking, notes = architecture.variant(model, address)
+    full = {**model, **lacking}
+    arguments = {key: value for key, value in full.items() if key != "name"}
 
     def shapes(classes: int) -> dict:
         module = make_model(
-            model, {"head": {}, **arguments}, classes=classes, dtype=jnp.float32,
-            param_dtype=jnp.float32,
+            model["name"], {"head": {}, **arguments}, classes=classes,
+            dtype=jnp.float32, param_dtype=jnp.float32,
         )  # fmt: skip
         image = jnp.zeros((1, size, size, 3))
         return jax.eval_shape(
@@ -60,16 +74,43 @@ def converted(
     names = named(shapes(1))
     weights = without_prefix(weights, names)
     layout = recognise(names, weights.tensors, address)
-    described = architecture.Described("--model", "", {"name": model}, address)
-    notes += [*weights.notes, *architecture.assumed(described, layout.name)]
+    described = architecture.Described("--model", "", full, address)
+    named_lines = architecture.named(described, weights.arch, ())
+    if named_lines is None:
+        named_lines = architecture.assumed(described, layout.name)
+    numbers = told_of(weights, "float32", accept)
+    notes += [*weights.notes, *numbers, *named_lines]
     for note in notes:
         print(note, file=sys.stderr)
     bias = weights.tensors.get(layout.names([LAST_BIAS]).get(LAST_BIAS, ""))
     about = {
-        "model": {"name": model, **arguments},
+        "model": full,
         "labels": weights.class_names or names_at(address),
+        "data": beside(address)[0],
     }
-    return load_weights(shapes(1 if bias is None else len(bias)), weights), about
+    leaves = shapes(1 if bias is None else len(bias))
+    return load_weights(leaves, weights, accept=accept), about
+
+
+def model_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments of a model that flags such as --model.padding=same give.
+
+    Raises:
+        UserError: Lists every other flag.
+    """
+    found, wrong = {}, []
+    for flag in given:
+        key, equals, text = flag.partition("=")
+        if not key.startswith("--model.") or not equals:
+            wrong.append(flag)
+            continue
+        try:
+            found[key.removeprefix("--model.")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key.removeprefix("--model.")] = text
+    if wrong:
+        raise UserError(f"unknown: {' '.join(wrong)}")
+    return found
 
 
 def main() -> None:
@@ -78,22 +119,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("address")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="its name")
+    parser.add_argument(
+        "--accept", nargs="*", default=(), help="such as nan, as config.init.accept"
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--entry", help="such as model_ema; the usual one by default")
     parser.add_argument("--image_size", type=int, default=224)
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
     try:
+        model = {"name": arguments.model, **model_arguments(rest)}
         if arguments.output.exists():
             raise UserError(f"--output: {arguments.output} exists already")
         variables, about = converted(
-            arguments.address, arguments.model, arguments.image_size, arguments.entry
-        )
+            arguments.address, model, arguments.image_size, arguments.entry,
+            arguments.accept,
+        )  # fmt: skip
         with ocp.PyTreeCheckpointer() as writer:
             writer.save(arguments.output.absolute(), variables)
         write_json(arguments.output / "model.json", about)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error).replace("config.init.", "--")
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     print(f"{count(variables):,} values in {arguments.output}")
 

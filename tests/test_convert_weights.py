@@ -66,9 +66,8 @@ def test_the_variant_that_a_file_beside_says_stays_with_the_weights(tmp_path):
     done = convert(f"file:{tmp_path / 'weights.pth'}", "resnet50", output)
     assert done.returncode == 0, done.stderr
     assert "stride_in='1x1', as config.json says" in done.stderr
-    assert architecture.variant("resnet50", f"orbax:{output}")[0] == {
-        "stride_in": "1x1"
-    }
+    found, _ = architecture.variant({"name": "resnet50"}, f"orbax:{output}")
+    assert found == {"stride_in": "1x1"}
     assert names_at(f"orbax:{output}") == ("ant", "bee")
     about["layer_type"] = "basic"
     (tmp_path / "config.json").write_text(json.dumps(about))

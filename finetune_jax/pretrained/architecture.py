@@ -127,17 +127,17 @@ def check(config: Config) -> None:
         raise _refusal(problems)
 
 
-def variant(model: str, address: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the arguments that make a model the network of some weights, and lines.
+def variant(model: Mapping[str, Any], address: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns the arguments that a model lacks to be the network of weights, and lines.
 
     Args:
-        model: Name of the model.
+        model: Arguments of the model, with its name.
         address: Address of the weights.
 
     Raises:
         UserError: Lists every field of the files beside them that no argument follows.
     """
-    one = Described("--model", "", {"name": model}, address)
+    one = Described("--model", "", model, address)
     if (fields := read(one.model, address)) is None:
         return {}, []
     lacking, wrong = _compared(one, fields, ())

@@ -156,6 +156,12 @@ def _timm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("data"), Mapping):  # Of converted weights.
+        return {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values["data"].items()
+            if key in ("image_size", "resize", "interpolation", "mean", "std")
+        }
     looks, (height, width, _) = values["preprocessing"], values["inputs"]["shape"]
     found = {key: looks[key] for key in ("interpolation", "resize")}
     found |= {key: _scaled(looks[key], 1.0) for key in ("mean", "std")}

@@ -101,7 +101,7 @@ class Task(abc.ABC):
         return {}
 
     def fixed_layouts(self) -> Mapping[str, tuple[str, list[str]]]:
-        """Returns the layout of each model's weights that `fixed` reads, and lines about it.
+        """Returns layout and lines about the weights of each model that `fixed` reads.
 
         Raises:
             UserError: The weights cannot be read, or do not fit.
