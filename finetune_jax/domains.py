@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from finetune_jax.data.splits import named_splits, select
 from finetune_jax.errors import UserError
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights, read_weights
-from finetune_jax.pretrained.labels import check_labels
+from finetune_jax.pretrained.labels import are_places, check_labels, keys
 from finetune_jax.pretrained.load import load_weights
 from finetune_jax.random_states import shapes_of
 from finetune_jax.setup import Setup, make_task
@@ -32,6 +32,8 @@ from finetune_jax.trees import like, named, stage_of
 HEADS = ("current", "start", "pretrained")
 # Whatever else metrics are named by.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
+# Names that a message lists.
+_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,10 +190,12 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
     everything = np.concatenate(list(label.values()))
     given_label, class_names, warnings = everything, source.class_names, source.warnings
     if entry.head != "pretrained":
-        place, class_names = _places(class_names, setup.data.spec.class_names, where)
-        if class_names != source.class_names:
-            everything = place[everything]
-            warnings += (f"{where}name: its classes are numbered as the run's",)
+        own = setup.data.spec.class_names
+        _check_logits(entry, setup, class_names, where)
+        place, class_names, told = _places(class_names, own, where, entry.head)
+        if class_names != source.class_names:  # Labels below 0 are none.
+            everything = np.where(everything < 0, everything, place[everything])
+        warnings += told
     splits = named_splits(label, entry.split_seed)
     spec = _spec(
         shape=setup.data.spec.shape,
@@ -226,29 +230,91 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
     )
 
 
-def _places(
-    theirs: tuple[str, ...], own: tuple[str, ...], where: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the index of each class of a domain for the run's head, and its names.
-
-    Where the two have no name in common, or the same index for each that they have, the
-    domain's classes stay as they are.
+def _check_logits(
+    entry: Config, setup: Setup, theirs: Sequence[str], where: str
+) -> None:
+    """Checks that the run's head has a logit for each class of a domain.
 
     Raises:
-        UserError: Some classes have other indices in the run, others are not there.
+        UserError: It has not; says what else can be measured.
     """
-    folded = {name.casefold(): index for index, name in enumerate(own)}
-    found = [folded.get(name.casefold()) for name in theirs]
-    if all(index in (None, place) for place, index in enumerate(found)):
-        return np.arange(len(theirs)), theirs
-    absent = [name for name, index in zip(theirs, found) if index is None]
-    if absent or len(folded) < len(own):
-        raise UserError(
-            f"{where}name: its classes {', '.join(theirs[:20])} are not those of the run, "
-            f"{', '.join(own[:20])}, but have names in common with other indices; name "
-            "them alike, or measure with head='pretrained'"
+    own = setup.data.spec.class_names
+    logits = _logits(setup)
+    if logits >= len(theirs):
+        return
+    if entry.head == "start":
+        more = (
+            f"set config.model.classes to {len(theirs)} or more if "
+            "config.init.pretrained has as many"
         )
-    return np.array(found), own
+    else:
+        more = (
+            f"leave out the examples of other classes than the run's, {_listed(own)} "
+            "(more logits in config.model.classes would stay untrained)"
+        )
+    raise UserError(
+        f"{where}head: {entry.head!r} has {logits} logits, but {entry.name} has "
+        f"{len(theirs)} classes; {more}, or measure with head='pretrained'"
+    )
+
+
+def _logits(setup: Setup) -> int:
+    """Returns the number of logits of the run's head."""
+    return setup.config.model.classes or len(setup.data.spec.class_names)
+
+
+def _places(
+    theirs: tuple[str, ...], own: tuple[str, ...], where: str, head: str = "current"
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Returns the logit of each class of a domain, names of the logits, and warnings.
+
+    Classes are those of the run by name. Numbers from 0 count as the names in their places,
+    and so do the classes that a head had before the first update; a line tells the pairs.
+
+    Args:
+        theirs: Class names of the domain.
+        own: Class names of the run; empty where it has none.
+        where: Start of the messages.
+        head: 'current' or 'start'.
+
+    Raises:
+        UserError: The run does not have all of the classes.
+    """
+    in_place = np.arange(len(theirs)), theirs
+    if not own:
+        return *in_place, ()
+    named_alike, of_run = keys(theirs, own)
+    index = {name: place for place, name in enumerate(of_run)}
+    found = [index.get(name) for name in named_alike]
+    absent = [name for name, place in zip(theirs, found) if place is None]
+    if not absent:
+        if found == list(range(len(theirs))):
+            return *in_place, ()
+        return (
+            np.array(found),
+            own,
+            (f"{where}name: its classes are numbered as the run's",),
+        )
+    is_numbered = len(absent) == len(theirs) and (are_places(theirs) or are_places(own))
+    has_moved = any(place not in (None, k) for k, place in enumerate(found))
+    if (is_numbered and len(theirs) <= len(own)) or (head == "start" and not has_moved):
+        pairs = [
+            f"{name!r} is {own[k]!r}" if k < len(own) else f"{name!r} is logit {k}"
+            for k, name in enumerate(theirs)
+        ]
+        line = f"{where}name: its classes are taken in their order: {_listed(pairs)}"
+        return *in_place, (line,)
+    raise UserError(
+        f"{where}name: {_listed(absent)}: not among the classes of the run, "
+        f"{_listed(own)}, whose head is measured; give the data the run's names, leave out "
+        "their examples, or measure with the head that knows them: head='pretrained', or "
+        "'start' for the one before the first update"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _spec(
@@ -277,17 +343,11 @@ def _task_and_head(
     """Returns the task of a domain, and its head where it is a pretrained one.
 
     Raises:
-        UserError: The head has too few logits, or the weights have another.
+        UserError: The weights have another head.
     """
     classes = len(spec.class_names)
-    logits = setup.config.model.classes or len(setup.data.spec.class_names)
+    logits = _logits(setup)
     if entry.head != "pretrained":
-        if logits < classes:
-            raise UserError(
-                f"{where}head: {entry.head!r} has {logits} logits, but {entry.name} has "
-                f"{classes} classes; set config.model.classes to {classes} or more, or "
-                "measure with head='pretrained'"
-            )
         return _task(setup, spec, logits), {}
     assert weights is not None
     problems = []

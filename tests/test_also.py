@@ -294,3 +294,32 @@ def test_only_validation_chooses_the_best_checkpoint(other):
     given = config(entries(other), evaluate__best="now/accuracy")
     with pytest.raises(UserError, match="'now/accuracy' cannot choose"):
         make_setup(given)
+
+
+def test_a_domain_with_other_classes_than_the_run_is_refused(other, tmp_path):
+    """By position they would be measured as wrong, or as right, without a word."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 2
+    for name, classes in (("own", ["red", "green"]), ("swapped", ["green", "red"]),
+                          ("foreign", ["cat", "dog"]), ("half", ["red", "apple"]),
+                          ("numbers", ["0", "1"])):  # fmt: skip
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y, class_names=classes)
+
+    def told(name, head="current"):
+        path = str(tmp_path / f"{name}.npz")
+        also = ({"label": "a", "name": "arrays", "dir": path, "head": head},)
+        own = {"data__name": "arrays", "data__dir": str(tmp_path / "own.npz")}
+        (domain,) = open_domains(make_setup(config(also, **own)))
+        # Only by name are the labels others.
+        wanted = y[domain.test.indices]
+        wanted = 1 - wanted if name == "swapped" else wanted
+        assert domain.test.label.tolist() == wanted.tolist()
+        return "\n".join(domain.warnings)
+
+    assert not told("own")
+    assert "numbered as the run's" in told("swapped")
+    assert "'0' is 'red', '1' is 'green'" in told("numbers")
+    assert "'cat' is 'red', 'dog' is 'green'" in told("foreign", "start")
+    for name, absent in (("foreign", "cat, dog"), ("half", "apple")):
+        with pytest.raises(UserError, match=rf"also\[0\].name: {absent}: not among"):
+            told(name)

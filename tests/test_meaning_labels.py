@@ -324,15 +324,61 @@ def test_examples_without_a_class_are_refused_where_they_are_used():
     check_labelled(source, label, {"train": np.array([0, 2])}, training=False)
 
 
-def test_a_domains_classes_are_the_runs_by_name():
-    own = ("ant", "bee", "cat")
-    place, names = _places(("Bee", "cat"), own, "w.")
-    assert place.tolist() == [1, 2] and names == own
-    place, names = _places(("ant", "bee", "dog"), own, "w.")
-    assert place.tolist() == [0, 1, 2] and names == ("ant", "bee", "dog")
-    assert _places(("x", "y"), own, "w.")[1] == ("x", "y")
-    with pytest.raises(UserError, match="w.name: its classes bee, dog are not those"):
-        _places(("bee", "dog"), own, "w.")
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "places", "told"),
+    [
+        (("red", "green"), [0, 1], ""),
+        (("Green", "red"), [1, 0], "numbered as the run's"),
+        (("blue",), [2], "numbered as the run's"),
+        (("RED", "green", "blue "), [0, 1, 2], ""),
+        (("0", "1"), [0, 1], "'0' is 'red', '1' is 'green'"),
+        (("0.0", "1.0", "2.0"), [0, 1, 2], "'2.0' is 'blue'"),
+    ],
+)
+def test_a_domains_classes_are_the_runs_by_name(theirs, places, told):
+    found, names, lines = _places(theirs, COLOURS, "w.")
+    assert found.tolist() == places and told in "".join(lines)
+    assert bool(lines) == bool(told)
+    assert names == (theirs if places == list(range(len(theirs))) else COLOURS)
+
+
+@pytest.mark.parametrize("head", ["current", "start"])
+def test_names_for_a_run_of_numbers_are_told(head):
+    _, names, lines = _places(("cat", "dog"), ("0", "1", "2"), "w.", head)
+    assert names == ("cat", "dog") and "'cat' is '0', 'dog' is '1'" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "absent"),
+    [
+        (("cat", "dog"), "cat, dog"),
+        (("red", "apple"), "apple"),
+        (("green", "apple"), "apple"),
+        (("1", "2"), "1, 2"),
+        (("0", "red"), "0"),
+        (("red", "green", "blue", "3"), "3"),
+        (("0", "1", "2", "3"), "0, 1, 2, 3"),
+    ],
+)
+def test_a_domains_other_classes_are_refused(theirs, absent):
+    with pytest.raises(UserError) as found:
+        _places(theirs, COLOURS, "w.")
+    text = str(found.value)
+    assert text.startswith(f"w.name: {absent}: not among") and "'pretrained'" in text
+
+
+def test_the_head_before_training_may_have_other_classes():
+    for theirs in (("cat", "dog"), ("red", "apple"), ("0", "1", "2", "3")):
+        found, names, lines = _places(theirs, COLOURS, "w.", "start")
+        assert found.tolist() == list(range(len(theirs))) and names == theirs
+        assert f"{theirs[1]!r} is 'green'" in lines[0]
+    assert "'3' is logit 3" in lines[0]
+    with pytest.raises(UserError, match="w.name: apple: not among"):
+        _places(("green", "apple"), COLOURS, "w.", "start")
+    assert _places(("cat", "dog"), (), "w.")[2] == ()
 
 
 def test_many_twins_are_told_in_few_lines():
