@@ -140,12 +140,26 @@ def tell(
         terminal: Terminal that a person reads.
     """
     lines = overview(setup, loaded, notes)
-    warnings = [*setup.data.warnings, *loaded.told]
+    warnings = data_warnings(setup, domains, loaded.told)
+    terminal.tell(lines, warnings)
+    return {"overview": lines, "warnings": warnings}
+
+
+def data_warnings(
+    setup: Setup, domains: Sequence[Domain], more: Sequence[str] = ()
+) -> list[str]:
+    """Returns the warnings of the data of a run and of other domains, in this order.
+
+    Args:
+        setup: Setup of the run.
+        domains: Other domains that states are measured on.
+        more: Warnings that stand between the two.
+    """
+    warnings = [*setup.data.warnings, *more]
     for domain in domains:
         own = (*domain.warnings, *domain.not_used)
         warnings += [f"config.evaluate.also, {domain.label}: {line}" for line in own]
-    terminal.tell(lines, warnings)
-    return {"overview": lines, "warnings": warnings}
+    return warnings
 
 
 def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """`--mode=evaluate`: measures the best checkpoint of a run on its held-out splits."""
 
+import pathlib
+from collections.abc import Sequence
+
 from finetune_jax.config import Config
+from finetune_jax.domains import Domain
 from finetune_jax.forgetting import open_domains
 from finetune_jax.modes.options import Options
-from finetune_jax.run import best_state, data_of_run
-from finetune_jax.setup import make_setup
-from finetune_jax.workdir import write_json
+from finetune_jax.paths import printable
+from finetune_jax.run import best_state, data_of_run, data_warnings
+from finetune_jax.setup import Setup, make_setup
+from finetune_jax.workdir import read_manifest, write_json
 
 
 def main(config: Config, options: Options) -> int:
@@ -13,11 +18,47 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     setup = make_setup(config, data_of_run(config, workdir))
-    evaluator, placed, step = best_state(setup, workdir, open_domains(setup))
+    domains = open_domains(setup)
+    evaluator, placed, step = best_state(setup, workdir, domains)
+    warnings = _new_warnings(workdir, setup, domains)
+    for line in warnings:
+        print(f"warning: {printable(line)}")
     found = evaluator.measure(placed, setup.data.held_out)
     print(f"checkpoint of step {step}")
     for name, value in found.items():
         print(f"{name:24}{value:10.4f}")
-    write_json(workdir / "evaluation.json", {"step": step, **found})
+    told = {"warnings": warnings} if warnings else {}
+    write_json(workdir / "evaluation.json", {"step": step, **found, **told})
     print(f"written to {workdir / 'evaluation.json'}")
     return 0
+
+
+def _new_warnings(
+    workdir: pathlib.Path, setup: Setup, domains: Sequence[Domain]
+) -> list[str]:
+    """Returns lines about data that have changed since the run, and their new warnings.
+
+    Args:
+        workdir: Workdir of the run.
+        setup: Setup of the run, with the data as they are today.
+        domains: Other domains that the run is measured on.
+    """
+    then = read_manifest(workdir) or {}
+    told = then.get("warnings")
+    lines = []
+    own = then.get("data_fingerprint")
+    if own is not None and own != setup.data.fingerprint():
+        lines.append(
+            "config.data: the data are not those of the run: their fingerprint differs "
+            "from that in manifest.json; splits may mix training and test examples"
+        )
+    theirs = then.get("also_fingerprint") or {}
+    lines += [
+        f"config.evaluate.also, {domain.label}: the data are not those of the run: their "
+        "fingerprint differs from that in manifest.json"
+        for domain in domains
+        if domain.label in theirs and theirs[domain.label] != domain.fingerprint()
+    ]
+    if isinstance(told, list):
+        lines += [x for x in data_warnings(setup, domains) if x not in told]
+    return lines
