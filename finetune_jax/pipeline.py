@@ -7,6 +7,7 @@ classify("photo.jpg")
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.depth import bytes_problem, depth_warnings
 from finetune_jax.data.text_files import check_texts
 from finetune_jax.data.texts import Rows
 from finetune_jax.data.threads import check_readable
@@ -122,7 +124,9 @@ class Pipeline:
         found: dict[int, dict] = {}
         files = [n for n, item in enumerate(inputs) if not isinstance(item, np.ndarray)]
         if files:
-            dataset, errors = fitted([_file(inputs[place]) for place in files], spec)
+            images = [_file(inputs[place]) for place in files]
+            _check_depth(files, images)
+            dataset, errors = fitted(images, spec)
             check_readable(errors, "Leave them out.")
             assert dataset is not None
             found |= zip(files, self._records(dataset))
@@ -176,6 +180,23 @@ class Pipeline:
 
 
 _FILES = (str, pathlib.Path, Image.Image)
+
+
+def _check_depth(places: Sequence[int], images: Sequence[Any]) -> None:
+    """Warns of images of 16 bits that would become almost black.
+
+    Raises:
+        UserError: Lists Pillow's images of more than 8 bits that hold bytes.
+    """
+    problems = [
+        f"input {place}: {problem}"
+        for place, image in zip(places, images)
+        if isinstance(image, Image.Image) and (problem := bytes_problem(image))
+    ]
+    if problems:
+        raise problems_error("Some images would become black:", problems)
+    for line in depth_warnings("inputs", images):
+        warnings.warn(line, stacklevel=2)
 
 
 def _file(item: Any) -> Any:

@@ -157,6 +157,10 @@ def test_black_and_white(odd, tmp_path):
         (RGB // 16, RGB // 16 / np.float32(255), r"no value is above 15.*\(255 / 15\)"),
         (RGB // 255, RGB // 255 / np.float32(255), "no value is above 1"),
         ((RGB // 16).astype(int), RGB // 16 / np.float32(255), "no value is above 15"),
+        (RGB * 0, RGB * np.float32(0), "all values are 0, which is black"),
+        (UNIT / 255, UNIT / 255, r"no value is above 0.00392\d*, and 1 is white"),
+        (UNIT / 9, UNIT / 9, r"save x \* \(1 / 0.111"),
+        (UNIT * 0, UNIT * 0, "all values are 0"),
     ],
 )
 def test_what_is_assumed_is_told(values, seen, warns, tmp_path):
@@ -326,10 +330,10 @@ def of_run(values):
 
 
 FILES = spec()  # Photos in files, or bytes.
-NO_ALPHA = "ignore:.*alpha"
+NO_LINES = "ignore:.*(alpha|no value is above|all values are 0)"
 
 
-@pytest.mark.filterwarnings(NO_ALPHA)
+@pytest.mark.filterwarnings(NO_LINES)
 @pytest.mark.parametrize(
     ("run", "values", "seen"),
     [
@@ -365,6 +369,10 @@ def test_inputs_of_predictions_are_read_as_the_run_read_its_own(run, values, see
         (FILES, RGB.astype("f4"), "float32, but the model takes uint8.*np.rint"),
         (FILES, UNIT, "float32, but the model takes uint8"),
         (FILES, RGB > 4, "bool, but the model takes uint8"),
+        (FILES, (RGB > 4).astype(int), r"int64 from 0 to 1; if 1 is white, .*x \* 255"),
+        (FILES, (RGB > 4).astype("u2"), "uint16 from 0 to 1; if 1 is white"),
+        (FILES, (GREY > 4)[..., 0].astype("i1"), "int8 from 0 to 1; if 1 is white"),
+        (of_run(RGB * 1.0), (RGB > 4).astype(int), "if 1 is white"),
         (FILES, RGB.astype("u2") * 16, "uint16 from 0 to 4080"),
         (FILES, RGB.astype(int) - 3, "int64 from -3 to 252"),
         (FILES, RGB.transpose(0, 3, 1, 2), r"x.transpose\(0, 2, 3, 1\)"),
@@ -393,6 +401,43 @@ def test_inputs_of_predictions_are_read_as_the_run_read_its_own(run, values, see
 def test_inputs_of_another_range_than_the_runs_are_refused(run, values, message):
     with pytest.raises(UserError, match=f"(?s)x.npy: .*{message}"):
         checked(values, run, "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("run", "values", "told"),
+    [
+        (FILES, RGB // 255, r"uint8 from 0 to 1: no value is above 1, .*\(255 / 1\)"),
+        (FILES, RGB // 16, "no value is above 15, and 255 is white"),
+        (FILES, (RGB // 16).astype(int), "int64 from 0 to 15: no value is above 15"),
+        (FILES, RGB * 0, "all values are 0, which is black"),
+        (FILES, np.zeros((2, 6, 5), int), "all values are 0, which is black"),
+        (of_run(RGB * 1.0), RGB // 16 * 1.0, "no value is above 15"),
+        (of_run(HALVES), HALVES / 10, "no value is above 22.*255 is white"),
+        (of_run(UNIT), UNIT / 255, "and 1 is white"),
+        (of_run(RGB.astype("u2") * 257), RGB.astype("u2") * 16, r"65535 / 4080"),
+    ],
+)
+def test_inputs_that_are_almost_black_are_told(run, values, told):
+    with pytest.warns(UserWarning, match=f"x.npy: .*{told}"):
+        checked(values, run, "x.npy")
+
+
+HOUNSFIELD = UNIT * 2048 - 1024
+OVERSHOOT = UNIT * np.float32(239.3) - np.float32(0.3)
+
+
+@pytest.mark.parametrize("values", [HOUNSFIELD, OVERSHOOT, RGB - 127.5, UNIT * 32 - 1])
+def test_negative_values_that_are_not_standardised_are_refused(values, tmp_path):
+    np.savez(tmp_path / "a.npz", x=values, y=LABELS)
+    with pytest.raises(
+        UserError, match="config.data.mean and std: images from -.*give"
+    ):
+        data_of(tmp_path / "a.npz")
+    middle, spread = float(values.mean()), float(values.std())
+    data = data_of(tmp_path / "a.npz", mean=(middle,), std=(spread,))
+    assert (
+        data.spec.pixels.scale == "as they are" and "standardised" in data.warnings[0]
+    )
 
 
 def test_conversions_of_inputs_are_told(tmp_path):

@@ -60,6 +60,32 @@ def test_arrays_give_what_predict_writes_of_them(finished, tmp_path):
     assert_same([classify(images[1])], records[1:2])
 
 
+def test_images_of_more_bits_than_they_need(finished, tmp_path):
+    classify = pipeline(finished, devices=1)
+    grey = pictures.image((200, 50, 40), 1, (12, 12))[..., 0]
+    wanted = classify(Image.fromarray(grey))
+    wide = [
+        Image.fromarray(grey.astype(np.uint16)),
+        Image.fromarray(grey.astype(np.int32)),
+    ]
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a.png")
+    wide.append(Image.open(tmp_path / "a.png"))
+    for image in wide:
+        with pytest.raises(UserError, match=r"input 1: mode I.*astype\('uint8'\)"):
+            classify([Image.fromarray(grey), image])
+        assert classify(Image.fromarray(np.asarray(image).astype("uint8"))) == wanted
+    for kind in (np.uint16, np.int32):
+        image = Image.fromarray(grey.astype(kind) * 16)
+        with pytest.warns(UserWarning, match="inputs: 1 image of 16 bits.*12 bits"):
+            classify(image)
+        bright = Image.fromarray(grey.astype(kind) * 257 | 2**15)
+        assert classify([bright])[0]["top"]
+    with pytest.warns(UserWarning, match="8 bits"):
+        classify(tmp_path / "a.png")
+    with pytest.raises(UserError, match="int64, but the model takes uint8.*1 is white"):
+        classify((grey > 99).astype(int)[..., None].repeat(3, 2))
+
+
 @pytest.mark.slow
 def test_pipelines_of_other_precisions_do_not_disturb_one_another(tmp_path):
     for precision in ("float32", "float64"):

@@ -119,7 +119,7 @@ def read_sized(
     """
     name = name or str(file)
     try:
-        with _opened(file) as image:
+        with opened(file) as image:
             pixels = image.width * image.height
             if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
                 raise UserError(
@@ -145,15 +145,16 @@ def read_sized(
 
 def oriented_size(file: pathlib.Path) -> tuple[int, int]:
     """Returns the width and height that `read_sized` returns for a file."""
-    with _opened(file) as image:
+    with opened(file) as image:
         if image.format not in _SIZED_BY_HEADER:
             image.load()
         return _turned_size(image.size, orientation_of(image))
 
 
-def _opened(
+def opened(
     file: pathlib.Path | bytes | Image.Image,
 ) -> contextlib.AbstractContextManager[Image.Image]:
+    """Returns the context of an opened image; what Pillow opened before stays open."""
     if isinstance(file, Image.Image):
         return contextlib.nullcontext(file)
     content = io.BytesIO(file) if isinstance(file, bytes) else file

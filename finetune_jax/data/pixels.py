@@ -16,6 +16,8 @@ from finetune_jax.errors import UserError
 _LEAST_FLOAT_BYTES, _LEAST_16_BITS = 128, 2**15
 # Bytes that end here are nearly black.
 _DARK = 32
+# White, by the scale of what is read. Standardised values have no white.
+_WHITES = {"bytes": 255, "whole": 255, "255": 255, "16 bits": 0xFFFF, "unit": 1}
 # Images that are looked at, or converted, at a time.
 _PART = 256
 
@@ -101,13 +103,23 @@ def decided(extent: Extent) -> tuple[Pixels | None, str]:
     scale, line = rule(extent)
     if scale is None:
         return None, f"{extent}: {line}"
+    lines = [part for part in (line, _darkness(extent, scale)) if part]
     pixels = Pixels(scale=scale, low=extent.low, high=high)
-    if pixels.dtype == "uint8" and scale != "16 bits" and 0 < high < _DARK:
-        line = (
-            f"{line + '; ' if line else ''}no value is above {high:g}, and 255 is white: "
-            f"if {high:g} is, save x * (255 / {high:g}) as uint8"
-        )
-    return pixels, f"{extent}: {line}" if line else ""
+    return pixels, f"{extent}: {'; '.join(lines)}" if lines else ""
+
+
+def _darkness(extent: Extent, scale: str) -> str:
+    """Returns what to do with values that are almost black; '' if they are brighter."""
+    white, high = _WHITES.get(scale), extent.high
+    if white is None or extent.dtype == "bool" or high >= white * _DARK / 256:
+        return ""
+    if not high:
+        return "all values are 0, which is black"
+    saved = " as uint8" if white == 255 else ""
+    return (
+        f"no value is above {high:g}, and {white:g} is white: if {high:g} is, save "
+        f"x * ({white:g} / {high:g}){saved}"
+    )
 
 
 def _integer_scale(extent: Extent) -> tuple[str | None, str]:
@@ -332,6 +344,8 @@ def to_predict(
         )
     if pixels is None:
         pixels = Pixels(scale="as they are", low=extent.low, high=extent.high)
+    elif dark := _darkness(extent, pixels.scale):
+        lines.append(f"{name}: {extent}: {dark}")
     elif pixels.scale == "as they are" and extent.low >= 0:
         lines.append(
             f"{name}: {extent}, nothing below 0; the run's images were from "
@@ -352,7 +366,9 @@ def _misfit(extent: Extent, pixels: Pixels | None) -> str | None:
         return None if is_float else "save floats, scaled as the run's images were"
     if pixels.scale in ("bytes", "whole"):
         fits = extent.whole and 0 <= low and high <= 255 and extent.dtype != "bool"
-        if fits and (not is_float or (pixels.scale == "whole" and is_bright)):
+        # Of integers up to 1 training reads 1 as white, unless they are bytes.
+        is_clear = extent.kind == "bytes" or is_bright
+        if fits and is_clear and (not is_float or pixels.scale == "whole"):
             return None
         if is_bright:
             return "save bytes from 0 to 255: np.rint(x).astype('uint8')"

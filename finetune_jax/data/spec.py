@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from finetune_jax.data.images import Geometry
 from finetune_jax.data.labels import class_name
 from finetune_jax.data.pixels import Pixels
@@ -13,6 +15,8 @@ from finetune_jax.errors import problems_error
 
 # Largest mean and deviation of values in [0, 1] that is plausible; chosen by us.
 _LARGEST = 2
+# Largest magnitude of standardised values that is plausible; chosen by us.
+_LARGEST_STANDARDISED = 30
 # Keys of `config.data` that say what becomes of an example.
 PREPROCESSING = ("mean", "std", "augment", "mix", "resize", "interpolation", "decode")
 
@@ -242,6 +246,8 @@ def check_preprocessing(spec: DataSpec) -> None:
             for name, value in (("mean", spec.mean), ("std", spec.std))
             if max(value) > _LARGEST
         ]
+    if problem := not problems and _magnitude_problem(spec):
+        problems.append(problem)
     if len(spec.shape) != 3:
         problems += [
             f"config.data.{name}: the data has no images"
@@ -260,6 +266,22 @@ def check_preprocessing(spec: DataSpec) -> None:
         )
     if problems:
         raise problems_error("The preprocessing does not fit the data:", problems)
+
+
+def _magnitude_problem(spec: DataSpec) -> str | None:
+    """Returns a problem if images with negative values are far from standardised."""
+    if spec.pixels is None or spec.pixels.scale != "as they are":
+        return None
+    low, high = spec.pixels.low, spec.pixels.high
+    mean, std = np.asarray(spec.mean), np.asarray(spec.std)
+    left = np.abs([(low - mean) / std, (high - mean) / std]).max()
+    if max(-low, high) <= _LARGEST_STANDARDISED or left <= _LARGEST_STANDARDISED:
+        return None
+    return (
+        f"config.data.mean and std: images from {low:.6g} to {high:.6g} are neither "
+        f"standardised nor become so (up to {left:.6g} after both); give their mean and "
+        "standard deviation, or save the images as bytes, or as floats from 0 to 1"
+    )
 
 
 def _need_bytes(augment: tuple) -> list[str]:
