@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import Config
+from finetune_jax.data.array_files import read_arrays
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
 from finetune_jax.data.images import read_image
 from finetune_jax.data.pixels import to_predict
@@ -218,11 +219,13 @@ def read_array(path: pathlib.Path, spec: DataSpec) -> np.ndarray:
     Raises:
         UserError: Names the file, and what is wrong with it.
     """
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        array = loaded["x"] if path.suffix.lower() == ".npz" else loaded
-    except Exception as error:  # NumPy raises whatever the damage leads to.
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    arrays = read_arrays(path, "x")
+    array = arrays.get("", arrays.get("x"))
+    if array is None:
+        raise UserError(
+            f"{path}: no array 'x' in it, but {', '.join(arrays) or 'nothing'}; save the "
+            "inputs as x: np.savez('inputs.npz', x=x)"
+        )
     return checked(array, spec, str(path))
 
 

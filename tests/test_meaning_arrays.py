@@ -501,3 +501,33 @@ def test_a_run_is_evaluated_on_data_that_are_read_alike(then, now, differs):
 )  # fmt: skip
 def test_axes(shape, is_right):
     assert (axes_problem(shape) is None) is is_right
+
+
+def test_files_that_are_no_data_set_say_what_to_save(tmp_path):
+    ragged = np.empty(2, object)
+    ragged[:] = [RGB[0], RGB[1, :3]]
+    np.savez(tmp_path / "ragged.npz", x=ragged, y=LABELS[:2])
+    np.save(tmp_path / "x.npy", RGB)
+    np.save(tmp_path / "objects.npy", ragged)
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    np.savez(tmp_path / "splits.npz", x_train=RGB, x_test=RGB)
+    objects = "array of Python objects, .*y.astype"
+    for name, message in (
+        ("ragged.npz", f"ragged.npz: 'x': an {objects}"),
+        ("x.npy", "config.data.dir: .*x.npy: one array without labels; .*np.savez"),
+        ("objects.npy", objects),
+        ("junk.npz", "junk.npz: not an .npz file of plain arrays"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_of(tmp_path / name)
+    for name, message in (
+        ("ragged.npz", objects),
+        ("objects.npy", objects),
+        ("junk.npz", "not an .npz file"),
+        ("splits.npz", "no array 'x' in it, but x_train, x_test; .*np.savez"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_array(tmp_path / name, FILES)
+    np.testing.assert_array_equal(read_array(tmp_path / "x.npy", FILES), RGB)
+    np.savez(tmp_path / "labelled.npz", x=RGB, y=ragged)
+    np.testing.assert_array_equal(read_array(tmp_path / "labelled.npz", FILES), RGB)

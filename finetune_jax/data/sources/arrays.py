@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 
+from finetune_jax.data.array_files import read_arrays
 from finetune_jax.data.source import Source, array_source
 from finetune_jax.errors import DataMissing, UserError, problems_error
 from finetune_jax.paths import user_path
@@ -31,12 +32,12 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     path = user_path(directory, "config.data.dir")
     if not path.is_file():
         raise DataMissing(f"config.data.dir: no file {directory!r}")
-    try:
-        with path.open("rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises whatever the damage leads to.
-        raise UserError(f"{path}: not an .npz file of plain arrays: {error}") from error
+    arrays = read_arrays(path)
+    if "" in arrays:
+        raise UserError(
+            f"config.data.dir: {path}: one array without labels; save both in one file: "
+            "np.savez('data.npz', x=x, y=y)"
+        )
     return array_source(f"arrays {path}", *_splits(path, arrays))
 
 
