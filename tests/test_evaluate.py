@@ -47,3 +47,9 @@ def test_changed_data_are_told_when_a_finished_run_is_evaluated(tmp_path, capsys
     changed, pairs = evaluated()
     assert "config.evaluate.also, b: the data are not those of the run" in changed
     assert "'0' is 'red'" in pairs
+    write(other, 1)
+    write(own, 0, ("green", "red"))
+    (line,) = evaluated()
+    assert (
+        "the classes are in another order than when the run began, green, red" in line
+    )

@@ -42,20 +42,22 @@ def _ordered(data: Data, wanted: Any) -> Data:
         data,
         spec=_spec(data.spec, wanted, places),
         train=_numbered(data.train, places),
+        warnings=(*data.warnings, _told("config.data", data.spec)),
         held_out={k: _numbered(part, places) for k, part in data.held_out.items()},
     )
 
 
 def _domain_ordered(data: Data, domain: str, wanted: Any) -> Data:
-    places = _places(data.spec.domains[domain], wanted, f"domain {domain!r}, ")
+    own = data.spec.domains[domain]
+    places = _places(own, wanted, f"domain {domain!r}, ")
     if places is None:
         return data
 
     def mixture(part: Any) -> Any:
-        own = _numbered(part.parts[domain], places)
-        return dataclasses.replace(part, parts={**part.parts, domain: own})
+        numbered = _numbered(part.parts[domain], places)
+        return dataclasses.replace(part, parts={**part.parts, domain: numbered})
 
-    spec = _spec(data.spec.domains[domain], wanted, places)
+    spec = _spec(own, wanted, places)
     domains = {**data.spec.domains, domain: spec}
     first = next(iter(domains.values()))
     return dataclasses.replace(
@@ -64,6 +66,7 @@ def _domain_ordered(data: Data, domain: str, wanted: Any) -> Data:
             data.spec, domains=domains, class_names=first.class_names
         ),
         train=mixture(data.train),
+        warnings=(*data.warnings, _told(f"config.data, domain {domain!r}", own)),
         held_out={split: mixture(part) for split, part in data.held_out.items()},
     )
 
@@ -96,6 +99,13 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
             f"{'; '.join(lines[:20])}. Give another --workdir, or bring the data back."
         )
     return np.array([wanted.index(name) for name in names], np.int32)
+
+
+def _told(where: str, spec: DataSpec) -> str:
+    return (
+        f"{where}: the classes are in another order than when the run began, "
+        f"{', '.join(spec.class_names[:20])}; they are numbered by name as the run has them"
+    )
 
 
 def _names(written: Sequence[Any]) -> list[str]:
