@@ -296,7 +296,7 @@ def test_only_validation_chooses_the_best_checkpoint(other):
         make_setup(given)
 
 
-def test_a_domain_with_other_classes_than_the_run_is_refused(other, tmp_path):
+def test_a_domain_with_other_classes_than_the_run_is_refused(tmp_path):
     """By position they would be measured as wrong, or as right, without a word."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 2
