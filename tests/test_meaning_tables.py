@@ -431,6 +431,28 @@ def test_predictions_read_columns_as_training_did(tmp_path):
         predicted(path, fitted)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cell", ["inf", "-inf", "Infinity", "1e308", "-1e39", "9e999"])
+def test_predictions_refuse_infinite_numbers(cell, tmp_path):
+    fitted = kept(data_of(file_of(tmp_path, text_of()), "csv"), tmp_path)
+    path = file_of(
+        tmp_path, text_of(changed(1, lambda at, c: cell if at == 3 else c))
+    )
+    with pytest.raises(UserError, match="row 4: 'weight' is infinite, or too large"):
+        predicted(path, fitted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_predictions_refuse_numbers_that_overflow_once_standardised(tmp_path):
+    rows = changed(0, lambda at, _: f"{at % 2 * 1e-9}")
+    fitted = kept(data_of(file_of(tmp_path, text_of(rows)), "csv"), tmp_path)
+    path = file_of(
+        tmp_path, text_of(changed(0, lambda at, c: "3e38" if at == 5 else c, rows))
+    )
+    with pytest.raises(UserError, match="row 6: 'power' is too large beside"):
+        predicted(path, fitted)
+
+
 def test_runs_of_before_read_cells_as_they_did(tmp_path):
     rows = changed(2, lambda at, c: f" {c}" if at % 2 else "NA" if at == 4 else "?")
     path = file_of(

@@ -232,7 +232,7 @@ def _converted(
                 labels.append(np.zeros(len(numbers), np.int32))
                 if label is not None:
                     labels[-1] = own[label] if label in own else _bits(batch[label])
-                problems += _infinite(numbers, schema, row)
+                problems += infinite(numbers, schema, row)
                 row += len(numbers)
                 yield [numbers, places, labels[-1], nothing]
             whole = np.concatenate(labels)
@@ -315,8 +315,14 @@ def _coded(columns: Sequence[Any], known: Any) -> tuple[list[np.ndarray], Any]:
     return codes, both.chunk(0).dictionary
 
 
-def _infinite(numbers: np.ndarray, schema: Schema, row: int) -> list[str]:
-    """Returns the numbers that are infinite, or would be as float32."""
+def infinite(numbers: np.ndarray, schema: Schema, row: int) -> list[str]:
+    """Returns the numbers that are infinite, or would be as float32.
+
+    Args:
+        numbers: Numbers of some rows, float64 [n, F].
+        schema: The columns.
+        row: Number of rows before them.
+    """
     if not (infinite := np.abs(numbers) > np.finfo(np.float32).max).any():
         return []
     return [

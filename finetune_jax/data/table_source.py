@@ -12,7 +12,13 @@ import numpy as np
 
 from finetune_jax import lookup
 from finetune_jax.data import sources
-from finetune_jax.data.columns import Columns, cells_of, codes_of, open_columns
+from finetune_jax.data.columns import (
+    Columns,
+    cells_of,
+    codes_of,
+    infinite,
+    open_columns,
+)
 from finetune_jax.data.encoding import Encoded, Fitted, read_fitted
 from finetune_jax.data.files import visible
 from finetune_jax.data.fitting import fit
@@ -283,7 +289,8 @@ def rows_to_predict(
         fitted: What the run has kept.
 
     Raises:
-        UserError: Lists columns that are missing, and rows that cannot be read.
+        UserError: Lists columns that are missing, and rows that cannot be read or have
+            numbers that are infinite or too large.
     """
     schema = dataclasses.replace(fitted.spec.schema, label=None)
     header = schema.names
@@ -299,8 +306,27 @@ def rows_to_predict(
             f"{path} cannot be predicted:",
             [f"no column {name!r}{lookup.closest(name, there)}" for name in absent],
         )
+    row = 0
     for batch in batches(path, kind, schema):
         columns = {name: batch.column(name) for name in schema.categories}
         codes = {name: codes_of(column) for name, column in columns.items()}
         encoder = fitted.encoder({n: c.dictionary for n, c in columns.items()})
-        yield encoder(*cells_of(batch, schema, codes))
+        numbers, places = cells_of(batch, schema, codes)
+        problems = infinite(numbers, schema, row)
+        with np.errstate(over="ignore"):  # Of numbers that are refused.
+            encoded = encoder(numbers, places)
+        problems = problems or _overflown(encoded, schema, row)
+        if problems:
+            raise problems_error(f"{path} cannot be predicted:", problems)
+        row += len(encoded)
+        yield encoded
+
+
+def _overflown(encoded: np.ndarray, schema: Schema, row: int) -> list[str]:
+    """Returns the numbers of rows that are not finite once they are standardised."""
+    numbers = encoded[:, : len(schema.numbers)].view(np.float32)
+    return [
+        f"row {row + at + 1}: {schema.numbers[place]!r} is too large beside the numbers "
+        "of the training rows"
+        for at, place in np.argwhere(~np.isfinite(numbers))[:20]
+    ]
