@@ -14,6 +14,7 @@ from finetune_jax.data.encoding import read_fitted, write_fitted
 from finetune_jax.data.number_forms import Form, form_of
 from finetune_jax.data.table_source import format_of, rows_to_predict
 from finetune_jax.data.tables import MISSING
+from finetune_jax.data.unknown import Unknown
 from finetune_jax.errors import UserError
 
 HEADER = ("power", "weight", "city", "label")
@@ -431,13 +432,80 @@ def test_predictions_read_columns_as_training_did(tmp_path):
         predicted(path, fitted)
 
 
+SPLITS = {"train": "train", "validation": "validation"}
+
+
+def split_in_two(folder, change, place=2, rows=ROWS, **given):
+    """Returns the data of two files, the second with other cells in one column."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.csv").write_text(text_of(rows))
+    (folder / "validation.csv").write_text(text_of(changed(place, change, rows)))
+    return data_of(folder, "csv", **{**SPLITS, **given})
+
+
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [
+        (lambda _, c: c.upper(), "100%"),
+        (lambda _, c: f"city {c}", "100%"),
+        (lambda _, c: c.replace("o", "0"), "68%"),
+        (lambda at, c: "Rom" if c == "Rome" else c if at % 5 else "", "40%"),
+        (lambda _, c: c[::-1], "100%"),
+        (lambda at, c: f"{c}{at}" if at % 4 == 0 else c, "25%"),
+    ],
+)
+def test_unknown_values_of_held_out_rows_are_told(change, share, tmp_path):
+    warnings = split_in_two(tmp_path / "a", change).warnings
+    found = [text for text in warnings if "are unknown" in text]
+    assert len(found) == 1, warnings
+    assert f"validation.csv: {share} of the values of column 'city'" in found[0]
+    assert "known are 'Rome', 'Oslo', 'Bern'" in found[0]
+    few = split_in_two(tmp_path / "b", lambda at, c: "Ulm" if at < 4 else c)
+    assert not few.warnings
+
+
+def test_whole_numbers_with_a_fraction_are_the_same_category(tmp_path):
+    codes = changed(2, lambda at, _: str(at % 3))
+    is_category = {"columns": (("city", "category"),), "min_count": 1}
+    wanted = split_in_two(tmp_path / "a", lambda _, c: c, rows=codes, **is_category)
+    assert not wanted.warnings
+    floats = changed(2, lambda _, c: f"{c}.0", codes)
+    for name, rows, change in (
+        ("b", codes, lambda _, c: f"{c}.0"),
+        ("c", floats, lambda _, c: c[:-2]),
+        ("d", codes, lambda at, c: f"{c}.000" if at % 2 else f"{c}."),
+    ):
+        data = split_in_two(tmp_path / name, change, rows=rows, **is_category)
+        assert not data.warnings
+        found, right = data.held_out["validation"], wanted.held_out["validation"]
+        np.testing.assert_array_equal(taken(found), taken(right))
+    mixed = changed(2, lambda at, c: f"{c}.0" if at % 2 else c, codes)
+    path = file_of(tmp_path, text_of(mixed))
+    (warning,) = read(path, columns=(("city", "category"),))[1]
+    assert "'city' has 3 whole numbers with a fraction and without" in warning
+
+
+def test_unknown_values_of_files_to_predict_are_counted(tmp_path):
+    fitted = kept(data_of(file_of(tmp_path, text_of()), "csv"), tmp_path)
+    for change, share in (
+        (lambda _, c: c.lower(), "100%"),
+        (lambda at, c: "Ulm" if at % 2 else c, "50%"),
+    ):
+        found = Unknown(spec=fitted.spec)
+        found.add(predicted(file_of(tmp_path, text_of(changed(2, change))), fitted))
+        (line,) = found.lines(tmp_path)
+        assert f"{share} of the values of column 'city'" in line
+    for change in (lambda at, c: "Ulm" if at < 8 else c, lambda at, _: ""):
+        found = Unknown(spec=fitted.spec)
+        found.add(predicted(file_of(tmp_path, text_of(changed(2, change))), fitted))
+        assert not found.lines(tmp_path)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("cell", ["inf", "-inf", "Infinity", "1e308", "-1e39", "9e999"])
 def test_predictions_refuse_infinite_numbers(cell, tmp_path):
     fitted = kept(data_of(file_of(tmp_path, text_of()), "csv"), tmp_path)
-    path = file_of(
-        tmp_path, text_of(changed(1, lambda at, c: cell if at == 3 else c))
-    )
+    path = file_of(tmp_path, text_of(changed(1, lambda at, c: cell if at == 3 else c)))
     with pytest.raises(UserError, match="row 4: 'weight' is infinite, or too large"):
         predicted(path, fitted)
 

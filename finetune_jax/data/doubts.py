@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.encoding import WITH_FRACTION
 from finetune_jax.data.number_forms import (
     PLAIN,
     form_of,
@@ -190,6 +191,25 @@ def line_break_doubt(name: str, values: Any) -> str | None:
     return (
         f"column {name!r} has {len(found):,} values of several lines, such as "
         f"{found[0].as_py()[:40]!r}; look whether a quotation mark in the file has no other"
+    )
+
+
+def fraction_doubt(name: str, values: Any) -> str | None:
+    """Returns that whole numbers are there with a fraction and without."""
+    from pyarrow import compute
+
+    pc: Any = compute  # Its functions are made when it is imported.
+    found = values.filter(pc.match_substring_regex(values, WITH_FRACTION))
+    if not len(found):
+        return None
+    plain = pc.replace_substring_regex(found, "[.]0*$", "")
+    plain = plain.filter(pc.is_in(plain, value_set=values))
+    if not len(plain):
+        return None
+    return (
+        f"column {name!r} has {len(plain):,} whole numbers with a fraction and without, "
+        f"such as '{plain[0]}' and '{plain[0]}.0', which are different categories; write "
+        "them alike"
     )
 
 

@@ -5,6 +5,7 @@ encoded the same, to the bit.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -27,6 +28,9 @@ from finetune_jax.errors import UserError
 
 # In the workdir: the values that each category knows.
 VOCABULARY = "vocabulary.arrow"
+# Whole numbers without and with a fraction, as regexes; others that begin with 0 are names.
+WHOLE = "^[+-]?(?:0|[1-9][0-9]*)$"
+WITH_FRACTION = "^[+-]?(?:0|[1-9][0-9]*)[.]0*$"
 # Rows that are encoded at once.
 CHUNK = 2**16
 
@@ -81,8 +85,40 @@ class Fitted:
             return np.fromiter(found, np.int64, len(values)) + ROWS_BEFORE
         known = pc.cast(self.known[one.name], values.type)
         found = pc.index_in(values, value_set=known)
+        if self.spec.schema.version > 1:
+            found = _whole_found(values, known, found)
         places = pc.fill_null(found, pa.scalar(-1, found.type)).to_numpy()
         return np.where(places < 0, ROW_UNSEEN, places + ROWS_BEFORE)
+
+
+def _whole_found(values: Any, known: Any, found: Any) -> Any:
+    """Returns places in known values, also of '1.0' where '1' is known or the reverse.
+
+    Files have whole numbers with fractions where other rows of a column had no value.
+
+    Args:
+        values: Arrow's array of strings.
+        known: Likewise, the known values.
+        found: Place of each value in the known ones, null where it is unknown.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    pc: Any = compute  # Its functions are made when it is imported.
+    without = functools.partial(pc.replace_substring_regex, values, "[.]0*$", "")
+    others = [(WITH_FRACTION, without)]
+    if pc.any(pc.ends_with(known, ".0")).as_py():
+        end, between = (pa.scalar(text, values.type) for text in (".0", ""))
+        joined = functools.partial(pc.binary_join_element_wise, values, end, between)
+        others.append((WHOLE, joined))
+    for pattern, other in others:
+        is_sought = pc.and_(
+            pc.match_substring_regex(values, pattern), pc.is_null(found)
+        )
+        if pc.any(is_sought).as_py():
+            places = pc.index_in(other(), value_set=known)
+            found = pc.if_else(is_sought, places, found)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

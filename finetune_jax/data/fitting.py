@@ -209,6 +209,7 @@ def _categories(
             doubt = doubts.category_doubt(
                 name, there, occurs[is_there], train, is_told=told
             )
+            warnings.append(doubts.fraction_doubt(name, there))
             warnings += [doubt, None if told else doubts.line_break_doubt(name, there)]
     return tuple(categories), known, [text for text in warnings if text]
 

@@ -33,6 +33,7 @@ from finetune_jax.data.table_files import (
 )
 from finetune_jax.data.tables import Format, Schema, TableOptions
 from finetune_jax.data.text_files import SPLITS, not_used
+from finetune_jax.data.unknown import held_out_unknown
 from finetune_jax.errors import DataMissing, UserError, problems_error
 from finetune_jax.paths import user_path
 
@@ -81,6 +82,7 @@ class Table:
                 f"{self.name}: the columns are not those that the run was trained on "
                 f"({', '.join(saved.spec.schema.inputs)})"
             )
+        warnings += held_out_unknown(self.splits.values(), train, saved)
         splits = {
             split: ArrayExamples(
                 values=_encoded(columns, saved),

@@ -27,6 +27,7 @@ from finetune_jax.data.table_source import format_of, rows_to_predict
 from finetune_jax.data.text_files import inputs_of, read_texts
 from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
+from finetune_jax.data.unknown import Unknown
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
 from finetune_jax.paths import printable, user_path
@@ -305,12 +306,14 @@ def _tables(
     spec = run_spec(config, workdir)
     for path in paths:
         blocks, row = rows_to_predict(path, kind, fitted), 0
+        unknown = Unknown(spec=fitted.spec)
         while True:
             (block, error), *_ = attempts(lambda found: next(found, None), [blocks])
             if error is not None or block is None:
                 break
             names = [f"{path}#{row + at + 1}" for at in range(len(block))]
             row += len(block)
+            unknown.add(block)
             label = np.zeros(len(block), np.int32)
             source = Source(
                 name=str(path),
@@ -319,4 +322,6 @@ def _tables(
                 fingerprint=str,
             )
             yield names, dataset_of(source, spec, np.arange(len(block)), label)
+        for line in unknown.lines(path):
+            print(f"warning: {printable(line)}")
         errors.append(error)
