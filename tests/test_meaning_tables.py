@@ -1,8 +1,10 @@
 """Odd tables have the numbers of the clean one, or a warning, or are refused."""
 
+import ast
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -383,6 +385,43 @@ def test_labels_have_forms_too(tmp_path):
     np.testing.assert_array_equal(data.train.label[in_order(data)], wanted)
     (warning,) = data.warnings
     assert "'label' is read as numbers without '$'" in warning
+
+
+LARGE_NUMBERS = (
+    (lambda at: str(1_700_000_000_000 + at * 1000), r"leaves \d of 40 different"),
+    (lambda at: str(2**24 + at), "leaves 21 of 40"),
+    (lambda at: f"-{10**9 + at * 7}", "rounding to float32"),
+    (lambda at: f"{1e9 + at * 0.5}", "rounding to float32"),
+    (lambda at: f"{10**9 + at * 200}", "leaves 40 of 40"),
+    (lambda at: f"{20240101 + at}", r"leaves \d\d of 40"),
+    (lambda at: str(2**60 + at), r"beyond 2\*\*53"),
+    (lambda at: str(2**24 - at), None),
+    (lambda at: f"{at * 1e30}", None),
+    (lambda at: f"{at / 7}", None),
+    (lambda at: f"{1_700_000_000 + at * 86_400}", None),
+    (lambda at: "5", None),
+)
+
+
+@pytest.mark.parametrize(("number", "warns"), LARGE_NUMBERS)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_that_float32_does_not_tell_apart_are_told(
+    number, warns, kind, tmp_path
+):
+    import pyarrow as pa
+    from pyarrow import parquet as files
+
+    rows = [(*row[:3], number(at)) for at, row in enumerate(ROWS)]
+    path = file_of(tmp_path, text_of(rows))
+    if kind == "parquet":
+        columns = dict(zip(HEADER, map(list, zip(*rows))))
+        columns["label"] = list(map(ast.literal_eval, columns["label"]))
+        path = tmp_path / "t.parquet"
+        files.write_table(pa.table(columns), path)
+    for _ in range(2):  # The columns are kept.
+        found = data_of(path, kind, labels="numbers").warnings
+        assert (len(found) == 1) == (warns is not None), found
+        assert warns is None or re.search(f"'label': .*{warns}", found[0]), found
 
 
 def test_rules_in_messages_match_their_columns(tmp_path):

@@ -200,3 +200,22 @@ def test_a_carriage_return_ends_all_lines_or_none():
     with pytest.raises(UserError, match="t.txt, line 2: a carriage return within"):
         lines_of("a\nb\rc\n", "t.txt")
     assert lines_of("", "t.txt") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "warns"),
+    [
+        (lambda at: 1_700_000_000_000 + at * 1000, "leaves 1 of 12 different"),
+        (lambda at: 2**24 + at, "leaves 7 of 12"),
+        (lambda at: f"{1e9 + at * 0.5}", "leaves 1 of 12"),
+        (lambda at: at / 7, None),
+        (lambda at: 2**24 - at, None),
+    ],
+)
+def test_labels_that_float32_does_not_tell_apart_are_told(number, warns, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(json_of([(r[0], number(at)) for at, r in enumerate(ROWS)]))
+    options = dataclasses.replace(OPTIONS, labels="numbers")
+    source, _ = load_texts("jsonl", str(path), options, texts.tokenizer())
+    assert len(source.warnings) == (warns is not None)
+    assert warns is None or warns in source.warnings[0]

@@ -23,6 +23,7 @@ from finetune_jax.data.encoding import Encoded, Fitted, read_fitted
 from finetune_jax.data.files import visible
 from finetune_jax.data.fitting import fit
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
+from finetune_jax.data.rounding import may_lose, rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.table_files import (
     batches,
@@ -157,6 +158,7 @@ def load_table(
     warnings = [
         text for path in files.values() for text in _warnings(path, kind, schema)
     ]
+    warnings += _label_doubts(splits, kind, schema)
     source = dataclasses.replace(
         source,
         warnings=(*source.warnings, *warnings),
@@ -172,6 +174,29 @@ def _warnings(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
     if kind.delimiter is None:
         return []
     return table_head(path, kind, schema.names).warnings(path)
+
+
+def _label_doubts(
+    splits: Mapping[str, Columns], kind: Format, schema: Schema
+) -> list[str]:
+    """Returns that labels are numbers that float32 does not tell apart.
+
+    The files are read once more if that is possible, as float64.
+    """
+    label = schema.label
+    if schema.labels != "numbers" or label is None:
+        return []
+    rounded = [one.label.view(np.float32) for one in splits.values()]
+    if not may_lose(np.concatenate(rounded)):
+        return []
+    alone = dataclasses.replace(schema, numbers=(), categories=())
+    labels = [
+        batch.column(label).to_numpy(zero_copy_only=False)
+        for one in splits.values()
+        for batch in batches(one.path, kind, alone)
+    ]
+    doubt = rounding_doubt(np.concatenate(labels), f"config.data.label: {label!r}")
+    return [doubt] if doubt else []
 
 
 def _check_columns(paths: Iterable[pathlib.Path], kind: Format, schema: Schema) -> None:

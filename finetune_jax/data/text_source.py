@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.questions import answer_problems, asked_in, encode_questions
+from finetune_jax.data.rounding import rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.tags import (
     encode_words,
@@ -192,7 +193,10 @@ def _labels(
     """Returns the labels of each split, and the classes if they are such."""
     if options.labels == "numbers":
         numbers = {k: np.array(v, np.float32).reshape(-1, 1) for k, v in given.items()}
-        return numbers, Classes(names=(), index={})
+        wide = np.concatenate([np.array(v, np.float64) for v in given.values()])
+        doubt = rounding_doubt(wide, f"config.data.label: {options.label!r}")
+        warnings = (doubt,) if doubt else ()
+        return numbers, Classes(names=(), index={}, warnings=warnings)
     spelled = {
         split: [str(spelling_of(value)) for value in values]
         for split, values in given.items()
