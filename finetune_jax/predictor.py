@@ -19,6 +19,7 @@ from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.data.tags import encode_words, tag_labels, words_of
 from finetune_jax.data.texts import Rows, TextOptions, encode, make_encoder, packed
 from finetune_jax.data.threads import attempts
+from finetune_jax.data.token_counts import TokenCounts, counts_for
 from finetune_jax.errors import UserError
 from finetune_jax.evaluation import Evaluator
 from finetune_jax.parts import Several
@@ -168,27 +169,32 @@ def examples(inputs: np.ndarray, spec: DataSpec) -> Dataset:
     return dataset_of(source, spec, np.arange(len(inputs)), label)
 
 
-def text_examples(rows: Rows, spec: DataSpec, encoder: Any) -> Dataset:
+def text_examples(
+    rows: Rows, spec: DataSpec, encoder: Any, counts: TokenCounts | None = None
+) -> Dataset:
     """Returns texts as a split without labels, in groups where they are passages.
 
     Args:
         rows: That have texts.
         spec: Of the run.
         encoder: `Predictor.encoder`.
+        counts: The tokens are added.
 
     Raises:
         UserError: Lists the questions that leave no room for a passage.
     """
     assert spec.text is not None
     options, notes = spec.text.options, None
+    counts = counts or counts_for(encoder, options.max_tokens)
     if options.labels == "answers":
         asked = asked_in(rows, options, answered=False)
         windows = encode_questions(encoder, asked, options)
         tokens, label, notes = windows.tokens, windows.label, windows.notes
+        counts.add_windows(ids for ids, _ in tokens)
         length = _length(tokens, options)
     elif options.labels == "tags":
         words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
-        tokens, begins = encode_words(encoder, words)
+        tokens, begins = encode_words(encoder, words, counts)
         length = _length(tokens, options)
         # Words are known by having a label, whichever.
         tag = spec.class_names[0]
@@ -196,7 +202,7 @@ def text_examples(rows: Rows, spec: DataSpec, encoder: Any) -> Dataset:
         label = tag_labels({"all": begins}, tags, length, {tag: 0})["all"]
     else:
         texts = [tuple(row[column] for column in options.text) for row in rows.cells]
-        tokens, label = encode(encoder, texts), np.zeros(len(texts), np.int32)
+        tokens, label = encode(encoder, texts, counts), np.zeros(len(texts), np.int32)
         length = _length(tokens, options)
     source = Source(
         name=rows.where,

@@ -219,3 +219,81 @@ def test_labels_that_float32_does_not_tell_apart_are_told(number, warns, tmp_pat
     source, _ = load_texts("jsonl", str(path), options, texts.tokenizer())
     assert len(source.warnings) == (warns is not None)
     assert warns is None or warns in source.warnings[0]
+
+
+def warnings_of(folder, sentences):
+    path = folder / "t.jsonl"
+    labels = [r[1] for r in ROWS]
+    path.write_text(json_of(list(zip(sentences, labels))))
+    return read(path)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "warns"),
+    [
+        (lambda at, _: "film " * 50, "12 of 12 texts are cut to 12 tokens"),
+        (lambda at, t: "the film " * 6 if at == 3 else t, "1 of 12 texts are cut"),
+        (lambda at, _: "film " * 11, "12 of 12 texts are cut"),
+        (lambda at, _: "film " * 10, None),
+        (lambda at, t: t.upper(), "100% of the tokens are unknown"),
+        (lambda at, t: "ein guter Film", "100% of the tokens are unknown"),
+        (lambda at, t: "the film of plot" if at % 2 else "a zoo is", "29% of"),
+        (lambda at, t: "the film is a good one" if at % 2 else t, None),
+    ],
+)
+def test_cut_texts_and_unknown_tokens_are_told(change, warns, tmp_path):
+    sentences = [change(at, row[0]) for at, row in enumerate(ROWS)]
+    found = warnings_of(tmp_path, sentences)
+    assert len(found) == (warns is not None), found
+    assert warns is None or warns in found[0]
+
+
+def test_cut_words_and_unknown_words_are_told(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"words": ["film"] * n + ["Rome"] * 3, "tags": ["O"] * n + ["B"] * 3}
+            )
+            + "\n"
+            for n in (2, 2, 9, 30)
+        )
+    )
+    options = dataclasses.replace(OPTIONS, text=("words",), label="tags", labels="tags")
+    source, _ = load_texts("jsonl", str(path), options, texts.tokenizer())
+    cut, unknown = source.warnings
+    assert "2 of 4 texts are cut to 12 tokens" in cut and "23% of the tokens" in unknown
+
+
+def test_windows_are_not_cut_but_may_be_unknown(tmp_path):
+    path = tmp_path / "t.jsonl"
+    for word, unknown in (("film", 0), ("Rome", 1)):
+        line = {
+            "question": f"the {word}",
+            "context": f"{word} " * 60,
+            "answers": {"text": [word], "answer_start": [0]},
+        }
+        path.write_text(f"{json.dumps(line)}\n" * 3)
+        options = dataclasses.replace(
+            OPTIONS, text=("question", "context"), label="answers", labels="answers"
+        )
+        source, _ = load_texts("jsonl", str(path), options, texts.tokenizer())
+        assert len(source.warnings) == unknown
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_unknown_tokens_of_every_kind_of_tokenizer_are_counted(kind, tmp_path):
+    from tokenizers import models, pre_tokenizers
+
+    model = {
+        "BPE": lambda: models.BPE({"a": 0, "b": 1}, []),
+        "Unigram": lambda: models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0),
+    }[kind]()
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "t.jsonl"
+    sentences = ["a a a" if at % 2 else "x y z" for at in range(12)]
+    path.write_text(json_of([(s, r[1]) for s, r in zip(sentences, ROWS)]))
+    (warning,) = load_texts("jsonl", str(path), OPTIONS, made.to_str())[0].warnings
+    wanted = {"BPE": "6 of 12 texts have no tokens", "Unigram": "50% of the tokens"}
+    assert wanted[kind] in warning

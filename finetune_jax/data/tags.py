@@ -9,6 +9,7 @@ import numpy as np
 
 from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.texts import Rows, TextOptions, is_unicode, missing_columns
+from finetune_jax.data.token_counts import TokenCounts
 
 # The label of places that have none.
 NONE = -1
@@ -63,15 +64,18 @@ def tag_problems(rows: Rows, options: TextOptions) -> list[str]:
 
 
 def encode_words(
-    encoder: Any, texts: Sequence[Sequence[str]]
+    encoder: Any, texts: Sequence[Sequence[str]], counts: TokenCounts | None = None
 ) -> tuple[list[tuple[list[int], list[int]]], list[list[int | None]]]:
     """Returns ids and sentences of each text, and of each token the word that it begins.
 
     Args:
         encoder: From `make_encoder`.
         texts: Words of each.
+        counts: The tokens are added, if given.
     """
     found = encoder.encode_batch([list(words) for words in texts], is_pretokenized=True)
+    if counts is not None:
+        counts.add(found)
     tokens = [(one.ids, [kind + 1 for kind in one.type_ids]) for one in found]
     begins = []
     for one in found:

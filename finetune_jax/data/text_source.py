@@ -29,6 +29,7 @@ from finetune_jax.data.texts import (
     text_problems,
     vocabulary_of,
 )
+from finetune_jax.data.token_counts import TokenCounts, counts_for
 from finetune_jax.errors import problems_error
 
 _SHOWN = 50
@@ -65,13 +66,15 @@ def text_source(
     assert tokenizer is not None
     encoder = make_encoder(tokenizer, options.max_tokens)
     warnings = tuple(text for rows in splits.values() for text in rows.warnings)
+    counts = counts_for(encoder, options.max_tokens)
     if options.labels == "answers":
-        source, spec = _asked(name, splits, options, encoder)
+        source, spec = _asked(name, splits, options, encoder, counts)
+        warnings = (*warnings, *counts.lines())
         return dataclasses.replace(source, warnings=warnings), spec
     if options.labels == "tags":
-        examples, classes = _tagged(splits, options, encoder)
+        examples, classes = _tagged(splits, options, encoder, counts)
     else:
-        examples, classes = _labelled(splits, options, encoder)
+        examples, classes = _labelled(splits, options, encoder, counts)
     if classes.problems and options.labels != "numbers":
         raise problems_error(f"The data {name} cannot be used:", classes.problems)
     source = Source(
@@ -80,13 +83,16 @@ def text_source(
         class_names=classes.names,
         targets=(options.label,) if options.labels == "numbers" else (),
         fingerprint=lambda: _fingerprint(examples),
-        warnings=(*warnings, *classes.warnings),
+        warnings=(*warnings, *classes.warnings, *counts.lines()),
     )
     return source, TextSpec(options=options, vocabulary=vocabulary_of(encoder))
 
 
 def _labelled(
-    splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
 ) -> tuple[dict[str, ArrayExamples], Classes]:
     """Returns the examples by split, one label each, and the classes."""
     label, classes = _labels(
@@ -97,20 +103,23 @@ def _labelled(
         options,
     )
     tokens = {
-        split: encode(encoder, [_sentences(row, options) for row in rows.cells])
+        split: encode(encoder, [_sentences(row, options) for row in rows.cells], counts)
         for split, rows in splits.items()
     }
     return _examples(tokens, label, options), classes
 
 
 def _tagged(
-    splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
 ) -> tuple[dict[str, ArrayExamples], Classes]:
     """Returns the examples by split, a tag for each word, and the tags as classes."""
     tokens, begins, tags = {}, {}, {}
     for split, rows in splits.items():
         words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
-        tokens[split], begins[split] = encode_words(encoder, words)
+        tokens[split], begins[split] = encode_words(encoder, words, counts)
         tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
     classes = tag_classes(tags, f"config.data.label: {options.label!r}")
     label = tag_labels(begins, tags, _length(tokens, options), classes.index)
@@ -118,12 +127,17 @@ def _tagged(
 
 
 def _asked(
-    name: str, splits: Mapping[str, Rows], options: TextOptions, encoder: Any
+    name: str,
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
 ) -> tuple[Source, TextSpec]:
     """Returns windows of the passages of questions, and what is known of them."""
     asked = {k: asked_in(rows, options, answered=True) for k, rows in splits.items()}
     together = [one for rows in asked.values() for one in rows]
     windows = encode_questions(encoder, together, options)
+    counts.add_windows(ids for ids, _ in windows.tokens)
     ends = np.cumsum([len(rows) for rows in asked.values()])[:-1]
     groups = dict(zip(asked, np.split(windows.sizes, ends)))
     stops = np.cumsum([sizes.sum() for sizes in groups.values()])

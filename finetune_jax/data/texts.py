@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.token_counts import TokenCounts
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.lookup import closest
 
@@ -228,11 +229,19 @@ def vocabulary_of(encoder: Any) -> int:
 
 
 def encode(
-    encoder: Any, texts: Sequence[Sequence[str]]
+    encoder: Any, texts: Sequence[Sequence[str]], counts: TokenCounts | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns ids and sentences, from 1 on, of each text of one or two sentences."""
+    """Returns ids and sentences, from 1 on, of each text of one or two sentences.
+
+    Args:
+        encoder: From `make_encoder`.
+        texts: Sentences of each text.
+        counts: The tokens are added, if given.
+    """
     plain: list[Any] = [tuple(text) if len(text) > 1 else text[0] for text in texts]
     found = encoder.encode_batch(plain)
+    if counts is not None:
+        counts.add(found)
     return [(one.ids, [kind + 1 for kind in one.type_ids]) for one in found]
 
 

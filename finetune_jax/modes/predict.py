@@ -27,6 +27,7 @@ from finetune_jax.data.table_source import format_of, rows_to_predict
 from finetune_jax.data.text_files import inputs_of, read_texts
 from finetune_jax.data.texts import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
+from finetune_jax.data.token_counts import counts_for
 from finetune_jax.data.unknown import Unknown
 from finetune_jax.errors import UserError, problems_error
 from finetune_jax.modes.options import Options
@@ -291,7 +292,11 @@ def _told(
     path: pathlib.Path, options: TextOptions, spec: DataSpec, encoder: Any
 ) -> tuple[Rows, Dataset]:
     rows = read_texts(path, options)
-    return rows, text_examples(rows, spec, encoder)
+    counts = counts_for(encoder, options.max_tokens)
+    dataset = text_examples(rows, spec, encoder, counts)
+    for line in counts.lines():
+        print(f"warning: {printable(f'{path}: {line}')}")
+    return rows, dataset
 
 
 def _tables(

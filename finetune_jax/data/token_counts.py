@@ -1,0 +1,89 @@
+"""Counts of tokens that tell whether a tokenizer and its texts fit each other."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Share of unknown tokens above which a line tells them.
+_LARGE = 0.2
+
+
+@dataclasses.dataclass(kw_only=True)
+class TokenCounts:
+    """Counts of the tokens of encoded texts.
+
+    Attributes:
+        longest: `config.data.max_tokens`, for messages.
+        unknown_id: Id of all unknown tokens; None if the tokenizer has none.
+        texts: Number of texts.
+        cut: Number of texts that were cut.
+        empty: Number of texts without tokens besides special ones.
+        tokens: Number of tokens besides special ones.
+        unknown: Number of unknown tokens.
+    """
+
+    longest: int
+    unknown_id: int | None
+    texts: int = 0
+    cut: int = 0
+    empty: int = 0
+    tokens: int = 0
+    unknown: int = 0
+
+    def add(self, encodings: Iterable[Any]) -> None:
+        """Adds encoded texts."""
+        for one in encodings:
+            tokens = len(one.ids) - sum(one.special_tokens_mask)
+            self.texts += 1
+            # What was cut off is a copy, to be made for long texts alone.
+            self.cut += len(one.ids) >= self.longest and len(one.overflowing) > 0
+            self.empty += not tokens
+            self.tokens += tokens
+            self.unknown += one.ids.count(self.unknown_id)
+
+    def add_windows(self, ids: Iterable[Sequence[int]]) -> None:
+        """Adds windows of passages, which are cut by intention."""
+        for one in ids:
+            self.tokens += len(one)
+            self.unknown += list(one).count(self.unknown_id)
+
+    def lines(self) -> list[str]:
+        """Returns a line about texts that were cut, and lines about unknown tokens."""
+        found = []
+        if self.cut:
+            found.append(
+                f"{self.cut:,} of {self.texts:,} texts are cut to {self.longest} tokens "
+                "(config.data.max_tokens)"
+            )
+        if self.unknown > _LARGE * self.tokens:
+            found.append(
+                f"config.data.tokenizer: {self.unknown / self.tokens:.0%} of the tokens "
+                "are unknown to the tokenizer; look whether it is of the texts' language "
+                "and of the weights"
+            )
+        if self.empty:
+            found.append(
+                f"config.data.tokenizer: {self.empty:,} of {self.texts:,} texts have no "
+                "tokens, as the tokenizer leaves out all of their characters"
+            )
+        return found
+
+
+def counts_for(encoder: Any, longest: int) -> TokenCounts:
+    """Returns counts of no texts.
+
+    Args:
+        encoder: From `texts.make_encoder`.
+        longest: `config.data.max_tokens`.
+    """
+    return TokenCounts(longest=longest, unknown_id=_unknown_id(encoder))
+
+
+def _unknown_id(encoder: Any) -> int | None:
+    """Returns the id of unknown tokens; None if there is none."""
+    if hasattr(encoder.model, "unk_token"):
+        token = encoder.model.unk_token
+        return None if token is None else encoder.token_to_id(token)
+    # Unigram has an id, of which Python knows nothing.
+    return json.loads(encoder.to_str())["model"].get("unk_id")
