@@ -365,6 +365,56 @@ def test_signs_of_nothing_may_be_given(tmp_path):
     check(csv("", text_of(rows), same=True), read_so, clean(tmp_path, GAPS), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("sign", "cell"),
+    [
+        ("-999", "-999.0"),
+        ("-999", "-999.00"),
+        ("-999.0", "-999"),
+        ("-999", "-9.99e2"),
+        ("9999", "9999."),
+        ("-999", " -999.0 "),
+        ("-999", "\u2212999"),
+        ("0", "-0.0"),
+    ],
+)
+def test_signs_of_nothing_are_compared_as_numbers(sign, cell, tmp_path):
+    rows = [
+        tuple(c or ("" if at == 2 else cell) for at, c in enumerate(r)) for r in GAPS
+    ]
+    read_so = functools.partial(read, missing=(sign,))
+    check(csv("", text_of(rows), same=True), read_so, clean(tmp_path, GAPS), tmp_path)
+
+
+def test_signs_of_nothing_in_numbers_of_parquet_are_missing(tmp_path):
+    def weights(cells):
+        return [float(row[1] or -999) for row in GAPS]
+
+    path = parquet(weights, "weight")(tmp_path)
+    for sign in ("-999", "-999.0"):
+        assert data_of(path, "parquet", missing=(sign,)).spec.table.marks == (1,)
+
+
+@pytest.mark.parametrize(
+    ("signs", "told"),
+    [
+        (("-9999",), "'-9999'"),
+        (("-999", "unknown"), "'unknown'"),
+        (("Unknown", "99"), "'Unknown', '99'"),
+        (("-999.5",), "'-999.5'"),
+        (("Bern ",), "'Bern '"),
+        (("-999", "Bern"), None),
+        (("-999", "NA"), None),
+    ],
+)
+def test_signs_that_match_no_cell_are_told(signs, told, tmp_path):
+    rows = changed(1, lambda at, c: "-999" if at % 7 == 1 else c)
+    path = file_of(tmp_path, text_of(rows))
+    found = [text for text in read(path, missing=signs)[1] if ".missing: no" in text]
+    assert len(found) == (told is not None), found
+    assert told is None or f"no cell of the columns is {told};" in found[0]
+
+
 def test_what_is_doubted_can_be_said(tmp_path):
     rows = changed(1, lambda _, c: f"{c} kg")
     read_so = functools.partial(read, columns=(("weight", "number"),))

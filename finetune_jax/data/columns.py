@@ -30,7 +30,7 @@ from finetune_jax.tables import ABOUT, discard, sha256_of, write_table
 # Blocks whose values are given codes at once, while the next are read.
 GROUP = 32
 # Of what is written; to be raised when that changes.
-VERSION = 2
+VERSION = 3
 MISSING = -1
 # Numbers, codes of categories, labels, and the values of codes.
 FILES = ("0.bin", "1.bin", "2.bin", "3.bin")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -195,6 +196,42 @@ def parsed(texts: Any, form: Form, missing: Collection[str]) -> Any:
             text = pc.replace_substring(text, sign, "")
         text = pc.replace_substring(text, form.decimal, ".")
     return pc.cast(text, pa.float64())
+
+
+def without(numbers: Any, signs: Collection[str]) -> Any:
+    """Returns numbers, null if they equal a sign of cells without a value.
+
+    >>> import pyarrow as pa
+    >>> without(pa.array([1.0, -999.0]), ("-999", "unknown")).to_pylist()
+    [1.0, None]
+
+    Args:
+        numbers: Arrow's array of float64.
+        signs: Signs of cells without a value, numbers and others.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    pc: Any = compute  # Its functions are made when it is imported.
+    values = numbers_of(signs)
+    if not values:
+        return numbers
+    unsigned = pc.add(numbers, 0.0)  # -0.0 is 0.0.
+    is_nothing = pc.is_in(unsigned, value_set=pa.array(values, pa.float64()))
+    return pc.if_else(is_nothing, pa.scalar(None, pa.float64()), numbers)
+
+
+def numbers_of(signs: Iterable[str]) -> list[float]:
+    """Returns the signs that are finite numbers."""
+    found = []
+    for sign in signs:
+        try:
+            number = float(sign)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            found.append(number + 0.0)
+    return found
 
 
 def is_missing(text: str, missing: Collection[str]) -> bool:

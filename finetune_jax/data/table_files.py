@@ -338,6 +338,8 @@ def _read_batch(batch: Any, kind: Format, schema: Schema) -> Any:
             column = number_forms.parsed(column, forms[name], signs)
         elif name not in forms and name not in kind.kinds and schema.version > 1:
             column = _trimmed(column, signs)
+        if name in forms:
+            column = number_forms.without(column, schema.missing)
         arrays.append(column)
     return pa.record_batch(arrays, names=list(schema.is_number))
 

@@ -24,6 +24,7 @@ from finetune_jax.data.files import visible
 from finetune_jax.data.fitting import fit
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.rounding import may_lose, rounding_doubt
+from finetune_jax.data.signs import sign_doubts
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.table_files import (
     batches,
@@ -159,6 +160,7 @@ def load_table(
         text for path in files.values() for text in _warnings(path, kind, schema)
     ]
     warnings += _label_doubts(splits, kind, schema)
+    warnings += sign_doubts(list(files.values()), kind, schema)
     source = dataclasses.replace(
         source,
         warnings=(*source.warnings, *warnings),
