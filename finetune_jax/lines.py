@@ -11,12 +11,20 @@ from finetune_jax.errors import UserError
 
 # What files in UTF-16 and UTF-32 begin with.
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+# What compressed files begin with, how, and what unpacks them.
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gzip -d"),
+    b"BZh91AY&SY": ("bzip2", "bzip2 -d"),
+    b"\xfd7zXZ": ("xz", "xz -d"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
+    b"PK\x03\x04": ("ZIP, as Excel's .xlsx is", "unzip, or save it as CSV in Excel"),
+}
 # Bytes in which a NUL is looked for; text in UTF-8 has none.
 _BEGIN = 4096
 
 
 def check_begin(data: bytes, path: pathlib.Path) -> None:
-    """Checks that a file does not begin as UTF-16 does.
+    """Checks that a file does not begin as UTF-16 or compressed files do.
 
     Args:
         data: First bytes of the file.
@@ -25,6 +33,9 @@ def check_begin(data: bytes, path: pathlib.Path) -> None:
     Raises:
         UserError: It does.
     """
+    for begin, (name, program) in _PACKED.items():
+        if data.startswith(begin):
+            raise UserError(f"{path}: compressed by {name}; unpack it with {program}")
     if data.startswith(_WIDE) or b"\0" in data[:_BEGIN]:
         raise UserError(
             f"{path}, line 1: not text in UTF-8 but probably UTF-16, as Excel's 'Unicode "

@@ -1,9 +1,12 @@
 """Odd tables have the numbers of the clean one, or a warning, or are refused."""
 
 import ast
+import bz2
 import dataclasses
 import functools
+import gzip
 import json
+import lzma
 import re
 
 import numpy as np
@@ -340,10 +343,42 @@ REFUSED = (
         refuses="'city' is not UTF-8",
     ),
     csv("empty", "", refuses="empty"),
+    csv(
+        "gzip", gzip.compress(text_of().encode()), refuses="compressed by gzip; unpack"
+    ),
+    csv("bzip2", bz2.compress(text_of().encode()), refuses="compressed by bzip2"),
+    csv("xz", lzma.compress(text_of().encode()), refuses="compressed by xz"),
+    csv("Excel", b"PK\x03\x04" + bytes(99), refuses="ZIP, as Excel's .xlsx is"),
+)
+DELIMITER_FIRST = (
+    csv("Excel", "sep=;\n" + text_of(sep=";"), same=True, warns="separated by ';'"),
+    csv("Windows", "sep=;\r\n" + text_of(sep=";", end="\r\n"), same=True, warns="';'"),
+    csv("marked", "\ufeffSEP=\t\n" + text_of(sep="\t"), same=True, warns=r"'\\t'"),
+    csv("quoted", '"sep=|"\n' + text_of(sep="|"), same=True, warns="separated by"),
+    csv("comma", "sep=,\n" + text_of(), same=True),
+    csv(
+        "line",
+        "sep=;\n" + text_of(sep=";") + "1;2;Rome;yes;3\n",
+        refuses="line 43: 5 values",
+    ),
+)
+BEYOND = (
+    Odd(
+        name="whole numbers of 64 bits",
+        make=parquet(lambda c: np.arange(40, dtype=np.uint64) + 2**63, "weight"),
+        warns=r"'weight' has numbers beyond 2\*\*53",
+    ),
+    csv(
+        "large numbers",
+        text_of(changed(1, lambda at, _: str(2**63 + at))),
+        warns=r"beyond 2\*\*53",
+    ),
 )
 
 
-@by_name(READ_THE_SAME + READ_WITH_A_WORD + DOUBTFUL + REFUSED)
+@by_name(
+    READ_THE_SAME + READ_WITH_A_WORD + DOUBTFUL + REFUSED + DELIMITER_FIRST + BEYOND
+)
 def test_an_odd_table_is_read_alike_or_not_without_a_word(odd, tmp_path):
     check(odd, read, clean(tmp_path), tmp_path)
 
@@ -551,6 +586,34 @@ def test_unknown_values_of_held_out_rows_are_told(change, share, tmp_path):
     assert "known are 'Rome', 'Oslo', 'Bern'" in found[0]
     few = split_in_two(tmp_path / "b", lambda at, c: "Ulm" if at < 4 else c)
     assert not few.warnings
+
+
+@pytest.mark.parametrize(
+    ("change", "cell"),
+    [
+        (lambda _, c: f"{c} kg", " kg'"),
+        (lambda _, c: f"{c}%", "%'"),
+        (lambda at, c: "unknown" if at == 5 else c, "'unknown'"),
+        (lambda at, c: f"0{c}", "'0"),
+        (lambda at, c: f'"{int(c):,}"', ",'"),
+    ],
+)
+def test_files_that_write_numbers_in_another_way_are_named(change, cell, tmp_path):
+    warnings = split_in_two(tmp_path / "a", change, place=1).warnings
+    (found,) = [text for text in warnings if "others are not" in text]
+    assert f"{tmp_path}/a/validation.csv has '" in found and "train.csv" not in found
+    assert cell.strip("'") in found
+
+
+def test_delimiters_before_rows_without_names(tmp_path):
+    path = file_of(tmp_path, "sep=;\n" + text_of(header=(), sep=";"))
+    data = data_of(path, "csv", header=HEADER)
+    np.testing.assert_array_equal(taken(data.train)[in_order(data)], clean(tmp_path)[0])
+    fitted = kept(data, tmp_path)
+    rows = [row[:3] for row in ROWS]
+    path = file_of(tmp_path, "sep=;\n" + text_of(rows, header=(), sep=";"))
+    wanted = taken(data.train)[in_order(data)]
+    np.testing.assert_array_equal(predicted(path, fitted), wanted)
 
 
 def test_whole_numbers_with_a_fraction_are_the_same_category(tmp_path):

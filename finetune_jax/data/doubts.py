@@ -1,7 +1,9 @@
 """Doubts about the inferred kind of a table's column, each with what to write instead."""
 
+import itertools
+import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ _DATE = re.compile(rf"({_DAY}|{_NAMED})([ t,]+{_TIME})?|{_TIME}", re.IGNORECASE)
 _IDENTIFIER = re.compile(
     r"(.*[_\W])?(id|idx|index|key|row|number|no|nr)", re.IGNORECASE
 )
+_NAME = re.compile(r"[+-]?0\d")
 _UNNAMED = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 
 
@@ -106,7 +109,13 @@ def _are_days(numbers: np.ndarray) -> bool:
 
 
 def category_doubt(
-    name: str, values: Any, counts: np.ndarray, rows: int, *, is_told: bool = False
+    name: str,
+    values: Any,
+    counts: np.ndarray,
+    rows: int,
+    files: Mapping[pathlib.Path, Any],
+    *,
+    is_told: bool = False,
 ) -> str | None:
     """Returns why a column of categories may be something else.
 
@@ -115,6 +124,7 @@ def category_doubt(
         values: Different values of the training rows, Arrow's array of strings.
         counts: Number of rows that have each.
         rows: Number of training rows.
+        files: All values by file, Arrow's arrays of strings.
         is_told: Whether the config says that it is a category.
     """
     order = np.argsort(-counts, kind="stable")[:LOOKED_AT]
@@ -123,7 +133,11 @@ def category_doubt(
     most = len(values) > max(rows // 2, 20)
     number = rule(name, "number")
     many = f"{len(values):,} different values in {rows:,} training rows"
-    if most and form_of(looked) == PLAIN:
+    is_plain = form_of(looked) == PLAIN
+    # Numbers with zeros before them are names.
+    is_other = is_plain and not is_told and not any(map(_NAME.match, looked))
+    others = _others(files) if is_other else ""
+    if most and is_plain and not others:
         return (
             f"column {name!r} is a category of {many}, all of them numbers; if it measures "
             f"something, {number} says so"
@@ -138,6 +152,12 @@ def category_doubt(
             "categories, of which others in new rows are unknown; write numbers, such as "
             f"seconds since 1970 or the month, in the file, or {out}; {kept}"
         )
+    if others:
+        return (
+            f"column {name!r} is a category, though its training rows are plain numbers, "
+            f"as others are not: {others}; if it measures something, write them alike, or "
+            f"{number} says so; {kept}"
+        )
     if doubt := _number_doubt(name, looked, counts[order], is_number):
         return f"{doubt}; {kept}"
     if most and counts[counts <= 1].sum() > rows / 2:
@@ -149,19 +169,22 @@ def category_doubt(
 
 
 def _number_doubt(
-    name: str, looked: Sequence[str], counts: np.ndarray, is_number: np.ndarray
+    name: str,
+    looked: Sequence[str],
+    counts: np.ndarray,
+    is_number: np.ndarray,
 ) -> str | None:
     """Returns that categories could be numbers, all or most of them."""
     # Numbers with zeros before them are names.
-    if any(re.match(r"[+-]?0\d", value) for value in looked):
+    if any(map(_NAME.match, looked)):
         return None
     number = rule(name, "number")
     told = form_of(looked, told=True)
     # What begins with letters is rather a name, such as 'person5'.
     if told is not None and not any(map(str.isalpha, told.before)):
         return (
-            f"column {name!r} is a category, but could be numbers {told}: if it measures "
-            f"something, {number} says so"
+            f"column {name!r} is a category, but could be {f'numbers {told}'.strip()}: if "
+            f"it measures something, {number} says so"
         )
     if is_number.all():
         return (
@@ -178,6 +201,16 @@ def _number_doubt(
         f"numbers, or say by config.data.missing={tuple(others)!r} that such cells have no "
         f"value; {number} says that all others are numbers"
     )
+
+
+def _others(files: Mapping[pathlib.Path, Any]) -> str:
+    """Returns what files have besides plain numbers."""
+    found = []
+    for path, values in files.items():
+        texts = values.to_pylist()
+        others = (v for v in texts if not PLAIN.fits(v) or _NAME.match(v))
+        found += [f"{path} has {one[:40]!r}" for one in itertools.islice(others, 1)]
+    return ", ".join(found)
 
 
 def line_break_doubt(name: str, values: Any) -> str | None:

@@ -127,12 +127,14 @@ def _numbers(
     )
     warnings = []
     for at, name in enumerate(names):
-        if is_constant[at] and (not count[at] or not missing[at]):
+        largest = max(abs(least[at]), abs(most[at]))
+        # Beyond, different numbers may have become one.
+        is_exact = is_told(name) or not count[at] or largest <= doubts.EXACT
+        if is_constant[at] and is_exact and (not count[at] or not missing[at]):
             why = "has one value" if count[at] else "has no value"
             warnings.append(doubts.says_nothing(name, why))
         elif not is_told(name):
             files = [one.numbers[:CHUNK, at] for one in columns]
-            largest = max(abs(least[at]), abs(most[at]))
             warnings.append(doubts.number_doubt(name, files, largest))
     return numbers, [text for text in warnings if text]
 
@@ -206,8 +208,9 @@ def _categories(
             warnings.append(doubts.says_nothing(name, why))
         else:
             there, told = values.filter(pa.array(is_there)), is_told(name)
+            files = {one.path: one.values[name] for one in columns}
             doubt = doubts.category_doubt(
-                name, there, occurs[is_there], train, is_told=told
+                name, there, occurs[is_there], train, files, is_told=told
             )
             warnings.append(doubts.fraction_doubt(name, there))
             warnings += [doubt, None if told else doubts.line_break_doubt(name, there)]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,14 +63,16 @@ def head_of(
     Args:
         path: Path of the file.
         header: `config.data.header`, names of a file that does not begin with them.
-        delimiter: Sign that its kind has between the cells. A comma may be another sign
-            in the file, if that and no comma separates the first line.
+        delimiter: Sign that its kind has between the cells. The file may begin with
+            another, as 'sep=;'. A comma may be another sign in the file, if that and no
+            comma separates the first line.
         quotes: Whether cells may be quoted.
 
     Raises:
         UserError: The file is empty, not UTF-8, or has a name twice.
     """
-    text = begin_of(path)
+    text, own = without_sign(begin_of(path))
+    expected, delimiter = delimiter, own or delimiter
     signs = (delimiter, *_OTHERS) if delimiter == "," else (delimiter,)
     found = {sign: first_cells(text, sign, quotes) for sign in signs}
 
@@ -83,7 +86,22 @@ def head_of(
         names, lines = list(header), 0
     names = [name.strip().strip(_UNSEEN).strip() for name in names]
     _check(names, path)
-    return Head(names=tuple(names), lines=lines, delimiter=sign, expected=delimiter)
+    return Head(
+        names=tuple(names),
+        lines=lines + (own is not None),
+        delimiter=sign,
+        expected=expected,
+    )
+
+
+def without_sign(text: str) -> tuple[str, str | None]:
+    r"""Returns a text without a first line that names the delimiter, as Excel writes it.
+
+    >>> without_sign("sep=;\na;b\n"), without_sign("a,b\n")
+    (('a;b\n', ';'), ('a,b\n', None))
+    """
+    found = re.match(r'"?sep=([,;|\t])"?(\r\n|\n|\r)', text, re.IGNORECASE)
+    return (text[found.end() :], found[1]) if found else (text, None)
 
 
 def begin_of(path: pathlib.Path) -> str:

@@ -23,6 +23,7 @@ from finetune_jax.data.separated import (
     first_cells,
     head_of,
     rows_of,
+    without_sign,
 )
 from finetune_jax.data.table_faults import faults
 from finetune_jax.data.tables import (
@@ -80,7 +81,8 @@ def table_head(path: pathlib.Path, kind: Format, header: Sequence[str]) -> Head:
 def cells_in(path: pathlib.Path, kind: Format, header: Sequence[str]) -> int:
     """Returns the number of cells in the first line of a file without names."""
     delimiter = table_head(path, kind, header).delimiter
-    return len(first_cells(begin_of(path), delimiter, kind.quotes)[0])
+    begin, _ = without_sign(begin_of(path))
+    return len(first_cells(begin, delimiter, kind.quotes)[0])
 
 
 def infer_schema(

@@ -11,7 +11,13 @@ from typing import Any
 from finetune_jax import lookup
 from finetune_jax.data import sources
 from finetune_jax.data.files import Unused, files_below, visible
-from finetune_jax.data.separated import begin_of, first_cells, head_of, rows_of
+from finetune_jax.data.separated import (
+    begin_of,
+    first_cells,
+    head_of,
+    rows_of,
+    without_sign,
+)
 from finetune_jax.data.source import Source
 from finetune_jax.data.tags import word_problems
 from finetune_jax.data.text_source import text_source
@@ -274,7 +280,7 @@ def check_texts(rows: Rows, options: TextOptions) -> None:
 def _has_texts_alone(path: pathlib.Path, kind: str, options: TextOptions) -> bool:
     """Returns whether a file without names has the columns of texts alone."""
     delimiter, quotes = {"tsv": "\t", "csv": ","}[kind], kind == "csv"
-    begin = begin_of(path)
+    begin, _ = without_sign(begin_of(path))
     cells, _ = first_cells(begin, delimiter, quotes)
     if len(cells) != len(options.text):
         return False

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 # Share of unknown tokens above which a line tells them.
 _LARGE = 0.2
@@ -15,7 +17,7 @@ class TokenCounts:
 
     Attributes:
         longest: `config.data.max_tokens`, for messages.
-        unknown_id: Id of all unknown tokens; None if the tokenizer has none.
+        unknown_id: Id of all unknown tokens; -1 if the tokenizer has none.
         texts: Number of texts.
         cut: Number of texts that were cut.
         empty: Number of texts without tokens besides special ones.
@@ -24,7 +26,7 @@ class TokenCounts:
     """
 
     longest: int
-    unknown_id: int | None
+    unknown_id: int
     texts: int = 0
     cut: int = 0
     empty: int = 0
@@ -42,11 +44,11 @@ class TokenCounts:
             self.tokens += tokens
             self.unknown += one.ids.count(self.unknown_id)
 
-    def add_windows(self, ids: Iterable[Sequence[int]]) -> None:
-        """Adds windows of passages, which are cut by intention."""
+    def add_windows(self, ids: Iterable[np.ndarray]) -> None:
+        """Adds the ids of windows of passages, which are cut by intention."""
         for one in ids:
             self.tokens += len(one)
-            self.unknown += list(one).count(self.unknown_id)
+            self.unknown += int(np.sum(one == self.unknown_id))
 
     def lines(self) -> list[str]:
         """Returns a line about texts that were cut, and lines about unknown tokens."""
@@ -80,10 +82,11 @@ def counts_for(encoder: Any, longest: int) -> TokenCounts:
     return TokenCounts(longest=longest, unknown_id=_unknown_id(encoder))
 
 
-def _unknown_id(encoder: Any) -> int | None:
-    """Returns the id of unknown tokens; None if there is none."""
+def _unknown_id(encoder: Any) -> int:
+    """Returns the id of unknown tokens; -1 if there is none."""
     if hasattr(encoder.model, "unk_token"):
         token = encoder.model.unk_token
-        return None if token is None else encoder.token_to_id(token)
-    # Unigram has an id, of which Python knows nothing.
-    return json.loads(encoder.to_str())["model"].get("unk_id")
+        found = None if token is None else encoder.token_to_id(token)
+    else:  # Unigram has an id, of which Python knows nothing.
+        found = json.loads(encoder.to_str())["model"].get("unk_id")
+    return -1 if found is None else found
