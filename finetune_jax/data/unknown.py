@@ -43,23 +43,26 @@ class Unknown:
         self.unknown += (places == ROW_UNSEEN).sum(axis=0)
 
     def lines(self, path: pathlib.Path) -> list[str]:
-        """Returns a line for each category that has many unknown values.
+        """Returns a line about the categories that have many unknown values, if any.
 
         Args:
             path: File of the rows.
         """
         counts = zip(self.spec.categories, self.unknown.tolist(), self.there.tolist())
-        return [
-            _line(path, "", one.name, unknown, there)
-            for one, unknown, there in counts
-            if unknown > _LARGE * there and not one.hashed
-        ]
+        return _lines(
+            path,
+            [
+                _share(one.name, unknown, there)
+                for one, unknown, there in counts
+                if unknown > _LARGE * there and not one.hashed
+            ],
+        )
 
 
 def held_out_unknown(
     columns: Iterable[Columns], train: np.ndarray, fitted: Fitted
 ) -> list[str]:
-    """Returns a line for each file and category with many unknown values.
+    """Returns a line for each file with many unknown values.
 
     Only rows outside the training rows count. Categories that are hashed have no unknown
     values.
@@ -81,14 +84,14 @@ def held_out_unknown(
 
 
 def _lines_of(columns: Columns, rows: np.ndarray, fitted: Fitted) -> list[str]:
-    """Returns the lines about some rows of one file."""
+    """Returns a line about some rows of one file, if many values are unknown."""
     categories = fitted.spec.categories
     counts = [np.zeros(len(columns.values[one.name]) + 1, int) for one in categories]
     for start in range(0, len(rows), CHUNK) if categories else ():
         codes = columns.codes[rows[start : start + CHUNK]] + 1
         for place, count in enumerate(counts):
             count += np.bincount(codes[:, place], minlength=len(count))
-    lines = []
+    shares = []
     for place, (one, count) in enumerate(zip(categories, counts)):
         values, count = columns.values[one.name], count[1:]
         is_unknown = fitted.rows_of(place, values) == ROW_UNSEEN
@@ -97,20 +100,27 @@ def _lines_of(columns: Columns, rows: np.ndarray, fitted: Fitted) -> list[str]:
             found = np.flatnonzero(is_unknown & (count > 0))[:_SHOWN]
             told = f", such as {_shown(values.take(found))}"
             if len(fitted.known[one.name]):
-                told += f"; known are {_shown(fitted.known[one.name])}"
-            where = " outside the training rows"
-            lines.append(_line(columns.path, where, one.name, unknown, there, told))
-    return lines
+                told += f", but known are {_shown(fitted.known[one.name])}"
+            shares.append(_share(one.name, unknown, there) + told)
+    return _lines(columns.path, shares)
 
 
-def _line(
-    path: pathlib.Path, where: str, name: str, unknown: int, there: int, told: str = ""
-) -> str:
-    return (
-        f"{path}: {unknown / there:.0%} of the values of column {name!r}{where} "
-        f"({unknown:,} of {there:,}) are unknown, as the training rows have them too "
-        f"rarely or not at all{told}; look whether they are written alike"
-    )
+def _share(name: str, unknown: int, there: int) -> str:
+    share = unknown / there
+    return f"{share:.0%} of the values of column {name!r} ({unknown:,} of {there:,})"
+
+
+def _lines(path: pathlib.Path, shares: Sequence[str]) -> list[str]:
+    """Returns a line about a file; none if there are no shares of unknown values."""
+    if not shares:
+        return []
+    more = [f"and of {len(shares) - _SHOWN} more columns"]
+    told = [*shares[:_SHOWN], *(more if len(shares) > _SHOWN else [])]
+    return [
+        f"{path}: rows that are not for training have categories that the training rows "
+        f"have too rarely or not at all: {'; '.join(told)}. Look whether they are written "
+        "alike"
+    ]
 
 
 def _shown(values: Any) -> str:
