@@ -1,5 +1,6 @@
 """Columns of files: cut anywhere, in any threads, beside other runs, on a full disk."""
 
+import dataclasses
 import errno
 import gzip
 import io
@@ -19,6 +20,7 @@ from finetune_jax.data.columns import open_columns
 from finetune_jax.data.sources.criteo import TABLE
 from finetune_jax.data.sources.tsv import TABLE as TSV
 from finetune_jax.data.table_files import batches, infer_schema
+from finetune_jax.data.table_spec import Number, TableSpec
 from finetune_jax.data.tables import Schema, TableOptions
 from finetune_jax.errors import UserError
 
@@ -323,3 +325,13 @@ def test_no_row_of_a_block_is_told_as_one_of_the_file(tmp_path):
     with pytest.raises(UserError, match="1_000") as error:
         list(batches(path, TSV, PAIRS, block=16))
     assert "Row #" not in str(error.value)
+
+
+def test_the_fingerprint_of_an_older_run_has_no_later_fields():
+    fields = {"names": (), "numbers": ("a",), "categories": (), "label": "y"}
+    old = Schema(**fields, labels="classes")
+    number = Number(name="a", log=False, mean=0.0, std=1.0, missing=0.0)
+    spec = TableSpec(schema=old, numbers=(number,), categories=(), digest="")
+    assert set(spec.to_json()["schema"]) == {*fields, "labels"}
+    new = dataclasses.replace(spec, schema=dataclasses.replace(old, version=2))
+    assert new.to_json()["schema"]["version"] == 2

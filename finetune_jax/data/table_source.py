@@ -92,7 +92,7 @@ class Table:
             )
             for split, columns in self.splits.items()
         }
-        spec = json.dumps(dataclasses.asdict(saved.spec), sort_keys=True)
+        spec = json.dumps(saved.spec.to_json(), sort_keys=True)
         content = f"{self.source.fingerprint()} {spec}"
         digest = hashlib.sha256(content.encode()).hexdigest()
         source = dataclasses.replace(

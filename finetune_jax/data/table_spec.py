@@ -72,6 +72,17 @@ class TableSpec:
     categories: tuple[Category, ...]
     digest: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the spec as the fingerprint of the data has it.
+
+        That of a run of an older version has no fields that came later.
+        """
+        plain = dataclasses.asdict(self)
+        if self.schema.version == 1:
+            for key in ("forms", "missing", "version"):
+                del plain["schema"][key]
+        return plain
+
     @property
     def marks(self) -> tuple[int, ...]:
         """Places of the numbers of which models are told whether they are missing."""
