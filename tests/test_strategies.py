@@ -149,7 +149,7 @@ def test_the_table_has_every_strategy():
 
 
 # All of them in the slow suite, these in the fast one.
-FAST = ("head_only", "discriminative")
+FAST = ("head_only",)
 EACH_ROW = pytest.mark.parametrize(
     "row",
     [pytest.param(r, marks=() if r in FAST else pytest.mark.slow) for r in TABLE],

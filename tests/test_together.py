@@ -120,6 +120,7 @@ def assert_same(one, other, tolerance=1e-5):
         assert value == pytest.approx(others[name], rel=tolerance, abs=tolerance), name
 
 
+@pytest.mark.slow
 def test_members_have_the_numbers_of_single_runs_in_fewer_calls(
     in_turn, tmp_path, calls, capsys
 ):

@@ -339,8 +339,10 @@ def test_another_head_is_told_by_its_shapes_and_can_be_fresh():
     tensors = published("torchvision or timm", "resnet18", classes=11)
     found = problems("resnet18", given(tensors))
     assert found[1:-1] == [
-        "params/head/logits/bias (fc.bias): model (7,), weights (11,)",
-        "params/head/logits/kernel (fc.weight): model (512, 7), weights (512, 11)",
+        "params/head/logits/bias (fc.bias): model (7,), weights (11,); "
+        "config.model.classes=11 keeps all logits of the weights",
+        "params/head/logits/kernel (fc.weight): model (512, 7), weights (512, 11); "
+        "config.model.classes=11 keeps all logits of the weights",
     ]
     assert "('head/.*',)" in found[-1]
     start = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes("resnet18"))
