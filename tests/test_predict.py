@@ -275,11 +275,13 @@ def commands(page):
 def test_the_page_on_your_data_leads_to_predictions(tmp_path):
     found = commands((ROOT / "docs" / "your-data.md").read_text())
     found = [line for line in found if "segmentation.py" not in line]
-    assert len(found) == 5 and found[0] == "make env"
+    assert len(found) == 6 and found[0] == "make env"
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     pictures.make_folder(tmp_path / "photos", suffix=".jpg")
     new = pictures.make_folder(tmp_path / "new_photos", examples=2, suffix=".jpg")
     (tmp_path / "resnet18.pth").write_bytes(torch_files.write_zip(resnet18_weights()))
+    images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3))
+    np.savez(tmp_path / "images.npz", x=images, y=np.arange(30) % 3)
     for command in found[1:]:
         words = command.replace(".venv/bin/python", sys.executable).split()
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
