@@ -15,6 +15,7 @@ _OF_DISK = {
 _IN_WORDS = {
     "No space left on device": _FULL,
     "Disk quota exceeded": _FULL,
+    "File too large": _FULL,
     "RESOURCE_EXHAUSTED": _FULL,
     "Read-only file system": _READ_ONLY,
 }
@@ -51,7 +52,10 @@ def why_not_written(error: Exception) -> str:
         return _OF_DISK[error.errno]
     text = str(error)
     known = [advice for words, advice in _IN_WORDS.items() if words in text]
-    return known[0] if known else text.partition("\n")[0][:300]
+    short = text.partition("\n")[0][:300]
+    return (
+        known[0] if known else f"{short}; where the disk is full, make room, {_RESUME}"
+    )
 
 
 def first_of(problems: Sequence[str], most: int = 20) -> list[str]:
