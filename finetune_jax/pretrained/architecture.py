@@ -3,7 +3,17 @@
 Names and shapes of tensors do not identify a network: heads, activations, epsilons, padding
 and strides leave no trace in them. transformers and timm say these in `config.json`, a run
 of this project in its `config.json`, an export in `model.json`. The table from their fields
-to our arguments is in the module of the family in `layouts`.
+to our arguments is in the module of the family in `layouts`, which has
+
+    TRANSFORMERS                     the kinds of models (`model_type`) that it follows, and
+                                     the beginning of the names of their classes
+    transformers(fields, kind, name) reads the fields; `kind` is a key of `TRANSFORMERS`,
+                                     `name` our model
+    timm(fields, arguments, architecture, name)
+                                     reads them and those of `model_args`, and returns the
+                                     names of the latter; `architecture` has no tag
+    ambiguous(layout, name)          returns the arguments that a layout leaves open, and
+                                     the reason
 """
 
 import copy

@@ -17,6 +17,8 @@ ACTIVATIONS = {
     "silu": ("silu", "swish"),
     "tanh": ("tanh",),
 }  # fmt: skip
+# Names of timm for the mean over all places, and for a model whose head was taken away.
+MEAN_POOLS = ("avg", "fast", "fastavg", "")
 _LONGEST = 80
 
 
@@ -98,6 +100,13 @@ class Fields:
     def refuse(self, key: str, why: str) -> None:
         """Records that no argument follows a field."""
         self.refusals.append(f"{self.where}: {self.said(key)}; {why}")
+
+    def is_model(self, architecture: str, name: str) -> bool:
+        """Returns whether timm's name is that of a model here; records a refusal if not."""
+        if architecture != name:
+            why = f"{name} follows no other model of timm than {name}"
+            self.refuse("architecture", why)
+        return architecture == name
 
     def must(self, key: str, *allowed: Any, why: str = "") -> None:
         """Refuses a field that is there and has none of the values allowed.

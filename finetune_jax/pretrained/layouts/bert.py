@@ -101,13 +101,7 @@ _POOLS = {
 
 
 def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers.
-
-    Args:
-        fields: Its fields.
-        kind: A key of `TRANSFORMERS`.
-        name: Name of our model.
-    """
+    """Reads `config.json` of transformers; see `pretrained.architecture`."""
     del name
     fields.must("position_embedding_type", "absolute")
     fields.must("embedding_size", fields.get("hidden_size"))

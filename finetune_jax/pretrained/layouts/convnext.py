@@ -2,7 +2,7 @@
 
 import re
 
-from finetune_jax.pretrained.fields import Fields
+from finetune_jax.pretrained.fields import MEAN_POOLS, Fields
 from finetune_jax.pretrained.layout import Layout, Row, Turn
 
 # One number a channel, as torchvision multiplies images [C, H, W].
@@ -67,7 +67,7 @@ TRANSFORMERS = {"convnext": "ConvNext"}
 _OLDER = re.compile(r"(_384)?(_in22ft1k|_in22k)$")
 # Values of timm's arguments that are followed.
 _TIMM_ARGUMENTS = {
-    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "output_stride": (32,), "global_pool": MEAN_POOLS,
     "kernel_sizes": (7,), "ls_init_value": (1e-6,), "stem_type": ("patch",),
     "patch_size": (4,), "head_norm_first": (False,), "conv_mlp": (False,),
     "conv_bias": (True,), "use_grn": (False,), "act_layer": ("gelu",),
@@ -76,13 +76,7 @@ _TIMM_ARGUMENTS = {
 
 
 def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers.
-
-    Args:
-        fields: Its fields.
-        kind: A key of `TRANSFORMERS`.
-        name: Name of our model.
-    """
+    """Reads `config.json` of transformers; see `pretrained.architecture`."""
     del kind, name
     fields.must("hidden_act", "gelu", "gelu_python")
     fields.must("patch_size", 4)
@@ -93,21 +87,11 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
 def timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm, and returns the names of the arguments that it read.
-
-    Args:
-        fields: Its fields.
-        arguments: Those of `model_args`.
-        architecture: Without the tag of its weights.
-        name: Name of our model.
-    """
-    if _OLDER.sub("", architecture) != name:
-        fields.refuse(
-            "architecture", f"{name} follows no other model of timm than {name}"
-        )
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    if not fields.is_model(_OLDER.sub("", architecture), name):
         return tuple(arguments)
     fields.take("epsilon", 1e-6, "architecture")
-    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    fields.must("global_pool", *MEAN_POOLS)
     return arguments.musts(_TIMM_ARGUMENTS)
 
 

@@ -1,6 +1,6 @@
 """Layouts of EfficientNet-Lite: the one of efficientnet-lite-pytorch, and timm's."""
 
-from finetune_jax.pretrained.fields import Fields
+from finetune_jax.pretrained.fields import MEAN_POOLS, Fields
 from finetune_jax.pretrained.layout import Layout
 
 LAYOUTS = (
@@ -45,7 +45,7 @@ LAYOUTS = (
 
 # Values of timm's arguments that are followed.
 _TIMM_ARGUMENTS = {
-    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "output_stride": (32,), "global_pool": MEAN_POOLS,
     "act_layer": ("relu6",), "norm_layer": ("batchnorm2d", "batchnorm"),
     "se_layer": ("",), "aa_layer": ("",), "fix_stem": (True,), "stem_size": (32,),
 }  # fmt: skip
@@ -55,14 +55,7 @@ _PADDINGS = {"same": "same", "": "symmetric"}
 def timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm, and returns the names of the arguments that it read.
-
-    Args:
-        fields: Its fields.
-        arguments: Those of `model_args`.
-        architecture: Without the tag of its weights.
-        name: Name of our model.
-    """
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
     converted = architecture == f"tf_{name}"
     if not converted and architecture != name:
         fields.refuse("architecture", f"{name} follows tf_{name} and {name} of timm")
@@ -76,7 +69,7 @@ def timm(
         arguments.take("padding", _PADDINGS[given], "pad_type")
     if arguments.get("bn_eps") is not None:
         arguments.positive("epsilon", "bn_eps")
-    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    fields.must("global_pool", *MEAN_POOLS)
     return ("pad_type", "bn_eps", *arguments.musts(_TIMM_ARGUMENTS))
 
 

@@ -3,7 +3,7 @@
 import re
 
 from finetune_jax.models.resnet import MODELS
-from finetune_jax.pretrained.fields import Fields
+from finetune_jax.pretrained.fields import MEAN_POOLS, Fields
 from finetune_jax.pretrained.layout import Layout, Row
 
 
@@ -43,7 +43,7 @@ _BASIC = ("resnet18", "resnet34")
 _OLDER = re.compile(r"^(tv|ssl|swsl)_")
 # Values of timm's arguments that are followed.
 _TIMM_ARGUMENTS = {
-    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "output_stride": (32,), "global_pool": MEAN_POOLS,
     "stem_width": (64,), "stem_type": ("",), "replace_stem_pool": (False,),
     "block_reduce_first": (1,), "down_kernel_size": (1,), "avg_down": (False,),
     "channels": ([64, 128, 256, 512],), "act_layer": ("relu",),
@@ -52,13 +52,7 @@ _TIMM_ARGUMENTS = {
 
 
 def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers.
-
-    Args:
-        fields: Its fields.
-        kind: A key of `TRANSFORMERS`.
-        name: Name of our model.
-    """
+    """Reads `config.json` of transformers; see `pretrained.architecture`."""
     fields.must("hidden_act", "relu")
     fields.must("downsample_in_first_stage", False)
     fields.must("layer_type", "basic" if name in _BASIC else "bottleneck")
@@ -74,22 +68,12 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
 def timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm, and returns the names of the arguments that it read.
-
-    Args:
-        fields: Its fields.
-        arguments: Those of `model_args`.
-        architecture: Without the tag of its weights.
-        name: Name of our model.
-    """
-    if _OLDER.sub("", architecture) != name:
-        fields.refuse(
-            "architecture", f"{name} follows no other model of timm than {name}"
-        )
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    if not fields.is_model(_OLDER.sub("", architecture), name):
         return tuple(arguments)
     if name not in _BASIC:
         fields.take("stride_in", "3x3", "architecture")
-    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    fields.must("global_pool", *MEAN_POOLS)
     shape = MODELS[name].args[0]
     sizes = {"cardinality": (shape.groups,), "base_width": (shape.group_width,)}
     return arguments.musts({**_TIMM_ARGUMENTS, **sizes})

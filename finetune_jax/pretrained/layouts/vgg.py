@@ -1,6 +1,6 @@
 """Layouts of VGGs, with and without BatchNorm: those of torchvision and timm."""
 
-from finetune_jax.pretrained.fields import Fields
+from finetune_jax.pretrained.fields import MEAN_POOLS, Fields
 from finetune_jax.pretrained.layout import Layout, Row, Turn
 
 PLACES = 7
@@ -48,7 +48,7 @@ LAYOUTS = (
 
 # Values of timm's arguments that are followed.
 _TIMM_ARGUMENTS = {
-    "output_stride": (32,), "global_pool": ("avg", "fast", "fastavg", ""),
+    "output_stride": (32,), "global_pool": MEAN_POOLS,
     "mlp_ratio": (1,), "act_layer": ("relu",), "norm_layer": ("batchnorm2d", "batchnorm"),
 }  # fmt: skip
 
@@ -56,18 +56,8 @@ _TIMM_ARGUMENTS = {
 def timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm, and returns the names of the arguments that it read.
-
-    Args:
-        fields: Its fields.
-        arguments: Those of `model_args`.
-        architecture: Without the tag of its weights.
-        name: Name of our model.
-    """
-    if architecture.removeprefix("tv_") != name:
-        fields.refuse(
-            "architecture", f"{name} follows no other model of timm than {name}"
-        )
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    if not fields.is_model(architecture.removeprefix("tv_"), name):
         return tuple(arguments)
-    fields.must("global_pool", *_TIMM_ARGUMENTS["global_pool"])
+    fields.must("global_pool", *MEAN_POOLS)
     return arguments.musts(_TIMM_ARGUMENTS)

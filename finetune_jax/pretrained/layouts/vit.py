@@ -118,13 +118,7 @@ _TIMM_ARGUMENTS = {
 
 
 def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers.
-
-    Args:
-        fields: Its fields.
-        kind: A key of `TRANSFORMERS`.
-        name: Name of our model.
-    """
+    """Reads `config.json` of transformers; see `pretrained.architecture`."""
     del kind
     fields.must("qkv_bias", True)
     fields.must("patch_size", _patch(name))
@@ -138,14 +132,7 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
 def timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm, and returns the names of the arguments that it read.
-
-    Args:
-        fields: Its fields.
-        arguments: Those of `model_args`.
-        architecture: Without the tag of its weights.
-        name: Name of our model.
-    """
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
     fits = _TIMM_NAME.fullmatch(architecture)
     _, size, patch = name.split("_")
     sized = arguments.get("embed_dim") is not None or (fits and fits[1] == size)
