@@ -34,10 +34,22 @@ def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[st
         ("plan", _plan_lines(setup), _PLAN_LINES),
     )
     return [
-        f"{title if first == 0 else '':9}{line}"
+        f"{title if first == 0 else '':9}{_one_line(line)}"
         for title, lines, most in sections
         for first, line in enumerate(_at_most(most, lines))
     ]
+
+
+def _one_line(text: str) -> str:
+    r"""Returns a text with escapes for line breaks and bytes that are not UTF-8.
+
+    >>> print(_one_line("caf\n\udce9"))
+    caf\n\udce9
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def _at_most(most: int, lines: Sequence[str]) -> list[str]:

@@ -117,3 +117,10 @@ def test_tags_are_told_with_the_words_that_have_them():
     label = np.array([[0, 1, -1], [0, 0, -1]], np.int32)
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, label=label))
     assert _data_lines(small.config(), data)[1] == "2 classes: O (3), B-LOC (1)"
+
+
+def test_a_line_break_in_a_name_does_not_break_a_line():
+    line = "10 classes: a\nb, caf\udce9, caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    lines = overview_of(not_used=(line,))
+    assert not any("\n" in one or "\udce9" in one for one in lines)
+    assert "a\\nb, caf\\udce9, caf\N{LATIN SMALL LETTER E WITH ACUTE}" in "".join(lines)
