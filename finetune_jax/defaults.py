@@ -32,8 +32,8 @@ CHOICES = {
     "data.mixing": ("weights", "size", "round_robin"),
     "init.input_channels": ("strict", "adapt"),
 }
-# What weights may have only if `init.accept` says so: numbers that are no floats of 16
-# bits or more, numbers that are not finite, and a kept head of other classes.
+# Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
+# not finite, and a kept head of other classes.
 ACCEPTED = ("integer", "float8", "nan", "classes")
 MOST_CLASSES = 10**6
 POSITIVE = (

@@ -18,7 +18,7 @@ from finetune_jax.data.dataset import (
 )
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import named_splits, select
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, listed
 from finetune_jax.lookup import closest
 from finetune_jax.pretrained.addresses import Weights, read_weights
 from finetune_jax.pretrained.labels import are_places, check_labels, keys
@@ -32,8 +32,6 @@ from finetune_jax.trees import like, named, stage_of
 HEADS = ("current", "start", "pretrained")
 # Whatever else metrics are named by.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
-# Names that a message lists.
-_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +247,7 @@ def _check_logits(
         )
     else:
         more = (
-            f"leave out the examples of other classes than the run's, {_listed(own)} "
+            f"leave out the examples of other classes than the run's, {listed(own)} "
             "(more logits in config.model.classes would stay untrained)"
         )
     raise UserError(
@@ -302,19 +300,14 @@ def _places(
             f"{name!r} is {own[k]!r}" if k < len(own) else f"{name!r} is logit {k}"
             for k, name in enumerate(theirs)
         ]
-        line = f"{where}name: its classes are taken in their order: {_listed(pairs)}"
+        line = f"{where}name: its classes are taken in their order: {listed(pairs)}"
         return *in_place, (line,)
     raise UserError(
-        f"{where}name: {_listed(absent)}: not among the classes of the run, "
-        f"{_listed(own)}, whose head is measured; give the data the run's names, leave out "
+        f"{where}name: {listed(absent)}: not among the classes of the run, "
+        f"{listed(own)}, whose head is measured; give the data the run's names, leave out "
         "their examples, or measure with the head that knows them: head='pretrained', or "
         "'start' for the one before the first update"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _spec(

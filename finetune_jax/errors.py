@@ -64,6 +64,15 @@ def first_of(problems: Sequence[str], most: int = 20) -> list[str]:
     return [*problems[:most], *([f"and {more:,} more"] if more > 0 else [])]
 
 
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Returns the first names in a line, and how many more there are.
+
+    >>> listed("abc"), listed("abc", most=2)
+    ('a, b, c', 'a, b, and 1 more')
+    """
+    return ", ".join(first_of([*map(str, names)], most))
+
+
 def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:
     """Returns one error that lists every problem, in order, each on its own line."""
     lines = [header, *(f"  {problem}" for problem in problems)]

@@ -9,9 +9,9 @@ import pathlib
 
 from finetune_jax.errors import UserError
 
-# What files in UTF-16 and UTF-32 begin with.
+# Byte order marks of files in UTF-16 and UTF-32.
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-# What compressed files begin with, how, and what unpacks them.
+# First bytes of compressed files: their format, and the program that unpacks them.
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gzip -d"),
     b"BZh91AY&SY": ("bzip2", "bzip2 -d"),

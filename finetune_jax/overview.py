@@ -10,6 +10,7 @@ from finetune_jax.config import Config
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.table_spec import TableSpec
+from finetune_jax.errors import listed
 from finetune_jax.setup import Setup
 from finetune_jax.start import Loaded
 from finetune_jax.trees import count, named
@@ -98,16 +99,17 @@ def _class_counts(data: Data) -> Sequence[int]:
 def _classes(spec: DataSpec, counts: Sequence[int]) -> str:
     """Returns the classes with their counts, or what else is predicted."""
     if spec.targets:
-        return f"predicted numbers: {_listed(spec.targets)}"
+        return f"predicted numbers: {listed(spec.targets, _NAMES)}"
     if spec.pixel_classes:
-        return f"{len(spec.pixel_classes)} classes of pixels: {_listed(spec.pixel_classes)}"
+        names = spec.pixel_classes
+        return f"{len(names)} classes of pixels: {listed(names, _NAMES)}"
     if not spec.class_names:
         return "predicted: answers in the passage"
     shown = list(spec.class_names)
     are_known = len(counts) == len(shown)
     if are_known:
         shown = [f"{name} ({n:,})" for name, n in zip(shown, counts)]
-    line = f"{len(shown)} classes: {_listed(shown)}"
+    line = f"{len(shown)} classes: {listed(shown, _NAMES)}"
     if len(shown) > _NAMES and are_known:
         line += f", {min(counts):,} to {max(counts):,} examples each"
     return line
@@ -122,13 +124,8 @@ def _columns(table: TableSpec) -> str:
             for one in columns
         ]
         label = f"{len(names)} {kind} column{'' if len(names) == 1 else 's'}"
-        parts.append(f"{label}: {_listed(names)}" if names else label)
+        parts.append(f"{label}: {listed(names, _NAMES)}" if names else label)
     return "; ".join(parts)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES
-    return ", ".join(names[:_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _weights_lines(loaded: Loaded, notes: Sequence[str]) -> list[str]:

@@ -120,7 +120,7 @@ FOLLOWED = [
     Case("convnext_tiny", CONVNEXT | {"layer_norm_eps": 1e-12}, {"epsilon": 1e-12}),
     Case("convnext_tiny", timm("convnext_tiny.fb_in22k", depths=[3, 3, 9, 3])),
     Case("vgg16_bn", timm("vgg16_bn.tv_in1k")),
-    # What a run and an export of this project say.
+    # Files of a run and of an export of this project.
     Case("resnet50", {"model": {"name": "resnet50", "stride_in": "1x1"}},
          {"stride_in": "1x1"}, file="model.json"),
     Case("bert_base", {"model": {"name": "bert_base", "heads": 3}}, {"heads": 3}),

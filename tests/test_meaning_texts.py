@@ -18,7 +18,7 @@ from finetune_jax.pretrained.tokenizer import find_tokenizer
 
 OPTIONS = TextOptions(text=("sentence",), max_tokens=12, buckets=(12,))
 ROWS = texts.rows(12)
-# What Python's `splitlines` takes for line ends, but are characters.
+# Characters that Python's `splitlines` takes for line ends.
 CHARACTERS = ("\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e")
 
 

@@ -694,7 +694,7 @@ def head_of(address, names=NAMES, known=()):
     """Returns the head's numbers in the order of the weights, and lines about it."""
     kept = labels.check_labels(address, names, known)
     logits = kept.placed(HEAD, "head")["params"]["head"]["logits"]
-    # What each class of the data gets is what it had: the clean order once more.
+    # Each class of the data gets the logits that it had: the clean order once more.
     if kept.order is not None:
         back = np.argsort(kept.order)
         logits = {k: v[..., back] for k, v in logits.items()}

@@ -180,7 +180,7 @@ def _number_doubt(
         return None
     number = rule(name, "number")
     told = form_of(looked, told=True)
-    # What begins with letters is rather a name, such as 'person5'.
+    # Values that begin with letters are rather names, such as 'person5'.
     if told is not None and not any(map(str.isalpha, told.before)):
         return (
             f"column {name!r} is a category, but could be {f'numbers {told}'.strip()}: if "

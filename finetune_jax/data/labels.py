@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.errors import listed
 from finetune_jax.lookup import closest
 
 # Blanks that `str.strip` leaves alone: zero-width ones, joiners, and the byte order mark.
@@ -156,8 +157,7 @@ def _merged(name_of: Mapping[str, str], counts: Mapping[str, int], unit: str) ->
         for text, name in sorted(name_of.items())
         if times[name] > 1 and text != name
     ]
-    more = [f"and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
-    return ", ".join(told[:_SHOWN] + more)
+    return listed(told, _SHOWN)
 
 
 def near_twins(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.data.texts import Rows, TextOptions, text_problems
-from finetune_jax.errors import problems_error
+from finetune_jax.errors import first_of, problems_error
 
 # Questions whose tokens are kept at once before they become arrays.
 _CHUNK = 1024
@@ -226,8 +226,7 @@ def encode_questions(
                 notes.append(Window(question=question, first=first, skipped=skipped))
                 labels.append(_places(span, first, skipped, count))
     if problems:
-        more = len(problems) - _SHOWN
-        problems = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        problems = first_of(problems, _SHOWN)
         raise problems_error("Questions are too long:", problems)
     kept = np.empty(len(notes), object)
     kept[:] = notes

@@ -65,7 +65,7 @@ def table_head(path: pathlib.Path, kind: Format, header: Sequence[str]) -> Head:
     """Returns the beginning of a file of separated values.
 
     Raises:
-        UserError: As `separated.head_of` does.
+        UserError: The file is empty, not UTF-8, or has a name twice.
     """
     assert kind.delimiter is not None
     if kind.header:  # Files of this kind never begin with names.

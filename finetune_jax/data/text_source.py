@@ -30,7 +30,7 @@ from finetune_jax.data.texts import (
     vocabulary_of,
 )
 from finetune_jax.data.token_counts import TokenCounts, counts_for
-from finetune_jax.errors import problems_error
+from finetune_jax.errors import first_of, problems_error
 
 _SHOWN = 50
 
@@ -60,8 +60,7 @@ def text_source(
             "give its address, such as file:DIR/tokenizer.json or hf:OWNER/REPO"
         )
     if problems:
-        more = len(problems) - _SHOWN
-        problems = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        problems = first_of(problems, _SHOWN)
         raise problems_error(f"The data {name} cannot be used:", problems)
     assert tokenizer is not None
     encoder = make_encoder(tokenizer, options.max_tokens)

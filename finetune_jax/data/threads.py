@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import UserError, first_of, problems_error
 
 _SHOWN = 50
 
@@ -53,9 +53,8 @@ def check_readable(errors: Sequence[UserError | None], advice: str = "") -> None
     """
     problems = [str(error) for error in errors if error is not None]
     if problems:
-        more = len(problems) - _SHOWN
         raise problems_error(
             f"{len(problems)} of {len(errors)} examples cannot be read:",
-            problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else []),
+            first_of(problems, _SHOWN),
             advice or "Mend them, or take them out of the data.",
         )

@@ -38,7 +38,7 @@ class TokenCounts:
         for one in encodings:
             tokens = len(one.ids) - sum(one.special_tokens_mask)
             self.texts += 1
-            # What was cut off is a copy, to be made for long texts alone.
+            # `overflowing` copies the tokens cut off, so only long texts are asked.
             self.cut += len(one.ids) >= self.longest and len(one.overflowing) > 0
             self.empty += not tokens
             self.tokens += tokens

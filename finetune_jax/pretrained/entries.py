@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, listed
 from finetune_jax.lookup import closest
 
 KEY = "config.init.entry"
@@ -23,7 +23,7 @@ _SHOWN = 5
 
 
 class Unfit(Exception):
-    """What is wrong with a file, without the file's name and without advice."""
+    """A fault of a weight file, without the file's name and without advice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,9 @@ def choose_entry(
     if prefix:
         notes.append(f"left out the prefix {prefix!r} of all names")
     if left := _objects((top, tensors)):
-        shown = ", ".join(f"{n[:100]!r} ({kind})" for n, kind in left[:_SHOWN])
-        more = f", and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        shown = listed((f"{n[:100]!r} ({kind})" for n, kind in left), _SHOWN)
         number = "1 object" if len(left) == 1 else f"{len(left)} objects"
-        notes.append(f"left out {number} other than tensors: {shown}{more}")
+        notes.append(f"left out {number} other than tensors: {shown}")
     return Chosen(tensors=found, notes=tuple(notes))
 
 

@@ -93,7 +93,7 @@ def choose_reader(data: Bytes, path: pathlib.Path) -> tuple[Reader, tuple[str, .
 
     Args:
         data: The whole file.
-        path: Its place.
+        path: Path of the file.
 
     Raises:
         UserError: The file is empty, or not one of weights.

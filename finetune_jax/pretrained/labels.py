@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.errors import UserError, problems_error
+from finetune_jax.errors import UserError, first_of, listed, problems_error
 from finetune_jax.lookup import closest
 from finetune_jax.paths import user_path
 from finetune_jax.pretrained.beside import read_beside
@@ -24,7 +24,6 @@ _NUMBERED = re.compile(r"LABEL_\d+")
 _WHOLE = re.compile(r"[+-]?\d+\.0+")
 # Folders above a checkpoint's arrays: checkpoints/STEP/state.
 _ABOVE = 3
-_SHOWN = 20
 _ADVICE = (
     "A head for the data's starts anew: config.init.fresh=('head/.*',). "
     "config.init.accept=('classes',) keeps this one, class by class as it stands."
@@ -93,7 +92,7 @@ def check_labels(
     if not class_names:
         return KeptHead()
     if not known:
-        shown = _listed(class_names)
+        shown = listed(class_names)
         return KeptHead(
             told=f"{address}: the head is kept, and nothing says what its classes are; "
             f"in their order they are taken for {shown}"
@@ -112,7 +111,7 @@ def check_labels(
     if "classes" in accept:
         return KeptHead(
             told=f"{address}: the head is kept for other classes: it has "
-            f"{_listed(known)}; the data {_listed(class_names)}"
+            f"{listed(known)}; the data {listed(class_names)}"
         )
     problems = [
         f"{name!r}: not a label of the weights{closest(name, known)}"
@@ -121,13 +120,12 @@ def check_labels(
         for place, (name, key) in enumerate(zip(class_names, ours))
         if theirs[place : place + 1] != [key]
     ]
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
+    problems = first_of(problems)
     more = [n for n, key in zip(known, theirs) if key not in ours]
     if more:
-        problems.append(f"the data has no {_listed(more)}")
+        problems.append(f"the data has no {listed(more)}")
     raise problems_error(
-        f"config.init.pretrained: {address} has the labels {_listed(known)}; "
+        f"config.init.pretrained: {address} has the labels {listed(known)}; "
         "those of the data are others:",
         problems,
         _ADVICE,
@@ -141,7 +139,7 @@ def _in_place(
     if list(known[: len(class_names)]) != list(class_names):
         told.append("its classes differ in writing alone")
     if len(known) > len(class_names):
-        told.append(f"it also has {_listed(known[len(class_names) :])}")
+        told.append(f"it also has {listed(known[len(class_names) :])}")
     line = f"{address}: the head is kept; {'; '.join(told)}" if told else None
     return KeptHead(told=line)
 
@@ -152,11 +150,11 @@ def _moved(
 ) -> KeptHead:  # fmt: skip
     order = tuple(theirs.index(key) for key in ours)
     more = [n for n, key in zip(known, theirs) if key not in ours]
-    also = f"; it also has {_listed(more)}" if more else ""
+    also = f"; it also has {listed(more)}" if more else ""
     return KeptHead(
         order=order,
-        told=f"{address}: the head is kept; its classes {_listed(known)} are put into the "
-        f"order of the data's: {_listed(class_names)}{also}",
+        told=f"{address}: the head is kept; its classes {listed(known)} are put into the "
+        f"order of the data's: {listed(class_names)}{also}",
     )
 
 
@@ -189,11 +187,6 @@ def _folded(name: str) -> str:
 def are_places(names: Sequence[str]) -> bool:
     """Returns whether class names are the numbers of their places, from 0 on."""
     return [_plain(name) for name in names] == [str(n) for n in range(len(names))]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 def names_at(address: str) -> tuple[str, ...]:

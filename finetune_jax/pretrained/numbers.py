@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.defaults import ACCEPTED
+from finetune_jax.errors import listed
 
 KEY = "config.init.accept"
 # Names that programs of quantisation put beside a tensor.
@@ -91,13 +92,12 @@ class Doubts:
         self, kind: str, dtype: str, found: list[str], total: int, names: Iterable[str]
     ) -> str:
         found = list(dict.fromkeys(found))
-        shown = ", ".join(name[:100] for name in found[:_SHOWN])
-        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        shown = listed((name[:100] for name in found), _SHOWN)
         told = {
             "nan": "have NaN or infinite numbers",
             "complex": f"have complex numbers ({dtype}), and the model has floats",
         }.get(kind, f"are {dtype}, and the model has floats")
-        line = f"{len(found)} of {total} tensors {told}: {shown}{more}"
+        line = f"{len(found)} of {total} tensors {told}: {shown}"
         if kind in ("integer", "float8"):
             is_told = any(map(_QUANTISED.fullmatch, names))
             line += (
@@ -150,6 +150,6 @@ def told_of_accepted(
         for name, tensor in tensors.items()
         if kind_of(tensor.dtype) == "integer" and tensor.ndim
     ]
-    shown = ", ".join(name[:100] for name in found[:_SHOWN])
+    shown = listed((name[:100] for name in found), _SHOWN)
     told = f"{address}: {len(found)} tensors of integers are taken as they are: {shown}"
     return [told] if found else []

@@ -26,7 +26,7 @@ from finetune_jax.data.source import Source
 from finetune_jax.data.sources.folder import SPLITS
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
-from finetune_jax.errors import DataMissing, UserError, problems_error
+from finetune_jax.errors import DataMissing, UserError, first_of, problems_error
 from finetune_jax.lines import lines_of
 from finetune_jax.masks import IGNORED
 from finetune_jax.paths import user_path
@@ -57,12 +57,12 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         split: _pairs(path, problems, unused)
         for split, path in _split_roots(root, problems, unused).items()
     }
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
     if problems:
         told = "\n".join(unused.lines("config.data.dir"))
         raise problems_error(
-            f"config.data.dir: {directory} cannot be used:", problems, told
+            f"config.data.dir: {directory} cannot be used:",
+            first_of(problems, _SHOWN),
+            told,
         )
     splits = {}
     for split, found in pairs.items():

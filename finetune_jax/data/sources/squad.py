@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_jax.data.text_files import read_splits
 from finetune_jax.data.texts import Rows
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, first_of
 from finetune_jax.lines import decoded
 
 COLUMNS = ("id", "title", "question", "context", "answers")
@@ -46,9 +46,8 @@ def read(path: pathlib.Path, header: Sequence[str]) -> Rows:
         for _, question in _entries(paragraph, "qas", inner, problems)
     ]
     if problems:
-        more = len(problems) - _SHOWN
-        lines = [f"{path}: {problem}" for problem in problems[:_SHOWN]]
-        raise UserError("\n  ".join(lines + ([f"and {more} more"] if more > 0 else [])))
+        lines = [f"{path}: {problem}" for problem in problems]
+        raise UserError("\n  ".join(first_of(lines, _SHOWN)))
     return Rows(
         where=str(path),
         columns=COLUMNS,
