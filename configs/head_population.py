@@ -11,9 +11,8 @@ Chosen:    the values, by us.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.grid import grid
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import head_only
+from finetune_jax.config import grid
+from finetune_jax.plans import as_config, head_only
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -10,8 +10,7 @@ Argument:  cnn (default) or mlp; `tiny` makes two updates: `:mlp,tiny`.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full
+from finetune_jax.plans import as_config, full
 
 
 def get_config(arg: str = "cnn") -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ Argument:  cnn (default) or mlp; `tiny` makes two updates: `:mlp,tiny`.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
+from finetune_jax.plans import Phase, as_config
 
 
 def get_config(arg: str = "cnn") -> ml_collections.ConfigDict:

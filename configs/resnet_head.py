@@ -14,8 +14,7 @@ the dogs: neither they nor the weights come with a package.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import head_only
+from finetune_jax.plans import as_config, head_only
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -14,8 +14,7 @@ Data:      composed by us, and no photos: up to four of scikit-learn's digits on
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full, head_only
+from finetune_jax.plans import as_config, full, head_only
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -13,8 +13,7 @@ Argument:  source (default) or target; `tiny` makes two updates: `:target,tiny`.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.strategies import full
+from finetune_jax.plans import Phase, as_config, full
 
 PAST = "runs/past_days"
 

@@ -12,8 +12,7 @@ its weights do not come with a package.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full, partial
+from finetune_jax.plans import as_config, full, partial
 
 STAGES = (*(f"stage{n}" for n in range(1, 6)), "pool", "classifier", "head")
 LAST = ("stage5", "classifier", "head")

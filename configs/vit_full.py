@@ -12,8 +12,7 @@ its weights do not come with a package.
 import ml_collections
 
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.strategies import full
+from finetune_jax.plans import as_config, full
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.errors import (
+from finetune_jax.core.errors import (
     TrainingError,
     UserError,
     is_of_disk,
     problems_error,
     why_not_written,
 )
-from finetune_jax.lookup import choose, closest
-from finetune_jax.machine import free_at_once, keep_programs
+from finetune_jax.core.machine import free_at_once, keep_programs
+from finetune_jax.core.paths import user_path
+from finetune_jax.core.registry import choose, closest
 from finetune_jax.modes.options import Options
-from finetune_jax.paths import user_path
-from finetune_jax.plan import plan_problems
-from finetune_jax.workdir import read_config, read_manifest, read_recorded_config
+from finetune_jax.plans.phase import plan_problems
+from finetune_jax.report.workdir import read_config, read_manifest, read_recorded_config
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"

@@ -15,15 +15,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.paths import user_path
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.data.depth import bytes_problem, depth_warnings
-from finetune_jax.data.text_files import check_texts
-from finetune_jax.data.texts import Rows
+from finetune_jax.data.images.depth import bytes_problem, depth_warnings
+from finetune_jax.data.text.files import check_texts
+from finetune_jax.data.text.tokens import Rows
 from finetune_jax.data.threads import check_readable
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.main import pin_environment, resolved_config
-from finetune_jax.paths import user_path
-from finetune_jax.predictor import (
+from finetune_jax.inference.predictor import (
     Predictor,
     checked,
     examples,
@@ -32,6 +31,7 @@ from finetune_jax.predictor import (
     takes_files,
     text_examples,
 )
+from finetune_jax.main import pin_environment, resolved_config
 
 
 def pipeline(

@@ -23,14 +23,14 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
+from finetune_jax.core.pytrees import named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
-from finetune_jax.parallel import CPU_OPTIONS, run_once
-from finetune_jax.plan import Phase
-from finetune_jax.random_states import random_state
-from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.step import train_step
-from finetune_jax.trees import named
+from finetune_jax.parallel.devices import CPU_OPTIONS, run_once
+from finetune_jax.plans.phase import Phase
+from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.step import train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 

@@ -35,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def get_config(arg: str = ""):
     """Returns the config; `arg` is photos,epochs,weights,folder."""
     from finetune_jax import config as configs
-    from finetune_jax.plan import Phase, as_config
+    from finetune_jax.plans.phase import Phase, as_config
 
     photos, epochs, weights, folder = arg.split(",")
     config = configs.default()
@@ -70,7 +70,7 @@ def read(address: str):
     """Returns (setup, state, photos by split, batches of two epochs) of the run."""
     from finetune_jax import config as configs
     from finetune_jax.data.batches import training_batches
-    from finetune_jax.setup import make_setup
+    from finetune_jax.training.setup import make_setup
 
     config, problems = configs.resolve(configs.load(f"{__file__}:{address}"))
     assert not problems, problems
@@ -91,7 +91,7 @@ def forward_seconds(setup, state, photos: np.ndarray) -> float:
 
     import jax
 
-    from finetune_jax.step import eval_step
+    from finetune_jax.training.step import eval_step
 
     step = jax.jit(functools.partial(eval_step, task=setup.task))
     whole = len(photos) // BATCH * BATCH
@@ -150,9 +150,9 @@ def torch_accuracy(setup, state, epochs: int) -> float:
 
     from finetune_jax import config as configs
     from finetune_jax.data.order import training_order
-    from finetune_jax.features import frozen_part
+    from finetune_jax.features.cache import frozen_part
     from finetune_jax.report.terminal import Terminal
-    from finetune_jax.run import make_store
+    from finetune_jax.training.run import make_store
 
     store = make_store(setup, Terminal())
     assert store is not None

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
+from finetune_jax.core.pytrees import named
 from finetune_jax.modes.plan import data_of
-from finetune_jax.parallel import run_once
-from finetune_jax.plan import Phase
-from finetune_jax.random_states import random_state
-from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.step import eval_step, train_step
-from finetune_jax.strategies import EVERYTHING, HEAD_ONLY
-from finetune_jax.trees import named
+from finetune_jax.parallel.devices import run_once
+from finetune_jax.plans.phase import Phase
+from finetune_jax.plans.strategies import EVERYTHING, HEAD_ONLY
+from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.step import eval_step, train_step
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 PHASE = Phase(

@@ -77,15 +77,16 @@ def ours(name: str, file: str) -> Watch:
     import jax.numpy as jnp
     import numpy as np
 
-    from finetune_jax import lookup, models
-    from finetune_jax.encoders import tokens
-    from finetune_jax.machine import uncollected
-    from finetune_jax.models.drawing import only_shapes
-    from finetune_jax.pretrained.addresses import read_weights
-    from finetune_jax.pretrained.layout import layouts
-    from finetune_jax.pretrained.load import load_weights
+    from finetune_jax import models
+    from finetune_jax.core import registry
+    from finetune_jax.core.machine import uncollected
+    from finetune_jax.models.layers.initial_values import only_shapes
+    from finetune_jax.tasks.components.text_inputs import tokens
+    from finetune_jax.weights.addresses import read_weights
+    from finetune_jax.weights.layout import layouts
+    from finetune_jax.weights.merge import load_weights
 
-    lookup.modules(models)
+    registry.modules(models)
     layouts()
     jax.devices()
     size, classes, _, _ = MODELS[name]

@@ -15,8 +15,8 @@ import tempfile
 import jax
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.run import run
+from finetune_jax.plans.phase import Phase, as_config
+from finetune_jax.training.run import run
 
 
 def update_s(steps: int, every: int, workdir: pathlib.Path) -> float:

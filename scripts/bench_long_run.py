@@ -15,13 +15,13 @@ import sys
 import tempfile
 import time
 
-from finetune_jax.report.log import read_metrics
+from finetune_jax.report.metrics_log import read_metrics
 
 
 def get_config(arg: str = "20000"):
     """Returns the config of a run of `arg` updates."""
     from finetune_jax import config as configs
-    from finetune_jax.plan import Phase, as_config
+    from finetune_jax.plans.phase import Phase, as_config
 
     config = configs.default()
     config.data.update(

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
-from finetune_jax.feeds import Scanned
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.setup import make_setup
-from finetune_jax.updates import Updates
+from finetune_jax.plans.phase import Phase, as_config
+from finetune_jax.training.dispatch import Scanned
+from finetune_jax.training.programs import Updates
+from finetune_jax.training.setup import make_setup
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
 # (model, image size, channels, batch size, updates in a round, what learns)

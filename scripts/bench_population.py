@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from finetune_jax.grid import grid
+from finetune_jax.config import grid
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 SEEDS = 4
@@ -28,7 +28,7 @@ import pathlib, sys
 from finetune_jax import config as configs
 from finetune_jax.main import pin_environment
 pin_environment(None, False)
-from finetune_jax.run import run
+from finetune_jax.training.run import run
 for seed in range(int(sys.argv[3])):
     config, problems = configs.resolve(configs.load(sys.argv[1]), [("seed", str(seed))])
     assert not problems

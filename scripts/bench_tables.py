@@ -45,10 +45,10 @@ print(rows, time.perf_counter() - begin, time.process_time() - cpu)
 """
 CONVERT = """
 import pathlib, resource, sys, time
-from finetune_jax.data.columns import open_columns
+from finetune_jax.data.tables.columns import open_columns
 from finetune_jax.data.sources.criteo import TABLE
-from finetune_jax.data.table_files import infer_schema
-from finetune_jax.data.tables import TableOptions
+from finetune_jax.data.tables.files import infer_schema
+from finetune_jax.data.tables.schema import TableOptions
 path = pathlib.Path(sys.argv[1])
 options = TableOptions(header=TABLE.header)
 begin, cpu = time.perf_counter(), time.process_time()
@@ -160,12 +160,12 @@ def our_steps(config: Any, data: Any) -> Any:
 
     import jax
 
-    from finetune_jax.plan import plan_from_config
-    from finetune_jax.random_states import random_state
-    from finetune_jax.setup import phase_setup
-    from finetune_jax.step import train_step
+    from finetune_jax.core.pytrees import named
+    from finetune_jax.plans.phase import plan_from_config
     from finetune_jax.tasks import make_task
-    from finetune_jax.trees import named
+    from finetune_jax.training.initial.random_states import random_state
+    from finetune_jax.training.setup import phase_setup
+    from finetune_jax.training.step import train_step
 
     task = make_task(config, data.spec)
     state = jax.jit(lambda: random_state(task, 0))()
@@ -187,7 +187,7 @@ def our_steps(config: Any, data: Any) -> Any:
 
 def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
     """Prints rows a second from columns through an update, in turn with torch."""
-    from finetune_jax.start import run_data
+    from finetune_jax.training.initial.starting_state import run_data
 
     config = config_of(table, model)
     with config.unlocked():
@@ -238,8 +238,8 @@ def auc(table: pathlib.Path, model: str) -> None:
     """Trains and prints how far the AUC is from that of the true probabilities."""
     from sklearn.metrics import roc_auc_score
 
-    from finetune_jax.run import run
-    from finetune_jax.start import run_data
+    from finetune_jax.training.initial.starting_state import run_data
+    from finetune_jax.training.run import run
 
     config = config_of(table, model)
     test = run_data(config).held_out["test"]

@@ -20,18 +20,18 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from finetune_jax.errors import UserError
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import count, named
 from finetune_jax.models import make_model
-from finetune_jax.pretrained import architecture
-from finetune_jax.pretrained.addresses import read_weights
-from finetune_jax.pretrained.labels import names_at
-from finetune_jax.pretrained.layout import recognise
-from finetune_jax.pretrained.load import load_weights
-from finetune_jax.pretrained.prefixes import without_prefix
-from finetune_jax.pretrained.preprocessing import beside
-from finetune_jax.start import told_of
-from finetune_jax.trees import count, named
-from finetune_jax.workdir import write_json
+from finetune_jax.report.workdir import write_json
+from finetune_jax.training.initial.starting_state import told_of
+from finetune_jax.weights.addresses import read_weights
+from finetune_jax.weights.layout import recognise
+from finetune_jax.weights.merge import load_weights
+from finetune_jax.weights.metadata import architecture
+from finetune_jax.weights.metadata.labels import names_at
+from finetune_jax.weights.metadata.preprocessing import beside
+from finetune_jax.weights.prefixes import without_prefix
 
 LAST_BIAS = "params/head/logits/bias"
 

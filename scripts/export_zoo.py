@@ -11,12 +11,12 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save
 
-from finetune_jax.checkpoint import Checkpoints
-from finetune_jax.pretrained.addresses import ZOO
-from finetune_jax.run import restore
-from finetune_jax.setup import make_setup
-from finetune_jax.trees import digest, named
-from finetune_jax.workdir import read_config, read_manifest
+from finetune_jax.core.pytrees import digest, named
+from finetune_jax.report.workdir import read_config, read_manifest
+from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.run import restore
+from finetune_jax.training.setup import make_setup
+from finetune_jax.weights.addresses import ZOO
 
 
 def main() -> None:

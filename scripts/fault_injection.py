@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from finetune_jax.report.log import read_metrics
+from finetune_jax.report.metrics_log import read_metrics
 
 PHASES = 4
 KEYS = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best", "best_step")
@@ -34,7 +34,7 @@ KEYS = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best", "best
 def get_config(arg: str = "4"):
     """Returns the config of a run of `arg` phases; `data.dir` is given besides."""
     from finetune_jax import config as configs
-    from finetune_jax.plan import Phase, as_config
+    from finetune_jax.plans.phase import Phase, as_config
 
     config = configs.default()
     config.data.update(

@@ -35,10 +35,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import torch_files  # type: ignore[import-not-found]
 
 from finetune_jax import config as configs
-from finetune_jax.data.images import Geometry, read_image
+from finetune_jax.core.errors import UserError
+from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.sources import arrays, idx
-from finetune_jax.errors import UserError
-from finetune_jax.pretrained.formats import FORMATS
+from finetune_jax.weights.formats.readers import FORMATS
 
 MEMORY = 4 * 2**30
 TENSORS = {

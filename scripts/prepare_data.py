@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import load_source
 from finetune_jax.data.source import Source
-from finetune_jax.errors import UserError
 
 
 def prepare(source: Source, name: str, folder: pathlib.Path) -> None:

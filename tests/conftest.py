@@ -51,7 +51,7 @@ def precision_of_jax():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Has runs draw nothing, where nobody looks."""
-    monkeypatch.setattr("finetune_jax.run.write_report", lambda *_: None)
+    monkeypatch.setattr("finetune_jax.training.run.write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

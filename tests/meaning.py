@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune_jax.errors import UserError
+from finetune_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ import small
 import test_parallel
 
 from finetune_jax import config as configs
-from finetune_jax.data.mixture import mixed_batches
-from finetune_jax.parallel import make_devices, run_once
-from finetune_jax.plan import Phase
-from finetune_jax.random_states import random_state
-from finetune_jax.setup import make_setup, phase_setup
-from finetune_jax.step import train_step
-from finetune_jax.trees import named
+from finetune_jax.core.pytrees import named
+from finetune_jax.data.domains import mixed_batches
+from finetune_jax.parallel.devices import make_devices, run_once
+from finetune_jax.plans.phase import Phase
+from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.training.setup import make_setup, phase_setup
+from finetune_jax.training.step import train_step
 
 SGD = Phase(name="all", steps=3, optimizer="sgd", optimizer_args={"momentum": 0.9})
 INVERTED = {"domain": "inverted", "name": "digits", "shift": (("invert",),)}

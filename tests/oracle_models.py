@@ -8,7 +8,7 @@ from typing import Any
 import oracles
 import pytest
 
-from finetune_jax.pretrained.addresses import read_weights
+from finetune_jax.weights.addresses import read_weights
 
 CLASSES = 10
 DEPTHS = {

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from finetune_jax.defaults import ENTRIES
+from finetune_jax.config.schema import ENTRIES
 
 
 class Recording:

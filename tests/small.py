@@ -6,17 +6,17 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
+from finetune_jax.core.pytrees import named
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.loop import Loop
-from finetune_jax.parallel import run_once
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.preemption import Stop
-from finetune_jax.random_states import random_state
-from finetune_jax.report.log import read_metrics
-from finetune_jax.setup import make_task, phase_setup
-from finetune_jax.step import train_step
+from finetune_jax.parallel.devices import run_once
+from finetune_jax.plans.phase import Phase, as_config
+from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.task import EVALUATION, apply
-from finetune_jax.trees import named
+from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.training.loop import Loop
+from finetune_jax.training.preemption import Stop
+from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.step import train_step
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
 

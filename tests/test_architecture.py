@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from finetune_jax import algorithms, losses
 from finetune_jax import config as configs
-from finetune_jax.plan import as_config
-from finetune_jax.run import run
+from finetune_jax.optim import algorithms
+from finetune_jax.plans.phase import as_config
+from finetune_jax.tasks.objectives import losses
+from finetune_jax.training.run import run
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "architecture.md"
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from finetune_jax import config as configs
-from finetune_jax.run import run
+from finetune_jax.training.run import run
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SEEDS = range(5)

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from finetune_jax import config as configs
-from finetune_jax.plan import Phase, as_config
-from finetune_jax.run import run
+from finetune_jax.plans import Phase, as_config
+from finetune_jax.training.run import run
 
 HERE = pathlib.Path(__file__).parent
 SEEDS = range(5)

@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune_jax import config as configs
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.setup import Setup, make_setup
 from finetune_jax.tasks.task import EVALUATION, apply
+from finetune_jax.training.setup import Setup, make_setup
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "efficientnet_flowers.py"
 PENALTIES = 10.0 ** np.arange(-4, 1.1, 0.5)

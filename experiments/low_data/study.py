@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from finetune_jax import config as configs
-from finetune_jax.run import run
+from finetune_jax.training.run import run
 
 HERE = pathlib.Path(__file__).parent
 BASE = HERE.parents[1] / "configs" / "resnet_head.py"

@@ -31,7 +31,7 @@ LORA = {"model.lora_rank": 4, "model.lora_alpha": 4.0}
 
 def digits_arms(updates: int) -> dict[str, Callable[[float], tuple]]:
     """Returns plans by name, as functions of the peak rate."""
-    from finetune_jax import strategies as s
+    from finetune_jax import plans as s
 
     def each(parts: int) -> int:
         return updates // parts
@@ -70,7 +70,7 @@ def digits_arms(updates: int) -> dict[str, Callable[[float], tuple]]:
 
 def flowers_arms(updates: int) -> dict[str, Callable[[float], tuple]]:
     """Returns plans by name, as functions of the peak rate; held running averages."""
-    from finetune_jax import strategies as s
+    from finetune_jax import plans as s
 
     one = {"steps": updates, "optimizer": "adam", "batch_stats": "hold"}
     return {
@@ -137,9 +137,8 @@ TRANSFERS: dict[str, dict[str, Any]] = {
 def pretrain(folder: str, workdir: pathlib.Path) -> None:
     """Trains the network that knows clothes, if it is not there yet."""
     from finetune_jax import config as configs
-    from finetune_jax.plan import as_config
-    from finetune_jax.run import run
-    from finetune_jax.strategies import full
+    from finetune_jax.plans import as_config, full
+    from finetune_jax.training.run import run
 
     given = configs.default()
     given.data.update(name="idx", dir=folder, test="test", batch_size=128, **CLOTHES)
@@ -156,7 +155,7 @@ def make_config(job: tuple, workdir: pathlib.Path):
     """Returns the resolved config of (transfer, folder, arm, rate, labels, seed)."""
     transfer, folder, arm, rate, labels, seed = job
     from finetune_jax import config as configs
-    from finetune_jax.plan import as_config
+    from finetune_jax.plans import as_config
 
     parts = TRANSFERS[transfer]
     given = configs.default()
@@ -177,11 +176,11 @@ def one_run(job: tuple, workdir: pathlib.Path) -> tuple[tuple, Mapping[str, Any]
     """Returns a job and its result with costs; one that is finished is not run again."""
     import jax
 
+    from finetune_jax.core.pytrees import count, named
     from finetune_jax.modes.plan import forward_flops, step_flops
-    from finetune_jax.report.log import read_metrics
-    from finetune_jax.run import run
-    from finetune_jax.setup import make_setup
-    from finetune_jax.trees import count, named
+    from finetune_jax.report.metrics_log import read_metrics
+    from finetune_jax.training.run import run
+    from finetune_jax.training.setup import make_setup
 
     jax.config.update("jax_compilation_cache_dir", str(workdir / "programs"))
     folder = workdir / "-".join(

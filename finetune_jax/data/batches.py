@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.order import Order, training_order
-from finetune_jax.data.texts import TextOptions, shortened
+from finetune_jax.data.text.tokens import TextOptions, shortened
 
 
 class Examples(Protocol):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.registry import closest
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.labels import class_name
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError
-from finetune_jax.lookup import closest
 
 
 def in_order_of_run(data: Data, looks: Mapping[str, Any]) -> Data:

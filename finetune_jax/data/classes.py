@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.labels import near_twins
 from finetune_jax.data.source import Source
-from finetune_jax.errors import UserError, problems_error
 
 
 def check_no_classes(source: Source, config: Mapping[str, Any]) -> None:

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax import aligned
+from finetune_jax.core import aligned
+from finetune_jax.core.errors import UserError
 from finetune_jax.data.classes import check_classes, check_labelled
-from finetune_jax.data.encoding import Fitted
-from finetune_jax.data.images import Geometry
-from finetune_jax.data.opening import load_source as load_source
-from finetune_jax.data.opening import opened
+from finetune_jax.data.images.decoding import Geometry
+from finetune_jax.data.loading import load_source as load_source
+from finetune_jax.data.loading import opened
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import choose, overlaps, per_class
+from finetune_jax.data.tables.encoding import Fitted
 from finetune_jax.data.threads import attempts, check_readable
-from finetune_jax.errors import UserError
 
 ADVICE = "Mend them, take them out, or pass them over: config.data.on_error=skip."
 

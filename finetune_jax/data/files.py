@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 
-from finetune_jax.paths import printable
+from finetune_jax.core.paths import printable
 
 # Names that operating systems, network disks and programs leave behind, case-folded.
 _LITTER = frozenset(

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.errors import listed
-from finetune_jax.lookup import closest
+from finetune_jax.core.errors import listed
+from finetune_jax.core.registry import closest
 
 # Blanks that `str.strip` leaves alone: zero-width ones, joiners, and the byte order mark.
 _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"

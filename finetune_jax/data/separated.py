@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from finetune_jax.errors import UserError
-from finetune_jax.lines import check_begin
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.text_lines import check_begin
 
 # Bytes of a file in which its names are looked for.
 BEGIN = 2**20

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune_jax.data.images import Geometry
+from finetune_jax.core.errors import problems_error
+from finetune_jax.core.registry import closest
+from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.source import Examples, Source
-from finetune_jax.errors import problems_error
-from finetune_jax.lookup import closest
 
 _WHERE = "config.data.shift"
 

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from finetune_jax.data.images import Geometry, fit_named
+from finetune_jax.core.errors import problems_error
+from finetune_jax.data.images.decoding import Geometry, fit_named
+from finetune_jax.data.images.pixels import Pixels, read_images
 from finetune_jax.data.labels import MANY_CLASSES, Classes, classes_of, spelling_of
-from finetune_jax.data.pixels import Pixels, read_images
-from finetune_jax.errors import problems_error
 
 
 class Examples(Protocol):

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax import lookup
-from finetune_jax.errors import UserError
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
 
 # How a source without splits of its own is cut, in an order that is stratified; chosen
 # by us. 'all' is the whole in the same order.
@@ -95,7 +95,7 @@ def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarra
                 f"{', '.join(sorted(splits))}. None goes without; or cut one off, as in "
                 "config.data.train='train[:80%]' and config.data.validation='train[80%:]'"
             )
-        indices = lookup.choose(splits, match["name"], where)
+        indices = registry.choose(splits, match["name"], where)
         start, stop = (_bound(bound, len(indices)) for bound in bounds)
         chosen.append(indices[start:stop])
     selected = np.concatenate(chosen)

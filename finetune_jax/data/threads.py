@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from finetune_jax.errors import UserError, first_of, problems_error
+from finetune_jax.core.errors import UserError, first_of, problems_error
 
 _SHOWN = 50
 

@@ -12,15 +12,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.models.lora import with_lora
+from finetune_jax.core import registry
+from finetune_jax.models.peft.lora import with_lora
 
 
 def constructors() -> dict[str, tuple[str, Callable]]:
     """Returns the module and the constructor of every model, by the model's name."""
     return {
         model: (family, constructor)
-        for family, module in lookup.modules(sys.modules[__name__]).items()
+        for family, module in registry.modules(sys.modules[__name__]).items()
         for model, constructor in getattr(module, "MODELS", {}).items()
     }
 
@@ -44,11 +44,11 @@ def make_model(
         UserError: No such model, or arguments that it does not take.
     """
     known = {model: made for model, (_, made) in constructors().items()}
-    constructor = lookup.choose(known, name, "config.model.name")
+    constructor = registry.choose(known, name, "config.model.name")
     lora = {k: v for k, v in arguments.items() if k.startswith("lora_")}
     arguments = {k: v for k, v in arguments.items() if k not in lora}
-    module = lookup.call(constructor, arguments, "config.model", **given)
-    return lookup.call(with_lora, lora, "config.model", module=around(module))
+    module = registry.call(constructor, arguments, "config.model", **given)
+    return registry.call(with_lora, lora, "config.model", module=around(module))
 
 
 def dtypes(precision: str) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.errors import problems_error
-from finetune_jax.models.activations import HIDDEN_ACTIVATIONS
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import ACTIVATIONS, make_head
-from finetune_jax.models.stages import MaskedMean, run_stages
+from finetune_jax.core import registry
+from finetune_jax.core.errors import problems_error
+from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
+from finetune_jax.models.layers.heads import ACTIVATIONS, make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import MaskedMean, run_stages
 
 INITIAL = drawn(nn.initializers.normal(0.02))
 # How one vector is made of a text; 'none' leaves a vector for every token.
@@ -324,10 +324,10 @@ def _bert(
     Raises:
         UserError: Lists every argument that is out of range.
     """
-    lookup.choose(dict.fromkeys(POOLS), pool, "config.model.pool")
-    lookup.choose(ACTIVATIONS, activation, "config.model.activation")
+    registry.choose(dict.fromkeys(POOLS), pool, "config.model.pool")
+    registry.choose(ACTIVATIONS, activation, "config.model.activation")
     where = "config.model.hidden_activation"
-    lookup.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
+    registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     _check(
         {
             "layers": layers, "width": width, "heads": heads, "hidden": hidden,

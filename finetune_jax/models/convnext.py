@@ -12,12 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.errors import UserError
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import GlobalPool, layer_norm, run_block, run_stages
-from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import (
+    GlobalPool,
+    layer_norm,
+    run_block,
+    run_stages,
+)
+from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 _INIT = drawn(nn.initializers.truncated_normal(0.02))  # Liu et al. 2022, appendix A.1.
 

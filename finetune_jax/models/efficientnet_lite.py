@@ -16,13 +16,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.errors import UserError
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
-from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import (
+    GlobalPool,
+    batch_norm,
+    run_block,
+    run_stages,
+)
+from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 _INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 PADDINGS = ("same", "symmetric")
@@ -263,7 +268,7 @@ def _efficientnet_lite(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> EfficientNetLite:
-    lookup.choose(dict.fromkeys(PADDINGS), padding, "config.model.padding")
+    registry.choose(dict.fromkeys(PADDINGS), padding, "config.model.padding")
     if epsilon <= 0:
         raise UserError(f"config.model.epsilon: {epsilon} is not above 0")
     rows = scaled(width, depth)

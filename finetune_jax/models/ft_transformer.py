@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.errors import UserError
-from finetune_jax.models.attention import Attention
-from finetune_jax.models.heads import check_widths
-from finetune_jax.models.stages import layer_norm
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.layers.attention import Attention
+from finetune_jax.models.layers.heads import check_widths
+from finetune_jax.models.layers.stages import layer_norm
 from finetune_jax.models.tabular import (
     ANY_FIELDS,
     Embeddings,

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.errors import UserError
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.heads import ACTIVATIONS, INITIALISERS, make_head
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.heads import ACTIVATIONS, INITIALISERS, make_head
 
 # From one of these stages on, a classifier has places no longer.
 _ENDS = ("pool", "head")
@@ -203,7 +203,7 @@ def fully_convolutional(
     checked = make_head(head, classes=classes, **kinds)
     stages = stages_with_maps(backbone)
     for name in taps:
-        lookup.choose(dict.fromkeys(stages[:-1]), name, "config.model.taps")
+        registry.choose(dict.fromkeys(stages[:-1]), name, "config.model.taps")
     ordered = tuple(name for name in stages if name in taps)
     module = ConvHead(
         classes=classes,

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.heads import check_widths, make_head
-from finetune_jax.models.pooling import max_pool
-from finetune_jax.models.stages import batch_norm, run_stages
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.kernels.pooling import max_pool
+from finetune_jax.models.layers.heads import check_widths, make_head
+from finetune_jax.models.layers.stages import batch_norm, run_stages
 
 
 class DenseStage(nn.Module):

@@ -15,14 +15,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.errors import UserError
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import make_head
-from finetune_jax.models.pooling import max_pool
-from finetune_jax.models.stages import GlobalPool, batch_norm, run_block, run_stages
-from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.kernels.pooling import max_pool
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import (
+    GlobalPool,
+    batch_norm,
+    run_block,
+    run_stages,
+)
+from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 _INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
@@ -218,7 +223,7 @@ def _resnet(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNet:
-    lookup.choose(dict.fromkeys(STRIDES), stride_in, "config.model.stride_in")
+    registry.choose(dict.fromkeys(STRIDES), stride_in, "config.model.stride_in")
     if stride_in == "1x1" and not shape.bottleneck:
         raise UserError(
             "config.model.stride_in: '1x1', but this model has no bottlenecks; leave it out"

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import GlobalPool, batch_norm, run_stages
-from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 
 def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Conv:

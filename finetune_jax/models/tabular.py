@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.errors import UserError
-from finetune_jax.models.heads import check_widths, make_head
-from finetune_jax.models.stages import run_stages
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.layers.heads import check_widths, make_head
+from finetune_jax.models.layers.stages import run_stages
 
 # Name and rows of each embedding.
 Fields = tuple[tuple[str, int], ...]

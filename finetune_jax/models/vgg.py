@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.errors import UserError
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import check_widths, make_head
-from finetune_jax.models.pooling import max_pool
-from finetune_jax.models.stages import batch_norm, run_block, run_stages
+from finetune_jax.core.errors import UserError
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.kernels.pooling import max_pool
+from finetune_jax.models.layers.heads import check_widths, make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import batch_norm, run_block, run_stages
 
 _INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 WIDTHS = (64, 128, 256, 512, 512)

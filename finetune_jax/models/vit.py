@@ -15,15 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.models.activations import HIDDEN_ACTIVATIONS
-from finetune_jax.models.attention import Attention
-from finetune_jax.models.convolution import convolve
-from finetune_jax.models.drawing import drawn
-from finetune_jax.models.heads import make_head
-from finetune_jax.models.stages import layer_norm, run_stages
-from finetune_jax.models.stochastic_depth import drop_residual, stage_rates
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
+from finetune_jax.models.layers.attention import Attention
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.initial_values import drawn
+from finetune_jax.models.layers.stages import layer_norm, run_stages
+from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 # Of dense layers and of what is learned beside them; Touvron et al. 2021 and timm.
 _INIT = drawn(nn.initializers.truncated_normal(0.02))
@@ -263,9 +263,9 @@ def _vit(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> VisionTransformer:
-    lookup.choose(POOLS, pool, "config.model.pool")
+    registry.choose(POOLS, pool, "config.model.pool")
     where = "config.model.hidden_activation"
-    lookup.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
+    registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     shape = shape._replace(heads=heads or shape.heads)
     stage_rates(stochastic_depth, [1] * shape.depth)  # Refused here, not at first use.
     problems = [

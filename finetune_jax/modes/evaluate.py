@@ -4,13 +4,13 @@ import pathlib
 from collections.abc import Sequence
 
 from finetune_jax.config import Config
-from finetune_jax.domains import Domain
-from finetune_jax.forgetting import open_domains
+from finetune_jax.core.paths import printable
+from finetune_jax.evaluation.diagnostics import open_domains
+from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.modes.options import Options
-from finetune_jax.paths import printable
-from finetune_jax.run import best_state, data_of_run, data_warnings
-from finetune_jax.setup import Setup, make_setup
-from finetune_jax.workdir import read_manifest, write_json
+from finetune_jax.report.workdir import read_manifest, write_json
+from finetune_jax.training.run import best_state, data_of_run, data_warnings
+from finetune_jax.training.setup import Setup, make_setup
 
 
 def main(config: Config, options: Options) -> int:

@@ -5,20 +5,25 @@ import pathlib
 import shutil
 
 from finetune_jax.config import Config
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.exports import artifact, onnx_model, texts, weights
-from finetune_jax.exports.card import make_card
-from finetune_jax.exports.trained import trained_from, write_json
-from finetune_jax.lookup import closest
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.core.registry import closest
+from finetune_jax.inference.export import (
+    jax_program,
+    onnx_model,
+    text_encoders,
+    weights,
+)
+from finetune_jax.inference.export.exported_model import trained_from, write_json
+from finetune_jax.inference.export.model_card import make_card
+from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.options import Options
-from finetune_jax.paths import user_path
-from finetune_jax.predictor import open_predictor
-from finetune_jax.pretrained.tokenizer import kept_files
-from finetune_jax.workdir import read_json, read_manifest, write_text
+from finetune_jax.report.workdir import read_json, read_manifest, write_text
+from finetune_jax.weights.metadata.tokenizer import kept_files
 
 # Each writes its files into a folder.
 FORMATS = {
-    "jax": artifact.write,
+    "jax": jax_program.write,
     "safetensors": weights.write,
     "onnx": onnx_model.write,
 }
@@ -47,7 +52,7 @@ def main(config: Config, options: Options) -> int:
         for name in formats:
             if text := FORMATS[name](trained, part):
                 advice[name] = text
-        for name, text in texts.tokenizer_files(trained).items():
+        for name, text in text_encoders.tokenizer_files(trained).items():
             write_text(part / name, text)
         about = trained.about()
         write_json(part / "model.json", about)

@@ -17,22 +17,22 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_jax.config import Config
+from finetune_jax.config.members import labels_of
+from finetune_jax.core.errors import DataMissing, problems_error
+from finetune_jax.core.flops import count_flops
+from finetune_jax.core.pytrees import count, named, nbytes, stage_of
+from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, no_data, train_shape
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
-from finetune_jax.errors import DataMissing, problems_error
-from finetune_jax.flops import count_flops
-from finetune_jax.forgetting import open_domains
-from finetune_jax.members import labels_of
+from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.modes.options import Options
-from finetune_jax.plan import Phase, scales
-from finetune_jax.population import member_configs, member_setups
-from finetune_jax.pretrained.preprocessing import filled
-from finetune_jax.setup import PhaseSetup, make_setup
-from finetune_jax.start import run_data
-from finetune_jax.state import TrainState
-from finetune_jax.step import eval_step, train_step
+from finetune_jax.plans.phase import Phase, scales
+from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.task import Task
-from finetune_jax.trees import count, named, nbytes, stage_of
+from finetune_jax.training.initial.starting_state import run_data
+from finetune_jax.training.setup import PhaseSetup, make_setup
+from finetune_jax.training.step import eval_step, train_step
+from finetune_jax.weights.metadata.preprocessing import filled
 
 # Tasks whose data have classes of pixels.
 MASKED = ("segmentation",)

@@ -14,25 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune_jax.config import Config
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.paths import printable, user_path
 from finetune_jax.data.dataset import Dataset, dataset_of
-from finetune_jax.data.depth import depth_warnings
-from finetune_jax.data.encoding import read_fitted
 from finetune_jax.data.files import Unused, files_below
-from finetune_jax.data.image_formats import why_no_image
-from finetune_jax.data.images import oriented_size
-from finetune_jax.data.masks import unfitted, write_mask
+from finetune_jax.data.images.decoding import oriented_size
+from finetune_jax.data.images.depth import depth_warnings
+from finetune_jax.data.images.image_formats import why_no_image
+from finetune_jax.data.images.mask_files import unfitted, write_mask
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.table_source import format_of, rows_to_predict
-from finetune_jax.data.text_files import inputs_of, read_texts
-from finetune_jax.data.texts import Rows, TextOptions
+from finetune_jax.data.tables.encoding import read_fitted
+from finetune_jax.data.tables.source import format_of, rows_to_predict
+from finetune_jax.data.tables.unknown import Unknown
+from finetune_jax.data.text.files import inputs_of, read_texts
+from finetune_jax.data.text.token_counts import counts_for
+from finetune_jax.data.text.tokens import Rows, TextOptions
 from finetune_jax.data.threads import attempts, check_readable
-from finetune_jax.data.token_counts import counts_for
-from finetune_jax.data.unknown import Unknown
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.modes.options import Options
-from finetune_jax.paths import printable, user_path
-from finetune_jax.predictor import (
+from finetune_jax.inference.predictor import (
     ARRAYS,
     examples,
     fitted,
@@ -42,6 +41,7 @@ from finetune_jax.predictor import (
     takes_files,
     text_examples,
 )
+from finetune_jax.modes.options import Options
 
 # Files that are decoded before the model sees the first of them.
 CHUNK = 1024

@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.config import Config
-from finetune_jax.errors import UserError
-from finetune_jax.loop import Preempted
+from finetune_jax.core.errors import UserError
 from finetune_jax.modes.options import Options
-from finetune_jax.preemption import EXIT_STATUS, stop_on_signals
-from finetune_jax.report.log import read_metrics
-from finetune_jax.run import check_is_one_run, run
-from finetune_jax.workdir import (
+from finetune_jax.report.metrics_log import read_metrics
+from finetune_jax.report.workdir import (
     check_same_run,
     read_json,
     read_manifest,
     write_json,
 )
+from finetune_jax.training.loop import Preempted
+from finetune_jax.training.preemption import EXIT_STATUS, stop_on_signals
+from finetune_jax.training.run import check_is_one_run, run
 
 DIFFERENT_STATUS = 3
 # Numbers are the same within this if they differ by at most it, or by this share.

@@ -3,13 +3,13 @@
 import pathlib
 
 from finetune_jax.config import Config
-from finetune_jax.errors import UserError
-from finetune_jax.loop import Preempted
+from finetune_jax.core.errors import UserError
 from finetune_jax.modes.options import Options
-from finetune_jax.preemption import EXIT_STATUS, Stop, stop_on_signals
-from finetune_jax.pretrained.preprocessing import filled
-from finetune_jax.run import run
-from finetune_jax.workdir import check_same_run, new_workdir, read_json
+from finetune_jax.report.workdir import check_same_run, new_workdir, read_json
+from finetune_jax.training.loop import Preempted
+from finetune_jax.training.preemption import EXIT_STATUS, Stop, stop_on_signals
+from finetune_jax.training.run import run
+from finetune_jax.weights.metadata.preprocessing import filled
 
 
 def main(config: Config, options: Options) -> int:
@@ -49,9 +49,7 @@ def _run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict:
     """Runs what the config describes, one run or many."""
     if not config.population:
         return run(config, workdir, stop)
-    from finetune_jax.population import (
-        run_population,  # Only who needs it waits for it.
-    )
+    from finetune_jax.sweeps.population import run_population
 
     return run_population(config, workdir, stop)
 

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from finetune_jax import machine
+from finetune_jax.core import machine
 
 PACKAGES = (
     "finetune_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from finetune_jax.masks import IGNORED, palette
+from finetune_jax.data.augmentation.masks import IGNORED, palette
 from finetune_jax.report.plots import address, png, shortened
 
 # Of one image, and of the names of the rows, in inches.

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from finetune_jax.errors import UserError
-from finetune_jax.workdir import write_text
+from finetune_jax.core.errors import UserError
+from finetune_jax.report.workdir import write_text
 
 
 class Tracker(Protocol):

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from finetune_jax import lookup
 from finetune_jax.config import Config
+from finetune_jax.config.members import member_models, member_problems
+from finetune_jax.core import registry
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.members import member_models, member_problems
 from finetune_jax.tasks.task import Task
 
 
@@ -29,7 +29,7 @@ def make_task(config: Config, spec: DataSpec) -> Task:
         for described, entry in zip(given[role].values(), config.model["members"]):
             described["pretrained"] = entry["pretrained"]
             described["entry"] = entry["entry"]
-    return lookup.call(make, arguments, "config.task", **given)
+    return registry.call(make, arguments, "config.task", **given)
 
 
 def role_of_members(make: Callable) -> str | None:
@@ -65,7 +65,7 @@ def task_module(name: str) -> Any:
     Raises:
         UserError: No such task.
     """
-    module = lookup.module(sys.modules[__name__], name, "config.task.name")
+    module = registry.module(sys.modules[__name__], name, "config.task.name")
     if not hasattr(module, "make"):
-        lookup.choose({}, name, "config.task.name")
+        registry.choose({}, name, "config.task.name")
     return module

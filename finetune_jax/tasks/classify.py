@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from finetune_jax.answering import Answering
-from finetune_jax.answers import Classes, logits_asked, make_classes
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.inputs import Mixed, check_classified
 from finetune_jax.models import model_of
+from finetune_jax.tasks.components.image_inputs import Mixed, check_classified
+from finetune_jax.tasks.components.single_model import Answering
+from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
 
 METRICS = ("accuracy", "loss")
 

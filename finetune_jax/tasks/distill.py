@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup, losses
-from finetune_jax.answering import Answering
-from finetune_jax.answers import Classes, logits_asked, make_classes
+from finetune_jax.core import registry
+from finetune_jax.core.errors import problems_error
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import problems_error
-from finetune_jax.hints import Pair, attention_apart, half_square
-from finetune_jax.inputs import Mixed, check_classified, random_variables
 from finetune_jax.models import model_of
-from finetune_jax.tasks.task import Mode, Task, apply, key_of
-from finetune_jax.teachers import (
+from finetune_jax.tasks.components.image_inputs import (
+    Mixed,
+    check_classified,
+    random_variables,
+)
+from finetune_jax.tasks.components.single_model import Answering
+from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
+from finetune_jax.tasks.components.teachers import (
     HEADS,
     REGRESSOR,
     START,
@@ -36,6 +38,13 @@ from finetune_jax.teachers import (
     stage_shapes,
     tapped,
 )
+from finetune_jax.tasks.objectives import losses
+from finetune_jax.tasks.objectives.feature_losses import (
+    Pair,
+    attention_apart,
+    half_square,
+)
+from finetune_jax.tasks.task import Mode, Task, apply, key_of
 
 METRICS = ("accuracy", "loss")
 
@@ -318,7 +327,7 @@ def make(
         top_k=top_k,
         metrics=metrics,
     )
-    lookup.choose(dict.fromkeys(HEADS), head, "config.task.head")
+    registry.choose(dict.fromkeys(HEADS), head, "config.task.head")
     if problems := range_problems(
         alpha=alpha, temperature=temperature, hints_weight=hints_weight,
         attention_weight=attention_weight, something=alpha or hints or attention,

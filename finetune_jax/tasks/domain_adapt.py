@@ -15,8 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.alignment import (
+from finetune_jax.core import registry
+from finetune_jax.core.errors import problems_error
+from finetune_jax.core.pytrees import like, named
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.models.layers.heads import Head, check_widths
+from finetune_jax.tasks import task_module
+from finetune_jax.tasks.components.multi_domain import Several, domain_key, make_parts
+from finetune_jax.tasks.objectives.domain_losses import (
     confident,
     coral,
     discrimination,
@@ -26,13 +32,7 @@ from finetune_jax.alignment import (
     ramp,
     reverse_gradient,
 )
-from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import problems_error
-from finetune_jax.models.heads import Head, check_widths
-from finetune_jax.parts import Several, domain_key, make_parts
-from finetune_jax.tasks import task_module
 from finetune_jax.tasks.task import Mode, Task, apply
-from finetune_jax.trees import like, named
 
 METRICS = ("accuracy", "loss")
 METHODS = ("none", "dann", "mmd", "coral", "self_training")
@@ -316,8 +316,8 @@ def make(
     Raises:
         UserError: Something unknown or out of range, or domains that do not fit.
     """
-    lookup.choose(dict.fromkeys(METHODS), method, "config.task.method")
-    lookup.choose(dict.fromkeys(SCHEDULES), schedule, "config.task.schedule")
+    registry.choose(dict.fromkeys(METHODS), method, "config.task.method")
+    registry.choose(dict.fromkeys(SCHEDULES), schedule, "config.task.schedule")
     check_widths("config.task.discriminator", discriminator)
     parts = make_parts(
         task_module("classify"),
@@ -378,7 +378,7 @@ def _check(
     if features not in module.stages[:-1]:
         problems.append(
             f"config.task.features: no stage {features!r} before the head"
-            f"{lookup.closest(features, module.stages)} There are: "
+            f"{registry.closest(features, module.stages)} There are: "
             f"{', '.join(module.stages[:-1])}."
         )
     if not 0 <= threshold <= 1:

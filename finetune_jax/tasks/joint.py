@@ -17,15 +17,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax import lookup
-from finetune_jax.alignment import pair_distance, uncertainty_weighted
-from finetune_jax.answers import Numbers
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.parts import Several, domain_key, make_parts
 from finetune_jax.tasks import task_module
+from finetune_jax.tasks.components.multi_domain import Several, domain_key, make_parts
+from finetune_jax.tasks.components.targets import Numbers
+from finetune_jax.tasks.objectives.domain_losses import (
+    pair_distance,
+    uncertainty_weighted,
+)
 from finetune_jax.tasks.task import Mode, Task
-from finetune_jax.trees import like, named, stage_of
 
 METRICS = ("accuracy", "loss")
 BALANCES = ("domains", "examples", "uncertainty")
@@ -289,8 +292,8 @@ def make(
     Raises:
         UserError: Something unknown or out of range, or domains whose shapes clash.
     """
-    lookup.choose(dict.fromkeys(BALANCES), balance, "config.task.balance")
-    lookup.choose(dict.fromkeys(STATISTICS), statistics, "config.task.statistics")
+    registry.choose(dict.fromkeys(BALANCES), balance, "config.task.balance")
+    registry.choose(dict.fromkeys(STATISTICS), statistics, "config.task.statistics")
     parts = make_parts(
         task_module(of),
         {**of_args, "metrics": metrics},
@@ -371,6 +374,6 @@ def _clashes(task: Joint) -> list[str]:
         if not any(re.fullmatch(pattern, name) for name in shapes)
     ]
     if unmatched and not problems:
-        hints = [f"{p!r}{lookup.closest(p, shapes)}" for p in unmatched]
+        hints = [f"{p!r}{registry.closest(p, shapes)}" for p in unmatched]
         raise UserError(f"config.task.shared: {', '.join(hints)} matches nothing")
     return problems

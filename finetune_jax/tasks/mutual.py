@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import losses
-from finetune_jax.answering import Answering
-from finetune_jax.answers import Classes, logits_asked, make_classes
 from finetune_jax.config import Config
+from finetune_jax.config.members import labels_of
+from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError
-from finetune_jax.inputs import Mixed, check_classified
-from finetune_jax.members import labels_of
 from finetune_jax.models import model_of
+from finetune_jax.tasks.components.image_inputs import Mixed, check_classified
+from finetune_jax.tasks.components.single_model import Answering
+from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
+from finetune_jax.tasks.objectives import losses
 from finetune_jax.tasks.task import Mode
 
 METRICS = ("accuracy", "loss")

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.data.questions import Question, Window
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.encoders import initial, questions, token_model
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.lookup import closest
-from finetune_jax.matches import match_scores
+from finetune_jax.data.text.questions import Question, Window
+from finetune_jax.tasks.components.text_inputs import initial, questions, token_model
+from finetune_jax.tasks.objectives.squad import match_scores
 from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("exact_match", "f1", "loss")

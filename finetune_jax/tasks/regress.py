@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from finetune_jax.answering import Answering
-from finetune_jax.answers import Numbers, logits_asked, make_numbers
-from finetune_jax.augment import make_augment
+from finetune_jax.core.errors import UserError
+from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError
-from finetune_jax.inputs import Normalised
 from finetune_jax.models import model_of
+from finetune_jax.tasks.components.image_inputs import Normalised
+from finetune_jax.tasks.components.single_model import Answering
+from finetune_jax.tasks.components.targets import Numbers, logits_asked, make_numbers
 
 METRICS = ("mse", "mae", "r2")
 

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax import losses, metrics
-from finetune_jax.augment import make_augment
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.pytrees import named
+from finetune_jax.data.augmentation.masks import IGNORED, make_mask_augment
+from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.masks import IGNORED, make_mask_augment
-from finetune_jax.metrics import check_metrics
 from finetune_jax.models import dtypes, make_model
 from finetune_jax.models.fully_convolutional import (
     FullyConvolutional,
     fully_convolutional,
 )
+from finetune_jax.tasks.objectives import losses, metrics
+from finetune_jax.tasks.objectives.metrics import check_metrics
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
-from finetune_jax.trees import named
 
 METRICS = ("mean_iou", "pixel_accuracy")
 # Of an update all of whose pixels are ignored: no other weight is changed by it.

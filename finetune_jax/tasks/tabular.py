@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.answering import Answering, make_answer
-from finetune_jax.answers import logits_asked
+from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.errors import UserError
 from finetune_jax.models import ft_transformer, model_of, tabular
+from finetune_jax.tasks.components.single_model import Answering, make_answer
+from finetune_jax.tasks.components.targets import logits_asked
 from finetune_jax.tasks.task import Mode
 
 # By what `config.data.labels` says.

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from finetune_jax.trees import part, with_part
+from finetune_jax.core.pytrees import part, with_part
 
 
 @dataclasses.dataclass(frozen=True)

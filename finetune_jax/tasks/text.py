@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax.answering import Answering, make_answer
-from finetune_jax.answers import logits_asked
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.encoders import check_encoder, initial, tokens
 from finetune_jax.models import model_of
+from finetune_jax.tasks.components.single_model import Answering, make_answer
+from finetune_jax.tasks.components.targets import logits_asked
+from finetune_jax.tasks.components.text_inputs import check_encoder, initial, tokens
 from finetune_jax.tasks.task import Mode
 
 # By what `config.data.labels` says.

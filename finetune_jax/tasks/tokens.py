@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.tags import NONE
-from finetune_jax.encoders import initial, token_model, tokens
-from finetune_jax.entities import entity_scores
-from finetune_jax.errors import UserError, problems_error
-from finetune_jax.lookup import closest
+from finetune_jax.data.text.tags import NONE
+from finetune_jax.tasks.components.text_inputs import initial, token_model, tokens
+from finetune_jax.tasks.objectives.entities import entity_scores
 from finetune_jax.tasks.task import Mode, Task
 
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")

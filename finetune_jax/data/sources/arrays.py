@@ -11,10 +11,10 @@ import pathlib
 
 import numpy as np
 
-from finetune_jax.data.array_files import read_arrays
+from finetune_jax.core.errors import DataMissing, UserError, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.source import Source, array_source
-from finetune_jax.errors import DataMissing, UserError, problems_error
-from finetune_jax.paths import user_path
 
 INPUTS = ("x", "inputs", "images", "image", "features")
 LABELS = ("y", "labels", "label")

@@ -5,7 +5,7 @@ missing, without a line of names. `config.data.dir` is a file, or a folder with 
 each split; files of other names are splits of theirs, such as day_0 to day_23.
 """
 
-from finetune_jax.data.tables import Format
+from finetune_jax.data.tables.schema import Format
 
 NUMBERS = tuple(f"I{index + 1}" for index in range(13))
 CATEGORIES = tuple(f"C{index + 1}" for index in range(26))

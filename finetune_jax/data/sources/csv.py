@@ -8,9 +8,9 @@ They are quoted where need be.
 import functools
 from collections.abc import Sequence
 
-from finetune_jax.data.tables import Format
-from finetune_jax.data.text_files import read_separated, read_splits
-from finetune_jax.data.texts import Rows
+from finetune_jax.data.tables.schema import Format
+from finetune_jax.data.text.files import read_separated, read_splits
+from finetune_jax.data.text.tokens import Rows
 
 TABLE = Format(suffixes=(".csv",), delimiter=",", quotes=True)
 READ = functools.partial(read_separated, delimiter=",", quotes=True)

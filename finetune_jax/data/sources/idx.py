@@ -10,9 +10,9 @@ import zlib
 
 import numpy as np
 
+from finetune_jax.core.errors import DataMissing, UserError
+from finetune_jax.core.paths import user_path
 from finetune_jax.data.source import Source, array_source
-from finetune_jax.errors import DataMissing, UserError
-from finetune_jax.paths import user_path
 
 SPLITS = {"train": "train", "test": "t10k"}
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

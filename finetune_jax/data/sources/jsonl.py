@@ -5,8 +5,8 @@
 
 from collections.abc import Sequence
 
-from finetune_jax.data.text_files import read_json_lines, read_splits
-from finetune_jax.data.texts import Rows
+from finetune_jax.data.text.files import read_json_lines, read_splits
+from finetune_jax.data.text.tokens import Rows
 
 READ = read_json_lines
 

@@ -17,19 +17,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from finetune_jax.data.depth import depth_warnings
+from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.core.text_lines import lines_of
+from finetune_jax.data.augmentation.masks import IGNORED
 from finetune_jax.data.files import Unused, files_below, visible
-from finetune_jax.data.image_formats import image_suffixes, images_of
+from finetune_jax.data.images.depth import depth_warnings
+from finetune_jax.data.images.image_formats import image_suffixes, images_of
+from finetune_jax.data.images.mask_files import Colour, MaskFiles
 from finetune_jax.data.labels import class_name, near_twins
-from finetune_jax.data.masks import Colour, MaskFiles
 from finetune_jax.data.source import Source
 from finetune_jax.data.sources.folder import SPLITS
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
-from finetune_jax.errors import DataMissing, UserError, first_of, problems_error
-from finetune_jax.lines import lines_of
-from finetune_jax.masks import IGNORED
-from finetune_jax.paths import user_path
 
 _IGNORED_NAME = "ignored"
 _SHOWN = 50

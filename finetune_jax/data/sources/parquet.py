@@ -3,6 +3,6 @@
 `config.data.dir` is a file, or a folder with a file for each split.
 """
 
-from finetune_jax.data.tables import Format
+from finetune_jax.data.tables.schema import Format
 
 TABLE = Format(suffixes=(".parquet",), delimiter=None)

@@ -17,13 +17,13 @@ import zlib
 
 import numpy as np
 
-from finetune_jax import lookup
-from finetune_jax.data.images import Geometry
-from finetune_jax.data.masks import fit_with_mask, with_mask
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+from finetune_jax.data.augmentation.masks import IGNORED
+from finetune_jax.data.images.decoding import Geometry
+from finetune_jax.data.images.mask_files import fit_with_mask, with_mask
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.splits import named_splits
-from finetune_jax.errors import UserError
-from finetune_jax.masks import IGNORED
 
 SIDE = 3  # Of the image, in objects.
 MOST_OBJECTS = 4
@@ -106,7 +106,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     from finetune_jax.data import sources
 
     name, _, rest = (argument or "").partition(":")
-    module = lookup.module(sources, name, "config.data.name, scenes:")
+    module = registry.module(sources, name, "config.data.name, scenes:")
     source = module.load(directory, rest or None)
     parts = list(source.splits.values())
     if not source.class_names or not all(

@@ -10,10 +10,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.data.text_files import read_splits
-from finetune_jax.data.texts import Rows
-from finetune_jax.errors import UserError, first_of
-from finetune_jax.lines import decoded
+from finetune_jax.core.errors import UserError, first_of
+from finetune_jax.core.text_lines import decoded
+from finetune_jax.data.text.files import read_splits
+from finetune_jax.data.text.tokens import Rows
 
 COLUMNS = ("id", "title", "question", "context", "answers")
 _SHOWN = 20

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.data.images import Geometry, fit_named, read_image
-from finetune_jax.data.labels import classes_of
-from finetune_jax.data.pixels import (
+from finetune_jax.core.errors import DataMissing, UserError, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.data.images.decoding import Geometry, fit_named, read_image
+from finetune_jax.data.images.pixels import (
     BYTES,
     Pixels,
     axes_problem,
@@ -22,10 +23,9 @@ from finetune_jax.data.pixels import (
     extent_of,
     read_as,
 )
+from finetune_jax.data.labels import classes_of
 from finetune_jax.data.source import Source
-from finetune_jax.data.texts import Rows
-from finetune_jax.errors import DataMissing, UserError, problems_error
-from finetune_jax.paths import user_path
+from finetune_jax.data.text.tokens import Rows
 
 _JPEG = b"\xff\xd8\xff"
 

@@ -6,9 +6,9 @@
 import functools
 from collections.abc import Sequence
 
-from finetune_jax.data.tables import Format
-from finetune_jax.data.text_files import read_separated, read_splits
-from finetune_jax.data.texts import Rows
+from finetune_jax.data.tables.schema import Format
+from finetune_jax.data.text.files import read_separated, read_splits
+from finetune_jax.data.text.tokens import Rows
 
 TABLE = Format(suffixes=(".tsv",), delimiter="\t")
 READ = functools.partial(read_separated, delimiter="\t", quotes=False)

@@ -1,0 +1,1 @@
+"""Errors, names, files and trees that every package uses; imports none of them."""

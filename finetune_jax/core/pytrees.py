@@ -1,0 +1,93 @@
+"""Parameter names, and what is computed from a tree of named arrays."""
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.core.machine import threads
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, in the tree's order.
+
+    >>> named({"head": {"bias": 1, "kernel": 2}})
+    {'head/bias': 1, 'head/kernel': 2}
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {name_of(path): leaf for path, leaf in leaves}
+
+
+def name_of(path: tuple) -> str:
+    """Returns the name of a leaf from its path in a tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def like(tree: Any, leaves: dict[str, Any]) -> Any:
+    """Returns a tree shaped like `tree` with each leaf taken from `leaves` by name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path)], tree)
+
+
+def stage_of(name: str, prefixes: tuple[str, ...] = ("",)) -> str:
+    """Returns the stage of a parameter, with the prefix of its model if it has one.
+
+    >>> stage_of("stage1/conv/kernel")
+    'stage1'
+    >>> stage_of("student/stage1/conv/kernel", ("student", "teacher"))
+    'student/stage1'
+    """
+    parts = name.split("/")
+    return "/".join(parts[: 2 if parts[0] in prefixes else 1])
+
+
+def part(tree: Any, prefix: str) -> Any:
+    """Returns what a tree has of one model: nothing, or all of it for the prefix ''."""
+    return tree.get(prefix, {}) if prefix else tree
+
+
+def with_part(tree: Any, prefix: str, of_model: Any) -> Any:
+    """Returns a tree with what it has of one model replaced, where it has anything."""
+    if not prefix:
+        return of_model
+    return {**tree, prefix: of_model} if prefix in tree else tree
+
+
+def count(tree: Any) -> int:
+    """Returns the number of values in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the number of bytes of a tree of arrays or shapes."""
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def digest(tree: Any) -> str:
+    """Returns the sha256 over sorted names, dtypes, shapes and bytes of the leaves."""
+    digester = hashlib.sha256()
+    for name, sha256 in sorted(leaf_digests(tree).items()):
+        digester.update(f"{name}:{sha256}\n".encode())
+    return digester.hexdigest()
+
+
+def leaf_digests(tree: Any) -> dict[str, str]:
+    """Returns `leaf_digest` of every leaf by its name."""
+    leaves = named(tree)
+    if sum(np.size(leaf) for leaf in leaves.values()) < 2**18:
+        return {name: leaf_digest(leaf) for name, leaf in leaves.items()}
+    with ThreadPoolExecutor(threads()) as pool:
+        return dict(zip(leaves, pool.map(leaf_digest, leaves.values())))
+
+
+def leaf_digest(leaf: Any) -> str:
+    """Returns the sha256 over dtype, shape and bytes of one array."""
+    array = np.ascontiguousarray(leaf)
+    digester = hashlib.sha256(f"{array.dtype.str}{np.shape(leaf)}".encode())
+    digester.update(array.reshape(-1).view(np.uint8).data)
+    return digester.hexdigest()

@@ -1,0 +1,1 @@
+"""Augmentations: pure functions on batches on the device."""

@@ -1,0 +1,334 @@
+"""Several data sets at once: `config.data.domains`, and what an update takes of each.
+
+Every domain has its own source, splits, preprocessing and order. A batch is a dict of the
+domains' batches, {'digits': {'inputs': ...}, 'fashion': {'inputs': ...}}: examples of
+domains may differ in shape and number. What a domain's examples are, in which order they
+come, and what is drawn for them depends on the seed and the domain's own name alone, not on
+which others there are.
+"""
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from finetune_jax.config.schema import CHOICES, OF_DOMAIN, POSITIVE
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.data.batches import places_of, rows_of
+from finetune_jax.data.dataset import Data, Dataset, make_data
+from finetune_jax.data.order import Order, training_order
+
+# What metrics and parameters are named by besides domains.
+RESERVED = ("train", "validation", "test", "time", "distance", "cka", "loss", "head")
+
+
+def domain_seed(seed: int, domain: str) -> int:
+    """Returns the seed of what is drawn for a domain's examples."""
+    return (seed + zlib.crc32(domain.encode())) % 2**32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What updates take of a domain.
+
+    Attributes:
+        examples: In an update that has any of it.
+        sampling: 'uniform' or 'balanced'.
+        labelled: Whether they come with labels.
+    """
+
+    examples: int
+    sampling: str
+    labelled: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The same split of several domains.
+
+    Attributes:
+        parts: By domain.
+        draws: What updates take, by domain; of what is not trained on there is none.
+        takes_turns: Whether an update has one domain only, each in its turn.
+    """
+
+    parts: Mapping[str, Dataset]
+    draws: Mapping[str, Draw] = dataclasses.field(default_factory=dict)
+    takes_turns: bool = False
+
+    def __len__(self) -> int:
+        """Returns the number of examples of all domains."""
+        return sum(map(len, self.parts.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping all examples in memory takes; none where they are there."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def in_memory(self) -> "Mixture":
+        """Returns the split with all examples decoded.
+
+        Raises:
+            UserError: Lists the examples that cannot be read.
+        """
+        parts, problems = {}, []
+        for name, part in self.parts.items():
+            try:
+                parts[name] = part.in_memory()
+            except UserError as error:
+                problems.append(f"domain {name!r}: {error}")
+        if problems:
+            raise UserError("\n".join(problems))
+        return dataclasses.replace(self, parts=parts)
+
+    def messages(self) -> dict[str, str]:
+        """Returns what was passed over so far: messages by name."""
+        return {
+            f"{domain}: {name}": message
+            for domain, part in self.parts.items()
+            for name, message in part.messages().items()
+        }
+
+    def domains_of(self, update: int) -> tuple[tuple[str, ...], int]:
+        """Returns the domains of an update, and its number among those that have them."""
+        names = tuple(self.draws)
+        if not self.takes_turns:
+            return names, update
+        own, turn = divmod(update, len(names))
+        return names[turn : turn + 1], own
+
+    def orders(self, seed: int) -> dict[str, Order]:
+        """Returns the order of training of each domain that is trained on."""
+        return {
+            name: training_order(
+                self.parts[name].label, domain_seed(seed, name), draw.sampling
+            )
+            for name, draw in self.draws.items()
+        }
+
+    def examples_of(self, update: int, orders: Mapping[str, Order]) -> list[str]:
+        """Returns the names of an update's examples, each with its domain's."""
+        domains, own = self.domains_of(update)
+        found = []
+        for domain in domains:
+            part = self.parts[domain]
+            rows = self._rows(domain, orders[domain], own)
+            found += [f"{domain}: {part.name(int(row))}" for row in rows]
+        return found
+
+    def batch(
+        self, update: int, orders: Mapping[str, Order]
+    ) -> dict[str, dict[str, Any]]:
+        """Returns the batch of an update, arrays [n, ...] by domain.
+
+        Of a domain without labels there is no 'label'.
+
+        Args:
+            update: Counted from the beginning of the run.
+            orders: From `orders`.
+        """
+        domains, own = self.domains_of(update)
+        found = {}
+        for domain in domains:
+            draw, rows = self.draws[domain], self._rows(domain, orders[domain], own)
+            batch = self.parts[domain].take(rows)
+            batch["position"] = places_of(rows, draw.examples, None)
+            if not draw.labelled:
+                del batch["label"]
+            found[domain] = batch
+        return found
+
+    def _rows(self, domain: str, order: Order, own: int) -> np.ndarray:
+        size = self.draws[domain].examples
+        return rows_of(order, len(self.parts[domain]), size, own, own + 1, None)
+
+
+def mixed_batches(
+    mixture: Mixture, *, seed: int, micro_batches: int, start: int, stop: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the batches of updates `start` to `stop`, arrays [k, b, ...] by domain.
+
+    Args:
+        mixture: The training split.
+        seed: Of the order.
+        micro_batches: k, by which each domain's part is divided.
+        start: First update, counted from the beginning of the run.
+        stop: The update after the last.
+    """
+    orders = mixture.orders(seed)
+
+    def load(update: int) -> dict[str, Any]:
+        return jax.tree.map(
+            lambda array: array.reshape(
+                micro_batches, len(array) // micro_batches, *array.shape[1:]
+            ),
+            mixture.batch(update, orders),
+        )
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    yield from grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options)
+
+
+def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:
+    """Returns the splits of the domains that `config.data` describes.
+
+    Args:
+        config: The section `config.data`.
+        seed: Of the run; draws the examples of `per_class`.
+
+    Raises:
+        UserError: Lists what is wrong with any domain.
+    """
+    shared = {key: config[key] for key in config if key != "domains"}
+    entries = [dict(entry) for entry in config["domains"]]
+    problems = _entry_problems(entries, shared)
+    if problems:
+        raise problems_error("The domains cannot be used:", problems)
+    found = {}
+    for index, entry in enumerate(entries):
+        domain, where = entry["domain"], f"config.data.domains[{index}]."
+        own = {key: entry[key] for key in OF_DOMAIN if entry[key] is not None}
+        try:
+            found[domain] = make_data(
+                {**shared, **own},
+                seed=domain_seed(seed, domain),
+                labelled=entry["labelled"],
+            )
+        except UserError as error:
+            # What reads data blames config.data, where this may not come from.
+            problems.append(str(error).replace("config.data.", where))
+    if problems:
+        raise problems_error("The domains cannot be used:", problems)
+    return _mixed(found, entries, shared)
+
+
+def _mixed(found: Mapping[str, Data], entries: list, shared: Mapping) -> Data:
+    """Returns the data of all domains as one."""
+    counts = [len(data.train) for data in found.values()]
+    weights = [entry["weight"] for entry in entries]
+    if shared["mixing"] == "size":
+        weights = [count ** (1 / shared["mixing_temperature"]) for count in counts]
+    takes_turns = shared["mixing"] == "round_robin"
+    examples = [shared["batch_size"]] * len(counts)
+    if not takes_turns:
+        examples = shares(weights, shared["batch_size"])
+    if starved := [n for n, w, e in zip(found, weights, examples) if w and not e]:
+        raise UserError(
+            f"config.data.domains: of {', '.join(starved)} an update of "
+            f"{shared['batch_size']} would have no example; raise data.batch_size, the "
+            "domain's weight or data.mixing_temperature"
+        )
+    draws = {
+        entry["domain"]: Draw(
+            examples=share,
+            sampling=entry["sampling"] or shared["sampling"],
+            labelled=entry["labelled"],
+        )
+        for entry, share in zip(entries, examples)
+        if share
+    }
+    parts = {name: data.train for name, data in found.items()}
+    specs = {
+        name: dataclasses.replace(data.spec, share=share)
+        for (name, data), share in zip(found.items(), examples)
+    }
+    first = next(iter(specs.values()))
+    fingerprints = {name: data.fingerprint for name, data in found.items()}
+    return Data(
+        spec=dataclasses.replace(
+            first, domains=specs, train_counts=(sum(counts),), augment=(), mix=()
+        ),
+        train=Mixture(parts=parts, draws=draws, takes_turns=takes_turns),
+        held_out={
+            split: Mixture(parts={n: d.held_out[split] for n, d in found.items()})
+            for split in next(iter(found.values())).held_out
+        },
+        fingerprint=lambda: "; ".join(f"{n}: {f()}" for n, f in fingerprints.items()),
+        warnings=tuple(f"{n}: {text}" for n, d in found.items() for text in d.warnings),
+        not_used=tuple(f"{n}: {text}" for n, d in found.items() for text in d.not_used),
+    )
+
+
+def shares(weights: list[float], examples: int) -> list[int]:
+    """Returns how many of the examples each weight gets, by largest remainders.
+
+    >>> shares([1.0, 1.0, 2.0], 8), shares([1.0, 2.0], 4)
+    ([2, 2, 4], [1, 3])
+    """
+    exact = [weight * examples / sum(weights) for weight in weights]
+    found = [math.floor(share) for share in exact]
+    behind = sorted(range(len(exact)), key=lambda i: (found[i] - exact[i], i))
+    for index in behind[: examples - sum(found)]:
+        found[index] += 1
+    return found
+
+
+def _entry_problems(entries: list[dict], shared: Mapping[str, Any]) -> list[str]:
+    """Returns what is wrong with the domains before their data is opened."""
+    problems, seen = [], set()
+    for index, entry in enumerate(entries):
+        where, domain = f"config.data.domains[{index}].", entry["domain"]
+        if not re.fullmatch("[a-z][a-z0-9_]*", domain):
+            problems.append(
+                f"{where}domain: {domain!r}; a name of a-z, 0-9, _ is needed"
+            )
+        elif domain in RESERVED:
+            problems.append(
+                f"{where}domain: {domain!r} names other things; choose another"
+            )
+        elif domain in seen:
+            problems.append(f"{where}domain: {domain!r} twice; give each its own")
+        seen.add(domain)
+        if not 0 <= entry["weight"] < math.inf:
+            problems.append(f"{where}weight: {entry['weight']}; 0 or more is needed")
+        for key in OF_DOMAIN:
+            value, allowed = entry[key], CHOICES.get(f"data.{key}")
+            if value is not None and allowed and value not in allowed:
+                problems.append(f"{where}{key}: {value!r} is not one of {allowed}")
+            if value is not None and f"data.{key}" in POSITIVE and not value > 0:
+                problems.append(f"{where}{key}: {value}; more than 0 is needed")
+        if not entry["labelled"]:
+            problems += _label_problems(entry, shared, where)
+    for split in ("validation", "test"):
+        without = [e["domain"] for e in entries if (e[split] or shared[split]) is None]
+        if 0 < len(without) < len(entries):
+            problems.append(
+                f"config.data.domains: {', '.join(without)} without {split}, which others "
+                f"have; name it in all or in config.data.{split}"
+            )
+    if shared["mixing"] == "weights" and not any(e["weight"] > 0 for e in entries):
+        problems.append("config.data.domains: all weights are 0; one at least counts")
+    if shared["text"]:
+        problems.append("config.data.domains: texts cannot be domains")
+    if shared["cache_views"] is not None:
+        problems.append("config.data.cache_views: features of domains are not kept")
+    return problems
+
+
+def _label_problems(entry: Mapping, shared: Mapping, where: str) -> list[str]:
+    """Returns what asks for the labels of a domain that has none in training."""
+    asked = {
+        key: shared[key] if entry[key] is None else entry[key] for key in OF_DOMAIN
+    }
+    problems = []
+    if asked["sampling"] == "balanced":
+        problems.append(f"{where}sampling: 'balanced', but labelled=False")
+    if asked["per_class"] is not None:
+        problems.append(
+            f"{where}per_class: {asked['per_class']}, but labelled=False; train takes "
+            "a part of a split as in 'train[:100]'"
+        )
+    if shared["mixing"] == "round_robin":
+        problems.append(
+            f"{where}labelled: False, but with data.mixing='round_robin' no update has "
+            "examples of this domain beside others"
+        )
+    if asked["mix"]:
+        problems.append(f"{where}mix: it mixes labels, but labelled=False")
+    return problems

@@ -1,0 +1,1 @@
+"""Images: decoding, pixel ranges, masks."""

@@ -1,0 +1,183 @@
+"""Masks of photos: read from PNG files, fitted with their image, and written."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.data.augmentation.masks import IGNORED, palette
+from finetune_jax.data.images.decoding import (
+    SIXTEEN_BIT,
+    Geometry,
+    fit_named,
+    orientation_of,
+    read_sized,
+)
+
+Colour = tuple[int, int, int]
+_INDEXED = ("P", "L", "1")
+_SHOWN = 10
+
+
+def read_mask(
+    path: pathlib.Path, classes: int, colours: Mapping[Colour, int]
+) -> np.ndarray:
+    """Returns the mask of a file, class indices uint8 [H, W].
+
+    Args:
+        path: Of a PNG file.
+        classes: How many there are; `IGNORED` is allowed besides.
+        colours: The index of each colour; empty where masks hold indices themselves.
+
+    Raises:
+        UserError: Names the file, and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format != "PNG":
+                raise UserError(
+                    f"{path}: a mask in the format {image.format}, which may have "
+                    "changed its values; save masks as PNG"
+                )
+            image.load()
+            if (turn := orientation_of(image)) != 1:
+                raise UserError(
+                    f"{path}: a mask with the EXIF orientation {turn}; save it upright, "
+                    "as a viewer shows its image, without EXIF data"
+                )
+            if image.mode in _INDEXED or image.mode in SIXTEEN_BIT:
+                values = np.asarray(image).astype(np.int64)
+            else:
+                values = _indices(np.asarray(image.convert("RGB")), colours, path)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads to.
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    there = np.unique(values)
+    if len(beyond := there[(there >= classes) & (there != IGNORED)]):
+        listed = ", ".join(map(str, beyond[:_SHOWN]))
+        raise UserError(
+            f"{path}: indices {listed}, but there are {classes} classes, 0 to "
+            f"{classes - 1}, and {IGNORED} for what is ignored"
+        )
+    if there.tolist() == [IGNORED]:
+        raise UserError(f"{path}: all pixels are ignored; leave the image out")
+    return values.astype(np.uint8)
+
+
+def _indices(
+    pixels_HxWx3: np.ndarray, colours: Mapping[Colour, int], path: pathlib.Path
+) -> np.ndarray:
+    """Returns the index of each pixel's colour.
+
+    Raises:
+        UserError: Lists colours that no class has.
+    """
+    if not colours:
+        raise UserError(
+            f"{path}: a mask in colours, but classes.csv gives classes none; write "
+            "rows such as road,128,64,128 in it, or save masks as class indices"
+        )
+    code_HxW = pixels_HxWx3.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    found, place_HxW = np.unique(code_HxW, return_inverse=True)
+    known = {(r << 16) + (g << 8) + b: index for (r, g, b), index in colours.items()}
+    if unknown := [code for code in found.tolist() if code not in known]:
+        listed = ", ".join(f"({c >> 16}, {c >> 8 & 255}, {c & 255})" for c in unknown)
+        raise UserError(f"{path}: colours that no class has: {listed[:300]}")
+    table = np.array([known[code] for code in found.tolist()])
+    return table[place_HxW].reshape(code_HxW.shape)
+
+
+def fit_mask(mask_HxW: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Returns a mask in the shape wanted of its image, by nearest neighbours."""
+    size = geometry.size_of(mask_HxW.shape[1], mask_HxW.shape[0])
+    image = Image.fromarray(mask_HxW).resize(size, Image.Resampling.NEAREST)
+    return np.asarray(image.crop(geometry.cut_of(size)))
+
+
+def unfitted(
+    mask_HxW: np.ndarray, geometry: Geometry, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns a mask in the size of the image that was fitted; ignored where it was cut.
+
+    Args:
+        mask_HxW: Of the shape wanted.
+        geometry: By which the image was fitted.
+        size: The image's width and height.
+    """
+    resized = geometry.size_of(*size)
+    canvas = Image.new("L", resized, IGNORED)
+    canvas.paste(Image.fromarray(mask_HxW), geometry.cut_of(resized)[:2])
+    return np.asarray(canvas.resize(size, Image.Resampling.NEAREST))
+
+
+def write_mask(mask_HxW: np.ndarray, classes: int, path: pathlib.Path) -> None:
+    """Writes a PNG file whose pixels are class indices, shown in colours."""
+    image = Image.fromarray(mask_HxW)
+    image.putpalette(palette(classes).tobytes())
+    image.save(path, format="png")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskFiles:
+    """The images and masks of one split; read when asked for.
+
+    Attributes:
+        images: Files.
+        masks: Files, one for each.
+        classes: How many there are.
+        colours: As `read_mask` takes them.
+    """
+
+    images: tuple[pathlib.Path, ...]
+    masks: tuple[pathlib.Path, ...]
+    classes: int
+    colours: Mapping[Colour, int]
+
+    shape = None
+    dtype = "uint8"
+
+    @property
+    def label(self) -> np.ndarray:
+        """Zeros: an image has no class of its own."""
+        return np.zeros(len(self.images), np.int32)
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.images)
+
+    def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
+        """Returns one image, bytes [H, W, C + 1]: the last channel is its mask."""
+        image, size = read_sized(self.images[index], geometry)
+        mask = read_mask(self.masks[index], self.classes, self.colours)
+        if size != mask.shape[::-1]:
+            shown = "x".join(map(str, mask.shape[::-1]))
+            raise UserError(
+                f"{self.masks[index]}: {shown} pixels, but its image "
+                f"{self.images[index]} has {size[0]}x{size[1]}"
+            )
+        return with_mask(image, mask if geometry is None else fit_mask(mask, geometry))
+
+    def name(self, index: int) -> str:
+        """Returns the path of one image."""
+        return str(self.images[index])
+
+
+def with_mask(image_HxWxC: np.ndarray, mask_HxW: np.ndarray) -> np.ndarray:
+    """Returns an image whose last channel is its mask, [H, W, C + 1]."""
+    return np.concatenate([image_HxWxC, mask_HxW[..., None]], axis=-1)
+
+
+def fit_with_mask(
+    image_HxWxC: np.ndarray, mask_HxW: np.ndarray, geometry: Geometry, name: str
+) -> np.ndarray:
+    """Returns an image in memory and its mask, fitted, [H, W, C + 1].
+
+    Raises:
+        UserError: Names the image, whose shape cannot be fitted.
+    """
+    fitted = fit_named(image_HxWxC, geometry, name)
+    return with_mask(fitted, fit_mask(mask_HxW, geometry))

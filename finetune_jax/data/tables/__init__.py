@@ -1,0 +1,1 @@
+"""Tables: schema, columns, statistics and encoding."""

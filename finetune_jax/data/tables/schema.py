@@ -1,0 +1,214 @@
+"""Tables: how files of them are written, and what `config.data` says of their columns."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune_jax.core.errors import problems_error
+
+KINDS = ("number", "category", "ignore")
+# Signs of cells without a value, in files other than Criteo's: those of pandas, and UCI's.
+MISSING = (
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
+    "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "?",
+)  # fmt: skip
+# The same for runs whose schema has version 1.
+MISSING_1 = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
+# How cells are read, to be raised when that changes; see `Schema.version`.
+VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """How the files of a kind are written.
+
+    Attributes:
+        suffixes: Of files that are looked for in a folder.
+        delimiter: Between cells; None is Parquet.
+        quotes: Whether cells may be quoted.
+        header: Names of the columns, where files never begin with them.
+        kinds: Of these columns.
+        label: Which of them the label is.
+        missing: Signs of cells without a value.
+        classes: The labels that there may be; empty is any.
+    """
+
+    suffixes: tuple[str, ...]
+    delimiter: str | None
+    quotes: bool = False
+    header: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    label: str | None = None
+    missing: tuple[str, ...] = MISSING
+    classes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """What `config.data` says of tables.
+
+    Attributes:
+        label: Name of the column that is to be predicted.
+        labels: What it holds: 'classes' or 'numbers'.
+        header: Names of the columns of files that do not begin with them.
+        columns: (regex, kind) pairs, the first that matches counts; the kinds of all
+            others are inferred.
+        log_columns: Regexes of number columns x that become sign(x) log(1 + |x|).
+        missing: Signs of cells without a value, besides those that are known.
+        hash_rows: Rows of an embedding that values are hashed into; None has one for each
+            value of the training rows.
+        min_count: Training rows that a value needs for a row of its own.
+        fitted: Workdir of a run whose statistics and vocabularies are continued.
+    """
+
+    label: str = "label"
+    labels: str = "classes"
+    header: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    log_columns: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    hash_rows: int | None = None
+    min_count: int = 2
+    fitted: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The columns of files that are read.
+
+    Attributes:
+        names: All columns of a file without a header line, in order; empty where files
+            begin with them.
+        numbers: Those that are numbers.
+        categories: Those that are categories.
+        label: The one to be predicted; None where it is not there.
+        labels: 'classes' or 'numbers'.
+        forms: How numbers are written that are not plain, from `number_forms.as_entries`.
+        missing: Signs of cells without a value, besides those of the files' format.
+        version: How cells are read. 1: blanks around categories belong to them, numbers
+            are float32. 2: blanks are taken away, numbers are float64.
+    """
+
+    names: tuple[str, ...]
+    numbers: tuple[str, ...]
+    categories: tuple[str, ...]
+    label: str | None
+    labels: str
+    forms: tuple[tuple[str, ...], ...] = ()
+    missing: tuple[str, ...] = ()
+    version: int = 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What is predicted from, in the order of a row's cells."""
+        return (*self.numbers, *self.categories)
+
+    @property
+    def is_number(self) -> dict[str, bool]:
+        """Whether each column that is read is a number."""
+        found = dict.fromkeys(self.numbers, True)
+        found |= dict.fromkeys(self.categories, False)
+        if self.label is not None:
+            found[self.label] = self.labels == "numbers"
+        return found
+
+
+def signs_of(kind: Format, schema: Schema) -> tuple[str, ...]:
+    """Returns the signs of cells without a value."""
+    is_old = schema.version == 1 and kind.missing == MISSING
+    return (*(MISSING_1 if is_old else kind.missing), *schema.missing)
+
+
+def rule(name: str, kind: str) -> str:
+    """Returns how a config gives a column its kind, for messages.
+
+    >>> rule("age", "number")
+    "config.data.columns=(('age', 'number'),)"
+    """
+    pattern = name
+    try:
+        is_plain = re.fullmatch(name, name) is not None
+    except re.error:
+        is_plain = False
+    if not is_plain:
+        pattern = re.escape(name)
+    return f"config.data.columns=(({pattern!r}, {kind!r}),)"
+
+
+def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOptions:
+    """Returns what `config.data` says of tables.
+
+    Args:
+        config: The section.
+        found: How the files are written; None where the data is no table.
+
+    Raises:
+        UserError: Lists what does not fit, among it what is said of tables where there
+            are none.
+    """
+    names = [field.name for field in dataclasses.fields(TableOptions)]
+    options, plain = TableOptions(**{name: config[name] for name in names}), None
+    plain, problems = TableOptions(), []
+    if found is None:
+        own = [name for name in names if name not in ("label", "labels", "header")]
+        problems = [
+            f"config.data.{name}: {config[name]!r}, but {config['name']!r} is no table"
+            for name in own
+            if config[name] != getattr(plain, name)
+        ]
+        if problems:
+            raise problems_error("config.data does not fit:", problems)
+        return plain
+    plainly = {"mean": (0.0,), "std": (1.0,), "augment": (), "mix": ()}
+    for name, default in plainly.items():
+        if config[name] not in (None, default):
+            problems.append(
+                f"config.data.{name}: {config[name]!r}; columns of tables are "
+                "standardised by themselves, and not augmented"
+            )
+    if options.labels not in ("classes", "numbers"):
+        problems.append(
+            f"config.data.labels: {options.labels!r}; tables have classes or numbers"
+        )
+    if found.header and options.header:
+        problems.append(f"config.data.header: {config['name']!r} has its own names")
+    for entry in options.columns:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and entry[1] in KINDS):
+            problems.append(
+                f"config.data.columns: {entry!r}; (regex, kind) is needed, the kind one "
+                f"of {', '.join(KINDS)}"
+            )
+    if not all(isinstance(sign, str) for sign in options.missing):
+        problems.append(
+            f"config.data.missing: {options.missing!r}; texts are needed, such as ('-999',)"
+        )
+    patterns = [e[0] for e in options.columns if isinstance(e, tuple) and e]
+    for key, given in (("columns", patterns), ("log_columns", options.log_columns)):
+        problems += _regex_problems(f"config.data.{key}", given)
+    if problems:
+        raise problems_error("config.data does not fit:", problems)
+    label = options.label
+    if found.label is not None and label == plain.label:
+        label = found.label
+    # Names have no blanks around them, whatever a file or an older config has.
+    return dataclasses.replace(
+        options,
+        label=label.strip(),
+        header=found.header or tuple(name.strip() for name in options.header),
+        columns=(
+            *((pattern.strip(), kind) for pattern, kind in options.columns),
+            *((re.escape(name), kind) for name, kind in found.kinds.items()),
+        ),
+        log_columns=tuple(pattern.strip() for pattern in options.log_columns),
+    )
+
+
+def _regex_problems(where: str, patterns: Sequence[Any]) -> list[str]:
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            problems.append(f"{where}: {pattern!r} is no regex: {error}")
+    return problems

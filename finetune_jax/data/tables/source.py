@@ -1,0 +1,361 @@
+"""From files of a table to a source of rows as a model takes them."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.core import registry
+from finetune_jax.core.errors import DataMissing, UserError, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.data import sources
+from finetune_jax.data.files import visible
+from finetune_jax.data.labels import MANY_CLASSES, classes_of
+from finetune_jax.data.rounding import may_lose, rounding_doubt
+from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.tables.columns import (
+    Columns,
+    cells_of,
+    codes_of,
+    infinite,
+    open_columns,
+)
+from finetune_jax.data.tables.encoding import Encoded, Fitted, read_fitted
+from finetune_jax.data.tables.files import (
+    batches,
+    cells_in,
+    columns_of,
+    infer_schema,
+    table_head,
+)
+from finetune_jax.data.tables.schema import Format, Schema, TableOptions
+from finetune_jax.data.tables.signs import sign_doubts
+from finetune_jax.data.tables.statistics import fit
+from finetune_jax.data.tables.unknown import held_out_unknown
+from finetune_jax.data.text.files import SPLITS, not_used
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table's columns, before anything is fitted.
+
+    Attributes:
+        name: For messages.
+        splits: Columns by split.
+        schema: Of them.
+        options: Of the data.
+        source: Its labels; the inputs are not encoded yet.
+    """
+
+    name: str
+    splits: Mapping[str, Columns]
+    schema: Schema
+    options: TableOptions
+    source: Source
+
+    def fitted(
+        self, train: np.ndarray, saved: Fitted | None, warnings: list[str]
+    ) -> tuple[Source, Fitted]:
+        """Returns the source of encoded rows, and what was fitted.
+
+        Args:
+            train: The training rows, indices in the concatenation of the splits.
+            saved: What a run has kept; None fits.
+            warnings: What is odd about the columns is added.
+
+        Raises:
+            UserError: What was fitted earlier does not fit these columns.
+        """
+        if saved is None:
+            former, where = None, "config.data.fitted"
+            if self.options.fitted is not None:
+                folder = user_path(self.options.fitted, where)
+                former = read_fitted(folder, where)
+            columns = list(self.splits.values())
+            saved, odd = fit(columns, train, self.schema, self.options, former)
+            warnings += odd
+        elif saved.spec.schema != self.schema:
+            raise UserError(
+                f"{self.name}: the columns are not those that the run was trained on "
+                f"({', '.join(saved.spec.schema.inputs)})"
+            )
+        warnings += held_out_unknown(self.splits.values(), train, saved)
+        splits = {
+            split: ArrayExamples(
+                values=_encoded(columns, saved),
+                label=self.source.splits[split].label,
+            )
+            for split, columns in self.splits.items()
+        }
+        spec = json.dumps(saved.spec.to_json(), sort_keys=True)
+        content = f"{self.source.fingerprint()} {spec}"
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        source = dataclasses.replace(
+            self.source, splits=splits, fingerprint=lambda: digest
+        )
+        return source, saved
+
+
+def _encoded(columns: Columns, fitted: Fitted) -> Any:
+    return Encoded(columns=columns, encoder=fitted.encoder(columns.values))
+
+
+def format_of(name: str) -> Format | None:
+    """Returns how the files of a table are written; None where the data is no table.
+
+    Args:
+        name: `config.data.name`.
+    """
+    module = registry.module(sources, name.partition(":")[0], "config.data.name")
+    return getattr(module, "TABLE", None)
+
+
+def load_table(
+    name: str,
+    directory: str | None,
+    kind: Format,
+    options: TableOptions,
+    cache_dir: str | None,
+    saved: Fitted | None = None,
+) -> Table:
+    """Returns the table that `config.data` describes.
+
+    Args:
+        name: `config.data.name`.
+        directory: `config.data.dir`: a file, or a folder with one for each split.
+        kind: How they are written.
+        options: Of the data.
+        cache_dir: `config.data.cache_dir`.
+        saved: What a run has kept, whose columns are read as they were; None infers them.
+
+    Raises:
+        UserError: No such files, columns that do not fit, rows that cannot be read, all
+            at once.
+    """
+    files = _files(name, directory, kind)
+    if saved is None:
+        schema = infer_schema(list(files.values()), kind, options)
+    else:
+        schema = saved.spec.schema
+        _check_columns(files.values(), kind, schema)
+    if not schema.inputs:
+        raise UserError(
+            f"{directory}: no columns but the label; nothing to predict from"
+        )
+    splits, problems = {}, []
+    for split, path in files.items():
+        try:
+            splits[split] = open_columns(path, kind, schema, cache_dir)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    source = _labelled(f"{name} {directory}", splits, schema)
+    warnings = [
+        text for path in files.values() for text in _warnings(path, kind, schema)
+    ]
+    warnings += _label_doubts(splits, kind, schema)
+    warnings += sign_doubts(list(files.values()), kind, schema)
+    source = dataclasses.replace(
+        source,
+        warnings=(*source.warnings, *warnings),
+        not_used=not_used(directory, set(files.values())),
+    )
+    return Table(
+        name=source.name, splits=splits, schema=schema, options=options, source=source
+    )
+
+
+def _warnings(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
+    """Returns what is odd about how a file is written."""
+    if kind.delimiter is None:
+        return []
+    return table_head(path, kind, schema.names).warnings(path)
+
+
+def _label_doubts(
+    splits: Mapping[str, Columns], kind: Format, schema: Schema
+) -> list[str]:
+    """Returns that labels are numbers that float32 does not tell apart.
+
+    The files are read once more if that is possible, as float64.
+    """
+    label = schema.label
+    if schema.labels != "numbers" or label is None:
+        return []
+    rounded = [one.label.view(np.float32) for one in splits.values()]
+    if not may_lose(np.concatenate(rounded)):
+        return []
+    alone = dataclasses.replace(schema, numbers=(), categories=())
+    labels = [
+        batch.column(label).to_numpy(zero_copy_only=False)
+        for one in splits.values()
+        for batch in batches(one.path, kind, alone)
+    ]
+    doubt = rounding_doubt(np.concatenate(labels), f"config.data.label: {label!r}")
+    return [doubt] if doubt else []
+
+
+def _check_columns(paths: Iterable[pathlib.Path], kind: Format, schema: Schema) -> None:
+    """Checks that files have the columns of a schema.
+
+    Raises:
+        UserError: Lists the columns that are missing.
+    """
+    problems = []
+    for path in paths:
+        there = [name.strip() for name in columns_of(path, kind, schema.names)]
+        problems += [
+            f"{path}: no column {name!r}{registry.closest(name, there)}"
+            for name in schema.is_number
+            if name.strip() not in there
+        ]
+    if problems:
+        raise problems_error("The columns are not those of the run:", problems)
+
+
+def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.Path]:
+    """Returns the files by split, 'train' first; a file alone is 'all'.
+
+    Raises:
+        UserError: There are none, or two of the same split.
+    """
+    if directory is None:
+        raise DataMissing(f"config.data.dir: the file or folder of {name!r} is needed")
+    place = user_path(directory, "config.data.dir")
+    if place.is_file():
+        return {"all": place}
+    if not place.is_dir():
+        raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
+    found: dict[str, pathlib.Path] = {}
+    problems: list[str] = []
+    for path in visible(place, problems):
+        if not path.is_file() or path.suffix.lower() not in kind.suffixes:
+            continue
+        split = SPLITS.get(path.stem.lower(), path.stem)
+        if split in found:
+            problems.append(
+                f"{path}: the split {split!r} is {found[split].name} already"
+            )
+        elif any(sign in split for sign in "[]+: "):
+            problems.append(
+                f"{path}: a split cannot have '[', ']', '+', ':' or a blank"
+            )
+        found[split] = path
+    if not found:
+        suffixes = " or ".join(suffix or "without one" for suffix in kind.suffixes)
+        raise DataMissing(f"config.data.dir: no files {suffixes} in {directory!r}")
+    if problems:
+        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    return dict(sorted(found.items(), key=lambda item: item[0] != "train"))
+
+
+def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Source:
+    """Returns the source of the labels.
+
+    Raises:
+        UserError: They are a single class, or nearly every row has a class of its own.
+    """
+    assert schema.label is not None
+    classes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    content = " ".join(f"{s}={columns.sha256}" for s, columns in splits.items())
+    if schema.labels == "numbers":
+        labels = {
+            split: columns.label.view(np.float32).reshape(-1, 1)
+            for split, columns in splits.items()
+        }
+    else:
+        text = {
+            split: [str(value) for value in columns.values[schema.label].to_pylist()]
+            for split, columns in splits.items()
+        }
+        counts: collections.Counter[str] = collections.Counter()
+        for split, values in text.items():
+            times = np.bincount(splits[split].label, minlength=len(values))
+            counts.update(dict(zip(values, times.tolist())))
+        rows = sum(map(len, splits.values()))
+        if len(counts) > max(MANY_CLASSES, rows // 2):
+            raise UserError(
+                f"config.data.label: {schema.label!r} has {len(counts):,} different "
+                f"values in {rows:,} rows; if it is a number, "
+                "config.data.labels='numbers' says so"
+            )
+        found = classes_of(counts, f"config.data.label: {schema.label!r}")
+        if found.problems:
+            raise problems_error(f"The data {name} cannot be used:", found.problems)
+        classes, warnings = found.names, found.warnings
+        labels = {
+            split: found.of(values)[splits[split].label]
+            for split, values in text.items()
+        }
+    return Source(
+        name=name,
+        splits={
+            split: ArrayExamples(values=columns.codes, label=labels[split])
+            for split, columns in splits.items()
+        },
+        class_names=classes,
+        targets=(schema.label,) if schema.labels == "numbers" else (),
+        warnings=warnings,
+        fingerprint=lambda: content,
+    )
+
+
+def rows_to_predict(
+    path: pathlib.Path, kind: Format, fitted: Fitted
+) -> Iterator[np.ndarray]:
+    """Yields rows as a model takes them, of a file with or without labels, by blocks.
+
+    Args:
+        path: Of the file.
+        kind: How it is written.
+        fitted: What the run has kept.
+
+    Raises:
+        UserError: Lists columns that are missing, and rows that cannot be read or have
+            numbers that are infinite or too large.
+    """
+    schema = dataclasses.replace(fitted.spec.schema, label=None)
+    header = schema.names
+    if header and kind.delimiter is not None:
+        own = fitted.spec.schema.label
+        others = tuple(name for name in header if name != own)
+        if cells_in(path, kind, header) == len(others):
+            header, schema = others, dataclasses.replace(schema, names=others)
+    there = [name.strip() for name in columns_of(path, kind, header)]
+    absent = [name for name in schema.inputs if name.strip() not in there]
+    if absent:
+        raise problems_error(
+            f"{path} cannot be predicted:",
+            [f"no column {name!r}{registry.closest(name, there)}" for name in absent],
+        )
+    row = 0
+    for batch in batches(path, kind, schema):
+        columns = {name: batch.column(name) for name in schema.categories}
+        codes = {name: codes_of(column) for name, column in columns.items()}
+        encoder = fitted.encoder({n: c.dictionary for n, c in columns.items()})
+        numbers, places = cells_of(batch, schema, codes)
+        problems = infinite(numbers, schema, row)
+        with np.errstate(over="ignore"):  # Of numbers that are refused.
+            encoded = encoder(numbers, places)
+        problems = problems or _overflown(encoded, schema, row)
+        if problems:
+            raise problems_error(f"{path} cannot be predicted:", problems)
+        row += len(encoded)
+        yield encoded
+
+
+def _overflown(encoded: np.ndarray, schema: Schema, row: int) -> list[str]:
+    """Returns the numbers of rows that are not finite once they are standardised."""
+    numbers = encoded[:, : len(schema.numbers)].view(np.float32)
+    return [
+        f"row {row + at + 1}: {schema.numbers[place]!r} is too large beside the numbers "
+        "of the training rows"
+        for at, place in np.argwhere(~np.isfinite(numbers))[:20]
+    ]

@@ -1,0 +1,1 @@
+"""Texts: files, tokens, tags and questions."""

@@ -1,0 +1,1 @@
+"""Exact metrics of a state: splits, other domains, distances, CKA, Fisher information."""

@@ -1,0 +1,403 @@
+"""Other domains: data, such as the source, on which a run is measured besides its own."""
+
+import dataclasses
+import re
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.config import Config
+from finetune_jax.core.errors import UserError, listed
+from finetune_jax.core.pytrees import like, named, stage_of
+from finetune_jax.core.registry import closest
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.data.classes import check_labelled
+from finetune_jax.data.dataset import Dataset, dataset_of, load_source
+from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
+from finetune_jax.data.splits import named_splits, select
+from finetune_jax.tasks.task import Task
+from finetune_jax.training.initial.random_states import shapes_of
+from finetune_jax.training.setup import Setup, make_task
+from finetune_jax.weights.addresses import Weights, read_weights
+from finetune_jax.weights.merge import load_weights
+from finetune_jax.weights.metadata.labels import are_places, check_labels, keys
+
+HEADS = ("current", "start", "pretrained")
+# Whatever else metrics are named by.
+RESERVED = ("train", "validation", "test", "time", "distance", "cka")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Domain:
+    """Data of another domain, and what the model is there.
+
+    Attributes:
+        label: Its metrics are `label/name`.
+        head: 'current', 'start' or 'pretrained': which parameters the last stage has.
+        task: The same model, for this domain's data.
+        test: What is measured.
+        train: Where Fisher information is taken from, not augmented; None where the
+            config names none.
+        fingerprint: Returns that of its data.
+        warnings: Lines about what is doubtful in its data.
+        not_used: Lines about files or rows that were left out.
+        pretrained: Variables of the last stage by name, 'params/...' and
+            'batch_stats/...', where they are those of the pretrained weights.
+    """
+
+    label: str
+    head: str
+    task: Task
+    test: Dataset
+    train: Dataset | None
+    fingerprint: Callable[[], str]
+    pretrained: Mapping[str, np.ndarray]
+    warnings: tuple[str, ...] = ()
+    not_used: tuple[str, ...] = ()
+
+    def head_variables(self, start: TrainState) -> dict[str, np.ndarray]:
+        """Returns what takes the place of the current head, by name; may be nothing.
+
+        Args:
+            start: The state before the first update, on the host.
+        """
+        if self.head == "start":
+            return _last_stage(self.task, start.params, start.batch_stats)
+        return dict(self.pretrained)
+
+
+def with_head(
+    params: Any, batch_stats: Any, head: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Returns parameters and batch statistics with those of `head` in their places."""
+    trees = {"params": params, "batch_stats": batch_stats}
+    # What has no leaves, such as no batch statistics, has no place for any either.
+    swapped = like(trees, named(trees) | dict(head))
+    return swapped["params"], swapped["batch_stats"]
+
+
+def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarray]:
+    return {
+        name: leaf
+        for name, leaf in named({"params": params, "batch_stats": batch_stats}).items()
+        if stage_of(name.partition("/")[2], task.prefixes) in task.heads
+    }
+
+
+def find_domains(setup: Setup) -> tuple[tuple[Domain, ...], list[str]]:
+    """Returns the domains of `config.evaluate.also`, and all that is wrong with them.
+
+    Nothing is compiled. Examples that are measured are decoded where the config's
+    `data.memory_gb` has room for them beside the run's own.
+    """
+    config, found, problems = setup.config, [], _label_problems(setup.config)
+    weights = None
+    if config.init.pretrained and any(
+        entry.head == "pretrained" for entry in config.evaluate.also
+    ):
+        weights = read_weights(config.init.pretrained, config.init.entry)
+    for index, entry in enumerate(config.evaluate.also):
+        where = f"config.evaluate.also[{index}]."
+        wrong = _entry_problems(entry, where, config)
+        if not wrong:
+            try:
+                found.append(_domain(entry, setup, where, weights))
+            except UserError as error:
+                # What reads data blames config.data, where it does not come from.
+                wrong = [str(error).replace("config.data.", where)]
+        problems += wrong
+    if not problems:
+        try:
+            found = _in_memory(found, setup)
+        except UserError as error:
+            problems.append(f"config.evaluate.also: {error}")
+    return tuple(found), problems
+
+
+def _label_problems(config: Config) -> list[str]:
+    problems, seen = [], set()
+    for index, entry in enumerate(config.evaluate.also):
+        where, label = f"config.evaluate.also[{index}].label", entry.label
+        if not re.fullmatch("[a-z0-9_]+", label):
+            problems.append(f"{where}: {label!r}; a-z, 0-9 and _ are what it may have")
+        elif label in RESERVED:
+            problems.append(f"{where}: {label!r} names other metrics; choose another")
+        elif label in seen:
+            problems.append(f"{where}: {label!r} twice; give each its own")
+        seen.add(label)
+    if config.init.fisher is not None:
+        entries = {entry.label: entry for entry in config.evaluate.also}
+        where, label = "config.init.fisher", config.init.fisher
+        if label not in entries:
+            hint = closest(label, entries)
+            problems.append(f"{where}: no {label!r} in config.evaluate.also{hint}")
+        elif entries[label].train is None:
+            problems.append(f"{where}: {label!r} in config.evaluate.also needs `train`")
+    return problems
+
+
+def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
+    """Returns what is wrong with an entry before its data is opened."""
+    problems = []
+    if entry.head not in HEADS:
+        hint = closest(entry.head, HEADS)
+        problems.append(f"{where}head: {entry.head!r} is not one of {HEADS}{hint}")
+    elif entry.head == "pretrained" and config.init.pretrained is None:
+        problems.append(
+            f"{where}head: 'pretrained', but config.init.pretrained is None"
+        )
+    for key in ("mean", "std"):
+        value = entry[key]
+        if value is not None and (
+            not value
+            or any(type(v) not in (int, float) for v in value)
+            or (key == "std" and not all(v > 0 for v in value))
+        ):
+            more = " above 0" if key == "std" else ""
+            problems.append(f"{where}{key}: {value!r}; numbers{more} are needed")
+    if entry.resize is not None and entry.resize <= 0:
+        problems.append(f"{where}resize: {entry.resize}; more than 0 is needed")
+    if entry.split_seed < 0:
+        problems.append(f"{where}split_seed: {entry.split_seed}; at least 0 is needed")
+    return problems
+
+
+def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) -> Domain:
+    """Returns one domain, nothing decoded yet.
+
+    Raises:
+        UserError: The data cannot be read, or does not fit the model.
+    """
+    data = setup.config.data
+    given = {**preprocessing_of(data), "dir": data.dir}
+    given = {
+        key: given[key] if entry[key] is None else entry[key]
+        for key in ("dir", "mean", "std", "resize")
+    }
+    source = load_source(entry.name, given.pop("dir"))
+    if not source.class_names:
+        raise UserError(f"{where}name: the labels of {entry.name} are not classes")
+    label = {name: part.label for name, part in source.splits.items()}
+    everything = np.concatenate(list(label.values()))
+    given_label, class_names, warnings = everything, source.class_names, source.warnings
+    if entry.head != "pretrained":
+        own = setup.data.spec.class_names
+        _check_logits(entry, setup, class_names, where)
+        place, class_names, told = _places(class_names, own, where, entry.head)
+        if class_names != source.class_names:  # Labels below 0 are none.
+            everything = np.where(everything < 0, everything, place[everything])
+        warnings += told
+    splits = named_splits(label, entry.split_seed)
+    spec = _spec(
+        shape=setup.data.spec.shape,
+        shapes={part.shape for part in source.splits.values()},
+        where=where,
+        dtype=next(iter(source.splits.values())).dtype,
+        class_names=class_names,
+        pixels=source.pixels,
+        interpolation=setup.data.spec.interpolation,
+        **given,
+    )
+
+    def split(key: str) -> Dataset:
+        chosen = select(splits, entry[key], f"{where}{key}")
+        check_labelled(source, given_label, {key: chosen}, training=True)
+        return dataset_of(source, spec, chosen, everything[chosen])
+
+    test, train = split("test"), split("train") if entry.train is not None else None
+    task, pretrained = _task_and_head(entry, setup, spec, where, weights)
+    if unmeasurable := task.check_splits({entry.label: test.label}):
+        raise UserError(f"{where}test: {'; '.join(unmeasurable)}")
+    return Domain(
+        label=entry.label,
+        head=entry.head,
+        task=task,
+        test=test,
+        train=train,
+        fingerprint=source.fingerprint,
+        pretrained=pretrained,
+        warnings=warnings,
+        not_used=source.not_used,
+    )
+
+
+def _check_logits(
+    entry: Config, setup: Setup, theirs: Sequence[str], where: str
+) -> None:
+    """Checks that the run's head has a logit for each class of a domain.
+
+    Raises:
+        UserError: It has not; says what else can be measured.
+    """
+    own = setup.data.spec.class_names
+    logits = _logits(setup)
+    if logits >= len(theirs):
+        return
+    if entry.head == "start":
+        more = (
+            f"set config.model.classes to {len(theirs)} or more if "
+            "config.init.pretrained has as many"
+        )
+    else:
+        more = (
+            f"leave out the examples of other classes than the run's, {listed(own)} "
+            "(more logits in config.model.classes would stay untrained)"
+        )
+    raise UserError(
+        f"{where}head: {entry.head!r} has {logits} logits, but {entry.name} has "
+        f"{len(theirs)} classes; {more}, or measure with head='pretrained'"
+    )
+
+
+def _logits(setup: Setup) -> int:
+    """Returns the number of logits of the run's head."""
+    return setup.config.model.classes or len(setup.data.spec.class_names)
+
+
+def _places(
+    theirs: tuple[str, ...], own: tuple[str, ...], where: str, head: str = "current"
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Returns the logit of each class of a domain, names of the logits, and warnings.
+
+    Classes are those of the run by name. Numbers from 0 count as the names in their places,
+    and so do the classes that a head had before the first update; a line tells the pairs.
+
+    Args:
+        theirs: Class names of the domain.
+        own: Class names of the run; empty where it has none.
+        where: Start of the messages.
+        head: 'current' or 'start'.
+
+    Raises:
+        UserError: The run does not have all of the classes.
+    """
+    in_place = np.arange(len(theirs)), theirs
+    if not own:
+        return *in_place, ()
+    named_alike, of_run = keys(theirs, own)
+    index = {name: place for place, name in enumerate(of_run)}
+    found = [index.get(name) for name in named_alike]
+    absent = [name for name, place in zip(theirs, found) if place is None]
+    if not absent:
+        if found == list(range(len(theirs))):
+            return *in_place, ()
+        return (
+            np.array(found),
+            own,
+            (f"{where}name: its classes are numbered as the run's",),
+        )
+    is_numbered = len(absent) == len(theirs) and (are_places(theirs) or are_places(own))
+    has_moved = any(place not in (None, k) for k, place in enumerate(found))
+    if (is_numbered and len(theirs) <= len(own)) or (head == "start" and not has_moved):
+        pairs = [
+            f"{name!r} is {own[k]!r}" if k < len(own) else f"{name!r} is logit {k}"
+            for k, name in enumerate(theirs)
+        ]
+        line = f"{where}name: its classes are taken in their order: {listed(pairs)}"
+        return *in_place, (line,)
+    raise UserError(
+        f"{where}name: {listed(absent)}: not among the classes of the run, "
+        f"{listed(own)}, whose head is measured; give the data the run's names, leave out "
+        "their examples, or measure with the head that knows them: head='pretrained', or "
+        "'start' for the one before the first update"
+    )
+
+
+def _spec(
+    *, shape: tuple[int, ...], shapes: set, where: str, **fields: Any
+) -> DataSpec:
+    """Returns the spec of a domain whose examples take the shape that the model takes.
+
+    Raises:
+        UserError: They cannot.
+    """
+    spec = DataSpec(shape=shape, train_shape=shape, **fields)
+    for theirs in shapes:
+        dimensions = 3 if theirs is None else len(theirs)  # Images of several sizes.
+        if dimensions != len(shape) or (dimensions == 1 and theirs != shape):
+            raise UserError(
+                f"{where}name: its examples are {theirs or 'images'}, and the model "
+                f"takes {shape}"
+            )
+    check_preprocessing(spec)
+    return spec
+
+
+def _task_and_head(
+    entry: Config, setup: Setup, spec: DataSpec, where: str, weights: Weights | None
+) -> tuple[Task, dict[str, np.ndarray]]:
+    """Returns the task of a domain, and its head where it is a pretrained one.
+
+    Raises:
+        UserError: The weights have another head.
+    """
+    classes = len(spec.class_names)
+    logits = _logits(setup)
+    if entry.head != "pretrained":
+        return _task(setup, spec, logits), {}
+    assert weights is not None
+    problems = []
+    # Such a head is the domain's own, or that of a model with the run's own logits.
+    for count in dict.fromkeys((classes, max(logits, classes))):
+        task = _task(setup, spec, count)
+        try:
+            return task, _pretrained_head(task, weights, spec, setup.config.init.accept)
+        except UserError as error:
+            problems += str(error).splitlines()[1:-1]
+    told = "; ".join(dict.fromkeys(problem.strip() for problem in problems))
+    raise UserError(
+        f"{where}head: 'pretrained', but {weights.address} does not have it for the "
+        f"{classes} classes of {entry.name}: {told}"
+    )
+
+
+def _task(setup: Setup, spec: DataSpec, classes: int) -> Task:
+    config = setup.config
+    described = types.SimpleNamespace(
+        task=config.task,
+        model={**dict(config.model), "classes": classes},
+        precision=config.precision,
+    )
+    return make_task(described, spec)
+
+
+def _pretrained_head(
+    task: Task, weights: Weights, spec: DataSpec, accept: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Returns the variables of the last stage as the weights have them.
+
+    Low-rank updates are zero where the weights have none. Logits are in the order of the
+    domain's classes.
+
+    Raises:
+        UserError: They do not have them, or not in these shapes, or for other classes.
+    """
+    shapes = shapes_of(task)
+    zeros = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+        {"params": shapes.params, "batch_stats": shapes.batch_stats},
+    )
+    others = (rf"(?!({'|'.join(map(re.escape, task.heads))})/).*",)
+    has_others = len(task.stages) > len(task.heads)
+    loaded = load_weights(
+        zeros, weights, fresh=others if has_others else (), accept=accept
+    )
+    names = spec.class_names or spec.targets or spec.pixel_classes
+    kept = check_labels(weights.address, names, weights.class_names, accept)
+    for stage in task.heads:
+        loaded = kept.placed(loaded, stage)
+    return _last_stage(task, loaded["params"], loaded["batch_stats"])
+
+
+def _in_memory(domains: list[Domain], setup: Setup) -> list[Domain]:
+    own = sum(p.nbytes for p in (setup.data.train, *setup.data.held_out.values()))
+    limit = setup.config.data.memory_gb * 1e9
+    limit -= own if own <= limit else 0
+    if sum(domain.test.nbytes for domain in domains) > limit:
+        return domains
+    return [
+        dataclasses.replace(domain, test=domain.test.in_memory()) for domain in domains
+    ]

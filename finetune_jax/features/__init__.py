@@ -1,0 +1,1 @@
+"""Outputs of frozen stages and teachers, computed once and cached."""

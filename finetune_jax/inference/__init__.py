@@ -1,0 +1,1 @@
+"""A finished run on new inputs, here (predict) and elsewhere (export)."""

@@ -1,0 +1,118 @@
+"""`model.safetensors`: the weights, named as the library they came from names them."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import named
+from finetune_jax.core.registry import closest
+from finetune_jax.inference.export import libraries, text_encoders
+from finetune_jax.inference.export.exported_model import Trained, write_json
+from finetune_jax.weights.addresses import read_weights
+from finetune_jax.weights.formats.safetensors_file import save_safetensors
+from finetune_jax.weights.layout import OURS, Layout, layouts
+from finetune_jax.weights.prefixes import without_prefix
+
+# The last dense layer, as torch has it.
+_HEAD = {"weight": "params/head/logits/kernel", "bias": "params/head/logits/bias"}
+
+
+def write(trained: Trained, folder: pathlib.Path) -> str:
+    """Writes `model.safetensors`, and what its library reads beside it.
+
+    Returns:
+        How the weights are loaded.
+
+    Raises:
+        UserError: The model has no names in the layout.
+    """
+    layout = chosen_layout(trained)
+    leaves = {name: np.asarray(leaf) for name, leaf in named(trained.variables).items()}
+    tensors = layout.tensors(leaves, _original(trained))
+    metadata = {"format": "pt", "layout": layout.name}
+    files, code = {}, []
+    if layout is not OURS:
+        files, code = libraries.written(trained, layout.name)
+    if files and text_encoders.pools_by_mean(trained):
+        # Where transformers reads it, another head would take it for its own.
+        names = layout.names(_HEAD.values())
+        head = {leaf: tensors.pop(names[name]) for leaf, name in _HEAD.items()}
+        more, dense = text_encoders.sentence_files(trained, head)
+        files |= more
+        (folder / text_encoders.DENSE).mkdir()
+        save_safetensors(dense, folder / text_encoders.DENSE / "model.safetensors")
+    save_safetensors(tensors, folder / "model.safetensors", metadata=metadata)
+    text = f"`model.safetensors` has the weights in the layout {layout.name!r}"
+    if layout is OURS:
+        return f"{text}: `--config.init.pretrained=file:model.safetensors` of finetune_jax."
+    for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, values)
+    beside = f", with {' and '.join(f'`{name}`' for name in files)} beside it"
+    blocks = [f"```python\n{block}\n```" for block in code]
+    return "\n\n".join([f"{text}{beside if files else ''}.", *blocks])
+
+
+def chosen_layout(trained: Trained) -> Layout:
+    """Returns the layout that is asked for, or else the one that the weights came in.
+
+    Raises:
+        UserError: It is not one that the model has.
+    """
+    names = list(named(trained.variables))
+    fitting = [one for one in layouts() if set(names) == set(one.places(names))]
+    asked = trained.layout
+    if asked is None:
+        if trained.came_in is None:
+            return OURS
+        for layout in fitting:
+            if layout.name == trained.came_in:
+                return _for_task(layout, trained)
+        raise UserError(
+            f"--formats=safetensors: the weights came in the layout {trained.came_in!r}, "
+            "which has no names for some parts of this model, such as hidden layers of "
+            "a head. --layout=finetune_jax writes them by our own names."
+        )
+    module, known = trained.task.models[""], {}
+    for layout in reversed(fitting):
+        # 'torchvision or timm' is both.
+        words = [word for word in libraries.words_of(layout.name) if word != "or"]
+        is_known = layout is OURS or libraries.has(words[0], module)
+        known |= (
+            {layout.name: layout, **dict.fromkeys(words, layout)} if is_known else {}
+        )
+    if asked not in known:
+        names = dict.fromkeys(one.name for one in known.values())
+        raise UserError(
+            f"--layout: the model {trained.model['name']!r} has no names in {asked!r}"
+            f"{closest(asked, known)}; it has them in {', '.join(sorted(names))}"
+        )
+    return _for_task(known[asked], trained)
+
+
+def _for_task(layout: Layout, trained: Trained) -> Layout:
+    """Returns the layout whose head is named as transformers names that of the task."""
+    if json.loads(trained.config)["task"]["name"] != "qa":
+        return layout
+    family = " ".join(layout.name.split(" ")[:2]).rstrip(",")
+    same = {one.name: one for one in layouts()}
+    return same.get(f"{family} for questions", layout)
+
+
+def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:
+    """Returns the tensors that the run began with, if the file is still the same.
+
+    Counts of batches and the like, which no model here has, are in no checkpoint.
+    """
+    address = trained.pretrained
+    if address is None or address.startswith(("hf:", "orbax:")) or trained.layout:
+        return None
+    try:
+        entry = json.loads(trained.config)["init"]["entry"]
+        weights = without_prefix(read_weights(address, entry), named(trained.variables))
+    except UserError:
+        return None
+    return weights.tensors if weights.sha256 == trained.weights_sha256 else None

@@ -1,0 +1,1 @@
+"""CPU implementations of convolution and pooling, with gradients of their own."""

@@ -1,0 +1,1 @@
+"""Layers, heads and stages that several model families are made of."""

@@ -1,0 +1,1 @@
+"""Parameter-efficient wrappers around a model."""

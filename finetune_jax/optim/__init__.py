@@ -1,0 +1,1 @@
+"""The optax transformation of a phase: algorithms, schedules, clipping, regularisers."""

@@ -1,0 +1,147 @@
+"""Regularisers: what is added to the loss, by name, over parameters that a regex names.
+
+A penalty is a function of one parameter `w`, its value at the start and its Fisher
+information. L1 is none: its gradient never gives zeros, so it is a proximal step behind
+the optimizer. To add a penalty, write its function and name it in `PENALTIES`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import named
+
+
+def _l2(w: jax.Array, start: Any, fisher: Any) -> jax.Array:
+    """Returns |w|^2 / 2, whose gradient is w."""
+    del start, fisher
+    return jnp.sum(w * w) / 2
+
+
+def _l2_sp(w: jax.Array, start: jax.Array, fisher: Any) -> jax.Array:
+    """Returns |w - start|^2 / 2. Source: Li et al. 2018, equation 2."""
+    del fisher
+    return jnp.sum((w - start) ** 2) / 2
+
+
+def _ewc(w: jax.Array, start: jax.Array, fisher: jax.Array) -> jax.Array:
+    """Returns sum F (w - start)^2 / 2. Source: Kirkpatrick et al. 2017, equation 3."""
+    return jnp.sum(fisher * (w - start) ** 2) / 2
+
+
+PENALTIES = {"l2": _l2, "l2_sp": _l2_sp, "ewc": _ewc}
+PROXIMAL = "l1"
+# Those that read the parameters of the start, and their Fisher information.
+READS_START = ("l2_sp", "ewc")
+READS_FISHER = ("ewc",)
+
+
+def entry_problems(entries: Sequence[Any], where: str) -> list[str]:
+    """Returns what is wrong with (name, strength, regex) entries, a line each."""
+    problems = []
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        if not (isinstance(entry, tuple | list) and len(entry) == 3):
+            problems.append(f"{place}: {entry!r}; (name, strength, regex) is needed")
+            continue
+        name, strength, pattern = entry
+        try:
+            registry.choose({**PENALTIES, PROXIMAL: None}, name, place)
+            re.compile(pattern)
+        except UserError as error:
+            problems.append(str(error))
+        except (re.error, TypeError) as error:
+            problems.append(f"{place}: {pattern!r} is no regex: {error}")
+        if type(strength) not in (int, float) or not 0 <= strength < math.inf:
+            problems.append(
+                f"{place}: strength {strength!r}; a number from 0 is needed"
+            )
+    return problems
+
+
+def match_problems(
+    entries: Sequence[tuple[str, float, str]], trained: Iterable[str], where: str
+) -> list[str]:
+    """Returns the entries whose regex matches nothing that learns, a line each."""
+    trained = tuple(trained)
+    return [
+        f"{where}: {name!r} over {pattern!r} matches no parameter that learns"
+        f"{registry.closest(pattern, trained)}"
+        for name, _, pattern in entries
+        if not any(re.fullmatch(pattern, parameter) for parameter in trained)
+    ]
+
+
+def penalty(
+    entries: Sequence[tuple[str, float, str]],
+    params: Any,
+    fixed: Mapping[str, Any],
+    trained: Iterable[str],
+) -> jax.Array:
+    """Returns the sum of all penalties, weighed by their strengths.
+
+    Args:
+        entries: (name, strength, regex); the regex chooses among what learns.
+        params: The tree of parameters.
+        fixed: 'start' and 'fisher', by parameter name, where an entry reads them.
+        trained: Names of the parameters that learn.
+    """
+    leaves = named(params)
+    total = jnp.zeros((), next(iter(leaves.values())).dtype)
+    for kind, strength, pattern in entries:
+        if kind == PROXIMAL:
+            continue
+        for name in sorted(trained):
+            if re.fullmatch(pattern, name):
+                start = fixed["start"][name] if kind in READS_START else None
+                fisher = fixed["fisher"][name] if kind in READS_FISHER else None
+                total += strength * PENALTIES[kind](leaves[name], start, fisher)
+    return total
+
+
+def l1_strength(entries: Sequence[tuple[str, float, str]], name: str) -> float:
+    """Returns the strength of L1 on a parameter: the sum over entries that match it."""
+    return sum(
+        strength
+        for kind, strength, pattern in entries
+        if kind == PROXIMAL and re.fullmatch(pattern, name)
+    )
+
+
+def proximal(
+    entries: Sequence[tuple[str, float, str]], scale: float
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the last link of a chain over {name: leaf}: the proximal step of L1.
+
+    After the update, what is nearer to zero than `learning_rate * scale * strength` is
+    zero, and the rest is nearer by that. Source: Parikh & Boyd 2014, section 6.5.2.
+    """
+
+    def update(updates, state, params=None, *, learning_rate, **extra):
+        del extra
+        assert params is not None
+
+        def shrink(name, change, value):
+            strength = l1_strength(entries, name)
+            if not strength:
+                return change
+            bound = jnp.asarray(learning_rate * scale * strength, value.dtype)
+            moved = value + change
+            # value + (0 - value) is zero to the bit.
+            shrunk = jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - bound, 0)
+            return shrunk - value
+
+        changes = {n: shrink(n, updates[n], params[n]) for n in updates}
+        return changes, state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),  # type: ignore[arg-type]
+        update,  # type: ignore[arg-type]
+    )

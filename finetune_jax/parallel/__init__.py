@@ -1,0 +1,1 @@
+"""Meshes, sharding, compilation, and executors that run compiled programs."""

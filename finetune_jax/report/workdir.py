@@ -1,0 +1,173 @@
+"""The folder of a run: which run it holds, and files that are whole or not there."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from finetune_jax import config as configs
+from finetune_jax.config import Config
+from finetune_jax.core.errors import UserError, problems_error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    r"""Writes a file so that a kill leaves the old one or the new one, whole.
+
+    It is UTF-8 whatever the machine's locale. Bytes of file names that are not UTF-8 are
+    written as `\udce9`.
+
+    Raises:
+        OSError: It cannot be written; names the file.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:  # That of a full disk names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: pathlib.Path, values: dict) -> None:
+    """Writes a dict as JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def new_workdir(config_address: str) -> pathlib.Path:
+    """Returns `runs/<config name>-<date-time>`, not there yet."""
+    name = pathlib.Path(config_address.partition(":")[0]).stem
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = pathlib.Path("runs") / f"{name}-{now}"
+    count = 1
+    while path.exists():
+        count += 1
+        path = pathlib.Path("runs") / f"{name}-{now}-{count}"
+    return path
+
+
+def make_folder(workdir: pathlib.Path) -> None:
+    """Makes a workdir.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be made: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from running in a workdir; ends with the process at last.
+
+    Raises:
+        UserError: Another process runs in it.
+    """
+    with (workdir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"--workdir: process {file.read().strip() or '(unknown)'} runs in "
+                f"{workdir}. Wait for it, stop it, or give another --workdir."
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """Returns the object in a JSON file of a run, or None where there is no file.
+
+    Raises:
+        UserError: The file cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """Returns the config of the run in a workdir.
+
+    Raises:
+        UserError: The folder holds no run.
+    """
+    found = read_json(workdir / "config.json")
+    if found is None:
+        raise UserError(f"--workdir: {workdir} holds no run (no config.json in it)")
+    return configs.from_json(json.dumps(found), str(workdir / "config.json"))
+
+
+def read_recorded_config(workdir: pathlib.Path) -> Config:
+    """Returns the config of the run in a workdir as its manifest has it.
+
+    Raises:
+        UserError: The folder holds no run, or its manifest no config.
+    """
+    path = workdir / "manifest.json"
+    found = read_json(path)
+    if found is None:
+        raise UserError(f"--workdir: {workdir} holds no run (no manifest.json in it)")
+    if not isinstance(found.get("config"), dict) or "seed" not in found:
+        raise UserError(f"{path}: has no config or no seed; older versions wrote none")
+    plain = {**found["config"], "seed": found["seed"]}
+    return configs.from_json(json.dumps(plain), str(path))
+
+
+def read_manifest(workdir: pathlib.Path) -> dict | None:
+    """Returns the manifest of the run in a workdir, or None where there is none yet."""
+    return read_json(workdir / "manifest.json")
+
+
+def check_same_inputs(workdir: pathlib.Path, inputs: dict) -> None:
+    """Checks that a run taken up again reads what it began with.
+
+    Args:
+        workdir: Of the run.
+        inputs: What the manifest would say of data and weights today.
+
+    Raises:
+        UserError: Data or weights have changed since.
+    """
+    then = read_manifest(workdir) or {}
+    changed = [key for key in inputs if key in then and then[key] != inputs[key]]
+    if changed:
+        raise UserError(
+            f"--workdir: {workdir} began with other inputs ({', '.join(changed)} in "
+            "its manifest.json differ). Bring them back, or give another --workdir."
+        )
+
+
+def check_same_run(workdir: pathlib.Path, config: Config) -> bool:
+    """Returns whether the workdir holds this run already.
+
+    Raises:
+        UserError: It holds another; lists the differences. Nothing is written.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir} is a file, not a folder")
+    if not (workdir / "config.json").is_file():
+        return False
+    found = configs.differences(config, read_config(workdir))
+    if found:
+        raise problems_error(
+            f"--workdir: {workdir} holds another run:",
+            [f"{line} there" for line in found],
+            "Give another --workdir, or the config of that run to resume it.",
+        )
+    return True

@@ -1,0 +1,1 @@
+"""Many runs: populations in one process, and their tables."""

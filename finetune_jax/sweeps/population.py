@@ -1,0 +1,390 @@
+"""Populations: runs of one model on the same data, that differ in rates, decay and seeds.
+
+On CPU the members take turns in one process; each has the bits that it would have as a run
+of its own. Elsewhere as many as fit train side by side, an update of all of them being one
+call of a compiled program, and numbers are those of single runs but for rounding. They
+share data, features, initialisation and every compiled program, and so cost little more
+than their updates. Only the best one's states are written to the disk.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune_jax import config as configs
+from finetune_jax.config import Config
+from finetune_jax.core.errors import NotFinite, TrainingError, UserError, problems_error
+from finetune_jax.core.train_state import Progress
+from finetune_jax.data.dataset import Data
+from finetune_jax.evaluation.diagnostics import open_domains
+from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.other_domains import Domain
+from finetune_jax.features.cache import FeatureStore
+from finetune_jax.plans.phase import plan_problems
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.report.trackers import make_trackers
+from finetune_jax.report.workdir import (
+    check_same_run,
+    locked,
+    make_folder,
+    read_json,
+    read_manifest,
+    write_json,
+    write_text,
+)
+from finetune_jax.sweeps.table import as_csv, table
+from finetune_jax.sweeps.vectorised import Together, members_at_once
+from finetune_jax.tasks.objectives.metrics import is_better, loss_beside
+from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.initial.starting_state import run_data
+from finetune_jax.training.loop import Preempted
+from finetune_jax.training.preemption import Stop
+from finetune_jax.training.programs import Updates
+from finetune_jax.training.run import (
+    add_fisher,
+    best_state,
+    data_of_run,
+    inputs_of,
+    make_evaluator,
+    make_loop,
+    make_result,
+    make_store,
+    record,
+    tell,
+)
+from finetune_jax.training.setup import Setup, make_setup
+from finetune_jax.training.summary import write_report
+from finetune_jax.weights.metadata.preprocessing import filled
+
+# What members may differ in: all else decides the data, the model or what is measured.
+ALLOWED = (
+    r"seed(\.\w+)?|plan\[\d+\]\.\w+(\.\w+)?|init\.(schemes|fresh)"
+    r"|task\.label_smoothing"
+)
+
+
+def member_configs(config: Config) -> list[Config]:
+    """Returns the config of each member as a run of its own.
+
+    Raises:
+        UserError: Lists everything that is wrong with the population.
+    """
+    found, problems, seen = [], [], {}
+    if config.evaluate.best is None:
+        problems.append("config.evaluate.best: None; which metric is the best one by?")
+    plain = {**json.loads(configs.to_json(config)), "population": ()}
+    for index, overrides in enumerate(config.population):
+        where = f"config.population[{index}]"
+        if not _are_pairs(overrides):
+            problems.append(f"{where}: {overrides!r}; pairs (key, value) are needed")
+            continue
+        problems += [
+            f"{where}: {key!r}; members can differ in seed, plan[i].KEY, init.schemes, "
+            "init.fresh and task.label_smoothing"
+            for key, _ in overrides
+            if not re.fullmatch(ALLOWED, key)
+        ]
+        texts = [(k, v if isinstance(v, str) else repr(v)) for k, v in overrides]
+        member, wrong = configs.resolve(plain, texts)
+        wrong = wrong or plan_problems(member.plan)
+        problems += [f"{where}: {text}" for text in wrong]
+        same = seen.setdefault(configs.to_json(member), index)
+        if same != index and not wrong:
+            problems.append(f"{where}: the same as config.population[{same}]")
+        found.append(member)
+    if problems:
+        raise problems_error("The population cannot be run:", problems)
+    return found
+
+
+def _are_pairs(overrides: Any) -> bool:
+    return isinstance(overrides, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in overrides
+    )
+
+
+def run_population(
+    config: Config, workdir: pathlib.Path, stop: Stop | None = None
+) -> dict[str, Any]:
+    """Trains all members, or those that are left, and returns what `result.json` holds.
+
+    Args:
+        config: Resolved.
+        workdir: Made if need be; members that are finished in it are not trained again.
+        stop: Asked after every call; None is never.
+
+    Raises:
+        UserError: The population cannot be run, or the workdir holds another run.
+        TrainingError: No member could be trained to its end.
+        Preempted: The population was asked to stop; members that are finished stay so.
+    """
+    begin, terminal = time.perf_counter(), Terminal()
+    config, notes = filled(config)
+    check_same_run(workdir, config)
+    members = member_configs(config)
+    setup = make_setup(config, data_of_run(config, workdir))
+    domains = open_domains(setup)
+    setups = member_setups(setup, members)
+    _, loaded = setup.start(measure=False)
+    told = tell(setup, domains, loaded, notes, terminal)
+    inputs = inputs_of(setup, domains, loaded)
+    make_folder(workdir)
+    with locked(workdir):
+        record(workdir, setup, inputs, told)
+        population = _Population(
+            config=config, setups=setups, workdir=workdir, domains=domains,
+            stop=stop or Stop(), terminal=terminal, store=make_store(setup, terminal),
+        )  # fmt: skip
+        results = population.run()
+        best = population.best(results)
+        if best is None:
+            raise TrainingError(
+                f"All members failed, the first: {results[0]['failed']}"
+            )
+        population.report(best, results[best])
+        rows = table(config.population, results, config.evaluate.best)
+        seconds = time.perf_counter() - begin
+        result = results[best] | {
+            "member": best, "population": rows, "wall_s": seconds
+        }  # fmt: skip
+        write_text(workdir / "table.csv", as_csv(rows))
+        write_json(workdir / "result.json", result)
+    return result
+
+
+def member_setups(
+    setup: Setup, members: list[Config], *, decode: bool = True
+) -> list[Setup]:
+    """Returns the setup of each member; members share the data.
+
+    Args:
+        setup: Setup of the population.
+        members: Config of each member.
+        decode: Whether to decode examples into memory, as `data.memory_gb` allows.
+
+    Raises:
+        UserError: Lists what does not fit the model or the data.
+    """
+    drawn: dict[int | None, Data] = {}
+    setups, problems = [], []
+    for index, member in enumerate(members):
+        # The seed of the order draws the examples of `per_class` too.
+        few = member.data.per_class is not None
+        seed = configs.seeds(member)["order"] if few else None
+        if seed not in drawn:
+            data = setup.data
+            if seed not in (None, configs.seeds(setup.config)["order"]):
+                data = run_data(member)
+            limit = member.data.memory_gb * 1e9
+            drawn[seed] = data.in_memory(limit) if decode else data
+        try:
+            setups.append(make_setup(member, drawn[seed], like=setup))
+        except UserError as error:
+            problems.append(f"config.population[{index}]: {error}")
+    if problems:
+        raise problems_error("The population cannot be run:", problems)
+    return setups
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Population:
+    """Members in training.
+
+    Attributes:
+        config: Of the population.
+        setups: What each of them is.
+        workdir: Of the population.
+        domains: Others, on which members are measured too.
+        stop: Tells whether to stop.
+        terminal: Where a person is told.
+        store: What frozen stages make of the examples.
+        updates: Of the first member, whose programs all share.
+        evaluator: Likewise.
+        together: Trains those of a chunk side by side; None trains them in turn.
+    """
+
+    config: Config
+    setups: list[Setup]
+    workdir: pathlib.Path
+    domains: tuple[Domain, ...]
+    stop: Stop
+    terminal: Terminal
+    store: FeatureStore | None
+    updates: Updates | None = None
+    evaluator: Evaluator | None = None
+    together: Together | None = None
+
+    def run(self) -> list[dict[str, Any]]:
+        """Returns the result of each member, trained before or now.
+
+        Of one whose loss was not finite it has 'failed', the message, alone.
+
+        Raises:
+            TrainingError: A member cannot go on for another reason.
+            Preempted: It was asked to stop.
+        """
+        found = [read_json(self._folder(n) / "result.json") for n in self._numbers]
+        done = sum(result is not None for result in found)
+        if done:
+            self.terminal.say(f"{done} of {len(found)} members are finished")
+        self._keep_best(found)  # Of those that a kill may have left.
+        left = [number for number in self._numbers if found[number] is None]
+        for chunk in self._chunks(left):
+            works = [functools.partial(self._finish, number, found) for number in chunk]
+            if self.together is not None:
+                self.together.run(works)
+                continue
+            for work in works:
+                work()
+        return [result for result in found if result is not None]
+
+    def _chunks(self, left: list[int]) -> list[list[int]]:
+        """Returns members that train side by side, and has them do so where any do."""
+        most = members_at_once([self.setups[number] for number in left]) if left else 1
+        if most == 1 or len(left) == 1:
+            return [left]
+        size = -(-len(left) // -(-len(left) // most))  # All about as large.
+        self.together = Together(size, self.setups[0].devices)
+        self.setups = [
+            dataclasses.replace(setup, devices=self.together.devices)
+            for setup in self.setups
+        ]
+        self.terminal.say(f"{size} members train side by side")
+        return [left[begin : begin + size] for begin in range(0, len(left), size)]
+
+    def _finish(self, number: int, results: list[dict[str, Any] | None]) -> None:
+        """Trains a member, and puts its result among those that there are."""
+        results[number] = self._train(number, results)
+        self._tell(number, results)
+        self._keep_best(results)
+
+    def _keep_best(self, results: Sequence[Mapping[str, Any] | None]) -> None:
+        """Removes the states of all members that are finished but the best."""
+        best = self.best(results)
+        for other in self._numbers:
+            if other != best and results[other] is not None:
+                folder = self._folder(other) / "checkpoints"
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.setups))
+
+    def _folder(self, number: int) -> pathlib.Path:
+        return self.workdir / "members" / f"{number:03d}"
+
+    @property
+    def _metric(self) -> str:
+        return self.config.evaluate.best
+
+    def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
+        """Returns the best finished member; the loss, then the number decides ties."""
+        best, highest, lowest = None, None, math.inf
+        for number, result in enumerate(results):
+            if result is None or "failed" in result:
+                continue
+            value = result["best"][self._metric]
+            loss = result["best"].get(loss_beside(self._metric), math.inf)
+            wins_tie = value == highest and loss < lowest
+            if best is None or wins_tie or is_better(self._metric, value, highest):
+                best, highest, lowest = number, value, loss
+        return best
+
+    def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:
+        result = results[number]
+        assert result is not None
+        if "failed" in result:
+            found = "failed"
+        else:
+            best = " (best so far)" if self.best(results) == number else ""
+            found = f"{self._metric} {result['best'][self._metric]:.4f}{best}"
+        self.terminal.say(
+            f"member {number + 1} of {len(results)}  {found}  "
+            + "  ".join(
+                f"{key}={value!r}" for key, value in self.config.population[number]
+            )
+        )
+
+    def _train(
+        self, number: int, results: Sequence[Mapping[str, Any] | None]
+    ) -> dict[str, Any]:
+        """Returns the result of a member, and writes its folder, the result last."""
+        begin, setup = time.perf_counter(), self.setups[number]
+        if self.stop.asked():
+            raise Preempted(f"stopped before member {number + 1}")
+        folder = self._folder(number)
+        shutil.rmtree(folder, ignore_errors=True)  # One that was not finished.
+        make_folder(folder)
+        self._record(folder, setup.config)
+        start, _ = setup.start()
+        evaluator = make_evaluator(setup, start, self.domains)
+        evaluator.store = self.store
+        if self.evaluator is not None:
+            evaluator.programs = self.evaluator.programs
+        if self.together is not None:
+            evaluator.all_rows = self.together.rows
+        held = HeldCheckpoints(keep=setup.config.checkpoint.keep)
+        loop = make_loop(
+            setup,
+            evaluator,
+            held,
+            setup.with_ema(start),
+            Progress(),
+            workdir=folder,
+            trackers=make_trackers(
+                setup.config.report,
+                lambda: json.loads(configs.to_json(setup.config)),
+                workdir=folder,
+                first_step=0,
+            ),
+            terminal=Terminal(quiet=True),
+            stop=self.stop,
+            updates=self.updates,
+        )
+        loop.updates.together = self.together
+        self.updates, self.evaluator = loop.updates, evaluator
+        add_fisher(loop, start, self.domains)
+        try:
+            loop.run()
+            if self.together is not None:  # What is finished is written at once.
+                at_once = functools.partial(self.together.rows, urgent=True)
+                evaluator.all_rows = at_once
+            result, _ = make_result(loop, begin)
+        except Preempted as error:
+            raise Preempted(f"stopped in member {number + 1}") from error
+        except NotFinite as error:
+            result = {"failed": str(error)}
+        finally:
+            loop.log.close()
+        results = [*results[:number], result, *results[number + 1 :]]
+        if self.best(results) == number:
+            held.write(folder / "checkpoints")
+        write_json(folder / "result.json", result)
+        return result
+
+    def report(self, number: int, result: Mapping[str, Any]) -> None:
+        """Writes the report of a member whose states are on the disk."""
+        setup, folder = self.setups[number], self._folder(number)
+        evaluator, placed, _ = best_state(setup, folder, self.domains)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
+        progress = checkpoints.progress(checkpoints.steps()[-1])
+        checkpoints.close()
+        write_report(setup, evaluator, placed, progress, result, folder)
+
+    def _record(self, folder: pathlib.Path, config: Config) -> None:
+        """Writes what a member is, as a run of its own does."""
+        plain = json.loads(configs.to_json(config))
+        seed = plain.pop("seed")
+        manifest = read_manifest(self.workdir) or {}
+        write_json(
+            folder / "manifest.json", {**manifest, "config": plain, "seed": seed}
+        )
+        write_text(folder / "config.json", configs.to_json(config))

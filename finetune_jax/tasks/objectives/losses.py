@@ -1,0 +1,193 @@
+"""Losses: one value an example, to be weighed and summed by the task.
+
+Those of classification take logits and a target [B, K] whose rows sum to 1: one-hot, or
+soft. Those of regression take predictions and targets [B, T], and are means over T.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError, problems_error
+
+
+def one_hot(label_B: jax.Array, classes: int, dtype: Any) -> jax.Array:
+    """Returns the target [B, K] of class indices."""
+    return jax.nn.one_hot(label_B, classes, dtype=dtype)
+
+
+def smoothed(target_BxK: jax.Array, share: float) -> jax.Array:
+    """Returns the target with a share of it spread evenly over all classes.
+
+    Source: Szegedy et al. 2016, section 7.
+    """
+    smooth_BxK = optax.smooth_labels(target_BxK, jnp.asarray(share))
+    return smooth_BxK.astype(target_BxK.dtype)
+
+
+def cross_entropy(logits_BxK: jax.Array, target_BxK: jax.Array) -> jax.Array:
+    """Returns the cross entropy of each example, [B]."""
+    return optax.softmax_cross_entropy(logits_BxK, target_BxK)
+
+
+def binary_cross_entropy(logits_BxK: jax.Array, target_BxK: jax.Array) -> jax.Array:
+    """Returns the binary cross entropies of each example, summed over classes, [B].
+
+    Every class is a yes or no of its own, one against the rest.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits_BxK, target_BxK).sum(axis=-1)
+
+
+def focal(
+    logits_BxK: jax.Array, target_BxK: jax.Array, *, gamma: float = 2.0
+) -> jax.Array:
+    """Returns the cross entropy, class k weighed by (1 - p_k) ** gamma, [B].
+
+    Args:
+        logits_BxK: Unnormalised log probabilities.
+        target_BxK: Shares of the classes.
+        gamma: How much less examples count that are right already; 0 is cross entropy.
+
+    Source: Lin et al. 2017, section 3.2, with a softmax.
+    """
+    log_p_BxK = jax.nn.log_softmax(logits_BxK)
+    # Powers of 1 - p have no gradient at p = 1, and its logarithm is lost in rounding
+    # near there, which only the highest class can be: for that one log(1 - p) is taken
+    # from all others.
+    best_B = jnp.argmax(logits_BxK, axis=-1)
+    is_best_BxK = jax.nn.one_hot(best_B, logits_BxK.shape[-1], dtype=bool)
+    others_Bx1 = jax.nn.logsumexp(log_p_BxK, axis=-1, where=~is_best_BxK, keepdims=True)
+    p_BxK = jnp.exp(jnp.where(is_best_BxK, -1.0, log_p_BxK))
+    log_rest_BxK = jnp.where(is_best_BxK, others_Bx1, jnp.log1p(-p_BxK))
+    weight_BxK = jnp.exp(gamma * log_rest_BxK)
+    return -jnp.sum(target_BxK * weight_BxK * log_p_BxK, axis=-1)
+
+
+def sigmoid_focal(
+    logits_BxK: jax.Array,
+    target_BxK: jax.Array,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> jax.Array:
+    """Returns the binary focal losses of each example, summed over classes, [B].
+
+    Every class is a yes or no of its own, one against the rest.
+
+    Args:
+        logits_BxK: Log odds of each class.
+        target_BxK: Shares of the classes.
+        alpha: Weight of a yes, that of a no being 1 - alpha; below 0 both weigh 1.
+        gamma: How much less answers count that are right already.
+
+    Source: Lin et al. 2017; torchvision.ops.sigmoid_focal_loss.
+    """
+    loss_BxK = optax.sigmoid_focal_loss(
+        logits_BxK, target_BxK, alpha=alpha if alpha >= 0 else None, gamma=gamma
+    )
+    return loss_BxK.sum(axis=-1)
+
+
+def mse(prediction_BxT: jax.Array, target_BxT: jax.Array) -> jax.Array:
+    """Returns the mean squared error of each example, [B]."""
+    return optax.squared_error(prediction_BxT, target_BxT).mean(axis=-1)
+
+
+def mae(prediction_BxT: jax.Array, target_BxT: jax.Array) -> jax.Array:
+    """Returns the mean absolute error of each example, [B]."""
+    return jnp.abs(prediction_BxT - target_BxT).mean(axis=-1)
+
+
+def huber(
+    prediction_BxT: jax.Array, target_BxT: jax.Array, *, delta: float = 1.0
+) -> jax.Array:
+    """Returns the Huber loss of each example, [B].
+
+    Args:
+        prediction_BxT: In the units of the target.
+        target_BxT: What is true.
+        delta: The error up to which it is half the square, from which on it is linear.
+    """
+    return optax.huber_loss(prediction_BxT, target_BxT, delta=delta).mean(axis=-1)
+
+
+def divergence(
+    teacher_BxK: jax.Array, logits_BxK: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """Returns how far predictions are from a teacher's, KL(teacher || own) T^2, [B].
+
+    Both are logits, divided by the temperature T before the softmax; T^2 makes the
+    gradient as large as at T = 1.
+
+    Source: Hinton et al. 2015, section 2.
+    """
+    kind = jnp.promote_types(logits_BxK.dtype, jnp.float32)
+    own_BxK = jax.nn.log_softmax(logits_BxK.astype(kind) / temperature)
+    wanted_BxK = jax.nn.log_softmax(teacher_BxK.astype(kind) / temperature)
+    apart_B = jnp.sum(jnp.exp(wanted_BxK) * (wanted_BxK - own_BxK), axis=-1)
+    return apart_B * temperature**2
+
+
+CLASSIFICATION = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "focal": focal,
+    "sigmoid_focal": sigmoid_focal,
+}
+REGRESSION = {"mse": mse, "mae": mae, "huber": huber}
+LOSSES = {"classification": CLASSIFICATION, "regression": REGRESSION}
+# What an argument must be, wherever it occurs.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "alpha": (lambda value: value <= 1, "at most 1"),
+    "gamma": (lambda value: value >= 0, "at least 0"),
+    "delta": (lambda value: value > 0, "more than 0"),
+}
+
+
+def make_loss(
+    kind: str, name: str, arguments: Mapping[str, Any]
+) -> functools.partial[jax.Array]:
+    """Returns the loss that `config.task.loss` and `config.task.loss_args` describe.
+
+    Args:
+        kind: A key of `LOSSES`.
+        name: Of the loss.
+        arguments: By name; what is not given keeps its default.
+
+    Raises:
+        UserError: No such loss for tasks of this kind, or arguments that do not fit it.
+    """
+    for other, table in LOSSES.items():
+        if name in table and other != kind:
+            raise UserError(
+                f"config.task.loss: {name!r} is a loss of {other}; {kind} has "
+                f"{', '.join(LOSSES[kind])}"
+            )
+    function = registry.choose(LOSSES[kind], name, "config.task.loss")
+    where = "config.task.loss_args"
+    if not hasattr(arguments, "keys"):
+        raise UserError(f"{where}: {arguments!r} is not a dict of arguments by name")
+
+    @functools.wraps(function)
+    def bind(**values: Any) -> functools.partial[jax.Array]:
+        return functools.partial(function, **{key: values[key] for key in arguments})
+
+    # The arrays are there already when arguments are asked for.
+    arrays = dict.fromkeys(list(inspect.signature(function).parameters)[:2])
+    bound = registry.call(bind, dict(arguments), where, **arrays)
+    problems = [
+        f"{where}.{key}: {value}; {needed} is needed"
+        for key, value in bound.keywords.items()
+        if key in RANGES
+        for is_right, needed in [RANGES[key]]
+        if not is_right(value)
+    ]
+    if problems:
+        raise problems_error(f"{where} does not fit:", problems)
+    return bound

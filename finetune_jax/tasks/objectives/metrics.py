@@ -1,0 +1,335 @@
+"""Metrics over all rows of a split, on the host in float64.
+
+Those of classification take logits and class indices, those of regression predictions
+and targets [B, T], those of segmentation counts of pixels [B, 3, K]. Probabilities are
+the softmax of the logits, whatever loss was trained. scikit-learn's functions are used
+where it has them, with its conventions: a class that neither occurs nor is predicted
+counts in no average, and what would be divided by zero is 0.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from finetune_jax.core.errors import problems_error
+from finetune_jax.core.registry import closest
+
+AVERAGES = ("binary", "macro", "micro", "weighted")
+# Metrics that rank examples, which needs examples of every class.
+RANKING = ("roc_auc", "average_precision", "normalised_entropy")
+LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
+# Begins the names of metrics of one class, of which there may be many.
+PER_CLASS = "iou_"
+BINS = 15  # Guo et al. 2017, section 5.
+_TOP = re.compile(r"top_([1-9]\d*)_accuracy")
+
+
+def accuracy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the share of rows whose highest logit is that of the label."""
+    return float(np.mean(np.argmax(logits_BxK, axis=-1) == label_B))
+
+
+def top_accuracy(k: int, logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the share of rows whose label is among the k highest logits."""
+    top_BxK = np.argsort(-logits_BxK.astype(np.float64), axis=-1, kind="stable")[:, :k]
+    return float(np.mean((top_BxK == label_B[:, None]).any(axis=-1)))
+
+
+def log_loss(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the mean cross entropy of the labels."""
+    logits_BxK = logits_BxK.astype(np.float64)
+    highest_Bx1 = logits_BxK.max(axis=-1, keepdims=True)
+    shifted_BxK = logits_BxK - highest_Bx1
+    norm_B = np.log(np.exp(shifted_BxK).sum(axis=-1))
+    return float(np.mean(norm_B - shifted_BxK[np.arange(len(label_B)), label_B]))
+
+
+def normalised_entropy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the log loss divided by that of always saying the classes' shares.
+
+    Source: He et al. 2014, section 3.
+    """
+    share_K = np.bincount(label_B) / len(label_B)
+    share_K = share_K[share_K > 0]
+    entropy = -float(np.sum(share_K * np.log(share_K)))
+    return log_loss(logits_BxK, label_B) / entropy if entropy else math.nan
+
+
+def probabilities(logits_BxK: np.ndarray) -> np.ndarray:
+    """Returns the softmax of each row."""
+    logits_BxK = logits_BxK.astype(np.float64)
+    probability_BxK = np.exp(logits_BxK - logits_BxK.max(axis=-1, keepdims=True))
+    return probability_BxK / probability_BxK.sum(axis=-1, keepdims=True)
+
+
+def calibration_error(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the expected calibration error, in bins of equal width.
+
+    Source: Guo et al. 2017, equation 3.
+    """
+    confidence_B = probabilities(logits_BxK).max(axis=-1)
+    right_B = np.argmax(logits_BxK, axis=-1) == label_B
+    edges = np.linspace(0, 1, BINS + 1)[1:-1]
+    bin_B = np.digitize(confidence_B, edges, right=True)
+    gap_of_bin = np.bincount(bin_B, right_B - confidence_B, minlength=BINS)
+    return float(np.abs(gap_of_bin).sum() / len(label_B))
+
+
+def confusion_matrix(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+    """Returns counts [K, K]: a row a true class, a column a predicted one."""
+    classes = logits_BxK.shape[-1]
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (label_B, np.argmax(logits_BxK, axis=-1)), 1)
+    return counts
+
+
+def _counted(
+    measure: str, average: str, logits_BxK: np.ndarray, label_B: np.ndarray
+) -> float:
+    """Returns precision, recall or F1; of the second of two classes where 'binary'."""
+    from sklearn import metrics
+
+    function = getattr(metrics, f"{measure}_score")
+    predicted_B = np.argmax(logits_BxK, axis=-1)
+    return float(function(label_B, predicted_B, average=average, zero_division=0))
+
+
+def _ranked(measure: str, logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the area; of the second of two classes, else the mean of one-vs-rest."""
+    from sklearn import metrics
+
+    if not np.isfinite(logits_BxK).all():
+        return math.nan
+    function = getattr(metrics, f"{measure}_score")
+    odds_BxK, classes = _log_odds(logits_BxK), logits_BxK.shape[-1]
+    ranked = [1] if classes == 2 else range(classes)
+    return float(np.mean([function(label_B == k, odds_BxK[:, k]) for k in ranked]))
+
+
+def _log_odds(logits_BxK: np.ndarray) -> np.ndarray:
+    """Returns log(p / (1 - p)), which ranks as p does, also where p rounds to 1."""
+    logits_BxK = logits_BxK.astype(np.float64)
+    shifted_BxK = logits_BxK - logits_BxK.max(axis=-1, keepdims=True)
+    rows, best_B = np.arange(len(logits_BxK)), np.argmax(logits_BxK, axis=-1)
+    power_BxK = np.exp(shifted_BxK)
+    rest_BxK = power_BxK.sum(axis=-1, keepdims=True) - power_BxK
+    # Nothing cancels but in the highest class, whose rest is summed without it.
+    others_BxK = shifted_BxK.copy()
+    others_BxK[rows, best_B] = -np.inf
+    second_B = others_BxK.max(axis=-1)
+    odds_BxK = shifted_BxK - np.log(np.maximum(rest_BxK, np.finfo(float).tiny))
+    rest_B = np.exp(others_BxK - second_B[:, None]).sum(axis=-1)
+    odds_BxK[rows, best_B] = -second_B - np.log(rest_B)
+    return odds_BxK
+
+
+def mse(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
+    """Returns the mean squared error."""
+    return float(np.mean(_errors(prediction_BxT, target_BxT) ** 2))
+
+
+def mae(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
+    """Returns the mean absolute error."""
+    return float(np.mean(np.abs(_errors(prediction_BxT, target_BxT))))
+
+
+def huber(
+    prediction_BxT: np.ndarray, target_BxT: np.ndarray, *, delta: float = 1.0
+) -> float:
+    """Returns the mean Huber loss, as `losses.huber` has it."""
+    error_BxT = np.abs(_errors(prediction_BxT, target_BxT))
+    square_BxT = np.minimum(error_BxT, delta)
+    return float(np.mean(square_BxT**2 / 2 + delta * (error_BxT - square_BxT)))
+
+
+def r2(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
+    """Returns the coefficient of determination, the mean of those of the targets."""
+    from sklearn.metrics import r2_score
+
+    if not np.isfinite(prediction_BxT).all():
+        return math.nan
+    found = target_BxT.astype(np.float64), prediction_BxT.astype(np.float64)
+    return float(r2_score(*found))
+
+
+def _errors(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> np.ndarray:
+    return prediction_BxT.astype(np.float64) - target_BxT.astype(np.float64)
+
+
+def class_iou(counts_Bx3xK: np.ndarray) -> np.ndarray:
+    """Returns the intersection over union of each class, [K], over all examples' pixels.
+
+    NaN for a class that neither occurs nor is predicted.
+
+    Args:
+        counts_Bx3xK: Pixels of each class that are predicted rightly, that are true, and
+            that are predicted, those that are ignored left out.
+    """
+    right_K, true_K, predicted_K = counts_Bx3xK.astype(np.float64).sum(axis=0)
+    union_K = true_K + predicted_K - right_K
+    share_K = right_K / np.maximum(union_K, 1)
+    return np.where(union_K > 0, share_K, np.nan)
+
+
+def mean_iou(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the mean over the classes that occur or are predicted; NaN without any."""
+    iou_K = class_iou(counts_Bx3xK)
+    there_K = np.isfinite(iou_K)
+    return float(iou_K[there_K].mean()) if there_K.any() else math.nan
+
+
+def pixel_accuracy(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the share of all pixels that are predicted rightly; NaN without any."""
+    right, true, _ = counts_Bx3xK.astype(np.float64).sum(axis=(0, 2))
+    return float(right / true) if true else math.nan
+
+
+def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
+    """Returns the mean over the classes that occur of the share predicted rightly."""
+    right_K, true_K, _ = counts_Bx3xK.astype(np.float64).sum(axis=0)
+    there_K = true_K > 0
+    share_K = right_K[there_K] / true_K[there_K]
+    return float(share_K.mean()) if there_K.any() else math.nan
+
+
+CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "loss": log_loss,
+    "normalised_entropy": normalised_entropy,
+    "calibration_error": calibration_error,
+    **{
+        name: functools.partial(_ranked, name)
+        for name in ("roc_auc", "average_precision")
+    },
+    **{
+        f"{measure}_{average}": functools.partial(_counted, measure, average)
+        for measure in ("precision", "recall", "f1")
+        for average in AVERAGES
+    },
+}
+REGRESSION = {"mse": mse, "mae": mae, "r2": r2}
+SEGMENTATION = {
+    "mean_iou": mean_iou,
+    "pixel_accuracy": pixel_accuracy,
+    "mean_accuracy": mean_accuracy,
+}
+METRICS = {
+    "classification": CLASSIFICATION,
+    "regression": REGRESSION,
+    "segmentation": SEGMENTATION,
+}
+
+
+def metric(name: str, known: Mapping[str, Callable] = CLASSIFICATION) -> Callable:
+    """Returns a metric by its name; `top_K_accuracy` has any number for K."""
+    if found := _TOP.fullmatch(name):
+        return functools.partial(top_accuracy, int(found[1]))
+    return known[name]
+
+
+def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
+    """Checks what `config.task.metrics` names.
+
+    Args:
+        kind: A key of `METRICS`.
+        names: What the task shall measure.
+        classes: Of the data.
+
+    Raises:
+        UserError: Lists what tasks of this kind do not have, with the closest, and what
+            does not fit the number of classes.
+    """
+    known = {**METRICS[kind], "loss": log_loss}
+    if kind == "classification":
+        known["top_5_accuracy"] = top_accuracy
+    problems = []
+    for name in map(str, names):
+        if name not in known and not (
+            kind == "classification" and _TOP.fullmatch(name)
+        ):
+            others = [other for other, table in METRICS.items() if name in table]
+            hint = f", a metric of {others[0]}" if others else closest(name, known)
+            problems.append(f"no {name!r}{hint}")
+        elif name.endswith("_binary") and classes != 2:
+            ways = (name.replace("binary", average) for average in AVERAGES[1:])
+            problems.append(
+                f"{name!r} needs 2 classes, the data has {classes}: use {', '.join(ways)}"
+            )
+        elif (top := _TOP.fullmatch(name)) and 0 < classes <= int(top[1]):
+            problems.append(f"{name!r} is always 1, the data has {classes} classes")
+        elif name in RANKING and classes < 2:
+            problems.append(f"{name!r} needs 2 classes, the data has {classes}")
+    if problems:
+        listed = f"{kind} has {', '.join(sorted(known))}"
+        raise problems_error("config.task.metrics does not fit:", problems, listed)
+
+
+def is_of_class(name: str) -> bool:
+    """Returns whether a metric is of one class, whatever split or weights it is of.
+
+    >>> is_of_class("test/ema_iou_road"), is_of_class("test/mean_iou")
+    (True, False)
+    """
+    return name.rpartition("/")[2].removeprefix("ema_").startswith(PER_CLASS)
+
+
+def higher_is_better(name: str) -> bool:
+    """Returns which way of a metric is better, whatever split or weights it is of.
+
+    >>> higher_is_better("validation/ema_accuracy"), higher_is_better("test/ema_loss")
+    (True, False)
+    """
+    return name.rpartition("/")[2].removeprefix("ema_") not in LOWER_IS_BETTER
+
+
+def is_better(name: str, value: float, best: float | None, change: float = 0.0) -> bool:
+    """Returns whether a metric's value beats the best so far by more than `change`.
+
+    What is not a number beats nothing.
+
+    >>> is_better("validation/loss", 0.4, 0.5), is_better("validation/accuracy", 0.4, 0.5)
+    (True, False)
+    """
+    if best is None or math.isnan(value):
+        return not math.isnan(value)
+    gain = value - best if higher_is_better(name) else best - value
+    return gain > change
+
+
+def loss_beside(name: str) -> str:
+    """Returns the name of the loss of the split and weights that a metric is of.
+
+    >>> loss_beside("validation/accuracy"), loss_beside("validation/usps/ema_top5")
+    ('validation/loss', 'validation/usps/ema_loss')
+    """
+    split, _, metric = name.rpartition("/")
+    return f"{split}/ema_loss" if metric.startswith("ema_") else f"{split}/loss"
+
+
+def replaces(
+    name: str,
+    value: float,
+    best: float | None,
+    loss: float | None,
+    best_loss: float | None,
+) -> bool:
+    """Returns whether a later state replaces the best one so far.
+
+    A tie of the metric is decided by the loss, and a tie of both by the later step.
+
+    Args:
+        name: Name of the metric that decides.
+        value: Its value at the later state.
+        best: Its value at the best state; None if there is no best state yet.
+        loss: Loss of the later state; None if unknown.
+        best_loss: Loss of the best state; None if unknown.
+
+    >>> replaces("validation/accuracy", 0.5, 0.5, 0.2, 0.9)
+    True
+    """
+    if value != best or loss is None or best_loss is None:
+        return value == best or is_better(name, value, best)
+    return loss <= best_loss or math.isnan(best_loss)

@@ -1,0 +1,1 @@
+"""One run: setup, initial state, step, loop, checkpoints, result."""

@@ -1,0 +1,345 @@
+"""What gives the updates of a phase their examples: one update a call, or many.
+
+Examples that fit into memory lie on the device as a whole; a compiled loop then takes the
+rows of one update after the other. Its length is an argument, so that any number of
+updates is the same program, and the same bits as one call for each.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax.core.flops import inner_programs
+from finetune_jax.core.pytrees import nbytes
+from finetune_jax.data.batches import Examples, Shortened, Views, places_of, rows_of
+from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.domains import Mixture
+from finetune_jax.data.order import Order
+from finetune_jax.features.cache import Features, Taught
+from finetune_jax.parallel.devices import Devices
+from finetune_jax.tasks.task import TAUGHT
+
+# Updates that a call can make at most.
+LONGEST = 256
+# Seconds that a call shall take, so that signals and logs need not wait.
+SHORT_S, LONG_S = 0.15, 0.4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a compiled program gets, besides the state and what is fixed.
+
+    Attributes:
+        updates: How many it makes.
+        arguments: Placed.
+        batch: Returns the arrays [k, b, ...] of one of its updates, on the host.
+    """
+
+    updates: int
+    arguments: tuple[Any, ...]
+    batch: Callable[[int], Mapping[str, np.ndarray]]
+
+
+class Feed(Protocol):
+    """Gives a phase's updates their examples."""
+
+    # What a program depends on besides the phase.
+    kind: tuple[Any, ...]
+
+    def program(self, step: Callable) -> Callable:
+        """Returns what is compiled: a function of the state, what is fixed, and a call.
+
+        Args:
+            step: One update, `train_step` with its static arguments given.
+        """
+        ...
+
+    def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
+        """Returns a call that makes one update at least, and the next ones.
+
+        Args:
+            rates: Learning rates of as many updates as may be made, float32.
+            progress: Their shares of the phase.
+        """
+        ...
+
+    def took(self, seconds: float) -> None:
+        """Notes how long a call took."""
+        ...
+
+
+class Pace(Protocol):
+    """How many updates a call makes."""
+
+    @property
+    def updates(self) -> int:
+        """Those that the next call shall make."""
+        ...
+
+    def took(self, seconds: float) -> None:
+        """Notes how long a call took."""
+        ...
+
+
+class OwnPace:
+    """As many as take a fraction of a second, or a number that was chosen."""
+
+    def __init__(self, chosen: int | None):
+        """Takes their number; None chooses by time."""
+        self._chosen = chosen
+        self.updates = 1 if chosen is None else min(chosen, LONGEST)
+
+    def took(self, seconds: float) -> None:
+        """Makes the next calls longer or shorter."""
+        if self._chosen is None and seconds < SHORT_S:
+            self.updates = min(2 * self.updates, LONGEST)
+        elif self._chosen is None and seconds > LONG_S:
+            self.updates = max(self.updates // 2, 1)
+
+
+class Stepwise:
+    """One update a call."""
+
+    def __init__(self, batches: Iterator[dict], devices: Devices, *, repeats: bool):
+        """Takes what the updates get.
+
+        Args:
+            batches: Of the updates, in order.
+            devices: Of the run.
+            repeats: Whether all updates get the first batch.
+        """
+        begun = next(batches)
+        self._devices = devices
+        self._batches = itertools.chain([begun], batches)
+        if repeats:
+            self._batches = itertools.repeat(begun)
+        self.kind = ("stepwise", "features" in begun, TAUGHT in begun)
+
+    def program(self, step: Callable) -> Callable:
+        """Returns the update itself."""
+        return step
+
+    def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
+        """Returns the call of the next update."""
+        batch = next(self._batches)
+        placed = self._devices.place_batch(batch, batch_axis=1)
+        return Call(
+            updates=1, arguments=(placed, rates[0], progress[0]), batch=lambda _: batch
+        )
+
+    def took(self, seconds: float) -> None:
+        """One update cannot be shortened."""
+
+
+class Scanned:
+    """Many updates a call, of examples that lie on the device."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        order: Order,
+        placed: Any,
+        *,
+        start: int,
+        batch_size: int,
+        micro_batches: int,
+        views: int | None,
+        pace: Pace,
+    ):
+        """Takes what the updates get.
+
+        Args:
+            examples: The training split.
+            order: Of its examples.
+            placed: All of `resident`, on the device.
+            start: The first update, counted from the beginning of the run.
+            batch_size: Examples in one update.
+            micro_batches: By which the batch is divided.
+            views: As in `training_batches`.
+            pace: Of its calls.
+        """
+        self._examples, self._order, self._views = examples, order, views
+        self._start, self._batch_size = start, batch_size
+        self._shape = micro_batches, batch_size // micro_batches
+        self._pace = pace
+        self._placed = placed
+        self._rows_each = len(examples) // len(resident(examples))
+        self.kind = ("scanned", "features" in placed, TAUGHT in placed, self._rows_each)
+
+    def program(self, step: Callable) -> Callable:
+        """Returns a loop of updates."""
+        return functools.partial(many_steps, step=step, rows_each=self._rows_each)
+
+    def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
+        """Returns the call of the next updates."""
+        start, updates = self._start, min(len(rates), self._pace.updates)
+        self._start += updates
+        epoch = len(self._examples.label)
+        rows = rows_of(
+            self._order, epoch, self._batch_size, start, self._start, self._views
+        )
+        places = places_of(rows, self._batch_size, self._views)
+
+        def padded(array: np.ndarray, *shape: int) -> np.ndarray:
+            given = array.reshape(updates, *shape)
+            rest = np.zeros((LONGEST - updates, *shape), array.dtype)
+            return np.concatenate([given, rest])
+
+        def batch(index: int) -> Mapping[str, np.ndarray]:
+            mine = slice(index * self._batch_size, (index + 1) * self._batch_size)
+            found = self._examples.take(rows[mine]) | {"position": places[mine]}
+            return jax.tree.map(lambda x: x.reshape(*self._shape, *x.shape[1:]), found)
+
+        arguments = (
+            self._placed,
+            padded(rows.astype(np.int32), *self._shape),
+            padded(places, *self._shape),
+            padded(rates[:updates]),
+            padded(progress[:updates]),
+            np.int32(updates),
+        )
+        return Call(updates=updates, arguments=arguments, batch=batch)
+
+    def took(self, seconds: float) -> None:
+        """Makes the next calls longer or shorter."""
+        self._pace.took(seconds)
+
+
+def many_steps(
+    state: Any,
+    fixed: Any,
+    examples: Any,
+    rows: jax.Array,
+    places: jax.Array,
+    rates: jax.Array,
+    progress: jax.Array,
+    updates: jax.Array,
+    *,
+    step: Callable,
+    rows_each: int,
+) -> tuple[Any, Any]:
+    """Returns the state after some updates, and the metrics of each of them.
+
+    Args:
+        state: Donated.
+        fixed: As `step` gets it.
+        examples: All of the split, a row an example.
+        rows: Those of each update, [L, k, b].
+        places: Their 'position'.
+        rates: Learning rate of each update, [L].
+        progress: Share of the phase that is over before each update, [L].
+        updates: How many are made; of the rest nothing is read.
+        step: One update.
+        rows_each: By which rows are divided to become those of the examples.
+    """
+    step = jax.jit(step)  # Traced once.
+
+    def arguments(state: Any, index: Any) -> tuple:
+        taken = rows[index] // rows_each
+        batch = jax.tree.map(
+            lambda whole: whole.at[taken].get(mode="promise_in_bounds"), examples
+        )
+        batch["position"] = places[index]
+        return state, fixed, batch, rates[index], progress[index]
+
+    def update(index: Any, carry: tuple) -> tuple:
+        state, kept = carry
+        state, metrics = step(*arguments(state, index))
+        return state, jax.tree.map(lambda k, m: k.at[index].set(m), kept, metrics)
+
+    _, metrics = jax.eval_shape(lambda: step(*arguments(state, 0)))
+    kept = jax.tree.map(
+        lambda leaf: jnp.zeros((len(rates), *leaf.shape), leaf.dtype), metrics
+    )
+    return jax.lax.fori_loop(0, updates, update, (state, kept))
+
+
+def resident(examples: Examples) -> Dataset | Features | Taught:
+    """Returns what lies on the device for a split: the split without repetitions."""
+    whole = examples.dataset if isinstance(examples, Views) else examples
+    assert isinstance(whole, Dataset | Features | Taught)
+    return whole
+
+
+def everything(whole: Dataset | Features | Taught) -> dict[str, Any]:
+    """Returns what `take` does of all rows of a split; what is there is not copied."""
+    count = len(whole)
+    if isinstance(whole, Taught):
+        return {**everything(resident(whole.examples)), TAUGHT: whole.said.table}
+    if isinstance(whole, Features):
+        label = np.repeat(whole.label, whole.views, axis=0)
+        weight = np.ones(count, np.float32)
+        return {"features": whole.table, "label": label, "weight": weight}
+    if whole.decoded is None:
+        return whole.take(np.arange(count))
+    weight = whole.readable(np.arange(count)).astype(np.float32)
+    return {**whole.parts(whole.decoded), "label": whole.label, "weight": weight}
+
+
+def why_not_resident(
+    examples: Examples | Mixture, devices: Devices, limit: float
+) -> str | None:
+    """Returns why a split does not lie on the device, or None if it can.
+
+    Args:
+        examples: The training split.
+        devices: Of the run.
+        limit: Bytes that may lie on the device.
+    """
+    if devices.count > 1:
+        return f"there are {devices.count} devices"
+    if isinstance(examples, Mixture):
+        return "there are several domains"
+    if isinstance(examples, Shortened):
+        return "batches of texts differ in length (config.data.buckets)"
+    if isinstance(examples, Taught):
+        if isinstance(examples.examples, Views):
+            return "examples have several views (config.data.cache_views)"
+        limit -= nbytes(examples.said.table)
+        return why_not_resident(examples.examples, devices, limit)
+    whole = resident(examples)
+    assert not isinstance(whole, Taught)
+    if isinstance(whole, Features):
+        size = nbytes(whole.table)
+    elif whole.nbytes:
+        return "the examples are not kept in memory (config.data.memory_gb)"
+    else:
+        taken = whole.take(np.zeros(1, int))
+        size = len(whole) * (nbytes(taken["inputs"]) + nbytes(taken.get("mask", ())))
+    if size > limit:
+        return f"the examples are {size / 1e9:.1f} GB (config.data.memory_gb)"
+    return None
+
+
+def stock_gradients(program: Any) -> int:
+    """Returns how many gradients of convolutions a program leaves to jax.
+
+    They are convolutions whose images or kernels have changed axes or are dilated. On
+    CPU they take sixteen times as long in a loop, and are other bits.
+
+    Args:
+        program: Its jaxpr.
+    """
+    count = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            axes = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+            dilations = (
+                *equation.params["lhs_dilation"],
+                *equation.params["rhs_dilation"],
+            )
+            first, last = axes[0][0], axes[0][1]
+            is_forward = (first, last) == (0, len(axes[0]) - 1) and axes[2] == axes[0]
+            is_forward &= axes[1][:2] == (len(axes[1]) - 1, len(axes[1]) - 2)
+            count += not (is_forward and set(dilations) == {1})
+        count += sum(
+            stock_gradients(inner) for inner in inner_programs(equation.params)
+        )
+    return count

@@ -1,0 +1,1 @@
+"""The initial state: random values, schemes, pretrained weights, embeddings."""

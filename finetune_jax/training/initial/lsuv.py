@@ -1,0 +1,127 @@
+"""Layer-sequential unit-variance initialisation: kernels scaled to what examples give.
+
+Source: Mishkin & Matas 2016, "All you need is a good init".
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax.config import Config, seeds
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.pytrees import like, named, part
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.data.batches import training_batches
+from finetune_jax.data.dataset import Data
+from finetune_jax.tasks.task import EVALUATION, Task, apply
+
+
+def scale_layers(
+    task: Task,
+    state: TrainState,
+    batch: dict,
+    chosen: Mapping[str, tuple[float, float]],
+) -> Any:
+    """Returns the parameters with kernels scaled so that outputs have variance 1.
+
+    Layer by layer in the order in which they run, over all examples, places and channels,
+    in evaluation mode. A layer that runs more than once is measured at its first run.
+
+    Args:
+        task: Has the models.
+        state: With orthonormal kernels.
+        batch: Training examples.
+        chosen: (tolerance, rounds) of each kernel that is scaled: at most so many times,
+            until the variance is 1 up to the tolerance.
+
+    Raises:
+        UserError: A layer never runs, or its output has no variance.
+
+    Source: Mishkin & Matas 2016, algorithm 1.
+    """
+    order: list[str] = []
+
+    @jax.jit
+    def variances(params: Any, batch_stats: Any, batch: dict) -> list[jax.Array]:
+        found: dict[str, jax.Array] = {}
+        prepared = task.prepare(batch, jax.random.key(0), EVALUATION)
+        for prefix in task.prefixes:
+            trees = {"params": params, "batch_stats": batch_stats}
+            variables = {key: part(tree, prefix) for key, tree in trees.items()}
+            with nn.intercept_methods(_recorder(prefix, chosen, found)):
+                apply(task, prefix, variables, prepared["inputs"], mode=EVALUATION)
+        order[:] = found
+        return list(found.values())
+
+    leaves = named(state.params)
+
+    def measured() -> dict[str, float]:
+        found = variances(like(state.params, leaves), state.batch_stats, batch)
+        return dict(zip(order, map(float, found)))
+
+    seen = measured()
+    if never := sorted(set(chosen) - set(seen)):
+        raise problems_error(
+            "config.init.schemes, 'lsuv': layers that do not run when the model does:",
+            never,
+        )
+    for name in tuple(order):
+        tolerance, rounds = chosen[name]
+        for _ in range(int(rounds)):
+            if abs(seen[name] - 1) < tolerance:
+                break
+            if not 0 < seen[name] < math.inf:
+                raise UserError(
+                    f"config.init.schemes, 'lsuv': the output of {name} has variance "
+                    f"{seen[name]} over the first batch; no scale of its kernel makes "
+                    "that 1"
+                )
+            scaled = leaves[name] / math.sqrt(seen[name])
+            leaves[name] = scaled.astype(leaves[name].dtype)
+            seen = measured()
+    return like(state.params, leaves)
+
+
+def _recorder(
+    prefix: str, wanted: Mapping[str, Any], found: dict[str, jax.Array]
+) -> Callable:
+    """Returns an interceptor that notes the variance of the wanted layers' outputs."""
+    before = (prefix,) if prefix else ()
+
+    def record(next_call, args, kwargs, context):
+        output = next_call(*args, **kwargs)
+        name = "/".join((*before, *context.module.path, "kernel"))
+        if context.method_name == "__call__" and name in wanted and name not in found:
+            kind = jnp.promote_types(output.dtype, jnp.float32)
+            found[name] = jnp.var(output.astype(kind))
+        return output
+
+    return record
+
+
+def first_examples(data: Data, config: Config) -> dict[str, np.ndarray]:
+    """Returns the batch of the first update as evaluation takes it: not augmented.
+
+    Raises:
+        UserError: Lists the examples that cannot be read.
+    """
+    geometry, shape = data.spec.geometry(False), data.spec.shape
+    train = dataclasses.replace(
+        data.train, geometry=geometry, shape=shape, decoded=None
+    )
+    batches = training_batches(
+        train,
+        seed=seeds(config)["order"],
+        batch_size=config.data.batch_size,
+        micro_batches=1,
+        start=0,
+        stop=1,
+        sampling=config.data.sampling,
+    )
+    return {name: array[0] for name, array in next(iter(batches)).items()}

@@ -1,0 +1,425 @@
+"""What a run begins with: its data, and a state at random, from weights, by schemes."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from finetune_jax.config import Config, seeds
+from finetune_jax.config.members import weights_addresses, weights_entries
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.pytrees import like, named, part, with_part
+from finetune_jax.core.registry import closest
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.data.dataset import Data, make_data
+from finetune_jax.data.domains import make_mixture
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.tables.encoding import Fitted
+from finetune_jax.tasks.components.multi_domain import Several
+from finetune_jax.tasks.task import Task
+from finetune_jax.training.initial.embeddings import is_matched, matched, with_vectors
+from finetune_jax.training.initial.lsuv import first_examples
+from finetune_jax.training.initial.random_states import RandomStates
+from finetune_jax.training.initial.schemes import initialise, make_rules
+from finetune_jax.weights.addresses import Weights, read_weights
+from finetune_jax.weights.layout import recognise
+from finetune_jax.weights.merge import fresh_in, load_weights, taken_line
+from finetune_jax.weights.metadata import architecture
+from finetune_jax.weights.metadata.labels import check_labels, is_output
+from finetune_jax.weights.metadata.tokenizer import FILE as TOKENIZER
+from finetune_jax.weights.metadata.tokenizer import files_beside, find_tokenizer
+from finetune_jax.weights.numbers import told_of_accepted, told_of_numbers
+from finetune_jax.weights.prefixes import without_prefix
+
+
+def run_data(config: Config, fitted: Fitted | None = None) -> Data:
+    """Returns the data that a config describes.
+
+    Args:
+        config: Resolved.
+        fitted: What a run has kept of a table; None fits it to the training rows.
+
+    Raises:
+        UserError: It cannot be read, or does not fit what is said of it.
+    """
+    seed = seeds(config)["order"]
+    if config.data.domains:
+        return make_mixture(config.data, seed=seed)
+    mixed = config.data.mixing != "weights", config.data.mixing_temperature != 1
+    if any(mixed):
+        key = "mixing" if mixed[0] else "mixing_temperature"
+        raise UserError(f"config.data.{key}: config.data.domains has nothing to mix")
+    address, tokenizer = config.data.tokenizer, None
+    if config.data.text:
+        tokenizer = find_tokenizer(address, config.init.pretrained)
+    elif address is not None:
+        raise UserError(
+            f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
+        )
+    return make_data(config.data, seed=seed, tokenizer=tokenizer, fitted=fitted)
+
+
+def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
+    """Returns the files of a run's tokenizer, by name; none of what is no text."""
+    if data.tokenizer is None:
+        return {}
+    beside = files_beside(config.data.tokenizer, config.init.pretrained)
+    return {TOKENIZER: data.tokenizer, **beside}
+
+
+def layout_of(shapes: TrainState, weights: Weights) -> str | None:
+    """Returns the name of the layout of weights, given the shapes of a state.
+
+    None where they are word vectors alone.
+    """
+    if not weights.tensors:
+        return None
+    names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
+    fitting = without_prefix(weights, names)
+    return recognise(names, fitting.tensors, weights.address).name
+
+
+def told_of(
+    weights: Weights | None, precision: str, accept: Sequence[str] = ()
+) -> list[str]:
+    """Returns warnings about the weights that a run begins with.
+
+    Args:
+        weights: The weights, if there are any.
+        precision: Precision of the run's computation.
+        accept: `config.init.accept`.
+    """
+    if weights is None:
+        return []
+    about = weights.address, weights.tensors
+    return [*told_of_numbers(*about, precision), *told_of_accepted(*about, accept)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Where the weights of a state came from.
+
+    Attributes:
+        sha256: Of every file, by its path.
+        layouts: By the prefix of the models that they are of.
+        lines: Lines that tell what was taken from each address, and what was not.
+        told: Warnings about the weights.
+    """
+
+    sha256: Mapping[str, str]
+    layouts: Mapping[str, str]
+    lines: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Any:
+        """That of the one address, or one for each model that had one."""
+        return self.layouts[""] if "" in self.layouts else dict(self.layouts) or None
+
+
+def starting_state(
+    task: Task,
+    data: Data,
+    config: Config,
+    random_states: RandomStates,
+    *,
+    measure: bool = True,
+) -> tuple[TrainState, Loaded]:
+    """Returns the state before the first update, on the host, and what it was read from.
+
+    Args:
+        task: Has the models.
+        data: Of the run.
+        config: Of the run.
+        random_states: `RandomStates` of the task.
+        measure: Whether schemes that run the model on examples do so.
+
+    Raises:
+        UserError: The model is too large, the weights cannot be read or do not fit, or a
+            scheme fails.
+    """
+    random_states.check_size()
+    drawn, init = seeds(config), config.init
+    weights = _weights_of(task, config)
+    rules = make_rules(init.schemes, *(w.address for w in weights.values()))
+    # To draw what is loaded anyway takes longer than to load it.
+    # Beside a model without a prefix, those with one have no weights in its files.
+    others = [p for p in task.prefixes if p] if "" in task.prefixes else []
+    wanted = None if rules else _wanted(task, data, weights, init.fresh, others)
+    own = random_states(drawn, wanted)
+    if "" in weights:
+        weights[""] = matched(weights[""], own.params, data.fitted)
+    variables = {"params": own.params, "batch_stats": own.batch_stats}
+    layouts, lines, told = {}, [], []
+    for prefix, read in weights.items():
+        if isinstance(task, Several):
+            found = _with_parts_loaded(task, variables, read, config)
+        else:
+            found = _with_model_loaded(
+                task,
+                variables,
+                prefix,
+                read,
+                others=others,
+                spec=data.spec,
+                config=config,
+            )
+        variables, layouts[prefix], own_lines = found
+        lines += own_lines
+        told += told_of(read, config.precision, init.accept)
+    if weights and ("" not in weights or isinstance(task, Several)):
+        _check_fresh(init.fresh, named(own.params))
+    batch = functools.partial(first_examples, data, config)
+    state = initialise(
+        own,
+        own.replace(**variables),
+        rules,
+        task=task,
+        spec=data.spec,
+        seed=drawn["init"],
+        first_batch=batch if measure else None,
+    )
+    sha256 = {path: sha for w in weights.values() for path, sha in w.sha256.items()}
+    params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
+    lines += _lines_of_models(task, config, weights, layouts)
+    found = Loaded(
+        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
+    )
+    return state.replace(params=params), found
+
+
+def _lines_of_models(
+    task: Task,
+    config: Config,
+    weights: Mapping[str, Weights],
+    layouts: Mapping[str, str],
+) -> list[str]:
+    """Returns lines about teachers, and about variants that were assumed.
+
+    Args:
+        task: Task of the run.
+        config: Config of the run.
+        weights: Weights by the prefix of the models that are trained.
+        layouts: Names of their layouts, likewise.
+    """
+    fixed = task.fixed_layouts()
+    lines = [line for _, own in fixed.values() for line in own]
+    known = {**layouts, **{label: layout for label, (layout, _) in fixed.items()}}
+    for one in architecture.described(config):
+        if one.prefix in known:
+            arch = weights[one.prefix].arch if one.prefix in weights else ""
+            named_lines = architecture.named(one, arch, config.init.fresh)
+            if named_lines is None:
+                named_lines = architecture.assumed(one, known[one.prefix])
+            lines += named_lines
+    return lines
+
+
+def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
+    """Returns the weights that models begin with, by their prefix.
+
+    Raises:
+        UserError: They cannot be read, or were trained for another network.
+    """
+    architecture.check(config)
+    entries = weights_entries(config)
+    return {
+        prefix: read_weights(address, entries[prefix])
+        for prefix, address in weights_addresses(config).items()
+        if prefix in ("", *task.prefixes)
+    }
+
+
+def _with_model_loaded(
+    task: Task, variables: Mapping[str, Any], prefix: str, read: Weights,
+    *, others: Sequence[str], spec: DataSpec, config: Config,
+) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
+    """Returns variables with one model loaded, the weights' layout, and lines about it."""
+    init, mine = config.init, _of_model(variables, prefix, others)
+    fitting = without_prefix(read, named(mine))
+    layout = recognise(named(mine), fitting.tensors, read.address)
+    loaded = load_weights(
+        mine,
+        fitting,
+        fresh=init.fresh,
+        adapt_input=init.input_channels == "adapt",
+        stem=_first_stage(task, prefix),
+        left_out=() if prefix else task.left_out(),
+        prefix=prefix,
+        accept=init.accept,
+    )
+    is_fresh, heads = fresh_in(read, init.fresh, prefix), _last_stages(task, prefix)
+    loaded, lines = _with_classes(loaded, read, heads, is_fresh, spec, init)
+    merged = {
+        kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
+        for kind, tree in variables.items()
+    }
+    taken = taken_line(mine, fitting, layout, is_fresh, prefix)
+    return merged, layout.name, [taken, *fitting.notes, *lines]
+
+
+def _with_classes(
+    loaded: dict[str, Any],
+    weights: Weights,
+    heads: Sequence[str],
+    is_fresh: Callable[[str], bool],
+    spec: DataSpec,
+    init: Config,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns loaded variables whose logits are those of the data, and lines about it.
+
+    Args:
+        loaded: Variables of one model.
+        weights: Weights that they come from.
+        heads: Names of the stages that are heads.
+        is_fresh: Whether a leaf keeps its initial value, by its name.
+        spec: Description of the data.
+        init: The section `config.init`.
+    """
+    outputs = {
+        stage: [name for name in named(loaded) if is_output(name, stage)]
+        for stage in heads
+    }
+    kept_heads = [stage for stage in heads if not all(map(is_fresh, outputs[stage]))]
+    if not kept_heads:
+        return loaded, []
+    names = spec.class_names or spec.targets or spec.pixel_classes
+    kept = check_labels(weights.address, names, weights.class_names, init.accept)
+    for stage in kept_heads:
+        loaded = kept.placed(loaded, stage)
+    return loaded, [kept.told] if kept.told else []
+
+
+def _of_model(
+    variables: Mapping[str, Any], prefix: str, others: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the variables of a model, without those of others beside it."""
+    return {
+        kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
+        for kind, tree in variables.items()
+    }
+
+
+def _with_parts_loaded(
+    task: Several, variables: Mapping[str, Any], read: Weights, config: Config
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Returns variables with all domains' models loaded, the layout, and lines about it."""
+    found = {kind: dict(named(tree)) for kind, tree in variables.items()}
+    layout, told = "", {}
+    for domain, own_task in task.parts.items():
+        own = task.gather(domain, variables["params"], variables["batch_stats"])
+        mine = {"params": own[0], "batch_stats": own[1]}
+        places = {
+            kind: {
+                name: task.place(domain, name, of_stats=kind == "batch_stats")
+                for name in named(tree)
+            }
+            for kind, tree in mine.items()
+        }
+        # A rule is about the names that the state has.
+        fresh = {
+            re.escape(name)
+            for by_name in places.values()
+            for name, place in by_name.items()
+            if any(re.fullmatch(pattern, place) for pattern in config.init.fresh)
+        }
+        fitting = without_prefix(read, named(mine))
+        layout = recognise(named(mine), fitting.tensors, read.address).name
+        loaded = load_weights(
+            mine,
+            fitting,
+            fresh=sorted(fresh),
+            adapt_input=config.init.input_channels == "adapt",
+            stem=own_task.stages[0],
+            left_out=own_task.left_out(),
+            accept=config.init.accept,
+        )
+        loaded, lines = _with_classes(
+            loaded,
+            read,
+            own_task.heads,
+            fresh_in(read, sorted(fresh)),
+            task.data.domains[domain],
+            config.init,
+        )
+        told |= dict.fromkeys([*fitting.notes, *lines])
+        for kind, tree in loaded.items():
+            found[kind] |= {places[kind][n]: leaf for n, leaf in named(tree).items()}
+    merged = {kind: like(variables[kind], found[kind]) for kind in variables}
+    return merged, layout, [f"{read.address} (layout: {layout})", *read.notes, *told]
+
+
+def _wanted(
+    task: Task,
+    data: Data,
+    weights: Mapping[str, Weights],
+    fresh: Sequence[str],
+    others: Sequence[str],
+) -> Callable[[str], bool] | None:
+    """Returns whether a leaf is drawn, by its full name; None draws all.
+
+    Args:
+        task: Has the models.
+        data: Of the run; embeddings are drawn for values that are new.
+        weights: By the prefix of the models that they are of.
+        fresh: Regexes of what is not taken from them.
+        others: Prefixes of models that have none.
+    """
+    if not weights or isinstance(task, Several):
+        return None
+    not_loaded = _not_loaded(weights, fresh, others)
+    return lambda name: not_loaded(name) or is_matched(name, data.fitted)
+
+
+def _first_stage(task: Task, prefix: str) -> str:
+    """Returns the first stage of a model, without its prefix."""
+    names = [
+        stage for stage in task.stages if not prefix or stage.startswith(f"{prefix}/")
+    ]
+    return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
+
+
+def _last_stages(task: Task, prefix: str) -> list[str]:
+    """Returns the last stage of a model, without its prefix; of all where none is ''."""
+    if prefix == "" and "" not in task.prefixes:
+        return list(task.heads)
+    by_prefix = dict(zip(task.prefixes, task.heads))
+    return [by_prefix[prefix].removeprefix(f"{prefix}/" if prefix else "")]
+
+
+def _not_loaded(
+    weights: Mapping[str, Weights], fresh: Sequence[str], others: Sequence[str]
+) -> Callable[[str], bool]:
+    """Returns whether a leaf is not taken from the weights, by its full name.
+
+    Args:
+        weights: By the prefix of the models that they are of.
+        fresh: Regexes of what is not taken.
+        others: Prefixes of models that have none.
+    """
+    is_fresh = {p: fresh_in(w, fresh, p) for p, w in weights.items()}
+
+    def wanted(name: str) -> bool:
+        kind, _, rest = name.partition("/")
+        prefix, _, inside = rest.partition("/")
+        if prefix in is_fresh:
+            return is_fresh[prefix](f"{kind}/{inside}")
+        return "" not in is_fresh or prefix in others or is_fresh[""](name)
+
+    return wanted
+
+
+def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
+    """Checks that every regex matches something.
+
+    Raises:
+        UserError: Lists those that do not.
+    """
+    problems = [
+        f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, names)}"
+        for pattern in fresh
+        if not any(re.fullmatch(pattern, name) for name in names)
+    ]
+    if problems:
+        raise problems_error("What shall keep its initial value:", problems)

@@ -1,0 +1,148 @@
+"""The overview of a run: data, weights and plan in at most ten lines."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from finetune_jax.config import Config
+from finetune_jax.core.errors import listed
+from finetune_jax.core.pytrees import count, named
+from finetune_jax.data.dataset import Data
+from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.tables.table_spec import TableSpec
+from finetune_jax.training.initial.starting_state import Loaded
+from finetune_jax.training.setup import Setup
+
+# Most lines about the data, the weights and the plan.
+_DATA_LINES, _WEIGHTS_LINES, _PLAN_LINES = 4, 3, 3
+# Most names that a line lists, such as those of classes.
+_NAMES = 12
+
+
+def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[str]:
+    """Returns what a run trains on, starts from and does, in at most ten lines.
+
+    Args:
+        setup: Setup of the run.
+        loaded: Weights that the run starts from.
+        notes: Lines about config keys that files beside the weights decided.
+    """
+    sections = (
+        ("data", _data_lines(setup.config, setup.data), _DATA_LINES),
+        ("weights", _weights_lines(loaded, notes), _WEIGHTS_LINES),
+        ("plan", _plan_lines(setup), _PLAN_LINES),
+    )
+    return [
+        f"{title if first == 0 else '':9}{_one_line(line)}"
+        for title, lines, most in sections
+        for first, line in enumerate(_at_most(most, lines))
+    ]
+
+
+def _one_line(text: str) -> str:
+    r"""Returns a text with escapes for line breaks and bytes that are not UTF-8.
+
+    >>> print(_one_line("caf\n\udce9"))
+    caf\n\udce9
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def _at_most(most: int, lines: Sequence[str]) -> list[str]:
+    """Returns the lines, the last ones joined where there are too many."""
+    return [*lines[: most - 1], *filter(None, ["; ".join(lines[most - 1 :])])]
+
+
+def _data_lines(config: Config, data: Data) -> list[str]:
+    spec = data.spec
+    if spec.domains:
+        lines = [
+            f"domain {name}: {of.train_examples:,} train examples, {_shape(of)}; "
+            f"{_classes(of, of.train_counts)}"
+            for name, of in spec.domains.items()
+        ]
+    else:
+        sizes = {"train": data.train, **data.held_out}
+        counts = ", ".join(f"{len(part):,} {split}" for split, part in sizes.items())
+        place = pathlib.PurePath(config.data.dir or "").name
+        name = f"{config.data.name} {place}".strip()
+        classes = _classes(spec, _class_counts(data))
+        lines = [f"{name}: {counts} examples, {_shape(spec)}", classes]
+        if spec.table is not None:
+            lines[1] = f"{lines[1]}; {_columns(spec.table)}"
+    left = ["; ".join(data.not_used)] if data.not_used else []
+    return _at_most(_DATA_LINES - len(left), lines) + left
+
+
+def _shape(spec: DataSpec) -> str:
+    if spec.text is not None:
+        return f"texts of at most {spec.shape[-1]} tokens"
+    if spec.table is not None:
+        return "rows of a table"
+    return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
+
+
+def _class_counts(data: Data) -> Sequence[int]:
+    """Returns the training examples of each class, or the words of each tag."""
+    spec = data.spec
+    if spec.text is None or spec.text.options.labels != "tags":
+        return spec.train_counts
+    label = data.train.label
+    return np.bincount(label[label >= 0], minlength=len(spec.class_names)).tolist()
+
+
+def _classes(spec: DataSpec, counts: Sequence[int]) -> str:
+    """Returns the classes with their counts, or what else is predicted."""
+    if spec.targets:
+        return f"predicted numbers: {listed(spec.targets, _NAMES)}"
+    if spec.pixel_classes:
+        names = spec.pixel_classes
+        return f"{len(names)} classes of pixels: {listed(names, _NAMES)}"
+    if not spec.class_names:
+        return "predicted: answers in the passage"
+    shown = list(spec.class_names)
+    are_known = len(counts) == len(shown)
+    if are_known:
+        shown = [f"{name} ({n:,})" for name, n in zip(shown, counts)]
+    line = f"{len(shown)} classes: {listed(shown, _NAMES)}"
+    if len(shown) > _NAMES and are_known:
+        line += f", {min(counts):,} to {max(counts):,} examples each"
+    return line
+
+
+def _columns(table: TableSpec) -> str:
+    """Returns the columns by kind, with the share of missing values."""
+    parts = []
+    for kind, columns in (("number", table.numbers), ("category", table.categories)):
+        names = [
+            f"{one.name} ({one.missing:.1%} missing)" if one.missing else one.name
+            for one in columns
+        ]
+        label = f"{len(names)} {kind} column{'' if len(names) == 1 else 's'}"
+        parts.append(f"{label}: {listed(names, _NAMES)}" if names else label)
+    return "; ".join(parts)
+
+
+def _weights_lines(loaded: Loaded, notes: Sequence[str]) -> list[str]:
+    lines = [*loaded.lines, *notes]
+    return lines or ["none: all parameters start at random"]
+
+
+def _plan_lines(setup: Setup) -> list[str]:
+    """Returns a line for every phase: length, trained parameters, optimizer."""
+    params, lines = named(setup.shapes.params), []
+    for index, phase in enumerate(setup.plan):
+        trained = setup.phase(index).groups
+        values = sum(math.prod(params[name].shape) for name in trained)
+        given = "" if phase.epochs is None else f" ({phase.epochs:g} epochs)"
+        lines.append(
+            f"{phase.name}: {phase.steps:,} updates{given} of {values:,} of "
+            f"{count(setup.shapes.params):,} parameters, {phase.optimizer}, "
+            f"{phase.schedule} {phase.peak_lr:g}"
+        )
+    return lines

@@ -1,0 +1,205 @@
+"""What a finished run shows: its pictures and its page, in `report/`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from finetune_jax.core.pytrees import named, stage_of
+from finetune_jax.core.train_state import Progress, TrainState
+from finetune_jax.data.dataset import Dataset
+from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.plans.phase import scales
+from finetune_jax.report import plots
+from finetune_jax.report.metrics_log import read_metrics
+from finetune_jax.report.page import (
+    Page,
+    ParameterRow,
+    PhaseRow,
+    Prediction,
+    write_page,
+)
+from finetune_jax.report.segments import for_page, segments_figure
+from finetune_jax.report.workdir import read_json, read_manifest
+from finetune_jax.tasks.objectives.metrics import confusion_matrix
+from finetune_jax.training.setup import Setup
+
+# Predictions that the page shows of each kind.
+SHOWN, SHOWN_MASKS = 10, 8
+
+
+def write_report(
+    setup: Setup,
+    evaluator: Evaluator,
+    placed: TrainState,
+    progress: Progress,
+    result: Mapping[str, Any],
+    workdir: pathlib.Path,
+) -> None:
+    """Writes `report/`: learning curves, confusion matrix or predictions, and the page.
+
+    Args:
+        setup: Of the run.
+        evaluator: Measures states.
+        placed: The best state, on the devices.
+        progress: Where the run ended.
+        result: What `result.json` will hold.
+        workdir: Of the run, with all other files.
+    """
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    plots.learning_curves(lines, folder / "learning_curves.png")
+    confusion, right, wrong, segments = None, [], [], None
+    setup_of, domain = _shown_domain(setup)
+    held_out = setup_of.data.held_out
+    split = next((name for name in ("test", "validation") if name in held_out), None)
+    if split is not None:
+        dataset, spec = held_out[split], setup_of.data.spec
+        names, outputs = spec.class_names, evaluator.outputs(placed, dataset, domain)
+        dataset = dataset.kept()
+        which = split if domain is None else f"{split} of {domain}"
+        caption = f"{which}, {len(dataset):,} examples"
+        if spec.targets:
+            found, path = outputs["prediction"], folder / "predicted.png"
+            plots.predicted(found, dataset.label, spec.targets, path, caption)
+        elif spec.pixel_classes:
+            figure = _segments(setup_of, outputs["prediction"], dataset)
+            (folder / "segments.png").write_bytes(plots.png(figure))
+            segments = for_page(figure, f"Of {caption}")
+        elif "logits" in outputs:
+            # A model may have more logits than the data has classes.
+            outputs["logits"] = outputs["logits"][:, : len(names)]
+            counts = confusion_matrix(outputs["logits"], dataset.label)
+            confusion, path = (counts, names, caption), folder / "confusion_matrix.png"
+            plots.confusion_matrix(counts, names, path, caption)
+            right, wrong = _predictions(setup_of, outputs, dataset)
+    config = read_json(workdir / "config.json") or {}
+    page = Page(
+        title=_title(config),
+        result=result,
+        manifest=read_manifest(workdir) or {},
+        config=config,
+        lines=lines,
+        phases=_phases(setup, progress),
+        parameters=_parameters(setup),
+        confusion=confusion,
+        right=right,
+        wrong=wrong,
+        segments=segments,
+    )
+    write_page(page, folder / "index.html")
+
+
+def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
+    """Returns a run as its last domain sees it, and that domain's name, if it has any."""
+    if not setup.data.spec.domains:
+        return setup, None
+    domain = list(setup.data.spec.domains)[-1]
+    data = dataclasses.replace(
+        setup.data,
+        spec=setup.data.spec.domains[domain],
+        held_out={s: m.parts[domain] for s, m in setup.data.held_out.items()},
+    )
+    task = setup.task.of_domain(domain)
+    return dataclasses.replace(setup, task=task, data=data), domain
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    data = config["data"]
+    place = pathlib.PurePath(data["dir"] or "").name
+    return f"{config['model']['name']} on {place or data['name']}"
+
+
+def _phases(setup: Setup, progress: Progress) -> list[PhaseRow]:
+    starts = [0, *progress.ends]
+    return [
+        PhaseRow(
+            name=phase.name,
+            first_step=start,
+            end_step=end,
+            optimizer=phase.optimizer,
+            schedule=phase.schedule,
+            peak_lr=phase.peak_lr,
+            batch_stats=phase.batch_stats,
+            warmup_steps=phase.warmup_steps,
+            clip_norm=phase.clip_norm,
+            accumulate_steps=phase.accumulate_steps,
+            weight_decay=phase.weight_decay,
+            optimizer_state=phase.optimizer_state,
+        )
+        for phase, start, end in zip(setup.plan, starts, progress.ends)
+    ]
+
+
+def _parameters(setup: Setup) -> list[ParameterRow]:
+    params = named(setup.shapes.params)
+    by_phase = [scales(phase, params) for phase in setup.plan]
+    rows = [
+        ParameterRow(
+            name=name,
+            stage=stage_of(name, setup.task.prefixes),
+            shape=tuple(leaf.shape),
+            scales=tuple(found[name] for found in by_phase),
+        )
+        for name, leaf in params.items()
+    ]
+    return sorted(rows, key=lambda row: setup.task.stages.index(row.stage))
+
+
+def _predictions(
+    setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
+) -> tuple[list[Prediction], list[Prediction]]:
+    """Returns a sample of the examples predicted rightly, and the worst mistakes."""
+    if len(dataset.shape) != 3 or dataset.shape[2] not in (1, 3):
+        return [], []
+    records = setup.task.records(outputs, {})
+    certain = np.array([record["top"][0]["probability"] for record in records])
+    is_right = np.argmax(outputs["logits"], axis=-1) == dataset.label
+    right, wrong = np.flatnonzero(is_right), np.flatnonzero(~is_right)
+    spread = np.linspace(0, len(right) - 1, min(SHOWN, len(right))).round().astype(int)
+    worst = wrong[np.argsort(-certain[wrong], kind="stable")][:SHOWN]
+
+    def shown(positions: np.ndarray) -> list[Prediction]:
+        if not len(positions):
+            return []
+        images = _as_bytes(dataset.take(positions)["inputs"])
+        return [
+            Prediction(
+                image=image,
+                truth=setup.data.spec.class_names[dataset.label[position]],
+                top=tuple(
+                    (entry["class"], entry["probability"])
+                    for entry in records[position]["top"][:3]
+                ),
+                name="/".join(pathlib.PurePath(dataset.name(position)).parts[-2:]),
+            )
+            for position, image in zip(positions, images)
+        ]
+
+    return shown(right[spread]), shown(worst)
+
+
+def _segments(setup: Setup, predicted: np.ndarray, dataset: Dataset) -> Figure:
+    """Returns a picture of a sample of the examples, with their masks."""
+    count = min(SHOWN_MASKS, len(dataset))
+    positions = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    taken = dataset.take(positions)
+    names = ["/".join(pathlib.PurePath(dataset.name(p)).parts[-2:]) for p in positions]
+    return segments_figure(
+        _as_bytes(taken["inputs"]),
+        taken["mask"],
+        predicted[positions],
+        names,
+        setup.data.spec.pixel_classes,
+    )
+
+
+def _as_bytes(images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    return ((images - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)

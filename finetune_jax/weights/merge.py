@@ -1,0 +1,258 @@
+"""The strict merge of weights into a model: what does not fit is an error, all at once."""
+
+import collections
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.core.errors import problems_error
+from finetune_jax.core.pytrees import like, named
+from finetune_jax.core.registry import closest
+from finetune_jax.models.peft.lora import UPDATES, is_lora
+from finetune_jax.weights.addresses import Weights
+from finetune_jax.weights.formats.mapped import copied
+from finetune_jax.weights.layout import COUNT, OURS, Layout, Place, recognise
+from finetune_jax.weights.numbers import Doubts
+from finetune_jax.weights.positions import POSITIONS, resized
+from finetune_jax.weights.prefixes import without_prefix
+
+# Beyond so many problems the file is another model's, and near names say nothing.
+_HINTS = 20
+
+
+def fresh_in(
+    weights: Weights, fresh: Sequence[str], prefix: str = ""
+) -> Callable[[str], bool]:
+    """Returns whether a leaf keeps its initial value, by its name.
+
+    Args:
+        weights: Where they have no low-rank updates, those of the model keep theirs.
+        fresh: Regexes of names, without the collection.
+        prefix: Of the model, which these names begin with and those asked for do not.
+    """
+    kept = fresh if any(map(is_lora, weights.tensors)) else (*fresh, UPDATES)
+    before = f"{prefix}/" if prefix else ""
+    return lambda name: any(
+        re.fullmatch(pattern, before + name.partition("/")[2]) for pattern in kept
+    )
+
+
+def load_weights(
+    variables: Mapping[str, Any],
+    weights: Weights,
+    *,
+    fresh: Sequence[str] = (),
+    adapt_input: bool = False,
+    stem: str = "",
+    left_out: Sequence[str] = (),
+    prefix: str = "",
+    accept: Collection[str] | None = (),
+) -> dict[str, Any]:
+    """Returns `variables` with every leaf taken from the weights.
+
+    Args:
+        variables: 'params' and 'batch_stats': their initial values, or only the shapes
+            of those that are not `fresh_in` the weights.
+        weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
+            a name table in `layouts` describes.
+        fresh: Regexes of the names, without 'params/', that keep their initial value.
+        adapt_input: Fits the kernels of stage `stem` to another number of channels:
+            their mean over the channels, so that grey images give what they gave.
+        stem: The model's first stage.
+        left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
+            may have besides, and that are not wanted.
+        prefix: Of the model, where these are the variables of one of several.
+        accept: `config.init.accept`, the kinds of numbers that are taken as they are.
+            None where no key is about these weights; then none are.
+
+    Raises:
+        UserError: Lists every leaf that the weights lack or have in another shape, every
+            tensor that is not used, numbers that a model of floats does not take, and
+            every regex in `fresh` that matches nothing, if there is no prefix.
+    """
+    names = named(dict(variables))
+    weights = without_prefix(weights, names)
+    saved, doubts = weights.tensors, Doubts(accept)
+    layout = recognise(names, saved, weights.address)
+    is_fresh = fresh_in(weights, fresh, prefix)
+    merged, missing, misfits, used = _merged(
+        names,
+        weights,
+        layout,
+        is_fresh=is_fresh,
+        stem=stem if adapt_input else None,
+        doubts=doubts,
+    )
+    used |= set(layout.names([*names, *left_out]).values()) if left_out else set()
+    # In our own layout `fresh` also says which tensors of the file are not wanted.
+    unused = [
+        name
+        for name in sorted(layout.needed(saved) - used)
+        if not (layout is OURS and is_fresh(name))
+    ]
+    problems = [*_in_short(missing, unused), *misfits]
+    problems += _each(missing, unused, saved, names)
+    everything = [name.partition("/")[2] for name in (*names, *saved)]
+    problems += [
+        f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, everything)}"
+        for pattern in fresh
+        if not prefix and not any(re.fullmatch(pattern, name) for name in everything)
+    ]
+    problems += doubts.problems(len(saved), saved)
+    if problems:
+        problems += [f"(it was read so: {note})" for note in weights.notes]
+        raise problems_error(
+            f"{weights.address} (layout: {layout.name}) does not fit the model"
+            f"{f' {prefix!r}' if prefix else ''}:",
+            problems,
+            "Name what should keep its initial value in config.init.fresh, such as "
+            "('head/.*',); config.init.input_channels='adapt' fits a stem to other "
+            "channels.",
+        )
+    return jax.tree.map(np.asarray, like(dict(variables), merged))
+
+
+def _merged(
+    names: Mapping[str, Any],
+    weights: Weights,
+    layout: Layout,
+    *,
+    is_fresh: Callable[[str], bool],
+    stem: str | None,
+    doubts: Doubts,
+) -> tuple[dict[str, Any], list[tuple[str, str]], list[str], set[str]]:
+    """Returns the leaves by name, what is missing, what misfits, and the tensors used.
+
+    Args:
+        names: The model's leaves at their initial values.
+        weights: Has the tensors.
+        layout: Of the weights.
+        is_fresh: Whether a leaf keeps its initial value.
+        stem: The stage whose kernels are fitted to other channels; None is none.
+        doubts: Gets every tensor that is taken.
+    """
+    saved, places = weights.tensors, layout.places(names)
+    merged, missing, misfits, used = dict(names), [], [], set()
+    for name, leaf in names.items():
+        place = places.get(name, Place(tensor=name))
+        if is_fresh(name):
+            used.add(place.tensor)
+            continue
+        if place.tensor not in saved:
+            missing.append((name, place.name))
+            continue
+        used.add(place.tensor)
+        try:
+            value = place.value(saved[place.tensor])
+        except ValueError:  # Of another number of axes, or not to be divided.
+            value = saved[place.tensor]
+        in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
+        if stem is not None and in_stem and value.shape != leaf.shape:
+            value = _other_channels(value, leaf.shape[2])
+        if name.endswith(f"/{POSITIONS}"):
+            prefix = int(f"{name.removesuffix(POSITIONS)}class_token" in names)
+            value = resized(value, leaf.shape[1], prefix)
+        if value.shape != leaf.shape:
+            misfits.append(
+                f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
+                + _more_logits(name, leaf.shape, value.shape)
+            )
+        # A copy, also of what lies right: the file may change or go.
+        dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
+        with np.errstate(over="ignore", invalid="ignore"):  # Told below.
+            real = np.real(value) if value.dtype.kind == "c" else value
+            merged[name] = copied(real, dtype)
+        doubts.look(place.tensor, tensor, dtype, merged[name])
+    return merged, missing, misfits, used
+
+
+def _both(ours: str, theirs: str) -> str:
+    return ours if ours == theirs else f"{ours} ({theirs})"
+
+
+def _more_logits(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """Returns how a head with more logits than the data has classes is kept."""
+    is_head = re.fullmatch(r"params/(.*/)?head/logits/(kernel|bias)", name)
+    if not is_head or ours[:-1] != theirs[:-1] or not ours or ours[-1] > theirs[-1]:
+        return ""
+    return f"; config.model.classes={theirs[-1]} keeps all logits of the weights"
+
+
+def _each(
+    missing: Sequence[tuple[str, str]],
+    unused: Sequence[str],
+    saved: Iterable[str],
+    names: Iterable[str],
+) -> list[str]:
+    """Returns a line for every leaf that is missing, and every tensor that is left."""
+    hints = len(missing) + len(unused) <= _HINTS
+    left = set(saved) - set(names)
+    return [
+        f"{_both(name, source)}: not in the weights"
+        + (closest(source, left) if hints else "")
+        for name, source in missing
+    ] + [
+        f"{name}: in the weights, but not in the model"
+        + (closest(name, names) if hints else "")
+        for name in unused
+    ]
+
+
+def _in_short(missing: Sequence[tuple[str, str]], unused: Sequence[str]) -> list[str]:
+    """Returns what a long list comes down to."""
+    if len(missing) + len(unused) <= _HINTS:
+        return []
+    return [
+        f"{len(missing)} of the model's leaves are not in the weights, and {len(unused)} "
+        "tensors of the weights are not in the model: is config.model.name the model "
+        "that these weights were made for?"
+    ]
+
+
+def _other_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    mean = kernel.mean(axis=2, keepdims=True) * (kernel.shape[2] / channels)
+    return np.repeat(mean, channels, axis=2)
+
+
+def taken_line(
+    variables: Mapping[str, Any],
+    weights: Weights,
+    layout: Layout,
+    is_fresh: Callable[[str], bool],
+    prefix: str = "",
+) -> str:
+    """Returns a line about the arrays that a model takes from weights, and the others.
+
+    Args:
+        variables: 'params' and 'batch_stats' of the model.
+        weights: Weights that fit it.
+        layout: Layout of the weights.
+        is_fresh: Whether a leaf keeps its initial value, by its name.
+        prefix: Prefix of the model among several.
+    """
+    names = list(named(dict(variables)))
+    kept = [name.partition("/")[2] for name in names if is_fresh(name)]
+    needed = set(layout.names(n for n in names if not is_fresh(n)).values())
+    left = [n for n in weights.tensors if n not in needed and not n.endswith(COUNT)]
+    line = (
+        f"{prefix + ': ' if prefix else ''}{weights.address} (layout: {layout.name}), "
+    )
+    line += f"{len(names) - len(kept)} of {len(names)} arrays taken"
+    if kept:
+        line += f"; initial values kept: {_by_first(kept)}"
+    return line + (f"; left in the file: {_by_first(left)}" if left else "")
+
+
+def _by_first(names: Sequence[str]) -> str:
+    """Returns the first parts of names, with the number of names of each.
+
+    >>> _by_first(["head/logits/bias", "params/head/logits/kernel", "cls.bias"])
+    'head (2), cls (1)'
+    """
+    plain = [re.sub("^(params|batch_stats)/", "", name) for name in names]
+    counts = collections.Counter(re.split("[/.]", name)[0] for name in plain)
+    shown = [f"{name} ({number})" for name, number in counts.most_common(6)]
+    return ", ".join(shown) + (" and others" if len(counts) > 6 else "")

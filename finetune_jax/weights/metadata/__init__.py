@@ -1,0 +1,1 @@
+"""Labels, preprocessing, architecture and tokenizer stored beside weights."""

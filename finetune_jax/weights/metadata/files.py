@@ -1,0 +1,54 @@
+"""Files that lie beside weights, or at an address of their own."""
+
+import importlib.util
+import pathlib
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.paths import user_path
+from finetune_jax.weights.addresses import READERS, downloaded
+
+
+def path_beside(address: str, name: str) -> pathlib.Path | None:
+    """Returns where a file beside an address is, whether there is one or not.
+
+    Args:
+        address: Of weights, or of a folder.
+        name: Of the file.
+
+    Raises:
+        UserError: It does not come from the hub.
+    """
+    kind, _, place = address.partition(":")
+    if kind not in READERS or kind == "zoo" or not place:
+        return None
+    if kind == "hf":
+        parts = place.split("/")
+        if len(parts) < 2:
+            raise UserError(f"{address!r} is not hf:OWNER/REPO")
+        inside = str(pathlib.PurePosixPath("/".join(parts[2:-1]), name))
+        return pathlib.Path(downloaded("/".join(parts[:2]), (inside,)))
+    if kind == "package":
+        module, _, inside = place.partition("/")
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        path = pathlib.Path(spec.submodule_search_locations[0]) / inside
+    else:
+        path = user_path(place, address)
+    return (path if path.is_dir() else path.parent) / name
+
+
+def read_beside(address: str, name: str) -> str | None:
+    """Returns what a file beside an address holds; None where there is none.
+
+    Raises:
+        UserError: It cannot be read, or does not come from the hub.
+    """
+    path = path_beside(address, name)
+    if path is None or not path.is_file():
+        return None
+    try:
+        # Not `read_text`, which takes a carriage return for the end of a line.
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,197 @@
+"""How images were prepared for weights, as the files beside these say.
+
+transformers has `preprocessor_config.json`; timm `pretrained_cfg` in `config.json`, or its
+keys alone; an export of this project `model.json`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetune_jax.config import Config
+from finetune_jax.core.errors import UserError
+from finetune_jax.weights.fields import loads
+from finetune_jax.weights.metadata import architecture
+from finetune_jax.weights.metadata.files import read_beside
+
+# Of Pillow, as transformers writes them.
+_RESAMPLED = {2: "bilinear", 3: "bicubic"}
+# What belongs together: an image size of one and a crop of the other would not.
+_GEOMETRY = ("image_size", "resize")
+# Below this size ConvNeXts of transformers cut, from it on they stretch.
+_STRETCHED_FROM = 384
+
+
+def filled(config: Config) -> tuple[Config, list[str]]:
+    """Returns the config with the preprocessing and the network of its weights.
+
+    In `config.data` the config counts; where the weights say something else, a line tells
+    both. In `config.model` they must agree. Where the weights say nothing, the config
+    itself is returned.
+
+    Args:
+        config: Resolved; None in `data` is what is not given.
+
+    Returns:
+        The config, and lines that tell what was filled.
+
+    Raises:
+        UserError: `config.model` is another network than that of the weights.
+    """
+    config, lines = architecture.filled(config)
+    config, more = _with_preprocessing(config)
+    return config, [*lines, *more]
+
+
+def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
+    found, where = {}, None
+    if config.init.pretrained is not None and not config.data.text:
+        found, where = beside(config.init.pretrained)
+    if not found:
+        return config, []
+    full = copy.deepcopy(config)
+    data, lines, taken = full.data, [], {}
+    if config.data.channels == 1:
+        found |= {k: _mean(found[k]) for k in ("mean", "std") if k in found}
+    for key, value in found.items():
+        given = config.data[key]
+        is_given = given is not None
+        if key in _GEOMETRY:
+            is_given = any(config.data[one] is not None for one in _GEOMETRY)
+        if not is_given:
+            data[key] = taken[key] = value
+        elif not _same(given, value):
+            lines.append(
+                f"config.data.{key}: {given!r}, but {where} says {value!r}, with which "
+                "the weights were trained"
+            )
+    if taken:
+        told = ", ".join(f"{key}={value!r}" for key, value in taken.items())
+        lines.insert(0, f"config.data: {told}, as {where} says")
+    return full, lines
+
+
+def beside(address: str) -> tuple[dict[str, Any], str | None]:
+    """Returns what `config.data` would say of images for some weights, and which file does.
+
+    Keys are 'image_size', 'resize' (None stretches), 'interpolation', 'mean' and 'std', as
+    far as they are known and can be said there.
+    """
+    for name, read in READERS.items():
+        try:
+            text = read_beside(address, name)
+            values = loads(text) if text is not None else None
+        except (UserError, ValueError):  # Not in the repository, or no JSON.
+            continue
+        if not isinstance(values, dict):
+            continue
+        try:
+            found = read(values)
+        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError):
+            continue
+        if found:
+            return found, name
+    return {}, None
+
+
+def _transformers(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    size, cut = _sides(values.get("size")), _sides(values.get("crop_size"))
+    crop_share = values.get("crop_pct")
+    if values.get("do_resize", True) and size is not None:
+        shortest, exact = size
+        if crop_share and shortest and shortest < _STRETCHED_FROM:
+            found = {"image_size": shortest, "resize": int(shortest / crop_share)}
+        elif crop_share and shortest:
+            found = {"image_size": shortest, "resize": None}
+        elif values.get("do_center_crop") and shortest and cut and cut[1]:
+            found = {"image_size": cut[1], "resize": shortest}
+        elif exact and not values.get("do_center_crop"):
+            found = {"image_size": exact, "resize": None}
+    if values.get("resample") in _RESAMPLED:
+        found["interpolation"] = _RESAMPLED[values["resample"]]
+    normalises = values.get("do_normalize", True)
+    mean = values.get("image_mean") if normalises else (0.0,)
+    std = values.get("image_std") if normalises else (1.0,)
+    if mean is not None and std is not None:
+        # Bytes are scaled there by any factor, and here by 1/255.
+        scale = 255 * values.get("rescale_factor", 1 / 255)
+        if not values.get("do_rescale", True):
+            scale = 255
+        found |= {"mean": _scaled(mean, scale), "std": _scaled(std, scale)}
+    return found
+
+
+def _sides(size: Any) -> tuple[int | None, int | None] | None:
+    """Returns the length of the shortest side, and that of both where they are equal.
+
+    >>> _sides({"shortest_edge": 256}), _sides({"height": 8, "width": 8}), _sides(9)
+    ((256, None), (None, 8), (9, 9))
+    """
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, Mapping):
+        return None
+    height = size.get("height")
+    return size.get("shortest_edge"), height if height == size.get("width") else None
+
+
+def _timm(values: Mapping[str, Any]) -> dict[str, Any]:
+    values = values.get("pretrained_cfg") or values
+    found: dict[str, Any] = {}
+    _, height, width = values.get("input_size") or (None, None, None)
+    share = values.get("crop_pct")
+    if height and height == width:
+        crops = share and values.get("crop_mode", "center") == "center"
+        # Source: timm/data/transforms_factory.py, `transforms_imagenet_eval`.
+        resize = math.floor(height / share) if crops else None
+        found = {"image_size": height, "resize": resize}
+    if values.get("interpolation") in _RESAMPLED.values():
+        found["interpolation"] = values["interpolation"]
+    for key in ("mean", "std"):
+        if values.get(key):
+            found[key] = _scaled(values[key], 1.0)
+    return found
+
+
+def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("data"), Mapping):  # Of converted weights.
+        return {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values["data"].items()
+            if key in ("image_size", "resize", "interpolation", "mean", "std")
+        }
+    looks, (height, width, _) = values["preprocessing"], values["inputs"]["shape"]
+    found = {key: looks[key] for key in ("interpolation", "resize")}
+    found |= {key: _scaled(looks[key], 1.0) for key in ("mean", "std")}
+    return found | {"image_size": height} if height == width else found
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "preprocessor_config.json": _transformers,
+    "config.json": _timm,
+    "model.json": _ours,
+}
+
+
+def _scaled(values: Any, scale: float) -> tuple[float, ...]:
+    """Returns numbers in units of what bytes over 255 are."""
+    values = [values] if isinstance(values, int | float) else values
+    found = tuple(float(value) / scale for value in values)
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _mean(values: tuple[float, ...]) -> tuple[float, ...]:
+    return (sum(values) / len(values),)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Returns whether two values mean the same; numbers are often rounded."""
+    if not isinstance(ours, tuple) or not isinstance(theirs, tuple):
+        return ours == theirs
+    longest = max(len(ours), len(theirs))
+    pairs = [(v * longest)[:longest] if len(v) == 1 else v for v in (ours, theirs)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    return all(abs(a - b) < 5e-3 for a, b in zip(*pairs))

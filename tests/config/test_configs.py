@@ -1,0 +1,180 @@
+"""Every config that ships runs, small, and reads every key that it has."""
+
+import ast
+import dataclasses
+import functools
+import json
+import pathlib
+
+import clicks
+import pictures
+import pytest
+import questions
+import test_data
+import texts
+from recording import Recording
+
+from finetune_jax import config as configs
+from finetune_jax.models import vgg, vit
+from finetune_jax.plans.phase import Phase
+from finetune_jax.training.run import run
+from finetune_jax.training.setup import make_setup
+
+ROOT = pathlib.Path(__file__).parents[2]
+VARIANTS = [
+    "resnet_head.py:tiny",
+    "head_population.py:tiny",
+    "efficientnet_flowers.py:tiny",
+    "adapt_digits.py:tiny",
+    "bert_ner.py:tiny",
+    "bert_qa.py:tiny",
+    "bert_sst2.py:tiny",
+    "distill_digits.py:tiny",
+    "mutual_digits.py:tiny",
+    "joint_digits_fashion.py:tiny",
+    "criteo.py:tiny",
+    "diabetes_mlp.py:tiny",
+    "iris_mlp.py:tiny",
+    "mnist_source.py:cnn,tiny",
+    "mnist_source.py:mlp,tiny",
+    "mnist_target.py:cnn,tiny",
+    "mnist_target.py:mlp,tiny",
+    "pretrain_fashion_mnist.py:tiny",
+    "segmentation.py:tiny",
+    "tabular_transfer.py:source,tiny",
+    "tabular_transfer.py:target,tiny",
+    "vit_full.py:tiny",
+    "vgg_partial.py:tiny",
+]
+
+
+# Widths and depths in which these are quick to compile.
+SMALLER = {
+    "vit_tiny_patch16": (vit, {"shape": vit.Shape(16, 2, 2, 16)}),
+    "vgg11_bn": (vgg, {"widths": (4, 4, 4, 4, 4)}),
+}
+QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
+
+
+TEXTS = {
+    "classes": texts.write,
+    "tags": functools.partial(texts.write_tagged, columns=("tokens", "ner_tags")),
+    "answers": questions.write_squad,
+}
+
+
+def smaller(make, fields):
+    """Returns what makes a model with some fields replaced."""
+
+    @functools.wraps(make)
+    def made(**arguments):
+        return make(**arguments).clone(**fields)
+
+    return made
+
+
+def resolved(variant, tmp_path):
+    """Returns a variant on one device, with data and weights that it can find."""
+    overrides = [("parallel.devices", "1"), ("data.batch_size", "10")]
+    config = configs.load(str(ROOT / "configs" / variant))
+    domains = {dict(e).get("name"): i for i, e in enumerate(config.data.domains)}
+    if config.data.name == "idx" or "idx" in domains:
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        for prefix, size in (("train", 60), ("t10k", 20)):
+            images = rng.integers(0, 256, (size, 28, 28), np.uint8)
+            labels = (np.arange(size) % 10).astype(np.uint8)
+            test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
+            test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
+        place = "data.dir"
+        if "idx" in domains:
+            place = f"data.domains[{domains['idx']}].dir"
+        overrides.append((place, str(tmp_path)))
+    if config.data.name == "folder":
+        folder = pictures.make_folder(tmp_path / "photos")
+        overrides += [("data.dir", str(folder)), ("data.image_size", "32")]
+    if config.data.text:  # A small model that knows few words.
+        folder = TEXTS[config.data.labels](tmp_path / "texts")
+        overrides += [("data.dir", str(folder)), ("init.pretrained", "None")]
+        tokenizer = tmp_path / "texts" / "tokenizer.json"
+        overrides += [("data.tokenizer", f"file:{tokenizer}"), ("init.fresh", "()")]
+        small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
+        small |= {"vocabulary": "30", "positions": "384"}
+        overrides += [(f"model.{key}", value) for key, value in small.items()]
+    if config.data.name == "criteo":
+        folder = tmp_path / "days"
+        folder.mkdir(exist_ok=True)
+        for day in range(4):
+            clicks.write(folder / f"day_{day}.txt", clicks.rows(60, seed=day))
+        days = "day" in config.data.train
+        overrides += [("data.dir", str(folder if days else folder / "day_0.txt"))]
+        overrides += [("data.cache_dir", str(tmp_path / "cache")), ("model.width", "2")]
+    if config.init.pretrained and config.init.pretrained.startswith("orbax:"):
+        source = variant.replace("target", "source")
+        workdir = tmp_path / "source"
+        run(resolved(source, tmp_path), workdir)
+        overrides.append(("init.pretrained", f"orbax:{workdir}"))
+        if config.data.fitted:
+            overrides.append(("data.fitted", str(workdir)))
+    if members := config.model.get("members", ()):
+        if members[0].get("pretrained"):  # A teacher.
+            run(resolved("distill_digits.py:teacher,tiny", tmp_path), tmp_path / "t")
+            overrides.append(("model.members[0].pretrained", f"orbax:{tmp_path / 't'}"))
+    config, problems = configs.resolve(config, overrides)
+    assert not problems
+    return config
+
+
+def test_every_config_has_a_variant_here():
+    files = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert files == {variant.partition(":")[0] for variant in VARIANTS}
+    for path in (ROOT / "configs").glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 60 and "Command:" in text
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS],
+)
+def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch):
+    for name, (family, fields) in SMALLER.items():
+        monkeypatch.setitem(family.MODELS, name, smaller(family.MODELS[name], fields))
+    config = resolved(variant, tmp_path)
+    recorded = Recording(config)
+    result = run(recorded, tmp_path / "run")
+    assert result["steps"] == 2 * len(config.plan)
+    unread = set(configs.flat(config)) - recorded.read
+    # Read before a run begins.
+    unread -= {"deterministic", "checkpoint.grace_s", "population"}
+    if config.data.text:
+        unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
+    if config.init.pretrained is None:
+        unread -= {"init.fresh", "init.input_channels", "init.accept"}
+    if config.task.name == "mutual":  # What several models need is not kept.
+        unread -= {"data.cache_dir", "data.cache_gb"}
+    assert not unread
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written == result
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "report"):
+        assert (tmp_path / "run" / name).exists()
+
+
+def test_a_key_that_nobody_reads_would_be_seen(tmp_path):
+    config = resolved("iris_mlp.py:tiny", tmp_path)
+    with config.unlocked():
+        config.data.forgotten = 1
+    recorded = Recording(config)
+    make_setup(recorded)
+    assert "data.forgotten" not in recorded.read
+    assert {"data.train", "plan[0].peak_lr", "model.hidden"} <= recorded.read
+
+
+def test_every_field_of_a_phase_is_used_outside_its_definition():
+    used = set()
+    for path in (ROOT / "finetune_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+    assert {field.name for field in dataclasses.fields(Phase)} <= used

@@ -1,0 +1,151 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import digest
+from finetune_jax.core.train_state import Progress
+from finetune_jax.plans.phase import Phase
+from finetune_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from finetune_jax.training.setup import make_setup
+
+PLAN = (
+    Phase(name="head", steps=2, rules=small.HEAD, batch_stats="hold"),
+    Phase(name="slow", steps=2, rules=(("head/.*", 1.0), (".*", 0.1))),
+    Phase(name="momentum", steps=2, optimizer="sgd", optimizer_args={"momentum": 0.9}),
+    Phase(name="two", steps=2, rules=small.HEAD, accumulate_steps=2),
+    Phase(name="frozen head", steps=2, rules=(("head/.*", 0.0), (".*", 1.0))),
+)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return make_setup(small.config(
+        model="cnn", convolutions=(4, 4), dense=(8,), plan=PLAN
+    ))  # fmt: skip
+
+
+def some_state(setup, phase, seed=0):
+    """Returns a state of a phase's structure with values in every leaf."""
+    rng = np.random.default_rng(seed)
+    target = setup.target(Progress(phase=phase))
+    state = jax.tree.map(
+        lambda a: rng.normal(size=a.shape, scale=9).astype(a.dtype), target
+    )
+    return state.replace(step=np.asarray(phase + 1, np.int32))
+
+
+def opened(tmp_path, keep=9):
+    return Checkpoints(tmp_path / "checkpoints", keep=keep)
+
+
+def test_a_state_comes_back_to_the_bit(setup, tmp_path):
+    state = some_state(setup, 1)
+    state.params["head"]["logits"]["bias"][:4] = [-0.0, 1e-45, np.inf, np.nan]
+    checkpoints = opened(tmp_path)
+    progress = Progress(phase=1, ends=[1], best=0.5, best_step=2, log_lines=7)
+    checkpoints.save(state, progress)
+    checkpoints.close()
+    again = opened(tmp_path)
+    assert again.progress(2) == progress
+    restored = again.restore(2, setup.target(progress))
+    assert digest(restored) == digest(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+def test_the_state_of_each_phase_is_refused_in_every_other(setup, tmp_path):
+    checkpoints = opened(tmp_path)
+    for phase in range(-1, len(PLAN)):
+        state = some_state(setup, phase)
+        checkpoints.save(state, Progress(phase=phase))
+        for other in range(-1, len(PLAN)):
+            target = setup.target(Progress(phase=other))
+            if other == phase:
+                assert digest(checkpoints.restore(phase + 1, target)) == digest(state)
+            else:
+                with pytest.raises(UserError, match="of another phase or model"):
+                    checkpoints.restore(phase + 1, target)
+
+
+def test_the_first_the_best_and_the_newest_stay(setup, tmp_path):
+    checkpoints = opened(tmp_path, keep=2)
+    state = some_state(setup, -1)
+    for step in range(6):
+        at_step = state.replace(step=np.asarray(step, np.int32))
+        checkpoints.save(at_step, Progress(best_step=min(step, 2)))
+    assert checkpoints.steps() == [0, 2, 4, 5]
+
+
+# A restore that fails leaves tasks of orbax behind, whose event loop is then closed.
+NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def flipped(path, position):
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1 << (position % 8)
+    path.write_bytes(bytes(data))
+
+
+@NOISE
+@pytest.mark.parametrize("each", [6, pytest.param(80, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_found_or_harmless(setup, tmp_path, each):
+    """Every file of a checkpoint, some places each; more than a thousand in all."""
+    state, progress = some_state(setup, 0), Progress(phase=0)
+    checkpoints = opened(tmp_path)
+    checkpoints.save(state, progress)
+    target, found, tried = setup.target(progress), 0, 0
+    folder = checkpoints.folder / "1"
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+    for path in files:
+        whole = path.read_bytes()
+        for position in np.random.default_rng(0).integers(0, len(whole), each):
+            flipped(path, int(position))
+            tried += 1
+            try:
+                assert checkpoints.progress(1) == progress
+                assert digest(checkpoints.restore(1, target)) == digest(state)
+            except DamagedCheckpoint:
+                found += 1
+            path.write_bytes(whole)
+    print(f"{tried} bits in {len(files)} files: {found} found, the rest harmless")
+    assert tried > (1000 if each > 6 else 40) and found > tried / 4
+    assert digest(checkpoints.restore(1, target)) == digest(state)
+
+
+@NOISE
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
+    setup, tmp_path
+):
+    checkpoints = opened(tmp_path)
+    for phase in (0, 1, 2):
+        checkpoints.save(some_state(setup, phase), Progress(phase=phase))
+    data = next((checkpoints.folder / "3" / "state").rglob("d/*"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    (checkpoints.folder / "2" / "meta" / "metadata").write_text("{}")
+    checkpoints.close()
+    told, checkpoints = [], opened(tmp_path)
+    state, progress = checkpoints.newest(setup.target, told.append)
+    assert progress.phase == 0 and digest(state) == digest(some_state(setup, 0))
+    assert len(told) == 2 and "checkpoint 3" in told[0]
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3"]
+    checkpoints.save(some_state(setup, 1), Progress(phase=1))
+    assert checkpoints.steps() == [1, 2]
+
+
+@NOISE
+def test_metadata_is_part_of_what_is_checked(setup, tmp_path):
+    checkpoints = opened(tmp_path)
+    checkpoints.save(some_state(setup, 0), Progress(phase=0))
+    path = checkpoints.folder / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["progress"]["best_step"] = 5
+    path.write_text(json.dumps(meta))
+    with pytest.raises(DamagedCheckpoint, match="metadata has changed"):
+        checkpoints.progress(1)
+
+
+def test_an_empty_folder_has_no_newest(setup, tmp_path):
+    assert opened(tmp_path).newest(setup.target, print) is None
