@@ -31,7 +31,7 @@ from finetune_jax.inference.predictor import (
     takes_files,
     text_examples,
 )
-from finetune_jax.main import pin_environment, resolved_config
+from finetune_jax.modes.startup import pin_environment, resolved_config
 
 
 def pipeline(

@@ -91,7 +91,7 @@ def forward_seconds(setup, state, photos: np.ndarray) -> float:
 
     import jax
 
-    from finetune_jax.training.step import eval_step
+    from finetune_jax.evaluation.eval_step import eval_step
 
     step = jax.jit(functools.partial(eval_step, task=setup.task))
     whole = len(photos) // BATCH * BATCH

@@ -19,13 +19,14 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.plan import data_of
 from finetune_jax.parallel.devices import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.plans.strategies import EVERYTHING, HEAD_ONLY
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import make_task, phase_setup
-from finetune_jax.training.step import eval_step, train_step
+from finetune_jax.training.step import train_step
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 PHASE = Phase(

@@ -22,10 +22,11 @@ import numpy as np
 from PIL import Image
 
 from finetune_jax import config as configs
-from finetune_jax.core.train_state import Progress
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.features.frozen_prefix import at_a_time
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
-from finetune_jax.training.step import eval_step, train_step
+from finetune_jax.training.step import train_step
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 

@@ -26,7 +26,7 @@ SEEDS = 4
 SINGLES = """
 import pathlib, sys
 from finetune_jax import config as configs
-from finetune_jax.main import pin_environment
+from finetune_jax.modes.startup import pin_environment
 pin_environment(None, False)
 from finetune_jax.training.run import run
 for seed in range(int(sys.argv[3])):

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import count, named
 from finetune_jax.models import make_model
-from finetune_jax.report.workdir import write_json
 from finetune_jax.training.initial.starting_state import told_of
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.layout import recognise

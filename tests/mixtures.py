@@ -14,7 +14,7 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.data.domains import mixed_batches
 from finetune_jax.parallel.devices import make_devices, run_once
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import make_setup, phase_setup
 from finetune_jax.training.step import train_step
 

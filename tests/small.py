@@ -11,8 +11,8 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel.devices import run_once
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, apply
-from finetune_jax.training.initial.random_states import random_state
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.setup import make_task, phase_setup

@@ -4,20 +4,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from finetune_jax.core import aligned
+from finetune_jax.core.files import write_text
 from finetune_jax.core.pytrees import nbytes
-from finetune_jax.report.workdir import write_text
 
 ABOUT = "about.json"
 # A table that has been in the making for so long is not being made any more.
@@ -81,7 +81,7 @@ class Tables:
             if file.stat().st_size != nbytes(leaf):
                 raise ValueError(f"{file} has {file.stat().st_size:,} bytes")
             if not nbytes(leaf) or nbytes(table) <= self.memory:
-                flat = aligned.zeros((nbytes(leaf),), np.uint8)
+                flat = aligned_zeros((nbytes(leaf),), np.uint8)
                 with file.open("rb") as opened:
                     opened.readinto(flat.data)
             else:
@@ -132,7 +132,7 @@ class Tables:
             self.say(f"{what}: computed once, {nbytes(table) / 1e6:,.1f} MB in {place}")
         if kept is None:
             return self._opened(place, table)
-        return [aligned.concatenated(parts) for parts in zip(*kept)]
+        return [concatenated(parts) for parts in zip(*kept)]
 
     def _make_room(self, size: int) -> None:
         """Deletes the tables that were not used for longest, as the limit says."""
@@ -225,3 +225,31 @@ def sha256_of(array: np.ndarray) -> str:
     for begin in range(0, flat.size, 2**26):
         digester.update(flat[begin : begin + 2**26].data)
     return digester.hexdigest()
+
+
+# Bytes; XLA asks for it.
+ALIGNMENT = 64
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Returns an uninitialised array [*shape] that begins at a multiple of `ALIGNMENT`."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def aligned_zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Returns zeros [*shape] that begin at a multiple of `ALIGNMENT`."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(make: Callable, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = make(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the rows of arrays of one dtype, one after another."""
+    count = sum(map(len, parts))
+    found = aligned_zeros((count, *parts[0].shape[1:]), parts[0].dtype)
+    return np.concatenate(parts, out=found)

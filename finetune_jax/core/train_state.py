@@ -1,6 +1,5 @@
 """What a run carries from update to update, on the device and beside it."""
 
-import dataclasses
 from typing import Any
 
 import flax.struct
@@ -90,55 +89,3 @@ def eval_params(state: TrainState, *, ema: bool = False) -> Any:
 
 def _is_schedule_free(node: Any) -> bool:
     return isinstance(node, optax.contrib.ScheduleFreeState)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """Where a run stands: what a checkpoint's metadata says besides the arrays.
-
-    Attributes:
-        phase: Index of the phase that the run is in; -1 before the first.
-        ends: Where the phases before it ended.
-        frozen_sha256: Digest of what each phase began so far keeps frozen, by name.
-        best: Value of the metric that chooses the best checkpoint, if any yet.
-        best_step: Its step.
-        best_loss: Loss at that step, which decides ties of the metric.
-        plateau_best: Best value of the phase's plateau metric.
-        plateau_bad: Evaluations since without improvement.
-        plateau_best_step: The step of that value.
-        plateau_best_loss: Loss at that step.
-        rate_best: Best value of the metric of the phase's 'plateau' schedule.
-        rate_bad: Evaluations since without improvement.
-        rate_drops: How often that schedule has lowered the rate.
-        nonfinite: Updates so far that were not finite.
-        anchor: Step of the last checkpoint that was due, to which a rollback goes.
-        log_lines: Lines of `metrics.jsonl` up to this step.
-    """
-
-    phase: int = -1
-    ends: list[int] = dataclasses.field(default_factory=list)
-    frozen_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-    best: float | None = None
-    best_step: int | None = None
-    best_loss: float | None = None
-    plateau_best: float | None = None
-    plateau_bad: int = 0
-    plateau_best_step: int | None = None
-    plateau_best_loss: float | None = None
-    rate_best: float | None = None
-    rate_bad: int = 0
-    rate_drops: int = 0
-    nonfinite: int = 0
-    anchor: int = 0
-    log_lines: int = 0
-
-    def enter(self, phase: int) -> None:
-        """Notes that a phase begins, whose plateaus know nothing yet."""
-        self.phase = phase
-        self.plateau_best, self.plateau_bad = None, 0
-        self.plateau_best_step = self.plateau_best_loss = None
-        self.rate_best, self.rate_bad, self.rate_drops = None, 0, 0
-
-    def phase_is_over(self) -> bool:
-        """Returns whether the phase has ended, so that the next one is to be entered."""
-        return len(self.ends) > self.phase

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core import aligned
+from finetune_jax.core.array_store import aligned_zeros
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.classes import check_classes, check_labelled
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.loading import load_source as load_source
 from finetune_jax.data.loading import opened
-from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.source import (
+    ArrayExamples,
+    Source,
+    check_classes,
+    check_labelled,
+)
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import choose, overlaps, per_class
 from finetune_jax.data.tables.encoding import Fitted
@@ -114,7 +118,7 @@ class Dataset:
         owners, places = self._owners(self.indices[positions])
         parts = list(self.source.splits.values())
         ready = np.array([self._is_ready(part) for part in parts])[owners]
-        inputs = aligned.zeros((len(places), *self._read_shape), self._dtype)
+        inputs = aligned_zeros((len(places), *self._read_shape), self._dtype)
         for owner in np.unique(owners[ready]):
             rows = np.flatnonzero(owners == owner)
             inputs[rows] = parts[owner].values[places[rows]]

@@ -8,9 +8,8 @@ from typing import Any
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data import sources
-from finetune_jax.data.classes import check_no_classes
 from finetune_jax.data.shifts import shifted
-from finetune_jax.data.source import Source
+from finetune_jax.data.source import Source, check_no_classes
 from finetune_jax.data.tables.encoding import Fitted
 from finetune_jax.data.tables.schema import table_options_of
 from finetune_jax.data.tables.source import Table, format_of, load_table

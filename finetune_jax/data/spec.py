@@ -10,7 +10,7 @@ from finetune_jax.core.errors import problems_error
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.images.pixels import Pixels
 from finetune_jax.data.labels import class_name
-from finetune_jax.data.tables.table_spec import TableSpec, table_from_json
+from finetune_jax.data.tables.schema import TableSpec, table_from_json
 from finetune_jax.data.text.tokens import TextOptions, TextSpec
 
 # Largest mean and deviation of values in [0, 1] that is plausible; chosen by us.

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax.config import Config
 from finetune_jax.core.errors import problems_error
 from finetune_jax.core.pytrees import count, like, named, part, stage_of
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.dataset import Data, Dataset
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.evaluation.evaluator import Evaluator, Extra
 from finetune_jax.evaluation.other_domains import Domain, find_domains, with_head
 from finetune_jax.tasks.task import EVALUATION, Task, apply
-from finetune_jax.training.setup import Setup
-from finetune_jax.training.step import eval_step
 
 # Features whose Gram matrix is taken at once, and values of the gradients of examples
 # that lie on the device at once: bounds of memory, chosen by us.
@@ -25,18 +25,18 @@ GRAM_COLUMNS = 2**14
 GRADIENT_VALUES, MOST_GRADIENTS = 2**28, 32
 
 
-def open_domains(setup: Setup) -> tuple[Domain, ...]:
+def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
     """Returns the domains of `config.evaluate.also`. Nothing is compiled.
 
     Raises:
         UserError: Lists all that these, `evaluate.cka` and `init.fisher` ask for and that
             is not there.
     """
-    domains, problems = find_domains(setup)
-    examples, held_out = setup.config.evaluate.cka, setup.data.held_out
+    domains, problems = find_domains(config, data)
+    examples, held_out = config.evaluate.cka, data.held_out
     if examples is not None:
         where = f"config.evaluate.cka: {examples}"
-        split = _compared_split(setup)
+        split = _compared_split(data)
         if split is None:
             problems.append(
                 f"{where}, but config.data has neither validation nor test, whose "
@@ -53,27 +53,28 @@ def open_domains(setup: Setup) -> tuple[Domain, ...]:
 
 
 def make_extras(
-    setup: Setup, start: TrainState, domains: tuple[Domain, ...]
+    config: Config, data: Data, start: TrainState, domains: tuple[Domain, ...]
 ) -> tuple[Extra, ...]:
     """Returns what the config measures of a state besides its splits.
 
     Args:
-        setup: Of the run.
+        config: Of the run.
+        data: Of the run.
         start: The state before the first update, on the host.
         domains: From `open_domains`.
     """
     extras: list[Extra] = [_OnDomain(domain, start) for domain in domains]
-    evaluate, split = setup.config.evaluate, _compared_split(setup)
+    evaluate, split = config.evaluate, _compared_split(data)
     if evaluate.distance:
         extras.append(_Distance(start))
     if evaluate.cka is not None and split is not None:
-        dataset = _first(setup.data.held_out[split], evaluate.cka)
+        dataset = _first(data.held_out[split], evaluate.cka)
         extras.append(_Similarity(start, dataset))
     return tuple(extras)
 
 
-def _compared_split(setup: Setup) -> str | None:
-    splits = [s for s in ("validation", "test") if s in setup.data.held_out]
+def _compared_split(data: Data) -> str | None:
+    splits = [s for s in ("validation", "test") if s in data.held_out]
     return splits[0] if splits else None
 
 

@@ -13,11 +13,11 @@ from finetune_jax.data.batches import Examples, Shortened, by_length, evaluation
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import Mixture
 from finetune_jax.data.text.tokens import TextOptions
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.features.cache import Features, FeatureStore, Frozen, frozen_part
 from finetune_jax.features.frozen_prefix import is_large
 from finetune_jax.parallel.devices import Compiled, Devices
 from finetune_jax.tasks.task import Task
-from finetune_jax.training.step import eval_step
 
 
 @dataclasses.dataclass(kw_only=True)

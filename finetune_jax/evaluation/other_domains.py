@@ -14,13 +14,13 @@ from finetune_jax.core.errors import UserError, listed
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.classes import check_labelled
-from finetune_jax.data.dataset import Dataset, dataset_of, load_source
+from finetune_jax.data.dataset import Data, Dataset, dataset_of, load_source
+from finetune_jax.data.source import check_labelled
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.data.splits import named_splits, select
+from finetune_jax.tasks import make_task
+from finetune_jax.tasks.components.random_state import shapes_of
 from finetune_jax.tasks.task import Task
-from finetune_jax.training.initial.random_states import shapes_of
-from finetune_jax.training.setup import Setup, make_task
 from finetune_jax.weights.addresses import Weights, read_weights
 from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.labels import are_places, check_labels, keys
@@ -87,13 +87,13 @@ def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarr
     }
 
 
-def find_domains(setup: Setup) -> tuple[tuple[Domain, ...], list[str]]:
+def find_domains(config: Config, data: Data) -> tuple[tuple[Domain, ...], list[str]]:
     """Returns the domains of `config.evaluate.also`, and all that is wrong with them.
 
     Nothing is compiled. Examples that are measured are decoded where the config's
     `data.memory_gb` has room for them beside the run's own.
     """
-    config, found, problems = setup.config, [], _label_problems(setup.config)
+    found, problems = [], _label_problems(config)
     weights = None
     if config.init.pretrained and any(
         entry.head == "pretrained" for entry in config.evaluate.also
@@ -104,14 +104,14 @@ def find_domains(setup: Setup) -> tuple[tuple[Domain, ...], list[str]]:
         wrong = _entry_problems(entry, where, config)
         if not wrong:
             try:
-                found.append(_domain(entry, setup, where, weights))
+                found.append(_domain(entry, config, data, where, weights))
             except UserError as error:
                 # What reads data blames config.data, where it does not come from.
                 wrong = [str(error).replace("config.data.", where)]
         problems += wrong
     if not problems:
         try:
-            found = _in_memory(found, setup)
+            found = _in_memory(found, config, data)
         except UserError as error:
             problems.append(f"config.evaluate.also: {error}")
     return tuple(found), problems
@@ -165,14 +165,16 @@ def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
     return problems
 
 
-def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) -> Domain:
+def _domain(
+    entry: Config, config: Config, data: Data, where: str, weights: Weights | None
+) -> Domain:
     """Returns one domain, nothing decoded yet.
 
     Raises:
         UserError: The data cannot be read, or does not fit the model.
     """
-    data = setup.config.data
-    given = {**preprocessing_of(data), "dir": data.dir}
+    section = config.data
+    given = {**preprocessing_of(section), "dir": section.dir}
     given = {
         key: given[key] if entry[key] is None else entry[key]
         for key in ("dir", "mean", "std", "resize")
@@ -184,21 +186,21 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
     everything = np.concatenate(list(label.values()))
     given_label, class_names, warnings = everything, source.class_names, source.warnings
     if entry.head != "pretrained":
-        own = setup.data.spec.class_names
-        _check_logits(entry, setup, class_names, where)
+        own = data.spec.class_names
+        _check_logits(entry, config, data, class_names, where)
         place, class_names, told = _places(class_names, own, where, entry.head)
         if class_names != source.class_names:  # Labels below 0 are none.
             everything = np.where(everything < 0, everything, place[everything])
         warnings += told
     splits = named_splits(label, entry.split_seed)
     spec = _spec(
-        shape=setup.data.spec.shape,
+        shape=data.spec.shape,
         shapes={part.shape for part in source.splits.values()},
         where=where,
         dtype=next(iter(source.splits.values())).dtype,
         class_names=class_names,
         pixels=source.pixels,
-        interpolation=setup.data.spec.interpolation,
+        interpolation=data.spec.interpolation,
         **given,
     )
 
@@ -208,7 +210,7 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
         return dataset_of(source, spec, chosen, everything[chosen])
 
     test, train = split("test"), split("train") if entry.train is not None else None
-    task, pretrained = _task_and_head(entry, setup, spec, where, weights)
+    task, pretrained = _task_and_head(entry, config, data, spec, where, weights)
     if unmeasurable := task.check_splits({entry.label: test.label}):
         raise UserError(f"{where}test: {'; '.join(unmeasurable)}")
     return Domain(
@@ -225,15 +227,15 @@ def _domain(entry: Config, setup: Setup, where: str, weights: Weights | None) ->
 
 
 def _check_logits(
-    entry: Config, setup: Setup, theirs: Sequence[str], where: str
+    entry: Config, config: Config, data: Data, theirs: Sequence[str], where: str
 ) -> None:
     """Checks that the run's head has a logit for each class of a domain.
 
     Raises:
         UserError: It has not; says what else can be measured.
     """
-    own = setup.data.spec.class_names
-    logits = _logits(setup)
+    own = data.spec.class_names
+    logits = _logits(config, data)
     if logits >= len(theirs):
         return
     if entry.head == "start":
@@ -252,9 +254,9 @@ def _check_logits(
     )
 
 
-def _logits(setup: Setup) -> int:
+def _logits(config: Config, data: Data) -> int:
     """Returns the number of logits of the run's head."""
-    return setup.config.model.classes or len(setup.data.spec.class_names)
+    return config.model.classes or len(data.spec.class_names)
 
 
 def _places(
@@ -327,7 +329,12 @@ def _spec(
 
 
 def _task_and_head(
-    entry: Config, setup: Setup, spec: DataSpec, where: str, weights: Weights | None
+    entry: Config,
+    config: Config,
+    data: Data,
+    spec: DataSpec,
+    where: str,
+    weights: Weights | None,
 ) -> tuple[Task, dict[str, np.ndarray]]:
     """Returns the task of a domain, and its head where it is a pretrained one.
 
@@ -335,16 +342,16 @@ def _task_and_head(
         UserError: The weights have another head.
     """
     classes = len(spec.class_names)
-    logits = _logits(setup)
+    logits = _logits(config, data)
     if entry.head != "pretrained":
-        return _task(setup, spec, logits), {}
+        return _task(config, data, spec, logits), {}
     assert weights is not None
     problems = []
     # Such a head is the domain's own, or that of a model with the run's own logits.
     for count in dict.fromkeys((classes, max(logits, classes))):
-        task = _task(setup, spec, count)
+        task = _task(config, data, spec, count)
         try:
-            return task, _pretrained_head(task, weights, spec, setup.config.init.accept)
+            return task, _pretrained_head(task, weights, spec, config.init.accept)
         except UserError as error:
             problems += str(error).splitlines()[1:-1]
     told = "; ".join(dict.fromkeys(problem.strip() for problem in problems))
@@ -354,8 +361,7 @@ def _task_and_head(
     )
 
 
-def _task(setup: Setup, spec: DataSpec, classes: int) -> Task:
-    config = setup.config
+def _task(config: Config, data: Data, spec: DataSpec, classes: int) -> Task:
     described = types.SimpleNamespace(
         task=config.task,
         model={**dict(config.model), "classes": classes},
@@ -392,9 +398,9 @@ def _pretrained_head(
     return _last_stage(task, loaded["params"], loaded["batch_stats"])
 
 
-def _in_memory(domains: list[Domain], setup: Setup) -> list[Domain]:
-    own = sum(p.nbytes for p in (setup.data.train, *setup.data.held_out.values()))
-    limit = setup.config.data.memory_gb * 1e9
+def _in_memory(domains: list[Domain], config: Config, data: Data) -> list[Domain]:
+    own = sum(p.nbytes for p in (data.train, *data.held_out.values()))
+    limit = config.data.memory_gb * 1e9
     limit -= own if own <= limit else 0
     if sum(domain.test.nbytes for domain in domains) > limit:
         return domains

@@ -4,11 +4,12 @@ import pathlib
 from collections.abc import Sequence
 
 from finetune_jax.config import Config
+from finetune_jax.core.files import write_json
 from finetune_jax.core.paths import printable
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.modes.options import Options
-from finetune_jax.report.workdir import read_manifest, write_json
+from finetune_jax.report.workdir import read_manifest
 from finetune_jax.training.run import best_state, data_of_run, data_warnings
 from finetune_jax.training.setup import Setup, make_setup
 
@@ -18,7 +19,7 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     setup = make_setup(config, data_of_run(config, workdir))
-    domains = open_domains(setup)
+    domains = open_domains(setup.config, setup.data)
     evaluator, placed, step = best_state(setup, workdir, domains)
     warnings = _new_warnings(workdir, setup, domains)
     for line in warnings:

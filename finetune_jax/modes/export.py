@@ -6,6 +6,7 @@ import shutil
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.files import write_text
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.inference.export import (
@@ -18,7 +19,7 @@ from finetune_jax.inference.export.exported_model import trained_from, write_jso
 from finetune_jax.inference.export.model_card import make_card
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.options import Options
-from finetune_jax.report.workdir import read_json, read_manifest, write_text
+from finetune_jax.report.workdir import read_json, read_manifest
 from finetune_jax.weights.metadata.tokenizer import kept_files
 
 # Each writes its files into a folder.

@@ -25,13 +25,14 @@ from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, no_data, train_shape
 from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
 from finetune_jax.evaluation.diagnostics import open_domains
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase, scales
 from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.setup import PhaseSetup, make_setup
-from finetune_jax.training.step import eval_step, train_step
+from finetune_jax.training.step import train_step
 from finetune_jax.weights.metadata.preprocessing import filled
 
 # Tasks whose data have classes of pixels.
@@ -48,7 +49,7 @@ def main(config: Config, options: Options) -> int:
     setup = make_setup(config, data)
     # Other domains and members are checked where there is data to check them with.
     if is_there:
-        open_domains(setup)
+        open_domains(setup.config, setup.data)
     if config.population:
         members = member_configs(config)
         if is_there:

@@ -7,14 +7,10 @@ from typing import Any
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json
 from finetune_jax.modes.options import Options
 from finetune_jax.report.metrics_log import read_metrics
-from finetune_jax.report.workdir import (
-    check_same_run,
-    read_json,
-    read_manifest,
-    write_json,
-)
+from finetune_jax.report.workdir import check_same_run, read_json, read_manifest
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import EXIT_STATUS, stop_on_signals
 from finetune_jax.training.run import check_is_one_run, run

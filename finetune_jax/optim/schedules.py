@@ -18,8 +18,8 @@ import optax
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.metric_names import is_better
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks.objectives.metrics import is_better
 
 
 def _need(*rules: tuple[bool, str]) -> None:

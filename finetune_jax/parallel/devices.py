@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.core.backend import backend
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.machine import give_back_memory, threads, uncollected
 from finetune_jax.core.pytrees import leaf_digest
-from finetune_jax.plans.phase import Phase
 
 # Smaller arrays are cheaper to repeat than to gather; chosen by us.
 FSDP_MIN_VALUES = 2**12
@@ -339,33 +338,3 @@ def make_devices(asked: Any) -> Devices:
         devices=there[:count],
     )
     return Devices(mode=mode, mesh=mesh)
-
-
-def check_batch(
-    batch_size: int,
-    plan: tuple[Phase, ...],
-    devices: int,
-    whose: str = "config.data.batch_size",
-) -> None:
-    """Checks that devices and accumulation divide the batch.
-
-    Args:
-        batch_size: Number of examples in one update.
-        plan: Phases of the run.
-        devices: Number of devices that a batch is divided among.
-        whose: What the message blames.
-
-    Raises:
-        UserError: Lists every phase in which they do not.
-    """
-    problems = [
-        f"phase {phase.name!r}: {batch_size} examples in {phase.accumulate_steps} "
-        f"micro-batches over {devices} devices"
-        for phase in plan
-        if batch_size % (phase.accumulate_steps * devices)
-    ]
-    if problems:
-        raise problems_error(
-            f"{whose} must be divided by accumulate_steps * devices:",
-            problems,
-        )

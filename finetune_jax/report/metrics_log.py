@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune_jax.core.files import write_text
 from finetune_jax.report.trackers import Tracker
-from finetune_jax.report.workdir import write_text
 
 
 class MetricsLog:

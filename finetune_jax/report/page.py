@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from finetune_jax.core.files import write_text
+from finetune_jax.core.metric_names import higher_is_better
 from finetune_jax.report import plots
-from finetune_jax.report.workdir import write_text
-from finetune_jax.tasks.objectives.metrics import higher_is_better
 
 SPLITS = ("test", "validation", "train")
 # More phases get panels over the whole width, one below the other.

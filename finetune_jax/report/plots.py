@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
-from finetune_jax.tasks.objectives.metrics import is_of_class
+from finetune_jax.core.metric_names import is_of_class
 
 # Of Okabe & Ito 2008: told apart by colour-blind readers too.
 COLOURS = {"train": "#999999", "validation": "#0072B2", "test": "#D55E00"}

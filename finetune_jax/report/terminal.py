@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from finetune_jax.tasks.objectives.metrics import is_of_class
+from finetune_jax.core.metric_names import is_of_class
 
 
 class Terminal:

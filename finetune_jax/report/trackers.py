@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.report.workdir import write_text
+from finetune_jax.core.files import write_text
 
 
 class Tracker(Protocol):

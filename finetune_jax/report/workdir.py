@@ -13,31 +13,6 @@ from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, problems_error
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    r"""Writes a file so that a kill leaves the old one or the new one, whole.
-
-    It is UTF-8 whatever the machine's locale. Bytes of file names that are not UTF-8 are
-    written as `\udce9`.
-
-    Raises:
-        OSError: It cannot be written; names the file.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:  # That of a full disk names no file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def write_json(path: pathlib.Path, values: dict) -> None:
-    """Writes a dict as JSON, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
 def new_workdir(config_address: str) -> pathlib.Path:
     """Returns `runs/<config name>-<date-time>`, not there yet."""
     name = pathlib.Path(config_address.partition(":")[0]).stem

@@ -21,7 +21,8 @@ from typing import Any
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.errors import NotFinite, TrainingError, UserError, problems_error
-from finetune_jax.core.train_state import Progress
+from finetune_jax.core.files import write_json, write_text
+from finetune_jax.core.metric_names import is_better
 from finetune_jax.data.dataset import Data
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.evaluator import Evaluator
@@ -36,17 +37,16 @@ from finetune_jax.report.workdir import (
     make_folder,
     read_json,
     read_manifest,
-    write_json,
-    write_text,
 )
 from finetune_jax.sweeps.table import as_csv, table
 from finetune_jax.sweeps.vectorised import Together, members_at_once
-from finetune_jax.tasks.objectives.metrics import is_better, loss_beside
+from finetune_jax.tasks.objectives.metrics import loss_beside
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.programs import Updates
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.run import (
     add_fisher,
     best_state,
@@ -131,7 +131,7 @@ def run_population(
     check_same_run(workdir, config)
     members = member_configs(config)
     setup = make_setup(config, data_of_run(config, workdir))
-    domains = open_domains(setup)
+    domains = open_domains(setup.config, setup.data)
     setups = member_setups(setup, members)
     _, loaded = setup.start(measure=False)
     told = tell(setup, domains, loaded, notes, terminal)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from finetune_jax.config.grids import Overrides
-from finetune_jax.tasks.objectives.metrics import higher_is_better
+from finetune_jax.core.metric_names import higher_is_better
 
 
 def table(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.metric_names import PER_CLASS
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.augmentation.masks import IGNORED, make_mask_augment
 from finetune_jax.data.augmentation.steps import make_augment
@@ -253,7 +254,7 @@ class Segmentation(Task):
         found["loss"] = float(outputs["loss"].sum(dtype=np.float64) / max(pixels, 1))
         iou = metrics.class_iou(counts).tolist()
         return found | {
-            f"{metrics.PER_CLASS}{name}": value
+            f"{PER_CLASS}{name}": value
             for name, value in zip(self.data.pixel_classes, iou)
         }
 

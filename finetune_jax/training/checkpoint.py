@@ -23,7 +23,8 @@ from finetune_jax.core.errors import TrainingError, problems_error, why_not_writ
 from finetune_jax.core.machine import give_back_memory
 from finetune_jax.core.pytrees import leaf_digests, named
 from finetune_jax.core.registry import closest
-from finetune_jax.core.train_state import Progress, TrainState
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.training.progress import Progress
 
 
 class DamagedCheckpoint(TrainingError):

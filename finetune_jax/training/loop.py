@@ -8,8 +8,9 @@ import time
 import numpy as np
 
 from finetune_jax.core.errors import TrainingError
+from finetune_jax.core.metric_names import is_better
 from finetune_jax.core.pytrees import digest, like, named
-from finetune_jax.core.train_state import Progress, TrainState, eval_params
+from finetune_jax.core.train_state import TrainState, eval_params
 from finetune_jax.data.batches import Examples, Shortened, Views
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.features.cache import Taught, teaching_part
@@ -23,13 +24,13 @@ from finetune_jax.optim.schedules import (
 from finetune_jax.plans.phase import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
-from finetune_jax.tasks.objectives.metrics import is_better, loss_beside, replaces
+from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
-from finetune_jax.training.clock import Clock
 from finetune_jax.training.dispatch import LONGEST, Feed
 from finetune_jax.training.nonfinite import Guard, Unread
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.programs import Updates
+from finetune_jax.training.progress import Clock, Progress
 from finetune_jax.training.setup import PhaseSetup, Setup
 
 

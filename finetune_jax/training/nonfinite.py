@@ -19,14 +19,14 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.errors import NotFinite
+from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import named
-from finetune_jax.core.train_state import Progress
 from finetune_jax.data.batches import training_positions
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import Mixture
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
-from finetune_jax.report.workdir import write_json
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.step import NORMS
 
 

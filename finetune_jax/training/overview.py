@@ -11,7 +11,7 @@ from finetune_jax.core.errors import listed
 from finetune_jax.core.pytrees import count, named
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.tables.table_spec import TableSpec
+from finetune_jax.data.tables.schema import TableSpec
 from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.setup import Setup
 

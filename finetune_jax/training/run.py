@@ -11,10 +11,11 @@ from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.array_store import Tables
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import digest, named
-from finetune_jax.core.train_state import Progress, TrainState
+from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import check_reads_alike
@@ -41,8 +42,6 @@ from finetune_jax.report.workdir import (
     make_folder,
     read_json,
     read_manifest,
-    write_json,
-    write_text,
 )
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.initial.starting_state import Loaded, run_data, tokenizer_of
@@ -51,6 +50,7 @@ from finetune_jax.training.nonfinite import Guard
 from finetune_jax.training.overview import overview
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.programs import Updates
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import filled
@@ -75,7 +75,7 @@ def run(
     config, notes = filled(config)
     check_same_run(workdir, config)
     setup = make_setup(config, data_of_run(config, workdir))
-    domains = open_domains(setup)
+    domains = open_domains(setup.config, setup.data)
     begun = (workdir / "checkpoints" / "0").is_dir()
     start, loaded = setup.start(measure=not begun)
     told = tell(setup, domains, loaded, notes, terminal)
@@ -410,7 +410,7 @@ def make_evaluator(
         ema=evaluate.ema_decay is not None,
         chosen_ema="/ema_" in (evaluate.best or ""),
         first=setup.task.first_learning(setup.phase(len(setup.plan) - 1).mode),
-        extras=make_extras(setup, start, domains),
+        extras=make_extras(setup.config, setup.data, start, domains),
         text=setup.data.spec.text and setup.data.spec.text.options,
     )
 

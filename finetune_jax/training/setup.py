@@ -13,8 +13,7 @@ from finetune_jax.config.members import weights_addresses
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.pytrees import named, stage_of
-from finetune_jax.core.train_state import Progress, TrainState
-from finetune_jax.data.augmentation.mixup import check_pairs
+from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data
 from finetune_jax.optim.optimizer import (
     check_groups,
@@ -29,7 +28,8 @@ from finetune_jax.optim.regularisers import (
     match_problems,
 )
 from finetune_jax.optim.schedules import check_schedule, plateau_metric
-from finetune_jax.parallel.devices import Devices, check_batch, make_devices
+from finetune_jax.parallel.devices import Devices, make_devices
+from finetune_jax.plans.micro_batches import check_batch, check_pairs
 from finetune_jax.plans.phase import (
     Group,
     Phase,
@@ -44,14 +44,16 @@ from finetune_jax.tasks.components.multi_domain import (
     domain_problems,
     split_problems,
 )
+from finetune_jax.tasks.components.random_state import shapes_of
 from finetune_jax.tasks.task import Mode, Task
-from finetune_jax.training.initial.random_states import RandomStates, shapes_of
+from finetune_jax.training.initial.random_states import RandomStates
 from finetune_jax.training.initial.schemes import check_rules, make_rules
 from finetune_jax.training.initial.starting_state import (
     Loaded,
     run_data,
     starting_state,
 )
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.step import Update
 
 

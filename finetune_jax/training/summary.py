@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetune_jax.core.pytrees import named, stage_of
-from finetune_jax.core.train_state import Progress, TrainState
+from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.plans.phase import scales
@@ -25,6 +25,7 @@ from finetune_jax.report.page import (
 from finetune_jax.report.segments import for_page, segments_figure
 from finetune_jax.report.workdir import read_json, read_manifest
 from finetune_jax.tasks.objectives.metrics import confusion_matrix
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
 
 # Predictions that the page shows of each kind.

@@ -21,8 +21,7 @@ from finetune_jax.data.tables import columns as columns_module
 from finetune_jax.data.tables import files
 from finetune_jax.data.tables.columns import open_columns
 from finetune_jax.data.tables.files import batches, infer_schema
-from finetune_jax.data.tables.schema import Schema, TableOptions
-from finetune_jax.data.tables.table_spec import Number, TableSpec
+from finetune_jax.data.tables.schema import Number, Schema, TableOptions, TableSpec
 
 PAIRS = Schema(
     names=("text", "number"),

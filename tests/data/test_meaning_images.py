@@ -25,7 +25,7 @@ from finetune_jax.models import make_model
 from finetune_jax.models.layers.sizes import TooSmall, least_side
 from finetune_jax.modes import predict
 from finetune_jax.tasks import make_task
-from finetune_jax.training.initial.random_states import shapes_of
+from finetune_jax.tasks.components.random_state import shapes_of
 
 RED = pictures.image(pictures.COLOURS["red"], 1)
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64

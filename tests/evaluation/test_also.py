@@ -101,7 +101,7 @@ def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
     hidden = () if kind == "one" else (8,)  # With BatchNorm, and without.
     setup = make_setup(config(entries(other), hidden, **devices))
     start, _ = setup.start()
-    evaluator = make_evaluator(setup, start, open_domains(setup))
+    evaluator = make_evaluator(setup, start, open_domains(setup.config, setup.data))
     state = moved(start)
     placed = setup.devices.place(state)
     found = evaluator.measure(placed, {})
@@ -189,7 +189,7 @@ def test_the_pretrained_head_may_have_other_classes_than_the_run(other, tmp_path
     given = config(also, init__pretrained=f"file:{path}", **FRESH)
     setup = make_setup(given)
     start, _ = setup.start()
-    domains = open_domains(setup)
+    domains = open_domains(setup.config, setup.data)
     found = make_evaluator(setup, start, domains).measure(
         setup.devices.place(start), {}
     )
@@ -214,7 +214,7 @@ def test_a_pretrained_head_as_wide_as_the_models_serves_fewer_classes(other, tmp
     also = ({"label": "source", "head": "pretrained", "name": "arrays", "dir": other},)
     setup = make_setup(config(also, init__pretrained=address, **FRESH))
     start, _ = setup.start()
-    (domain,) = open_domains(setup)
+    (domain,) = open_domains(setup.config, setup.data)
     for name, leaf in domain.head_variables(start).items():
         expected = named({"params": before.params})[name]
         np.testing.assert_array_equal(leaf, expected)
@@ -226,7 +226,7 @@ def test_a_pretrained_head_that_does_not_fit_is_refused(other, tmp_path):
     also = ({"label": "source", "head": "pretrained", "name": "arrays", "dir": other},)
     setup = make_setup(config(also, init__pretrained=address, **FRESH))
     with pytest.raises(UserError) as found:
-        open_domains(setup)
+        open_domains(setup.config, setup.data)
     assert "params/head/logits/kernel: model (8, 5), weights (8, 12)" in str(
         found.value
     )
@@ -241,7 +241,7 @@ def test_a_low_rank_head_is_swapped_whole(other, tmp_path):
     setup = make_setup(config(also, init__pretrained=address, **lora))
     start, _ = setup.start()
     assert "lora_b" in start.params["head"]["logits"]
-    (domain,) = open_domains(setup)
+    (domain,) = open_domains(setup.config, setup.data)
     params, _ = with_head(start.params, start.batch_stats, domain.head_variables(start))
     assert not params["head"]["logits"]["lora_b"].any()
     np.testing.assert_array_equal(
@@ -269,7 +269,7 @@ def test_all_that_is_wrong_with_other_domains_is_told_at_once(other, tmp_path):
     )  # fmt: skip
     setup = make_setup(config(also, init__fisher="aa", evaluate__cka=9999))
     with pytest.raises(UserError) as found:
-        open_domains(setup)
+        open_domains(setup.config, setup.data)
     text, where = str(found.value), "config.evaluate.also"
     for part in (
         f"{where}[0].label: 'test' names other metrics",
@@ -313,7 +313,8 @@ def test_a_domain_with_other_classes_than_the_run_is_refused(tmp_path):
         path = str(tmp_path / f"{name}.npz")
         also = ({"label": "a", "name": "arrays", "dir": path, "head": head},)
         own = {"data__name": "arrays", "data__dir": str(tmp_path / "own.npz")}
-        (domain,) = open_domains(make_setup(config(also, **own)))
+        setup = make_setup(config(also, **own))
+        (domain,) = open_domains(setup.config, setup.data)
         # Only by name are the labels others.
         wanted = y[domain.test.indices]
         wanted = 1 - wanted if name == "swapped" else wanted

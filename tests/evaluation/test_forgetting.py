@@ -205,7 +205,7 @@ def test_eight_devices_measure_what_one_does(kind):
                 start.params,
             )
         )
-        extras = make_extras(setup, start, ())
+        extras = make_extras(setup.config, setup.data, start, ())
         evaluator = make_evaluator(setup, start)
         placed = setup.devices.place(moved)
         found.append({k: v for e in extras for k, v in e(evaluator, placed).items()})
@@ -218,10 +218,10 @@ def test_eight_devices_measure_what_one_does(kind):
 def test_too_few_examples_to_compare_are_refused_before_training():
     setup = make_setup(config(**{"evaluate.cka": 1000}))
     with pytest.raises(UserError, match="validation has 360 examples"):
-        open_domains(setup)
+        open_domains(setup.config, setup.data)
     bare = config(**{"evaluate.cka": 5, "data.validation": None, "data.test": None})
     with pytest.raises(UserError, match="neither validation nor test"):
-        open_domains(make_setup(bare))
+        open_domains(bare, make_setup(bare).data)
 
 
 def regression(features=3, classes=3, examples=40):

@@ -16,10 +16,10 @@ from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
 from finetune_jax.inference.export.onnx_model import VARIABLE, onnx_python
 from finetune_jax.inference.predictor import examples, open_predictor
-from finetune_jax.main import resolved_config
 from finetune_jax.models.peft.lora import UPDATES
+from finetune_jax.modes.startup import resolved_config
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.run import run
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.merge import load_weights

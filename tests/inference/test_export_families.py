@@ -20,7 +20,7 @@ from finetune_jax.inference.export import weights
 from finetune_jax.inference.export.exported_model import Trained
 from finetune_jax.models import convnext, efficientnet_lite, vit
 from finetune_jax.tasks import make_task
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.initial.starting_state import layout_of, run_data
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.layout import layouts

@@ -17,7 +17,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.data.text.tokens import encode, make_encoder
 from finetune_jax.inference.export.text_encoders import tokenizer_files
 from finetune_jax.inference.predictor import open_predictor
-from finetune_jax.main import resolved_config
+from finetune_jax.modes.startup import resolved_config
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.weights.metadata.tokenizer import find_tokenizer

@@ -11,6 +11,7 @@ import pytest
 
 from finetune_jax import main
 from finetune_jax.core.errors import UserError
+from finetune_jax.modes import startup
 
 ROOT = pathlib.Path(__file__).parents[2]
 IRIS = f"--config={ROOT / 'configs' / 'iris_mlp.py'}"
@@ -108,7 +109,7 @@ def test_a_mistake_is_one_message(arguments, message, tmp_path):
 def test_a_broken_file_in_a_workdir_is_named(tmp_path, name, text, message):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    config = main.resolved_config(IRIS.partition("=")[2], None, [])
+    config = startup.resolved_config(IRIS.partition("=")[2], None, [])
     (workdir / "config.json").write_text(main.configs.to_json(config))
     (workdir / name).write_bytes(text.encode("latin-1"))
     assert message in refused(IRIS, f"--workdir={workdir}")
@@ -201,13 +202,13 @@ def test_the_plan_says_what_it_needs_where_the_data_is_not_there():
 
 def test_host_threads_are_those_of_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "7")
-    main.pin_environment(None, False)
+    startup.pin_environment(None, False)
     assert os.environ["NPROC"] == "7"
     (tmp_path / "manifest.json").write_text('{"nproc": "3"}')
-    main.pin_environment(tmp_path, False)
+    startup.pin_environment(tmp_path, False)
     assert os.environ["NPROC"] == "3"
     monkeypatch.delenv("NPROC")
-    main.pin_environment(None, False)
+    startup.pin_environment(None, False)
     assert int(os.environ["NPROC"]) == len(os.sched_getaffinity(0))
 
 
@@ -216,10 +217,10 @@ def test_flags_of_xla_are_those_of_the_manifest_and_deterministic_ones(
 ):
     monkeypatch.delenv("XLA_FLAGS")
     (tmp_path / "manifest.json").write_text('{"xla_flags": "--xla_cpu_foo=1"}')
-    main.pin_environment(tmp_path, False)
+    startup.pin_environment(tmp_path, False)
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_foo=1"
-    main.pin_environment(tmp_path, True)
+    startup.pin_environment(tmp_path, True)
     flags = os.environ["XLA_FLAGS"].split()
     assert flags == ["--xla_cpu_foo=1", *main.DETERMINISTIC]
-    main.pin_environment(tmp_path, True)
+    startup.pin_environment(tmp_path, True)
     assert os.environ["XLA_FLAGS"].split() == flags

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import small
 
-from finetune_jax.core import aligned
+from finetune_jax.core.array_store import concatenated
 from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.parallel.devices import check_batch, make_devices, run_once
+from finetune_jax.evaluation.eval_step import eval_step
+from finetune_jax.parallel.devices import make_devices, run_once
+from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import phase_setup
-from finetune_jax.training.step import NORMS, eval_step, train_step
+from finetune_jax.training.step import NORMS, train_step
 
 pytestmark = pytest.mark.bits
 
@@ -206,7 +208,7 @@ def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
 def test_a_cpu_reads_aligned_arrays_where_they_lie(shape, dtype):
     devices = make_devices(SimpleNamespace(**KINDS["one"]))
     parts = [np.ones(shape, dtype), np.full((2, *shape[1:]), 2, dtype)]
-    array = aligned.concatenated(parts)
+    array = concatenated(parts)
     np.testing.assert_array_equal(array, np.concatenate(parts), strict=True)
     placed = devices.place(array)
     assert placed.unsafe_buffer_pointer() == array.ctypes.data

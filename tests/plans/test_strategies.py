@@ -22,8 +22,8 @@ from finetune_jax.optim.optimizer import carried
 from finetune_jax.optim.schedules import learning_rates
 from finetune_jax.plans import strategies
 from finetune_jax.plans.phase import carried_cohorts, check_plan, scales
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.components.text_inputs import tokens
-from finetune_jax.training.initial.random_states import random_state
 from finetune_jax.training.programs import Updates
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_task, phase_setup

@@ -16,9 +16,9 @@ from test_run import lines
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest
-from finetune_jax.core.train_state import Progress
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.workdir import locked
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 

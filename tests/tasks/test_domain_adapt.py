@@ -13,8 +13,8 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel.devices import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks import make_task
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.objectives.domain_losses import coral, mmd, ramp
-from finetune_jax.training.initial.random_states import random_state
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.run import run
 

@@ -15,8 +15,8 @@ from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes import plan as plan_mode
 from finetune_jax.plans.strategies import full, partial, together
 from finetune_jax.tasks import make_task
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, Mode
-from finetune_jax.training.initial.random_states import random_state
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup, metric_names
 

@@ -22,12 +22,12 @@ from finetune_jax.data.dataset import load_source, make_data
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.images.mask_files import fit_mask, unfitted
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.models.fully_convolutional import as_maps, enlarged
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup, make_task
-from finetune_jax.training.step import eval_step
 
 pytestmark = pytest.mark.bits
 

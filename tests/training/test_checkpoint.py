@@ -7,9 +7,9 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest
-from finetune_jax.core.train_state import Progress
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
 
 PLAN = (

@@ -19,9 +19,9 @@ from finetune_jax.core.pytrees import digest, named
 from finetune_jax.data.batches import training_batches
 from finetune_jax.parallel.devices import run_once
 from finetune_jax.plans.phase import Phase
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.training.initial.lsuv import first_examples
-from finetune_jax.training.initial.random_states import random_state
 from finetune_jax.training.initial.schemes import (
     Rule,
     check_rules,

@@ -7,10 +7,11 @@ import pytest
 import small
 
 from finetune_jax import main
+from finetune_jax.core.files import write_text
 from finetune_jax.data.dataset import Data, no_data
 from finetune_jax.data.text.tokens import TextOptions, TextSpec
 from finetune_jax.plans.phase import Phase
-from finetune_jax.report.workdir import read_json, write_text
+from finetune_jax.report.workdir import read_json
 from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.overview import _data_lines, overview
 from finetune_jax.training.run import run

@@ -7,12 +7,12 @@ import pytest
 import small
 
 from finetune_jax.core.pytrees import digest, named, nbytes
+from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.plan import forward_flops, step_flops
 from finetune_jax.optim.optimizer import make_optimizer
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.initial.random_states import random_state
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import phase_setup
-from finetune_jax.training.step import eval_step
 
 pytestmark = pytest.mark.bits
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import small
 
-from finetune_jax.core.train_state import Progress
 from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import _Population
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
+from finetune_jax.training.progress import Progress
 from finetune_jax.training.run import run
 
 NAN = math.nan

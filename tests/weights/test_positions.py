@@ -10,8 +10,7 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.models import make_model
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.layout import layouts
-from finetune_jax.weights.merge import load_weights
-from finetune_jax.weights.positions import resized
+from finetune_jax.weights.merge import load_weights, resized
 
 
 def drawn(tokens):

@@ -16,7 +16,6 @@ import numpy as np
 
 from finetune_jax.core.errors import problems_error
 from finetune_jax.data.augmentation.steps import Argument, inside_box, step_problems
-from finetune_jax.plans.phase import Phase
 
 # The key of an update folded with a number that no place in a batch has: those are the
 # keys of augmentation.
@@ -167,31 +166,3 @@ def check_mix(entries: Sequence[Any], shape: tuple[int, ...]) -> None:
         problems += found
     if problems:
         raise problems_error("config.data.mix does not fit:", problems)
-
-
-def check_pairs(
-    entries: Sequence[Any], batch_size: int, plan: Sequence[Phase], devices: int
-) -> None:
-    """Checks that every device gets whole pairs in every micro-batch.
-
-    Args:
-        entries: `config.data.mix`.
-        batch_size: Divided by micro-batches and devices.
-        plan: All phases.
-        devices: Of the run.
-
-    Raises:
-        UserError: Lists every phase in which a pair would be torn.
-    """
-    problems = [
-        f"phase {phase.name!r}: {batch_size} examples in {phase.accumulate_steps} "
-        f"micro-batches over {devices} devices"
-        for phase in plan
-        if entries and batch_size // (phase.accumulate_steps * devices) % 2
-    ]
-    if problems:
-        raise problems_error(
-            "config.data.batch_size: data.mix needs an even number of examples on every "
-            "device in every micro-batch:",
-            problems,
-        )

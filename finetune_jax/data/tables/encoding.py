@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.tables.columns import Columns, from_bytes, to_bytes
-from finetune_jax.data.tables.table_spec import (
+from finetune_jax.data.tables.schema import (
     ROW_MISSING,
     ROW_UNSEEN,
     ROWS_BEFORE,

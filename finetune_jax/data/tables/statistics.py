@@ -11,8 +11,14 @@ from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.tables import doubts
 from finetune_jax.data.tables.columns import Columns
 from finetune_jax.data.tables.encoding import Fitted, digest_of, logarithm
-from finetune_jax.data.tables.schema import Schema, TableOptions
-from finetune_jax.data.tables.table_spec import ROWS_BEFORE, Category, Number, TableSpec
+from finetune_jax.data.tables.schema import (
+    ROWS_BEFORE,
+    Category,
+    Number,
+    Schema,
+    TableOptions,
+    TableSpec,
+)
 
 # Rows that are read at once.
 CHUNK = 2**17

@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune_jax.data.tables.columns import Columns
 from finetune_jax.data.tables.encoding import CHUNK, Fitted
-from finetune_jax.data.tables.table_spec import ROW_MISSING, ROW_UNSEEN, TableSpec
+from finetune_jax.data.tables.schema import ROW_MISSING, ROW_UNSEEN, TableSpec
 
 # Share of unknown values above which a line tells them.
 _LARGE = 0.2

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from finetune_jax import config as configs
 from finetune_jax.core.backend import traced_for
 from finetune_jax.data.spec import spec_from_json
-from finetune_jax.inference.export.answer import answer
+from finetune_jax.inference.export.exported_model import answer
 from finetune_jax.models.peft.lora import LoRA
 from finetune_jax.tasks import make_task
 

@@ -15,14 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from finetune_jax.core.errors import problems_error
+from finetune_jax.core.metric_names import is_better
 from finetune_jax.core.registry import closest
 
 AVERAGES = ("binary", "macro", "micro", "weighted")
 # Metrics that rank examples, which needs examples of every class.
 RANKING = ("roc_auc", "average_precision", "normalised_entropy")
-LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
-# Begins the names of metrics of one class, of which there may be many.
-PER_CLASS = "iou_"
 BINS = 15  # Guo et al. 2017, section 5.
 _TOP = re.compile(r"top_([1-9]\d*)_accuracy")
 
@@ -265,38 +263,6 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
     if problems:
         listed = f"{kind} has {', '.join(sorted(known))}"
         raise problems_error("config.task.metrics does not fit:", problems, listed)
-
-
-def is_of_class(name: str) -> bool:
-    """Returns whether a metric is of one class, whatever split or weights it is of.
-
-    >>> is_of_class("test/ema_iou_road"), is_of_class("test/mean_iou")
-    (True, False)
-    """
-    return name.rpartition("/")[2].removeprefix("ema_").startswith(PER_CLASS)
-
-
-def higher_is_better(name: str) -> bool:
-    """Returns which way of a metric is better, whatever split or weights it is of.
-
-    >>> higher_is_better("validation/ema_accuracy"), higher_is_better("test/ema_loss")
-    (True, False)
-    """
-    return name.rpartition("/")[2].removeprefix("ema_") not in LOWER_IS_BETTER
-
-
-def is_better(name: str, value: float, best: float | None, change: float = 0.0) -> bool:
-    """Returns whether a metric's value beats the best so far by more than `change`.
-
-    What is not a number beats nothing.
-
-    >>> is_better("validation/loss", 0.4, 0.5), is_better("validation/accuracy", 0.4, 0.5)
-    (True, False)
-    """
-    if best is None or math.isnan(value):
-        return not math.isnan(value)
-    gain = value - best if higher_is_better(name) else best - value
-    return gain > change
 
 
 def loss_beside(name: str) -> str:

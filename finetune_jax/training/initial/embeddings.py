@@ -12,7 +12,7 @@ from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.registry import closest
 from finetune_jax.data.tables.encoding import VOCABULARY, Fitted, read_fitted
-from finetune_jax.data.tables.table_spec import ROWS_BEFORE
+from finetune_jax.data.tables.schema import ROWS_BEFORE
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.formats.word_vectors import read_vectors
 

@@ -1,7 +1,6 @@
 """Files as memory that is read when it is looked at: weights are not held twice."""
 
 import io
-import math
 import mmap
 import os
 import pathlib
@@ -9,10 +8,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from finetune_jax.core.array_store import aligned_empty
+
 # A whole file, mapped, or in memory.
 Bytes = bytes | mmap.mmap
-# Where arrays begin that jax reads on a CPU where they are, and copies otherwise.
-ALIGNED = 64
 # Columns that are copied at a time of what lies in another order: as many lines of memory
 # as the processor keeps at hand. A third to two thirds of the time; chosen by us.
 COLUMNS = 128
@@ -46,7 +45,7 @@ def copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         array: May lie in any order, such as that of a kernel of torch.
         dtype: Of the copy.
     """
-    copy = _aligned(array.shape, dtype)
+    copy = aligned_empty(array.shape, dtype)
     if array.flags.c_contiguous:
         copy[...] = array
         return copy
@@ -54,10 +53,3 @@ def copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         columns = (..., slice(start, start + COLUMNS))
         copy[columns] = array[columns]
     return copy
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNED, np.uint8)
-    start = -memory.ctypes.data % ALIGNED
-    return memory[start : start + size].view(dtype).reshape(shape)

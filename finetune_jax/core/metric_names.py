@@ -1,0 +1,41 @@
+"""Names of metrics: which are better when lower, which belong to one class."""
+
+import math
+
+LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
+
+
+# Begins the names of metrics of one class, of which there may be many.
+PER_CLASS = "iou_"
+
+
+def is_of_class(name: str) -> bool:
+    """Returns whether a metric is of one class, whatever split or weights it is of.
+
+    >>> is_of_class("test/ema_iou_road"), is_of_class("test/mean_iou")
+    (True, False)
+    """
+    return name.rpartition("/")[2].removeprefix("ema_").startswith(PER_CLASS)
+
+
+def higher_is_better(name: str) -> bool:
+    """Returns which way of a metric is better, whatever split or weights it is of.
+
+    >>> higher_is_better("validation/ema_accuracy"), higher_is_better("test/ema_loss")
+    (True, False)
+    """
+    return name.rpartition("/")[2].removeprefix("ema_") not in LOWER_IS_BETTER
+
+
+def is_better(name: str, value: float, best: float | None, change: float = 0.0) -> bool:
+    """Returns whether a metric's value beats the best so far by more than `change`.
+
+    What is not a number beats nothing.
+
+    >>> is_better("validation/loss", 0.4, 0.5), is_better("validation/accuracy", 0.4, 0.5)
+    (True, False)
+    """
+    if best is None or math.isnan(value):
+        return not math.isnan(value)
+    gain = value - best if higher_is_better(name) else best - value
+    return gain > change
