@@ -16,7 +16,6 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from finetune_jax.config import Config
 from finetune_jax.config.schema import (
     ACCEPTED,
     CHOICES,
@@ -28,6 +27,7 @@ from finetune_jax.config.schema import (
     OPTIONAL,
     POSITIVE,
     SEEDS,
+    Config,
     default,
 )
 from finetune_jax.core.errors import UserError

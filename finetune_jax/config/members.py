@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_jax.config import Config
+from finetune_jax.config.schema import Config
 
 # What else the names of metrics begin with.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
