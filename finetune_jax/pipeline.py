@@ -5,7 +5,6 @@ classify = pipeline("runs/photos")
 classify("photo.jpg")
 """
 
-import dataclasses
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +76,6 @@ class Pipeline:
         """Takes what predicts, and whether it computes with 64-bit numbers."""
         self._predictor = predictor
         self._wide = wide
-        self._of_size: dict[int, Predictor] = {}
 
     def __call__(self, inputs: Any) -> dict | list[dict]:
         """Returns a record, or a list of them for a list or an array of inputs.
@@ -167,16 +165,11 @@ class Pipeline:
         return self._records(text_examples(rows, spec, self._predictor.encoder))
 
     def _records(self, dataset: Dataset) -> list[dict]:
-        largest = self._predictor.evaluator.batch_size
-        size = min(largest, 2 ** (len(dataset) - 1).bit_length())
-        if size not in self._of_size:
-            own = dataclasses.replace(
-                self._predictor.evaluator, batch_size=size, programs={}
-            )
-            self._of_size[size] = dataclasses.replace(self._predictor, evaluator=own)
-        # Others in this process may compute with other numbers.
+        # A program is compiled for each batch size.
+        of_size = self._predictor.with_batch_size(2 ** (len(dataset) - 1).bit_length())
+        # Others in this process may compute in another precision.
         with jax.enable_x64(self._wide):
-            return self._of_size[size].records(dataset)
+            return of_size.records(dataset)
 
 
 _FILES = (str, pathlib.Path, Image.Image)

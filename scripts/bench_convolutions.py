@@ -26,7 +26,7 @@ from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
-from finetune_jax.parallel.devices import CPU_OPTIONS, run_once
+from finetune_jax.parallel.compiling import CPU_OPTIONS, run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import make_task, phase_setup

@@ -152,7 +152,7 @@ def torch_accuracy(setup, state, epochs: int) -> float:
     from finetune_jax.data.order import training_order
     from finetune_jax.features.cache import frozen_part
     from finetune_jax.report.terminal import Terminal
-    from finetune_jax.training.run import make_store
+    from finetune_jax.training.assembly import make_store
 
     store = make_store(setup, Terminal())
     assert store is not None

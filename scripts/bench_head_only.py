@@ -21,7 +21,7 @@ from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.plan import data_of
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.plans.strategies import EVERYTHING, HEAD_ONLY
 from finetune_jax.tasks.components.random_state import random_state

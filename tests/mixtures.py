@@ -12,7 +12,8 @@ import test_parallel
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.domains import mixed_batches
-from finetune_jax.parallel.devices import make_devices, run_once
+from finetune_jax.parallel.compiling import run_once
+from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import make_setup, phase_setup

@@ -8,7 +8,7 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.components.random_state import random_state

@@ -1,6 +1,7 @@
 """The splits of a run, decoded: from `config.data` to arrays of examples."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from finetune_jax.core.array_store import aligned_zeros
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import digest
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.loading import load_source as load_source
 from finetune_jax.data.loading import opened
@@ -53,6 +55,21 @@ class Dataset:
     def __len__(self) -> int:
         """Returns the number of examples."""
         return len(self.indices)
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """Fingerprint of the source and of the examples chosen from it."""
+        return {
+            "data": self.source.fingerprint(),
+            "splits": [[name, len(part)] for name, part in self.source.splits.items()],
+            "examples": digest({"indices": self.indices}),
+            "geometry": repr((self.geometry, self.shape)),
+        }
+
+    @property
+    def key(self) -> str:
+        """`about` as a key in memory."""
+        return repr(self.about)
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,13 @@ from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.features import cache_keys
 from finetune_jax.features.frozen_prefix import at_a_time, features_step, taught_step
-from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.devices import (
+    Devices,
+    concurrent_batch,
+    concurrent_programs,
+    stable_batch,
+)
+from finetune_jax.parallel.executor import outputs
 from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
 
 
@@ -57,90 +63,107 @@ class Features:
         }
 
 
-@dataclasses.dataclass(kw_only=True)
-class Frozen:
-    """The stages before a stage, while they stay as they are; or teachers.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenPrefix:
+    """The stages before `first`, whose outputs no update of a phase changes.
 
     Attributes:
-        first: The stage.
-        variables: Their parameters and batch statistics, on the host.
-        rng: Of the state.
-        averaged: Whether averaged weights of them are others.
-        sha256: Digest of the variables.
-        teaches: Whether what is meant is what `Task.taught` says instead.
-        tables: What held-out splits gave, None where that cannot be kept, with the
-            split itself; by its identity.
+        first: First stage after the prefix.
+        variables: Parameters and batch statistics of the prefix, on the host; None if
+            its outputs are not cached.
+        rng: Key data of the state.
+        is_averaged: Whether the averaged weights of the prefix differ from the weights.
     """
 
     first: str
-    variables: tuple[Any, ...]
-    rng: Any
-    averaged: bool
-    sha256: str
-    teaches: bool = False
-    tables: dict[int, tuple[Dataset, Features | None]] = dataclasses.field(
-        default_factory=dict
-    )
+    variables: tuple[Any, Any] | None = None
+    rng: Any = None
+    is_averaged: bool = False
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of the variables."""
+        return digest(self.variables)
 
     @property
     def what(self) -> str:
-        """What is made of the examples, for a person."""
-        return "answers of teachers" if self.teaches else f"inputs of {self.first!r}"
+        """The outputs of the prefix in words."""
+        return f"inputs of {self.first!r}"
 
     def step(self, task: Task, mode: Mode, rows: int | None = None) -> Callable:
-        """Returns what makes it of a batch, of the variables and the rng.
+        """Returns the function of (*variables, rng, batch) that computes the outputs.
 
         Args:
-            task: Has the models.
-            mode: As `table` takes it.
-            rows: Examples that are in work at a time; None: all.
+            task: Task with the model.
+            mode: EVALUATION, or a mode in which images are augmented.
+            rows: Chunk size of the computation; None computes a batch at once.
         """
-        given = {"task": task, "mode": mode, "rows": rows}
-        if self.teaches:
-            return functools.partial(taught_step, **given)
-        return functools.partial(features_step, first=self.first, **given)
+        given = {"task": task, "mode": mode, "rows": rows, "first": self.first}
+        return functools.partial(features_step, **given)
 
-    def is_like(self, other: "Frozen | None") -> bool:
-        """Returns whether the same variables of the same stages are meant."""
-        return other is not None and (self.first, self.sha256) == (
-            other.first,
-            other.sha256,
-        )
+    def cached_like(self, other: "FrozenPrefix | None") -> "FrozenPrefix":
+        """Returns the prefix, cached only if it has the variables of another one."""
+        if self.variables is not None and other is not None:
+            if (self.first, self.sha256) == (other.first, other.sha256):
+                return self
+        return self.uncached()
+
+    def uncached(self) -> "FrozenPrefix":
+        """Returns the prefix without variables, so that its outputs are computed."""
+        return FrozenPrefix(first=self.first)
 
 
-def frozen_part(task: Task, state: TrainState, first: str) -> Frozen:
-    """Returns the stages before a stage.
+def frozen_prefix(task: Task, state: TrainState, mode: Mode) -> FrozenPrefix | None:
+    """Returns the longest prefix of a model that no update changes; None if it is empty.
 
     Args:
-        task: Has the one model.
-        state: On the host.
-        first: From `Task.first_learning`.
+        task: Task with the model.
+        state: State on the host.
+        mode: Mode of the phase.
     """
+    first = task.first_learning(mode)
+    if first is None:
+        return None
     before = task.stages[: task.stages.index(first)]
     params, batch_stats = (
         {stage: tree[stage] for stage in before if stage in tree}
         for tree in (state.params, state.batch_stats)
     )
-    return Frozen(
+    return FrozenPrefix(
         first=first,
         variables=(params, batch_stats),
         rng=state.rng,
-        averaged=any(stage_of(name) in before for name in state.ema),
-        sha256=digest((params, batch_stats)),
+        is_averaged=any(stage_of(name) in before for name in state.ema),
     )
 
 
-def teaching_part(fixed: Any, rng: Any) -> Frozen:
-    """Returns what `Task.taught` is computed from.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """The teachers of a task, whose outputs no update changes.
 
-    Args:
-        fixed: What the task reads and nobody updates, on the host.
-        rng: Of the state.
+    Attributes:
+        fixed: Arrays that the task reads and nobody updates, on the host.
+        rng: Key data of the state.
     """
-    return Frozen(
-        first="", variables=(fixed,), rng=rng, averaged=False,
-        sha256=digest(fixed), teaches=True,
-    )  # fmt: skip
+
+    fixed: Any
+    rng: Any
+    first: str = ""
+    what: str = "outputs of teachers"
+
+    @property
+    def variables(self) -> tuple[Any]:
+        """The fixed arrays."""
+        return (self.fixed,)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of the fixed arrays."""
+        return digest(self.fixed)
+
+    def step(self, task: Task, mode: Mode, rows: int | None = None) -> Callable:
+        """Returns the function of (*variables, rng, batch) that computes the outputs."""
+        return functools.partial(taught_step, task=task, mode=mode, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,18 +193,20 @@ class Taught:
         return {**self.examples.take(positions), TAUGHT: said}
 
 
+# A function of examples whose outputs no update changes.
+Computation = FrozenPrefix | Teachers
+
+
 @dataclasses.dataclass(kw_only=True)
 class FeatureStore:
-    """What stages get of the examples, of this run and of others.
+    """Outputs of frozen stages and teachers, cached for this run and for others.
 
     Attributes:
-        task: Has the model.
-        devices: Where they are computed.
-        tables: Where they are kept.
-        batch_size: Examples of a held-out split that are in work at a time.
-        compile_s: Seconds that compiling has taken.
-        held: Tables of the stages that were asked for last, with their splits.
-        programs: The last one that was compiled, by a digest of its text.
+        task: Task with the models.
+        devices: Devices that compute the outputs.
+        tables: Cache on the disk.
+        batch_size: Number of held-out examples that are computed at once.
+        compile_s: Seconds spent on compiling.
     """
 
     task: Task
@@ -189,21 +214,21 @@ class FeatureStore:
     tables: Tables
     batch_size: int
     compile_s: float = 0.0
-    held: dict[Any, tuple[Dataset, Features]] = dataclasses.field(default_factory=dict)
-    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    # Tables of the last prefix and of the teachers, by all that they depend on; None if
+    # a table cannot be cached.
+    _held: dict[tuple, Features | None] = dataclasses.field(default_factory=dict)
+    # The last compiled program, by the digest of its text.
+    _program: tuple[str, Callable] | None = None
 
-    def held_out(self, dataset: Dataset, frozen: Frozen) -> Examples:
-        """Returns what a stage gets of a split; the split where that cannot be kept."""
-        if id(dataset) not in frozen.tables:
-            size = self.devices.part_of(self.batch_size)
-            found = self.table(dataset, frozen, batch_size=size)
-            frozen.tables[id(dataset)] = dataset, found
-        return frozen.tables[id(dataset)][1] or dataset
+    def held_out(self, dataset: Dataset, prefix: FrozenPrefix) -> Examples:
+        """Returns the features of a split; the split itself if they cannot be cached."""
+        size = concurrent_batch(self.devices, self.batch_size)
+        return self.table(dataset, prefix, batch_size=size) or dataset
 
     def training(
         self,
         dataset: Dataset,
-        frozen: Frozen,
+        computation: Computation,
         *,
         spec: DataSpec,
         mode: Mode,
@@ -211,25 +236,25 @@ class FeatureStore:
         batch_size: int,
         examples: int,
     ) -> Features | None:
-        """Returns what a stage gets of the training split, where that pays.
+        """Returns the outputs for the training split; None if caching does not pay.
 
         Args:
-            dataset: The split.
-            frozen: The stages before it.
-            spec: Says how the examples are augmented.
-            mode: Of the phase.
+            dataset: Training split.
+            computation: Frozen prefix, or teachers.
+            spec: Spec of the data, which says how examples are augmented.
+            mode: Mode of the phase.
             views: Augmented versions of each example; None augments in every update.
-            batch_size: Of a micro-batch.
-            examples: That the phase takes.
+            batch_size: Size of a micro-batch.
+            examples: Number of examples that the phase takes.
         """
         if (reason := spec.why_always_others(views)) is not None:
-            self.tables.say(f"{frozen.what} are not kept: {reason}")
+            self.tables.say(f"{computation.what} are not kept: {reason}")
             return None
-        rows = self.devices.whole_rows
+        rows = stable_batch(self.devices)
         batch_size += -batch_size % rows
         return self.table(
             dataset,
-            frozen,
+            computation,
             mode=mode if spec.augment else EVALUATION,
             views=views or 1,
             batch_size=batch_size,
@@ -240,7 +265,7 @@ class FeatureStore:
     def table(
         self,
         dataset: Dataset,
-        frozen: Frozen,
+        computation: Computation,
         *,
         mode: Mode = EVALUATION,
         views: int = 1,
@@ -248,81 +273,74 @@ class FeatureStore:
         rows: int | None = None,
         examples: int | None = None,
     ) -> Features | None:
-        """Returns what a stage gets of a split; None where it cannot be kept.
+        """Returns the outputs for a split; None if they cannot be cached.
 
-        Matrix products of one number of rows are others, in their last bits, than those
-        of another, whatever row it is; so it is computed in batches of the size in which
-        it would be computed otherwise, on CPU one of `Devices.whole_rows`.
+        The last bits of a matrix product depend on its number of rows, so the outputs are
+        computed with the batch size that the training step would use.
 
         Args:
-            dataset: The split.
-            frozen: The stages before it.
-            mode: EVALUATION, or one in which images are augmented.
+            dataset: Split.
+            computation: Frozen prefix, or teachers.
+            mode: EVALUATION, or a mode in which images are augmented.
             views: Augmented versions of each example.
-            batch_size: Of the computation.
-            rows: Examples of a batch that are in work at a time; None: all.
-            examples: How many will be taken; a table of more is not made. None: all.
+            batch_size: Batch size of the computation.
+            rows: Chunk size within a batch; None is the whole batch.
+            examples: Number of examples that will be taken; if the table has more, it is
+                not made. None is all.
         """
-        rng = "" if mode == EVALUATION else digest({"rng": frozen.rng})
-        stages = frozen.first, frozen.sha256
-        key = *stages, id(dataset), mode, views, batch_size, rows, rng
-        if key in self.held:
-            return self.held[key][1]
-        found = self._found_or_made(
-            dataset,
-            frozen,
-            mode=mode,
-            views=views,
-            batch_size=batch_size,
-            rows=rows,
-            examples=examples,
-            drawn=rng,
-        )
-        if found is not None:
-            mine = {k: v for k, v in self.held.items() if k[: len(stages)] == stages}
-            self.held = mine | {key: (dataset, found)}
-        return found
+        drawn = "" if mode == EVALUATION else digest({"rng": computation.rng})
+        stages = computation.first, computation.sha256
+        assert computation.variables is not None
+        key = *stages, dataset.key, mode, views, batch_size, rows, drawn
+        if key not in self._held:
+            step = computation.step(self.task, mode, rows)
+            seen = Views(dataset=dataset, views=views)
+            example = next(evaluation_batches(seen, batch_size=batch_size))
+            placed = self.devices.place((*computation.variables, computation.rng))
+            batch = self.devices.place_batch(example, batch_axis=0)
+            lowered = self.devices.over_devices(step).lower(*placed, batch)
+            about = {
+                "inputs_of": computation.first,
+                "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+                "variables": computation.sha256,
+                "rng": drawn,
+                "views": views,
+                **dataset.about,
+                "machine": cache_keys.of_machine(),
+            }
+            found = self._found_or_made(
+                seen, f"{len(seen):,} {computation.what}", about, lowered, placed,
+                batch_size=batch_size, rows=rows, examples=examples,
+            )  # fmt: skip
+            if found is None and examples is not None:
+                return None  # Another phase may take more examples.
+            mine = {k: v for k, v in self._held.items() if k[:2] == stages}
+            self._held = mine | {key: found}
+        return self._held[key]
 
     def _found_or_made(
         self,
-        dataset: Dataset,
-        frozen: Frozen,
+        seen: Views,
+        what: str,
+        about: dict[str, Any],
+        lowered: Any,
+        placed: tuple,
         *,
-        mode: Mode,
-        views: int,
         batch_size: int,
         rows: int | None,
         examples: int | None,
-        drawn: str,
     ) -> Features | None:
-        """Returns what `table` does, from the disk or computed; `drawn` is of the rng."""
-        variables, rng = frozen.variables, frozen.rng
-        step = frozen.step(self.task, mode, rows)
-        seen = Views(dataset=dataset, views=views)
-        example = next(evaluation_batches(seen, batch_size=batch_size))
-        placed = self.devices.place((*variables, rng))
-        batch = self.devices.place_batch(example, batch_axis=0)
-        lowered = self.devices.lower_eval(step, *placed, batch)
+        """Returns a table from the disk, or computed with a lowered program."""
         table = jax.tree.map(
             lambda row: jax.ShapeDtypeStruct((len(seen), *row.shape), row.dtype),
             self.devices.rows_of(lowered),
         )
-        what = f"{len(seen):,} {frozen.what}"
         if nbytes(table) > self.tables.limit:
             self.tables.say(
                 f"{what} are not kept: {nbytes(table) / 1e9:.1f} GB, more than "
                 "config.data.cache_gb; frozen stages run in every update"
             )
             return None
-        about = {
-            "inputs_of": frozen.first,
-            "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
-            "variables": frozen.sha256,
-            "rng": drawn,
-            "views": views,
-            **cache_keys.of_examples(dataset),
-            "machine": cache_keys.of_machine(),
-        }
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         leaves = self.tables.find(key, table)
         if leaves is not None:
@@ -338,27 +356,29 @@ class FeatureStore:
         if leaves is None:
             return None
         kept = jax.tree.unflatten(jax.tree.structure(table), leaves)
-        return Features(table=kept, label=dataset.label, views=views)
+        return Features(table=kept, label=seen.label, views=seen.views)
 
     def _compiled(self, program: str, lowered: Any) -> Callable:
         """Returns a compiled program, given a digest of its text."""
-        if program not in self.programs:
+        if self._program is None or self._program[0] != program:
             begin = time.perf_counter()
-            self.programs = {program: lowered.compile()}
+            self._program = program, lowered.compile()
             self.compile_s += time.perf_counter() - begin
-        return self.programs[program]
+        return self._program[1]
 
     def _leaves(
         self, call: Callable, seen: Examples, batch_size: int, rows: int | None
     ) -> Iterator[list[np.ndarray]]:
-        """Yields the arrays that a program gives for each batch, a row an example."""
-        # No more examples at a time than evaluation has in memory.
-        fits = (rows or batch_size) <= self.devices.part_of(self.batch_size)
-        outputs = self.devices.outputs(
+        """Yields the output arrays of a program for each batch, a row an example."""
+        # No more examples at once than evaluation has in memory.
+        largest = concurrent_batch(self.devices, self.batch_size)
+        fits = (rows or batch_size) <= largest
+        computed = outputs(
+            self.devices,
             lambda batch: functools.partial(call, batch),
             evaluation_batches(seen, batch_size=batch_size),
-            at_once=self.devices.at_once if fits else 1,
+            at_once=concurrent_programs(self.devices) if fits else 1,
         )
-        for index, batch in enumerate(outputs):
+        for index, batch in enumerate(computed):
             left = len(seen) - index * batch_size
             yield [leaf[:left] for leaf in jax.tree.leaves(batch)]

@@ -10,7 +10,6 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
-from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset, dataset_of, no_data
 from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.images.decoding import read_image
@@ -28,10 +27,10 @@ from finetune_jax.data.text.tokens import (
     packed,
 )
 from finetune_jax.data.threads import attempts
-from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.report.workdir import read_manifest
 from finetune_jax.tasks.components.multi_domain import Several
-from finetune_jax.training.run import best_state
+from finetune_jax.training.restore import best_state
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.weights.metadata.tokenizer import find_tokenizer
 
@@ -44,15 +43,13 @@ class Predictor:
 
     Attributes:
         setup: Of the run, without its data.
-        evaluator: Runs the model.
-        placed: The state of the checkpoint, on the devices.
+        state: State of the checkpoint.
         step: Of the checkpoint.
         encoder: The tokenizer of a run of texts, else None.
     """
 
     setup: Setup
-    evaluator: Evaluator
-    placed: TrainState
+    state: EvaluatedState
     step: int
     encoder: Any = None
 
@@ -61,13 +58,17 @@ class Predictor:
         """What the inputs look like."""
         return self.setup.data.spec
 
+    def with_batch_size(self, examples: int) -> "Predictor":
+        """Returns the predictor, computing at most so many examples at once."""
+        return dataclasses.replace(self, state=self.state.with_batch_size(examples))
+
     def records(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Returns what is predicted of each example, ready for JSON.
 
         Where that is a mask, 'mask' is one of class indices, uint8 [H, W], as large as the
         model's images.
         """
-        outputs = self.evaluator.outputs(self.placed, dataset)
+        outputs = self.state.outputs(dataset)
         records = self.setup.task.records(outputs, dataset.on_host())
         masks = self.setup.task.masks(outputs)
         if masks is None:
@@ -94,20 +95,19 @@ def open_predictor(config: Config, workdir: pathlib.Path) -> Predictor:
         tokenizer = find_tokenizer(f"file:{workdir}", None)
         assert tokenizer is not None
         encoder = make_encoder(tokenizer, spec.text.options.max_tokens)
-    evaluator, placed, step = best_state(setup, workdir)
+    state, step = best_state(setup, workdir)
     if isinstance(setup.task, Several):
         domain = list(setup.task.parts)[-1]
         task, own = setup.task.parts[domain], spec.domains[domain]
-        params = evaluator.chosen(placed)
-        params, stats = setup.task.gather(domain, params, placed.batch_stats)
+        placed = state.placed
+        params, stats = setup.task.gather(domain, state.params, placed.batch_stats)
         placed = placed.replace(params=params, batch_stats=stats, opt_state={}, ema={})
         setup = dataclasses.replace(setup, task=task, data=no_data(own))
         evaluator = dataclasses.replace(
-            evaluator, task=task, ema=False, chosen_ema=False, first=None
+            state.evaluator, task=task, ema=False, chosen_ema=False
         )
-    return Predictor(
-        setup=setup, evaluator=evaluator, placed=placed, step=step, encoder=encoder
-    )
+        state = EvaluatedState(evaluator=evaluator, placed=placed, prefix=None)
+    return Predictor(setup=setup, state=state, step=step, encoder=encoder)
 
 
 def run_spec(config: Config, workdir: pathlib.Path) -> DataSpec:

@@ -10,7 +10,8 @@ from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.modes.options import Options
 from finetune_jax.report.workdir import read_manifest
-from finetune_jax.training.run import best_state, data_of_run, data_warnings
+from finetune_jax.training.restore import best_state
+from finetune_jax.training.run import data_of_run, data_warnings
 from finetune_jax.training.setup import Setup, make_setup
 
 
@@ -20,11 +21,11 @@ def main(config: Config, options: Options) -> int:
     assert workdir is not None
     setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup.config, setup.data)
-    evaluator, placed, step = best_state(setup, workdir, domains)
+    state, step = best_state(setup, workdir, domains)
     warnings = _new_warnings(workdir, setup, domains)
     for line in warnings:
         print(f"warning: {printable(line)}")
-    found = evaluator.measure(placed, setup.data.held_out)
+    found = state.measure(setup.data.held_out)
     print(f"checkpoint of step {step}")
     for name, value in found.items():
         print(f"{name:24}{value:10.4f}")

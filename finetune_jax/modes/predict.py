@@ -62,10 +62,9 @@ def main(config: Config, options: Options) -> int:
         print(printable(line))
     predictor = open_predictor(config, workdir)
     print(f"checkpoint of step {predictor.step}")
-    evaluator, largest = predictor.evaluator, predictor.evaluator.batch_size
     is_of_files = spec.text is None and spec.table is None
     if is_of_files and not any(map(_is_array, paths)):
-        evaluator.batch_size = min(largest, len(paths))
+        predictor = predictor.with_batch_size(len(paths))
     errors: list[UserError | None] = []
     part, written = output.with_name(f"{output.name}.part"), 0
     masks = MaskWriter(output.with_name(f"{output.stem}_masks"), spec)
@@ -77,10 +76,12 @@ def main(config: Config, options: Options) -> int:
         else:
             found = _datasets(paths, spec, errors)
         for names, dataset in found:
-            if spec.text is not None:  # A program is compiled for each size of batch.
-                size = 2 ** (len(dataset) - 1).bit_length()
-                evaluator.batch_size = min(largest, size)
-            for name, record in zip(names, predictor.records(dataset), strict=True):
+            of_size = predictor
+            if spec.text is not None:  # A program is compiled for each batch size.
+                of_size = predictor.with_batch_size(
+                    2 ** (len(dataset) - 1).bit_length()
+                )
+            for name, record in zip(names, of_size.records(dataset), strict=True):
                 if "mask" in record:
                     record["mask"] = masks.write(record["mask"], name)
                 file.write(json.dumps({"file": name, **record}) + "\n")

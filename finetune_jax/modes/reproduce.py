@@ -13,7 +13,8 @@ from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.report.workdir import check_same_run, read_json, read_manifest
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import EXIT_STATUS, stop_on_signals
-from finetune_jax.training.run import check_is_one_run, run
+from finetune_jax.training.restore import check_is_one_run
+from finetune_jax.training.run import run
 
 DIFFERENT_STATUS = 3
 # Numbers are the same within this if they differ by at most it, or by this share.

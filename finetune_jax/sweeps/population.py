@@ -25,12 +25,11 @@ from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.data.dataset import Data
 from finetune_jax.evaluation.diagnostics import open_domains
-from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
+from finetune_jax.parallel.executor import DeviceExecutor
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.terminal import Terminal
-from finetune_jax.report.trackers import make_trackers
 from finetune_jax.report.workdir import (
     check_same_run,
     locked,
@@ -39,26 +38,20 @@ from finetune_jax.report.workdir import (
     read_manifest,
 )
 from finetune_jax.sweeps.table import as_csv, table
-from finetune_jax.sweeps.vectorised import Together, members_at_once
+from finetune_jax.sweeps.vectorised import VectorisedExecutor, members_at_once
 from finetune_jax.tasks.objectives.metrics import loss_beside
+from finetune_jax.training.assembly import (
+    make_evaluator,
+    make_loop,
+    make_store,
+)
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop
-from finetune_jax.training.programs import Updates
 from finetune_jax.training.progress import Progress
-from finetune_jax.training.run import (
-    add_fisher,
-    best_state,
-    data_of_run,
-    inputs_of,
-    make_evaluator,
-    make_loop,
-    make_result,
-    make_store,
-    record,
-    tell,
-)
+from finetune_jax.training.restore import best_state
+from finetune_jax.training.run import data_of_run, inputs_of, make_result, record, tell
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import filled
@@ -142,6 +135,7 @@ def run_population(
         population = _Population(
             config=config, setups=setups, workdir=workdir, domains=domains,
             stop=stop or Stop(), terminal=terminal, store=make_store(setup, terminal),
+            executor=DeviceExecutor(devices=setup.devices),
         )  # fmt: skip
         results = population.run()
         best = population.best(results)
@@ -205,10 +199,8 @@ class _Population:
         domains: Others, on which members are measured too.
         stop: Tells whether to stop.
         terminal: Where a person is told.
-        store: What frozen stages make of the examples.
-        updates: Of the first member, whose programs all share.
-        evaluator: Likewise.
-        together: Trains those of a chunk side by side; None trains them in turn.
+        store: Cache of features.
+        executor: Runs the programs of all members; made for the members that are left.
     """
 
     config: Config
@@ -218,9 +210,7 @@ class _Population:
     stop: Stop
     terminal: Terminal
     store: FeatureStore | None
-    updates: Updates | None = None
-    evaluator: Evaluator | None = None
-    together: Together | None = None
+    executor: DeviceExecutor | VectorisedExecutor
 
     def run(self) -> list[dict[str, Any]]:
         """Returns the result of each member, trained before or now.
@@ -239,8 +229,8 @@ class _Population:
         left = [number for number in self._numbers if found[number] is None]
         for chunk in self._chunks(left):
             works = [functools.partial(self._finish, number, found) for number in chunk]
-            if self.together is not None:
-                self.together.run(works)
+            if isinstance(self.executor, VectorisedExecutor):
+                self.executor.run(works)
                 continue
             for work in works:
                 work()
@@ -252,9 +242,9 @@ class _Population:
         if most == 1 or len(left) == 1:
             return [left]
         size = -(-len(left) // -(-len(left) // most))  # All about as large.
-        self.together = Together(size, self.setups[0].devices)
+        self.executor = VectorisedExecutor(size, self.setups[0].devices)
         self.setups = [
-            dataclasses.replace(setup, devices=self.together.devices)
+            dataclasses.replace(setup, devices=self.executor.devices)
             for setup in self.setups
         ]
         self.terminal.say(f"{size} members train side by side")
@@ -325,39 +315,20 @@ class _Population:
         make_folder(folder)
         self._record(folder, setup.config)
         start, _ = setup.start()
-        evaluator = make_evaluator(setup, start, self.domains)
-        evaluator.store = self.store
-        if self.evaluator is not None:
-            evaluator.programs = self.evaluator.programs
-        if self.together is not None:
-            evaluator.all_rows = self.together.rows
+        evaluator = make_evaluator(
+            setup, start, self.domains, executor=self.executor, store=self.store
+        )
         held = HeldCheckpoints(keep=setup.config.checkpoint.keep)
         loop = make_loop(
-            setup,
-            evaluator,
-            held,
-            setup.with_ema(start),
-            Progress(),
-            workdir=folder,
-            trackers=make_trackers(
-                setup.config.report,
-                lambda: json.loads(configs.to_json(setup.config)),
-                workdir=folder,
-                first_step=0,
-            ),
-            terminal=Terminal(quiet=True),
-            stop=self.stop,
-            updates=self.updates,
-        )
-        loop.updates.together = self.together
-        self.updates, self.evaluator = loop.updates, evaluator
-        add_fisher(loop, start, self.domains)
+            setup, evaluator, held, setup.with_ema(start), Progress(),
+            workdir=folder, terminal=Terminal(quiet=True), stop=self.stop,
+        )  # fmt: skip
         try:
-            loop.run()
-            if self.together is not None:  # What is finished is written at once.
-                at_once = functools.partial(self.together.rows, urgent=True)
-                evaluator.all_rows = at_once
-            result, _ = make_result(loop, begin)
+            state = loop.run()
+            if isinstance(self.executor, VectorisedExecutor):
+                urgent = dataclasses.replace(evaluator, executor=self.executor.urgent())
+                loop.evaluator = urgent
+            result, _ = make_result(loop, state, begin)
         except Preempted as error:
             raise Preempted(f"stopped in member {number + 1}") from error
         except NotFinite as error:
@@ -373,11 +344,11 @@ class _Population:
     def report(self, number: int, result: Mapping[str, Any]) -> None:
         """Writes the report of a member whose states are on the disk."""
         setup, folder = self.setups[number], self._folder(number)
-        evaluator, placed, _ = best_state(setup, folder, self.domains)
+        best, _ = best_state(setup, folder, self.domains)
         checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
         progress = checkpoints.progress(checkpoints.steps()[-1])
         checkpoints.close()
-        write_report(setup, evaluator, placed, progress, result, folder)
+        write_report(setup, best, progress, result, folder)
 
     def _record(self, folder: pathlib.Path, config: Config) -> None:
         """Writes what a member is, as a run of its own does."""

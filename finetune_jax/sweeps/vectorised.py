@@ -1,31 +1,37 @@
-"""Members of a population side by side: one compiled call for the updates of many.
+"""A vectorised population: one compiled call makes the updates of many members.
 
-Their loops are the ordinary ones and run in lockstep. Where all of them wait for a program,
-those that wait for the same one have their states stacked, and it runs once, over an axis
-more; what measures them waits until none waits for updates. What is the same array for all
-of them has no such axis: data, features, and what is frozen or fixed and has the same
-values, which `Devices.shared` makes the same array. A member that ends, for whatever
-reason, is waited for no more.
+The members' loops are ordinary ones and run in lockstep. When all of them wait for a
+program, the states of those that wait for the same one are stacked, and it runs once,
+vmapped; measurements wait until no member waits for updates. Arrays that all members share
+(data, features, equal frozen weights) are not stacked; `MeshDevices.shared` finds them by
+content. The others do not wait for a member that has ended.
 """
 
-import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune_jax.core.backend import backend
 from finetune_jax.core.machine import memory
 from finetune_jax.core.pytrees import named, nbytes
-from finetune_jax.data.batches import Examples, evaluation_batches
-from finetune_jax.parallel.devices import Compiled, Devices
+from finetune_jax.parallel.compiling import Compiled, compiled
+from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.executor import (
+    Batches,
+    DeviceExecutor,
+    OwnPace,
+    Pace,
+    outputs,
+)
+from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.sweeps.lockstep import Lockstep, Request
-from finetune_jax.training.dispatch import OwnPace, Pace
 from finetune_jax.training.setup import Setup
 
 # Members side by side at most, and arrays that a call takes of all their states: compiling
@@ -52,7 +58,7 @@ def members_at_once(setups: Sequence[Setup]) -> int:
     Activations are not in this: programs that turn out not to fit are run for half as many.
     """
     devices = setups[0].devices
-    if backend() == "cpu" or devices.count > 1 or devices.mode != "jit":
+    if backend() == "cpu" or devices.count > 1 or devices.axis_name:
         return 1
     most = [MOST]
     for setup in setups:
@@ -63,7 +69,7 @@ def members_at_once(setups: Sequence[Setup]) -> int:
             size = max(nbytes(own), 1)
             most.append(MOST_ARRAYS // len(jax.tree.leaves(own)))
             most.append(memory() // 4 // (kept * (whole + size)))
-            if (free := devices.free_bytes()) is not None:
+            if (free := free_bytes(devices)) is not None:
                 frozen = (
                     0 if setup.config.init.pretrained else nbytes(setup.shapes.params)
                 )
@@ -83,92 +89,100 @@ def _own(setup: Setup, index: int) -> Any:
 
 
 class SharedPace:
-    """A pace that all members keep, of the seconds that their common call took."""
+    """A pace that all members keep, by the seconds that their common call took."""
 
-    def __init__(self, pace: Pace, together: "Together"):
-        """Takes a pace of one run."""
-        self._pace, self._together, self._seen = pace, together, 0
+    def __init__(self, pace: Pace, executor: "VectorisedExecutor"):
+        """Takes the pace of one run."""
+        self._pace, self._executor, self._seen = pace, executor, 0
 
     @property
     def updates(self) -> int:
-        """Updates that the next call shall make."""
+        """Number of updates of the next call."""
         return self._pace.updates
 
     def took(self, seconds: float) -> None:
-        """Notes, once a call, how long it took: a member waits for the others too."""
+        """Notes, once a call, its duration without waiting for other members."""
         del seconds
-        if self._together.calls > self._seen:
-            self._seen = self._together.calls
-            self._pace.took(self._together.call_s)
+        if self._executor.calls > self._seen:
+            self._seen = self._executor.calls
+            self._pace.took(self._executor.call_s)
 
 
-class Together:
-    """Runs members side by side.
+class VectorisedExecutor:
+    """Runs the programs of several members as one, vmapped over them.
 
     Attributes:
-        size: How many at most.
-        devices: Of all of them; arrays placed with it are placed once.
-        programs: Compiled so far, by what they depend on; None of those that do not fit.
-        paces: Of phases, by their programs.
-        calls: Of updates so far.
+        size: Largest number of members of a program.
+        devices: The device; equal arrays are placed once.
+        compile_s: 0; compiling is part of the calls.
+        calls: Number of training calls so far.
         call_s: Seconds that the last of them took.
     """
 
     def __init__(self, size: int, devices: Devices):
-        """Takes how many there are at most, and the device."""
+        """Takes the largest number of members, and the device."""
         self.size = size
-        self.devices = dataclasses.replace(
-            devices, shared=weakref.WeakValueDictionary()
-        )
-        self.programs: dict[Any, Compiled | None] = {}
-        self.paces: dict[Any, SharedPace] = {}
+        shared: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self.devices: Devices = MeshDevices(mesh=devices.mesh, shared=shared)
+        self.compile_s = 0.0
         self.calls, self.call_s = 0, 0.0
+        # Programs of several members; None if one does not fit into memory.
+        self._programs: dict[Any, Compiled | None] = {}
+        self._of_one = DeviceExecutor(devices=self.devices)
         self._lockstep = Lockstep()
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
-        """Runs what trains some members, in lockstep.
+        """Runs the training of some members in lockstep.
 
         Raises:
-            BaseException: What one of them has raised; the others then end, too.
+            BaseException: An exception of one of them; the others then end, too.
         """
         self._lockstep.run(works)
 
-    def pace(self, key: Any, chosen: int | None) -> SharedPace:
-        """Returns the pace of a phase.
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns `make()`, computed once for each key."""
+        return self._of_one.once(key, make)
 
-        Args:
-            key: Of its program.
-            chosen: Updates a call; None chooses by time.
-        """
-        if key not in self.paces:
-            self.paces[key] = SharedPace(OwnPace(chosen), self)
-        return self.paces[key]
+    def resident(self, split: Any, make: Callable[[], Any]) -> Any:
+        """Returns a split on the device; the split of the last call is kept."""
+        return self._of_one.resident(split, make)
+
+    def pace(self, key: Hashable, chosen: int | None) -> Pace:
+        """Returns the pace of a phase, which all members share."""
+        return self.once(("pace", key), lambda: SharedPace(OwnPace(chosen), self))
 
     def train_program(
-        self, step: Callable, kept: frozenset[str], *, resident: bool
-    ) -> Compiled:
+        self,
+        key: Hashable,
+        step: Callable[[], Callable],
+        arguments: tuple,
+        *,
+        frozen: Callable[[], frozenset[str]],
+        is_resident: bool,
+    ) -> tuple[Callable, float]:
         """Returns a program that waits for the other members' calls of it.
 
-        Unlike those of `Devices.compile_train` it leaves the state that it gets as it is.
-
-        Args:
-            step: Of a member, `step(state, fixed, *arguments)`.
-            kept: Names of what it leaves as it is, of the state.
-            resident: Whether the first of the arguments is a split on the device, which is
-                never stacked.
+        Unlike a program of `DeviceExecutor` it does not donate the state.
         """
+        del arguments
 
-        def call(*given: Any) -> tuple[Any, Any]:
-            data = jax.tree.leaves(given[2]) if resident else ()
-            request = Request(
-                signature=(step, _look(given), tuple(map(id, data))),
-                given=given,
-                answer=functools.partial(self._update, step, kept),
-                urgency=UPDATES,
-            )
-            return self._lockstep.ask(request)
+        def make() -> Callable:
+            one = step()
+            update = functools.partial(self._update, one, frozen())
 
-        return Compiled(call=call, compile_s=0.0)
+            def call(*given: Any) -> tuple[Any, Any]:
+                data = jax.tree.leaves(given[2]) if is_resident else ()
+                request = Request(
+                    signature=(one, _signature(given), tuple(map(id, data))),
+                    given=given,
+                    answer=update,
+                    urgency=UPDATES,
+                )
+                return self._lockstep.ask(request)
+
+            return call
+
+        return self.once(key, make), 0.0
 
     def _update(
         self, step: Callable, kept: frozenset[str], given: list[tuple]
@@ -185,7 +199,7 @@ class Together:
                 state, metrics = step(*before)
                 assert jax.tree.structure(state) == jax.tree.structure(before[0])
                 leaves = jax.tree.leaves(state)
-                return _those(leaves, is_kept, False), metrics
+                return _marked(leaves, is_kept, False), metrics
 
             made = jax.vmap(one)(_stacked(own))
             return [jax.tree.map(lambda x, i=i: x[i], made) for i in range(len(own))]
@@ -206,32 +220,28 @@ class Together:
         return results
 
     def rows(
+        self, name: str, step: Callable, arguments: tuple, batches: Batches
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs of a step for a split, once no member waits for updates."""
+        return self.ask_rows(name, step, arguments, batches, WAITS)
+
+    def urgent(self) -> "UrgentExecutor":
+        """Returns an executor whose measurements do not wait for updates."""
+        return UrgentExecutor(self)
+
+    def ask_rows(
         self,
         name: str,
         step: Callable,
         arguments: tuple,
-        dataset: Examples,
-        *,
-        batch_size: int,
-        urgent: bool = False,
+        batches: Batches,
+        urgency: int,
     ) -> dict[str, np.ndarray]:
-        """Returns what `Evaluator.rows` does.
-
-        Args:
-            name: As there, with what follows.
-            step: Likewise.
-            arguments: Likewise.
-            dataset: Likewise.
-            batch_size: Examples in a batch.
-            urgent: Whether it does not wait until no member waits for updates.
-        """
-        whole = getattr(dataset, "dataset", dataset)
-        what = name, type(dataset), id(whole), batch_size
         request = Request(
-            signature=(what, _look(arguments)),
+            signature=((name, batches.key), _signature(arguments)),
             given=arguments,
-            answer=functools.partial(self._rows, name, step, dataset, batch_size),
-            urgency=URGENT if urgent else WAITS,
+            answer=functools.partial(self._rows, name, step, batches),
+            urgency=urgency,
         )
         return self._lockstep.ask(request)
 
@@ -239,8 +249,7 @@ class Together:
         self,
         name: str,
         step: Callable,
-        dataset: Examples,
-        batch_size: int,
+        batches: Batches,
         given: list[tuple],
     ) -> list[dict[str, np.ndarray]]:
         """Returns the rows of each member."""
@@ -255,20 +264,19 @@ class Together:
             return jax.vmap(one, axis_size=len(own))(_stacked(own))
 
         def ready(batch: Any) -> Any:
-            key = name, size, *stacks.key, _look(batch)
+            key = name, size, *stacks.key, _signature(batch)
             program = self._program(key, many, stacks.shared, own, batch)
             if program is None:
                 raise _DoesNotFit
             return functools.partial(program.call, stacks.shared, own, batch)
 
-        batches = evaluation_batches(dataset, batch_size=batch_size)
         try:
-            parts = list(self.devices.outputs(ready, batches, at_once=1))
+            parts = list(outputs(self.devices, ready, batches.make(), at_once=1))
         except _DoesNotFit:
-            half = functools.partial(self._rows, name, step, dataset, batch_size)
+            half = functools.partial(self._rows, name, step, batches)
             return self._halves(half, given)
         rows = jax.tree.map(
-            lambda *leaves: np.concatenate(leaves, axis=1)[:, : len(dataset)], *parts
+            lambda *leaves: np.concatenate(leaves, axis=1)[:, : batches.count], *parts
         )
         return [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(len(given))]
 
@@ -285,17 +293,55 @@ class Together:
 
     def _program(self, key: Any, many: Callable, *arguments: Any) -> Compiled | None:
         """Returns a compiled program; None if it is for several and does not fit."""
-        if key not in self.programs:
-            program = self.devices.compile_members(many, *arguments)
-            fits = len(arguments[1]) == 1 or self.devices.has_room(program)
-            self.programs[key] = program if fits else None
-        return self.programs[key]
+        if key not in self._programs:
+            everywhere = NamedSharding(self.devices.mesh, PartitionSpec())
+            program = compiled(jax.jit(many, out_shardings=everywhere), *arguments)
+            fits = len(arguments[1]) == 1 or has_room(self.devices, program)
+            self._programs[key] = program if fits else None
+        return self._programs[key]
 
     def _halves(self, answer: Callable, given: list[tuple]) -> list[Any]:
         """Returns the answers for one half of the members, then for the other."""
         assert len(given) > 1  # A program for one runs whether it fits or not.
         middle = -(-len(given) // 2)
         return answer(given[:middle]) + answer(given[middle:])
+
+
+class UrgentExecutor:
+    """The executor of a member that makes no more updates: it is measured at once.
+
+    Its result is then written before the updates of the others go on.
+    """
+
+    def __init__(self, executor: VectorisedExecutor):
+        """Takes the executor of all members."""
+        self._executor = executor
+        self.devices, self.compile_s = executor.devices, 0.0
+        self.once, self.resident = executor.once, executor.resident
+        self.train_program, self.pace = executor.train_program, executor.pace
+
+    def rows(
+        self, name: str, step: Callable, arguments: tuple, batches: Batches
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs of a step for a split, before updates of other members."""
+        return self._executor.ask_rows(name, step, arguments, batches, URGENT)
+
+
+def free_bytes(devices: Devices) -> int | None:
+    """Returns the free memory of the first device; None if it does not say."""
+    stats = devices.mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def has_room(devices: Devices, program: Compiled) -> bool:
+    """Returns whether the results of a program fit beside the arrays on the device."""
+    call: Any = program.call
+    if (free := free_bytes(devices)) is None:
+        return True
+    needs = call.memory_analysis()
+    return needs.temp_size_in_bytes + needs.output_size_in_bytes <= free
 
 
 class _DoesNotFit(Exception):
@@ -326,15 +372,15 @@ class _Stacks:
             not own and (_is_number(leaf) or all(x is leaf for x in column))
             for leaf, own, column in zip(first, alone, zip(*self._leaves), strict=True)
         ]
-        self.shared = _those(first, self._is_shared, True)
-        self.key = tuple(self._is_shared), _look(given[0], numbers=False)
+        self.shared = _marked(first, self._is_shared, True)
+        self.key = tuple(self._is_shared), _signature(given[0], numbers=False)
         # Which holds no array, so that no program does.
         structure = jax.tree.structure(given[0])
         self.tree = functools.partial(_merged, structure, self._is_shared)
 
     def padded(self, size: int) -> list[list]:
         """Returns each member's own leaves, and those of the first again up to a size."""
-        own = [_those(leaves, self._is_shared, False) for leaves in self._leaves]
+        own = [_marked(leaves, self._is_shared, False) for leaves in self._leaves]
         return own + [own[0]] * (size - len(own))
 
 
@@ -348,7 +394,7 @@ def _stacked(own: list[list]) -> list[jax.Array]:
     return [jnp.stack(leaves) for leaves in zip(*own, strict=True)]
 
 
-def _those(leaves: Sequence[Any], marks: Sequence[bool], wanted: bool) -> list:
+def _marked(leaves: Sequence[Any], marks: Sequence[bool], wanted: bool) -> list:
     """Returns the leaves that are marked so."""
     return [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark == wanted]
 
@@ -358,7 +404,7 @@ def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, np.integer)
 
 
-def _look(tree: Any, *, numbers: bool = True) -> tuple:
+def _signature(tree: Any, *, numbers: bool = True) -> tuple:
     """Returns structure, shapes and types of arguments, and maybe their whole numbers."""
     leaves, structure = jax.tree.flatten(tree)
     looks = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]

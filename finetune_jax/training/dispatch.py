@@ -23,12 +23,8 @@ from finetune_jax.data.domains import Mixture
 from finetune_jax.data.order import Order
 from finetune_jax.features.cache import Features, Taught
 from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.executor import LONGEST, Pace
 from finetune_jax.tasks.task import TAUGHT
-
-# Updates that a call can make at most.
-LONGEST = 256
-# Seconds that a call shall take, so that signals and logs need not wait.
-SHORT_S, LONG_S = 0.15, 0.4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,35 +68,6 @@ class Feed(Protocol):
     def took(self, seconds: float) -> None:
         """Notes how long a call took."""
         ...
-
-
-class Pace(Protocol):
-    """How many updates a call makes."""
-
-    @property
-    def updates(self) -> int:
-        """Those that the next call shall make."""
-        ...
-
-    def took(self, seconds: float) -> None:
-        """Notes how long a call took."""
-        ...
-
-
-class OwnPace:
-    """As many as take a fraction of a second, or a number that was chosen."""
-
-    def __init__(self, chosen: int | None):
-        """Takes their number; None chooses by time."""
-        self._chosen = chosen
-        self.updates = 1 if chosen is None else min(chosen, LONGEST)
-
-    def took(self, seconds: float) -> None:
-        """Makes the next calls longer or shorter."""
-        if self._chosen is None and seconds < SHORT_S:
-            self.updates = min(2 * self.updates, LONGEST)
-        elif self._chosen is None and seconds > LONG_S:
-            self.updates = max(self.updates // 2, 1)
 
 
 class Stepwise:

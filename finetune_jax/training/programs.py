@@ -1,4 +1,4 @@
-"""How the updates of a phase are made: their compiled programs, and what feeds these."""
+"""Makes the updates of a phase: their compiled programs, and the feed of examples."""
 
 import dataclasses
 import functools
@@ -11,18 +11,14 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.batches import Examples, training_batches
-from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import Mixture, mixed_batches
 from finetune_jax.data.order import training_order
-from finetune_jax.features.cache import Features, Taught
 from finetune_jax.features.frozen_prefix import at_a_time
-from finetune_jax.parallel.devices import Compiled
-from finetune_jax.sweeps.vectorised import Together
+from finetune_jax.parallel.devices import stable_batch
+from finetune_jax.parallel.executor import Executor
 from finetune_jax.training.dispatch import (
     Call,
     Feed,
-    OwnPace,
-    Pace,
     Scanned,
     Stepwise,
     everything,
@@ -34,31 +30,22 @@ from finetune_jax.training.setup import PhaseSetup, Setup
 from finetune_jax.training.step import train_step
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Updates:
     """Makes the updates of a run.
 
     Attributes:
-        setup: Of the run.
-        fixed: What updates read and nobody updates, placed.
-        say: Tells a person.
-        programs: Compiled so far, by what they depend on.
-        inits: Likewise, of optimizers.
-        told: What was said so far.
-        stock: Gradients of convolutions that programs leave to jax, as `programs`.
-        placed: The split that lies on the device, and where.
-        together: Makes them for several runs at once; None makes them for one.
+        setup: Setup of the run.
+        executor: Compiles the programs and runs them.
+        fixed: Placed arrays that updates read and nobody updates.
+        say: Prints a line for a person.
     """
 
     setup: Setup
+    executor: Executor
     fixed: Any
     say: Callable[[str], None]
-    programs: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
-    inits: dict[Any, Callable] = dataclasses.field(default_factory=dict)
-    told: set[str] = dataclasses.field(default_factory=set)
-    stock: dict[Any, int] = dataclasses.field(default_factory=dict)
-    placed: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
-    together: Together | None = None
+    _said: set[str] = dataclasses.field(default_factory=set)
 
     def feed(
         self,
@@ -68,14 +55,14 @@ class Updates:
         first: int,
         end: int,
     ) -> Feed:
-        """Returns what gives the phase's updates their examples.
+        """Returns the feed of examples for the updates of a phase.
 
         Args:
             phase: The phase.
-            examples: The training split, or what stands for it.
-            state: From which the phase goes on, on the host.
-            first: The phase's first update.
-            end: The update after its last.
+            examples: Training split, or the features that replace it.
+            state: State that the phase continues from, on the host.
+            first: First update of the phase.
+            end: Update after the last one of the phase.
         """
         config, start = self.setup.config, int(state.step)
         seed, sampling = configs.seeds(config)["order"], config.data.sampling
@@ -87,17 +74,20 @@ class Updates:
         why = self._why_stepwise(phase, examples, state)
         if why is None:
             assert not isinstance(examples, Mixture)
+            whole = resident(examples)
             return Scanned(
                 examples,
                 training_order(examples.label, seed, sampling),
-                self._placed(resident(examples)),
+                self.executor.resident(whole, lambda: everything(whole)),
                 start=start,
-                pace=self._pace(phase),
+                pace=self.executor.pace(
+                    (phase.program, str(config.task)), config.parallel.steps_per_call
+                ),
                 **shape,
             )
-        if why not in self.told:
-            self.told.add(why)
-            self.say(f"every update is a call of its own: {why}")
+        if why not in self._said:
+            self._said.add(why)
+            self.say(f"one update per call (no scan): {why}")
         fixed = phase.phase.fixed_batch
         updates = {
             "start": first if fixed else start,
@@ -112,29 +102,10 @@ class Updates:
             )
         return Stepwise(batches, self.setup.devices, repeats=fixed)
 
-    def _pace(self, phase: PhaseSetup) -> Pace:
-        """Returns how many updates the calls of a phase shall make."""
-        chosen = self.setup.config.parallel.steps_per_call
-        if self.together is None:
-            return OwnPace(chosen)
-        return self.together.pace((phase.program, str(self.setup.config.task)), chosen)
-
-    def forget(self) -> None:
-        """Gives back what the last update leaves behind."""
-        self.programs.clear()
-        self.placed.clear()
-
-    def _placed(self, whole: Dataset | Features | Taught) -> Any:
-        """Returns all of a split on the device; the one placed last is kept."""
-        if not self.placed or self.placed[0][0] is not whole:
-            placed = self.setup.devices.place(everything(whole))
-            self.placed[:] = [(whole, placed)]
-        return self.placed[0][1]
-
     def _why_stepwise(
         self, phase: PhaseSetup, examples: Examples | Mixture, state: TrainState
     ) -> str | None:
-        """Returns why a call shall make one update only, or None if it may make more."""
+        """Returns why a call must make one update only; None if it may make more."""
         config = self.setup.config
         if config.parallel.steps_per_call == 1:
             return "config.parallel.steps_per_call=1"
@@ -149,78 +120,79 @@ class Updates:
         if jax.default_backend() != "cpu":
             return None
         kinds = type(examples), type(getattr(examples, "examples", None))
-        key = phase.program, str(config.task), kinds
-        if key not in self.stock:
-            size = config.data.batch_size
-            batch = examples.take(np.zeros(size, int))
-            batch["position"] = np.zeros(size, np.int32)
-            parts = phase.phase.accumulate_steps
-            rows = size // parts
-            batch = jax.tree.map(lambda x: x.reshape(parts, rows, *x.shape[1:]), batch)
-            rest = batch, np.float32(0), np.float32(0)
-            traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
-            self.stock[key] = stock_gradients(traced.jaxpr)
-        if self.stock[key]:
+        key = "stock gradients", phase.program, str(config.task), kinds
+        stock = self.executor.once(
+            key, lambda: self._stock_gradients(phase, examples, state)
+        )
+        if stock:
             return (
-                f"{self.stock[key]} gradients of convolutions are jax's own, which are "
+                f"{stock} gradients of convolutions are jax's own, which are "
                 "slow in a loop on CPU; models.convolution.convolve has others"
             )
         return None
 
+    def _stock_gradients(
+        self, phase: PhaseSetup, examples: Examples, state: TrainState
+    ) -> int:
+        """Returns the number of convolution gradients that an update leaves to jax."""
+        size = self.setup.config.data.batch_size
+        batch = examples.take(np.zeros(size, int))
+        batch["position"] = np.zeros(size, np.int32)
+        parts = phase.phase.accumulate_steps
+        batch = jax.tree.map(
+            lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch
+        )
+        rest = batch, np.float32(0), np.float32(0)
+        traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
+        return stock_gradients(traced.jaxpr)
+
     def program(
         self, phase: PhaseSetup, feed: Feed, placed: TrainState, call: Call
-    ) -> tuple[Compiled, float]:
-        """Returns the program for a call, and the seconds that compiling took just now.
+    ) -> tuple[Callable, float]:
+        """Returns the program of a call, and the seconds that compiling it took now.
 
         Args:
             phase: The phase.
-            feed: Of the phase.
-            placed: The state.
-            call: From the feed.
+            feed: Feed of the phase.
+            placed: Placed state.
+            call: Call of the feed.
         """
-        # Averages and what is fixed are those of all phases, of which runs may differ.
+        # Averages and fixed arrays cover all phases, in which runs may differ.
         shared = tuple(placed.ema), tuple(self.fixed)
-        # Updates may differ in the domains that they have.
+        # Updates may differ in the domains of their batches.
         leaves, names = jax.tree.flatten(call.arguments)
         shapes = names, tuple(leaf.shape for leaf in leaves)
         key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
-        if key in self.programs:
-            return self.programs[key], 0.0
-        step = feed.program(self._step(phase))
-        if self.together is None:
-            program = self.setup.devices.compile_train(
-                step, placed, self.fixed, *call.arguments
-            )
-        else:
-            program = self.together.train_program(
-                step,
-                frozenset(phase.frozen(placed)),
-                resident=isinstance(feed, Scanned),
-            )
-        self.programs[key] = program
-        return program, program.compile_s
+        return self.executor.train_program(
+            key,
+            lambda: feed.program(self._step(phase)),
+            (placed, self.fixed, *call.arguments),
+            frozen=lambda: frozenset(phase.frozen(placed)),
+            is_resident=isinstance(feed, Scanned),
+        )
 
     def optimizer_state(self, phase: PhaseSetup, params: Any) -> Any:
-        """Returns the fresh state of a phase's optimizer, on the host."""
-        if phase.program not in self.inits:
-            self.inits[phase.program] = jax.jit(phase.optimizer().init)
-        return jax.tree.map(np.asarray, self.inits[phase.program](params))
+        """Returns the initial state of a phase's optimizer, on the host."""
+        init = self.executor.once(
+            ("optimizer", phase.program), lambda: jax.jit(phase.optimizer().init)
+        )
+        return jax.tree.map(np.asarray, init(params))
 
     def _step(self, phase: PhaseSetup) -> Callable:
         """Returns an update of the phase as a function of its arguments."""
         config, views = self.setup.config, self.setup.views
-        # Whether what frozen stages give is kept or not, it is the same bits.
-        kept = self.setup.data.spec.why_always_others(views) is None
-        rows = self.setup.devices.whole_rows
+        # The frozen prefix has the same bits whether its outputs are cached or not.
+        is_cacheable = self.setup.data.spec.why_always_others(views) is None
+        rows = stable_batch(self.setup.devices)
         micro = config.data.batch_size // phase.phase.accumulate_steps
-        if kept:
+        if is_cacheable:
             micro += -micro % rows
         static = phase.update(
             self.setup.task,
             config.evaluate.ema_decay,
             guarded=config.nonfinite.policy != "stop",
             views=views,
-            rows=rows if kept else 1,
+            rows=rows if is_cacheable else 1,
             at_a_time=at_a_time(self.setup.task, micro, rows),
         )
         return functools.partial(train_step, static=static)

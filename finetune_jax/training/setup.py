@@ -28,7 +28,8 @@ from finetune_jax.optim.regularisers import (
     match_problems,
 )
 from finetune_jax.optim.schedules import check_schedule, plateau_metric
-from finetune_jax.parallel.devices import Devices, make_devices
+from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.micro_batches import check_batch, check_pairs
 from finetune_jax.plans.phase import (
     Group,

@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetune_jax.core.pytrees import named, stage_of
-from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.plans.phase import scales
 from finetune_jax.report import plots
 from finetune_jax.report.metrics_log import read_metrics
@@ -34,8 +33,7 @@ SHOWN, SHOWN_MASKS = 10, 8
 
 def write_report(
     setup: Setup,
-    evaluator: Evaluator,
-    placed: TrainState,
+    best: EvaluatedState,
     progress: Progress,
     result: Mapping[str, Any],
     workdir: pathlib.Path,
@@ -44,8 +42,7 @@ def write_report(
 
     Args:
         setup: Of the run.
-        evaluator: Measures states.
-        placed: The best state, on the devices.
+        best: Best state.
         progress: Where the run ended.
         result: What `result.json` will hold.
         workdir: Of the run, with all other files.
@@ -60,7 +57,7 @@ def write_report(
     split = next((name for name in ("test", "validation") if name in held_out), None)
     if split is not None:
         dataset, spec = held_out[split], setup_of.data.spec
-        names, outputs = spec.class_names, evaluator.outputs(placed, dataset, domain)
+        names, outputs = spec.class_names, best.outputs(dataset, domain)
         dataset = dataset.kept()
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"

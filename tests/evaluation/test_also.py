@@ -22,7 +22,8 @@ from finetune_jax.evaluation.diagnostics import (
 from finetune_jax.evaluation.other_domains import with_head
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
-from finetune_jax.training.run import make_evaluator, run
+from finetune_jax.training.assembly import make_evaluator
+from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

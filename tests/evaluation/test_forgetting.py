@@ -24,11 +24,12 @@ from finetune_jax.evaluation.diagnostics import (
     similarity,
     stage_features,
 )
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.task import EVALUATION, apply
-from finetune_jax.training.run import make_evaluator, run
+from finetune_jax.training.assembly import make_evaluator
+from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

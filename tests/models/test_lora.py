@@ -13,11 +13,12 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.models import make_model
 from finetune_jax.models.peft.lora import LoRA, is_lora, merge, with_lora
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.checkpoint import Checkpoints
 from finetune_jax.training.loop import Preempted
-from finetune_jax.training.run import restore, run
+from finetune_jax.training.restore import restore
+from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.layouts.resnet import LAYOUTS

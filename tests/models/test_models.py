@@ -11,7 +11,7 @@ from finetune_jax.core.pytrees import count, named
 from finetune_jax.models import make_model
 from finetune_jax.models.layers.initial_values import only_shapes
 from finetune_jax.models.layers.stages import batch_norm
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 
 MODELS = {  # Name, input, parameters, stages.
     "mlp": ((28, 28, 1), 784 * 64 + 64 + 650, 2),

@@ -15,7 +15,8 @@ from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.eval_step import eval_step
-from finetune_jax.parallel.devices import make_devices, run_once
+from finetune_jax.parallel.compiling import run_once
+from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state

@@ -10,7 +10,7 @@ import test_parallel
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state

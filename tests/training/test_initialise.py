@@ -17,7 +17,7 @@ import finetune_jax.training.initial.schemes
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.data.batches import training_batches
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION

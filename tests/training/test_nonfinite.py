@@ -13,7 +13,8 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.training.checkpoint import Checkpoints
 from finetune_jax.training.loop import Preempted
-from finetune_jax.training.run import restore, run
+from finetune_jax.training.restore import restore
+from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

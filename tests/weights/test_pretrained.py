@@ -180,7 +180,7 @@ def test_the_zoo_fits_its_card():
 def test_the_zoo_reaches_what_its_card_says(testdata, tmp_path):
     """On the ten thousand test images, by the mode that users call."""
     from finetune_jax import config as configs
-    from finetune_jax.training.run import make_evaluator
+    from finetune_jax.training.assembly import make_evaluator
 
     card = json.loads((ZOO / "resnet20_fashion_mnist.json").read_text())
     given = configs.load("configs/pretrain_fashion_mnist.py")

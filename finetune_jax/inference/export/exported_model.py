@@ -119,16 +119,16 @@ def trained_from(
     Raises:
         UserError: Its task has several models.
     """
-    setup, evaluator = predictor.setup, predictor.evaluator
+    setup, state = predictor.setup, predictor.state
     config, task = setup.config, setup.task.served()
     if tuple(task.models) != ("",):
         raise UserError(
             f"--mode=export: the task {config.task.name!r} has the models "
             f"{', '.join(map(repr, task.models))}; only tasks of one model can be exported"
         )
-    params = setup.devices.to_host(evaluator.chosen(predictor.placed))
+    params = setup.devices.to_host(state.params)
     params = {k: v for k, v in params.items() if k in task.stages}
-    batch_stats = setup.devices.to_host(predictor.placed.batch_stats)
+    batch_stats = setup.devices.to_host(state.placed.batch_stats)
     module: Any = task.models[""]
     if isinstance(module, LoRA):
         params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
@@ -142,7 +142,7 @@ def trained_from(
         task=dataclasses.replace(task, **changes),  # type: ignore[arg-type]
         spec=spec,
         variables={"params": params, "batch_stats": batch_stats},
-        fixed=setup.devices.to_host(evaluator.fixed["task"]),
+        fixed=setup.devices.to_host(state.evaluator.fixed["task"]),
         step=predictor.step,
         model=dict(config.model),
         config=configs.to_json(config),

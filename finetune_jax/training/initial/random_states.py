@@ -9,7 +9,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.machine import give_back_memory, memory
 from finetune_jax.core.pytrees import like, named, nbytes
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.parallel.devices import compiled_for_few
+from finetune_jax.parallel.compiling import compiled_for_few
 from finetune_jax.tasks.components.random_state import _key_data, _state_of_keys
 from finetune_jax.tasks.task import Task
 

@@ -39,7 +39,7 @@ from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.peft.lora import is_lora
-from finetune_jax.parallel.devices import run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.lsuv import scale_layers
 

@@ -1,0 +1,181 @@
+"""Assembles evaluator, executor, cache and loop of a run from its setup."""
+
+import json
+import pathlib
+from typing import Any
+
+from finetune_jax import config as configs
+from finetune_jax.core.array_store import Tables
+from finetune_jax.core.machine import cache_folder
+from finetune_jax.core.paths import user_path
+from finetune_jax.core.pytrees import named
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.evaluation.diagnostics import (
+    domain_fisher,
+    domain_named,
+    make_extras,
+)
+from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.other_domains import Domain
+from finetune_jax.features.cache import FeatureStore
+from finetune_jax.optim.regularisers import READS_FISHER
+from finetune_jax.parallel.executor import DeviceExecutor, Executor
+from finetune_jax.report.metrics_log import MetricsLog
+from finetune_jax.report.terminal import Terminal
+from finetune_jax.report.trackers import make_trackers
+from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.loop import Loop
+from finetune_jax.training.nonfinite import Guard
+from finetune_jax.training.preemption import Stop
+from finetune_jax.training.programs import Updates
+from finetune_jax.training.progress import Progress
+from finetune_jax.training.setup import Setup
+
+
+def make_fixed(
+    setup: Setup,
+    start: TrainState,
+    domains: tuple[Domain, ...] = (),
+    *,
+    training: bool = True,
+) -> dict[str, Any]:
+    """Returns the placed arrays that updates read and nobody updates.
+
+    Args:
+        setup: Setup of the run.
+        start: State before the first update, on the host.
+        domains: Other domains, one of which may give the Fisher information.
+        training: Whether there will be updates.
+    """
+    fixed = setup.fixed(start, training=training)
+    if training and setup.regularisers & set(READS_FISHER):
+        fisher = domain_fisher(
+            domain_named(domains, setup.config.init.fisher),
+            start,
+            examples=setup.config.init.fisher_examples,
+            seed=configs.seeds(setup.config)["order"],
+        )
+        fixed["fisher"] = dict(named(fisher))
+    return setup.devices.place(fixed)
+
+
+def make_evaluator(
+    setup: Setup,
+    start: TrainState,
+    domains: tuple[Domain, ...] = (),
+    *,
+    executor: Executor | None = None,
+    store: FeatureStore | None = None,
+    training: bool = True,
+) -> Evaluator:
+    """Returns the evaluator of a run that began with `start`.
+
+    Args:
+        setup: Setup of the run.
+        start: State before the first update, on the host.
+        domains: Other domains, on which states are measured too.
+        executor: Executor of the run; None makes one.
+        store: Cache of features; None computes them again.
+        training: Whether there will be updates.
+    """
+    evaluate = setup.config.evaluate
+    executor = executor or DeviceExecutor(devices=setup.devices)
+    return Evaluator(
+        task=setup.task,
+        executor=executor,
+        fixed=make_fixed(setup, start, domains, training=training),
+        batch_size=evaluate.batch_size,
+        training=training,
+        ema=evaluate.ema_decay is not None,
+        chosen_ema="/ema_" in (evaluate.best or ""),
+        extras=make_extras(setup.config, setup.data, start, domains),
+        store=store,
+        text=setup.data.spec.text and setup.data.spec.text.options,
+        compiled_before=executor.compile_s,
+    )
+
+
+def make_loop(
+    setup: Setup,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints | HeldCheckpoints,
+    state: TrainState,
+    progress: Progress,
+    *,
+    workdir: pathlib.Path,
+    terminal: Terminal,
+    stop: Stop,
+) -> Loop:
+    """Returns the loop of a run.
+
+    Args:
+        setup: Setup of the run.
+        evaluator: Evaluator of its states, whose executor makes the updates too.
+        checkpoints: Checkpoints of the run.
+        state: State to begin with or to continue from, on the host.
+        progress: Progress of the run at this state.
+        workdir: Folder that gets the metrics.
+        terminal: Terminal that a person reads.
+        stop: Whether the run was asked to stop.
+    """
+    config = setup.config
+    trackers = make_trackers(
+        config.report,
+        lambda: json.loads(configs.to_json(config)),
+        workdir=workdir,
+        first_step=int(state.step) + 1 if progress.log_lines else 0,
+    )
+    log = MetricsLog(
+        workdir / "metrics.jsonl", keep_lines=progress.log_lines, trackers=trackers
+    )
+    return Loop(
+        setup=setup,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        log=log,
+        terminal=terminal,
+        guard=Guard(
+            **config.nonfinite,
+            config=config,
+            dataset=setup.data.train,
+            log=log,
+            terminal=terminal,
+            folder=workdir / "nonfinite",
+        ),
+        progress=progress,
+        stop=stop,
+        updates=Updates(
+            setup=setup,
+            executor=evaluator.executor,
+            fixed=evaluator.fixed,
+            say=terminal.say,
+        ),
+        state=state,
+    )
+
+
+def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
+    """Returns the cache of features; None if the config or the task allows none."""
+    data = setup.config.data
+    if data.cache == "off":
+        return None
+    if data.on_error == "skip":
+        terminal.say("inputs of later stages are not kept: config.data.on_error=skip")
+        return None
+    if setup.task.prefixes != ("",):
+        terminal.say("inputs of later stages are not kept: there are several models")
+    if setup.task.prefixes != ("",) and not setup.task.is_taught:
+        return None
+    return FeatureStore(
+        task=setup.task,
+        devices=setup.devices,
+        tables=Tables(
+            folder=user_path(
+                data.cache_dir or cache_folder() / "features", "config.data.cache_dir"
+            ),
+            limit=data.cache_gb * 1e9,
+            memory=data.memory_gb * 1e9,
+            say=terminal.say,
+        ),
+        batch_size=setup.config.evaluate.batch_size,
+    )

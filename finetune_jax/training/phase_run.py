@@ -1,0 +1,88 @@
+"""The updates of one phase, a call of the compiled program after the other."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.training.dispatch import Feed
+from finetune_jax.training.preemption import Stop
+from finetune_jax.training.programs import Updates
+from finetune_jax.training.progress import Clock
+from finetune_jax.training.setup import PhaseSetup
+from finetune_jax.training.update_log import CallMetrics, UpdateLog
+
+
+@dataclasses.dataclass(kw_only=True)
+class PhaseRun:
+    """The updates of a phase.
+
+    Attributes:
+        phase: The phase.
+        first: First update of the phase.
+        end: Update after the last one.
+        step: Step of the current state.
+        rates: Learning rate of each update, before a plateau lowers it.
+        feed: Feed of examples.
+        updates: Makes the programs.
+        stop: Whether the run was asked to stop.
+        clock: Clock of the run.
+        update_log: Log of the updates' metrics.
+        roll_back: Returns the placed state to continue from after an update that is not
+            finite, with the step that it takes.
+    """
+
+    phase: PhaseSetup
+    first: int
+    end: int
+    step: int
+    rates: Sequence[float] | np.ndarray
+    feed: Feed
+    updates: Updates
+    stop: Stop
+    clock: Clock
+    update_log: UpdateLog
+    roll_back: Callable[[int], TrainState]
+
+    def call(self, placed: TrainState, stop: int, *, rate_scale: float) -> TrainState:
+        """Returns the placed state after one call, and logs the call before it.
+
+        Args:
+            placed: Placed state of step `step`; donated.
+            stop: Step that the call must not pass.
+            rate_scale: Factor of the learning rates.
+        """
+        begin, length = time.perf_counter(), self.end - self.first
+        start, stop = self.step - self.first, stop - self.first
+        rates = (np.asarray(self.rates[start:stop]) * rate_scale).astype(np.float32)
+        progress = (np.arange(start, stop) / length).astype(np.float32)
+        call = self.feed.call(rates, progress)
+        waited = time.perf_counter() - begin
+        program, compile_s = self.updates.program(self.phase, self.feed, placed, call)
+        self.stop.at_risk = True
+        rest = self.updates.fixed, *call.arguments
+        placed, metrics = program(placed, *rest)
+        if self.update_log.read():
+            placed, metrics = program(self.roll_back(self.step), *rest)
+        self.update_log.add(
+            CallMetrics(
+                step=self.step,
+                updates=call.updates,
+                phase=self.phase.phase.name,
+                metrics=metrics,
+                rates=rates,
+                fixed=self.first if self.phase.phase.fixed_batch else None,
+                batch=call.batch,
+            )
+        )
+        took = time.perf_counter() - begin - compile_s
+        if not compile_s:
+            self.feed.took(took)
+        self.clock.updates += call.updates
+        self.clock.compile_s += compile_s
+        self.clock.wait_s += waited
+        self.clock.train_s += took
+        self.step += call.updates
+        return placed

@@ -1,0 +1,80 @@
+"""Restores states of a run from its workdir."""
+
+import pathlib
+
+from finetune_jax.config import Config
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.train_state import TrainState
+from finetune_jax.evaluation.evaluator import EvaluatedState
+from finetune_jax.evaluation.other_domains import Domain
+from finetune_jax.features.cache import FrozenPrefix, frozen_prefix
+from finetune_jax.training.assembly import (
+    make_evaluator,
+)
+from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.progress import Progress
+from finetune_jax.training.setup import Setup
+
+
+def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
+    """Checks that a workdir holds one run.
+
+    Raises:
+        UserError: It holds a population.
+    """
+    if config.population:
+        raise UserError(
+            f"--workdir: {workdir} holds a population. Each of {workdir}/members is the "
+            "workdir of a run; `member` in result.json numbers the best, with checkpoints."
+        )
+
+
+def restore(
+    setup: Setup, checkpoints: Checkpoints | HeldCheckpoints, step: int
+) -> TrainState:
+    """Returns the state of a checkpoint of a run, on the host."""
+    return checkpoints.restore(step, setup.target(checkpoints.progress(step)))
+
+
+def best_state(
+    setup: Setup, workdir: pathlib.Path, domains: tuple[Domain, ...] = ()
+) -> tuple[EvaluatedState, int]:
+    """Returns the state of the run's best checkpoint, and its step.
+
+    If the config chooses no best one, it is the newest checkpoint.
+
+    Args:
+        setup: Setup of the run.
+        workdir: Workdir of the run.
+        domains: Other domains, on which the state can be measured too.
+
+    Raises:
+        UserError: There is no checkpoint yet.
+    """
+    folder = workdir / "checkpoints"
+    check_is_one_run(setup.config, workdir)
+    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+        raise UserError(f"--workdir: {workdir} has no checkpoint yet")
+    # The run may still be going on, and saving.
+    checkpoints = Checkpoints(folder, keep=setup.config.checkpoint.keep, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        best = checkpoints.progress(steps[-1]).best_step
+        step = steps[-1] if best is None else best
+        state = restore(setup, checkpoints, step)
+        start = checkpoints.restore(0, setup.target(Progress()))
+    finally:
+        checkpoints.close()
+    evaluator = make_evaluator(setup, start, domains, training=False)
+    prefix = last_prefix(setup, state)
+    found = EvaluatedState(
+        evaluator=evaluator,
+        placed=setup.devices.place(state),
+        prefix=prefix and prefix.uncached(),
+    )
+    return found, step
+
+
+def last_prefix(setup: Setup, state: TrainState) -> FrozenPrefix | None:
+    """Returns the prefix of a state, on the host, that the last phase freezes."""
+    return frozen_prefix(setup.task, state, setup.phase(len(setup.plan) - 1).mode)
