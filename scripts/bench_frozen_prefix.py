@@ -150,17 +150,19 @@ def torch_accuracy(setup, state, epochs: int) -> float:
 
     from finetune_jax import config as configs
     from finetune_jax.data.order import training_order
-    from finetune_jax.features.cache import frozen_part
+    from finetune_jax.features.cache import frozen_prefix
     from finetune_jax.report.terminal import Terminal
     from finetune_jax.training.assembly import make_store
 
     store = make_store(setup, Terminal())
     assert store is not None
-    frozen = frozen_part(setup.task, state, "head")
+    mode = setup.phase(len(setup.plan) - 1).mode
+    prefix = frozen_prefix(setup.task, state, mode)
+    assert prefix is not None and prefix.first == "head"
     parts = (setup.data.train, setup.data.held_out["test"])
     found = []
     for part in parts:
-        found.append(store.table(part, frozen, batch_size=ROWS))
+        found.append(store.table(part, prefix, batch_size=ROWS))
         assert found[-1] is not None
     features = [torch.tensor(np.asarray(part.table)) for part in found]
     labels = [torch.from_numpy(part.label).long() for part in found]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from finetune_jax import config as configs
+from finetune_jax.parallel.executor import DeviceExecutor
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.training.dispatch import Scanned
 from finetune_jax.training.programs import Updates
@@ -46,7 +47,12 @@ def updates_of(case: tuple) -> Updates:
     config, problems = configs.resolve(given)
     assert not problems, problems
     setup = make_setup(config).in_memory()
-    return Updates(setup=setup, fixed={"task": {}}, say=lambda _: None)
+    return Updates(
+        setup=setup,
+        executor=DeviceExecutor(devices=setup.devices),
+        fixed={"task": {}},
+        say=lambda _: None,
+    )
 
 
 class Runner:
@@ -76,7 +82,7 @@ class Runner:
             )
             compile_s += took
             rest = self._updates.fixed, *call.arguments
-            self._placed, metrics = program.call(self._placed, *rest)
+            self._placed, metrics = program(self._placed, *rest)
             jax.block_until_ready(metrics)
             if not took:
                 self._feed.took(time.perf_counter() - last)

@@ -24,6 +24,8 @@ from PIL import Image
 from finetune_jax import config as configs
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.features.frozen_prefix import at_a_time
+from finetune_jax.parallel.compiling import compiled
+from finetune_jax.parallel.devices import stable_batch
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
@@ -73,14 +75,14 @@ def programs(address: str, overrides: list[tuple[str, str]]) -> tuple[int, int]:
         batch |= {"weight": np.ones(shape, "f"), "position": np.zeros(shape, "i")}
         return devices.place_batch(batch, batch_axis=len(shape) - 1)
 
-    few = at_a_time(task, size, devices.whole_rows)
+    few = at_a_time(task, size, stable_batch(devices))
     update = setup.phase(0).update(task, at_a_time=few)
     train = devices.compile_train(
         functools.partial(train_step, static=update), state, {"task": {}},
         zeros(task.train_batch_spec, 1, size), np.float32(0), np.float32(0),
     )  # fmt: skip
-    evaluate = devices.compile_eval(
-        functools.partial(eval_step, task=task, first=update.first),
+    evaluate = compiled(
+        devices.over_devices(functools.partial(eval_step, task=task, first=update.first)),
         state.params, state.batch_stats, {}, zeros(task.batch_spec, size),
     )  # fmt: skip
     return program_bytes(train.call), program_bytes(evaluate.call)

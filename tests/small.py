@@ -13,7 +13,7 @@ from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, apply
-from finetune_jax.training.loop import Loop
+from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.setup import make_task, phase_setup
 from finetune_jax.training.step import train_step
@@ -27,16 +27,16 @@ class Killed(BaseException):
 
 def die_before(patch, *steps):
     """Has runs die before the updates from some steps on, at each once."""
-    update, left = Loop._update, list(steps)
+    call, left = PhaseRun.call, list(steps)
 
-    def dies(self, placed, phase, feed, step, rates, shares):
-        if step in left:
-            left.remove(step)
+    def dies(self, placed, stop, **rate):
+        if self.step in left:
+            left.remove(self.step)
             raise Killed
-        room = min([len(rates), *(at - step for at in left if at > step)])
-        return update(self, placed, phase, feed, step, rates[:room], shares[:room])
+        stop = min([stop, *(at for at in left if at > self.step)])
+        return call(self, placed, stop, **rate)
 
-    patch.setattr(Loop, "_update", dies)
+    patch.setattr(PhaseRun, "call", dies)
 
 
 def lines(workdir):

@@ -237,6 +237,7 @@ class VectorisedExecutor:
         batches: Batches,
         urgency: int,
     ) -> dict[str, np.ndarray]:
+        """Returns the outputs of a step for a split, in the order of the urgencies."""
         request = Request(
             signature=((name, batches.key), _signature(arguments)),
             given=arguments,

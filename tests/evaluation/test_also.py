@@ -105,7 +105,7 @@ def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
     evaluator = make_evaluator(setup, start, open_domains(setup.config, setup.data))
     state = moved(start)
     placed = setup.devices.place(state)
-    found = evaluator.measure(placed, {})
+    found = evaluator.measure(placed, {}, prefix=None)
     assert set(found) == {
         f"{label}/{name}"
         for label in ("now", "before", "digits")
@@ -115,10 +115,12 @@ def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
         other, hidden, model__classes=10, data__validation="validation[:50%]"
     )
     judge = make_evaluator(theirs, start)
-    own = judge.measure(theirs.devices.place(state), theirs.data.held_out)
+    own = judge.measure(theirs.devices.place(state), theirs.data.held_out, prefix=None)
     with_start = state.params | {"head": start.params["head"]}
     old = judge.measure(
-        theirs.devices.place(state.replace(params=with_start)), theirs.data.held_out
+        theirs.devices.place(state.replace(params=with_start)),
+        theirs.data.held_out,
+        prefix=None,
     )
     for name in ("accuracy", "loss"):
         assert found[f"now/{name}"] == pytest.approx(own[f"test/{name}"], rel=1e-6)
@@ -128,7 +130,7 @@ def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
     # The run's own data cut otherwise.
     seeded = make_setup(config((), hidden, data__split_seed=3))
     own = make_evaluator(seeded, start).measure(
-        seeded.devices.place(state), seeded.data.held_out
+        seeded.devices.place(state), seeded.data.held_out, prefix=None
     )
     assert found["digits/loss"] == pytest.approx(own["test/loss"], rel=1e-6)
 
@@ -192,10 +194,10 @@ def test_the_pretrained_head_may_have_other_classes_than_the_run(other, tmp_path
     start, _ = setup.start()
     domains = open_domains(setup.config, setup.data)
     found = make_evaluator(setup, start, domains).measure(
-        setup.devices.place(start), {}
+        setup.devices.place(start), {}, prefix=None
     )
     own = make_evaluator(theirs, before).measure(
-        theirs.devices.place(before), theirs.data.held_out
+        theirs.devices.place(before), theirs.data.held_out, prefix=None
     )
     for name in ("accuracy", "loss"):
         assert found[f"source/{name}"] == pytest.approx(own[f"test/{name}"], rel=1e-6)

@@ -11,6 +11,7 @@ import pytest
 import small
 
 from finetune_jax.features import cache, frozen_prefix
+from finetune_jax.parallel.devices import stable_batch
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.task import EVALUATION
@@ -407,7 +408,7 @@ def test_frozen_stages_take_the_memory_of_a_part():
 )
 def test_a_row_of_a_batch_does_not_depend_on_its_place(model, size):
     """So that features stand for those of any other batch of their size."""
-    shape, count = (size, size, 1), make_devices(small.config().parallel).whole_rows
+    shape, count = (size, size, 1), stable_batch(make_devices(small.config().parallel))
     task = small.task(model, shape)
     state = small.Trainer(task, plan("head")[0]).state
     whole = {name: array[0] for name, array in small.batch(count, shape).items()}

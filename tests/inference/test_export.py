@@ -71,9 +71,7 @@ def predicted(workdir, inputs):
     """Returns the outputs of predictions, before they become records."""
     config = resolved_config("", workdir, [("parallel.devices", "1")])
     predictor = open_predictor(config, workdir)
-    return predictor.evaluator.outputs(
-        predictor.placed, examples(inputs, predictor.spec)
-    )
+    return predictor.state.outputs(examples(inputs, predictor.spec))
 
 
 def loaded_alone(folder, inputs, tmp_path):

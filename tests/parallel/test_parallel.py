@@ -15,7 +15,9 @@ from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.eval_step import eval_step
-from finetune_jax.parallel.compiling import run_once
+from finetune_jax.parallel.compiling import compiled, run_once
+from finetune_jax.parallel.devices import concurrent_batch
+from finetune_jax.parallel.executor import outputs
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
@@ -59,7 +61,7 @@ def trained(kind, task, phase, batches):
     whole = devices.place_batch(whole, batch_axis=0)
     arguments = (placed.params, placed.batch_stats, {}, whole)
     predict = functools.partial(eval_step, task=task)
-    outputs = devices.compile_eval(predict, *arguments).call(*arguments)
+    outputs = compiled(devices.over_devices(predict), *arguments).call(*arguments)
     return devices.to_host(placed), losses, devices.rows_to_host(outputs)["logits"]
 
 
@@ -174,7 +176,7 @@ class Calls:
 def at_a_time(calls, at_once):
     devices = make_devices(SimpleNamespace(**KINDS["one"]))
     batches = (np.full(3, number) for number in range(9))
-    return devices.outputs(calls.ready, batches, at_once=at_once)
+    return outputs(devices, calls.ready, batches, at_once=at_once)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -197,12 +199,12 @@ def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
     one = make_devices(SimpleNamespace(**KINDS["one"]))
     eight = make_devices(SimpleNamespace(**KINDS["jit"]))
     monkeypatch.setenv("NPROC", "2")
-    assert [one.part_of(count) for count in (1, 7, 64)] == [1, 4, 32]
-    assert [eight.part_of(count) for count in (1, 8, 20)] == [8, 8, 24]
+    assert [concurrent_batch(one, count) for count in (1, 7, 64)] == [1, 4, 32]
+    assert [concurrent_batch(eight, count) for count in (1, 8, 20)] == [8, 8, 24]
     with traced_for("gpu"):
-        assert one.part_of(64) == 64
+        assert concurrent_batch(one, 64) == 64
     monkeypatch.setenv("NPROC", "1")
-    assert one.part_of(64) == 64
+    assert concurrent_batch(one, 64) == 64
 
 
 @pytest.mark.parametrize("shape, dtype", [((3, 5), np.float32), ((0, 2), np.int32)])

@@ -124,17 +124,17 @@ KILLED = """
 import os, sys, pathlib
 sys.path[:0] = ['tests', 'tests/report']
 import test_trackers as tests
-from finetune_jax.training.loop import Loop
+from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.run import run
 
-update = Loop._update
+call = PhaseRun.call
 
-def dies(self, placed, phase, batches, number, *rest):
-    if number == 5:
+def dies(self, placed, stop, **rate):
+    if self.step == 5:
         os._exit(9)
-    return update(self, placed, phase, batches, number, *rest)
+    return call(self, placed, stop, **rate)
 
-Loop._update = dies
+PhaseRun.call = dies
 run(tests.config(tensorboard=True), pathlib.Path(sys.argv[1]))
 """
 

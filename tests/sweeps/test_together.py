@@ -9,17 +9,22 @@ import numpy as np
 import pytest
 import small
 
-import finetune_jax.parallel.devices
+import finetune_jax.parallel.compiling
 import finetune_jax.sweeps.population
 import finetune_jax.sweeps.vectorised
 from finetune_jax.core.backend import traced_for
-from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.executor import SHORT_S, OwnPace
+from finetune_jax.parallel.pmap import PmapDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_json
 from finetune_jax.sweeps.population import member_configs, run_population
-from finetune_jax.sweeps.vectorised import SharedPace, Together, members_at_once
-from finetune_jax.training.dispatch import SHORT_S, OwnPace
-from finetune_jax.training.loop import Loop, Preempted
+from finetune_jax.sweeps.vectorised import (
+    SharedPace,
+    VectorisedExecutor,
+    members_at_once,
+)
+from finetune_jax.training.loop import Preempted
+from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.setup import make_setup
 
@@ -70,18 +75,19 @@ def no_report(monkeypatch):
 def calls(monkeypatch):
     """Counts calls of compiled programs, by what they are for."""
     counts = collections.Counter()
-    timed = finetune_jax.parallel.devices._timed
+    compiled = finetune_jax.parallel.compiling.compiled
 
     def counted(jitted, *arguments):
-        compiled = timed(jitted, *arguments)
+        program = compiled(jitted, *arguments)
 
         def call(*given):
             counts["calls"] += 1
-            return compiled.call(*given)
+            return program.call(*given)
 
-        return dataclasses.replace(compiled, call=call)
+        return dataclasses.replace(program, call=call)
 
-    monkeypatch.setattr(finetune_jax.parallel.devices, "_timed", counted)
+    for module in ("sweeps.vectorised", "parallel.executor", "parallel.mesh"):
+        monkeypatch.setattr(f"finetune_jax.{module}.compiled", counted)
     return counts
 
 
@@ -157,11 +163,11 @@ def test_chunks_and_programs_that_do_not_fit_change_no_number(
     monkeypatch.setattr(finetune_jax.sweeps.vectorised, "MOST", 4)
     sizes = []
 
-    def has_room(self, program):
+    def has_room(devices, program):
         sizes.append(None)
         return len(sizes) % 2 == 0
 
-    monkeypatch.setattr(Devices, "has_room", has_room)
+    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "has_room", has_room)
     side_by_side(config(), tmp_path / "run")
     assert_same(tmp_path / "run", in_turn)
     assert len(sizes) > 2
@@ -189,15 +195,15 @@ def test_a_killed_population_goes_on_with_what_was_not_finished(
 def test_one_that_is_asked_to_stop_ends_all_and_they_go_on(
     in_turn, tmp_path, monkeypatch
 ):
-    stop, update = Stop(), Loop._update
+    stop, call = Stop(), PhaseRun.call
 
-    def asks(self, placed, phase, feed, step, rates, shares):
-        if step >= 9:
+    def asks(self, *arguments, **rate):
+        if self.step >= 9:
             stop.ask()
-        return update(self, placed, phase, feed, step, rates, shares)
+        return call(self, *arguments, **rate)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="in member"):
-        patch.setattr(Loop, "_update", asks)
+        patch.setattr(PhaseRun, "call", asks)
         side_by_side(config(), tmp_path / "run", stop)
     assert not (tmp_path / "run" / "result.json").exists()
     side_by_side(config(), tmp_path / "run")
@@ -205,24 +211,24 @@ def test_one_that_is_asked_to_stop_ends_all_and_they_go_on(
 
 
 def test_an_update_that_fails_ends_the_population(tmp_path, monkeypatch):
-    def fails(self, *_):
+    def fails(*_):
         raise MemoryError("of the device")
 
-    monkeypatch.setattr(Devices, "compile_members", fails)
+    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "compiled", fails)
     with pytest.raises(MemoryError, match="of the device"):
         side_by_side(config(), tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_what_is_the_same_for_all_is_not_stacked(tmp_path, monkeypatch):
-    kernels, compile_members = [], Devices.compile_members
+    kernels, compiled = [], finetune_jax.sweeps.vectorised.compiled
 
-    def watched(self, many, shared, own, *rest):
+    def watched(many, shared, own, *rest):
         shapes = [[np.shape(leaf) for leaf in leaves] for leaves in (shared, own[0])]
         kernels.append([[s for s in found if len(s) == 4] for found in shapes])
-        return compile_members(self, many, shared, own, *rest)
+        return compiled(many, shared, own, *rest)
 
-    monkeypatch.setattr(Devices, "compile_members", watched)
+    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "compiled", watched)
     plan = (Phase(name="head", steps=4, rules=small.HEAD, batch_stats="hold"),)
     given = config(
         (*MEMBERS[:1], *MEMBERS[3:5]),
@@ -276,7 +282,9 @@ def test_as_many_members_are_side_by_side_as_fit(monkeypatch):
     own = 4 * 2 * (144 * 10 + 10)  # Parameters and their average.
 
     def most(free=None, memory=10**12):
-        monkeypatch.setattr(Devices, "free_bytes", lambda self: free)
+        monkeypatch.setattr(
+            finetune_jax.sweeps.vectorised, "free_bytes", lambda _: free
+        )
         monkeypatch.setattr(finetune_jax.sweeps.vectorised, "memory", lambda: memory)
         with traced_for("gpu"):
             return members_at_once([setup])
@@ -289,18 +297,18 @@ def test_as_many_members_are_side_by_side_as_fit(monkeypatch):
     assert 1 < most(memory=10**6) < most(memory=2 * 10**6) < 64
     monkeypatch.setattr(finetune_jax.sweeps.vectorised, "MOST_ARRAYS", 21)
     assert 1 < most() < 21
-    pmap = dataclasses.replace(setup.devices, mode="pmap")
+    pmap = PmapDevices(mesh=setup.devices.mesh)
     with traced_for("gpu"):
         assert members_at_once([dataclasses.replace(setup, devices=pmap)]) == 1
 
 
 def test_programs_are_compiled_for_halves():
-    together = Together(9, make_setup(config(())).devices)
+    together = VectorisedExecutor(9, make_setup(config(())).devices)
     assert [together._size(n) for n in (9, 6, 5, 4, 3, 2, 1)] == [9, 9, 5, 5, 3, 2, 1]
 
 
 def test_members_keep_one_pace():
-    together = Together(5, make_setup(config(())).devices)
+    together = VectorisedExecutor(5, make_setup(config(())).devices)
     pace = SharedPace(OwnPace(None), together)
     made = []
     for _ in range(3):

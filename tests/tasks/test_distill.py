@@ -15,7 +15,7 @@ import test_parallel
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.features.cache import FeatureStore, teaching_part
+from finetune_jax.features.cache import FeatureStore, Teachers
 from finetune_jax.inference.export.exported_model import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes import plan as plan_mode
@@ -289,7 +289,7 @@ def test_where_images_are_augmented_answers_are_not_kept_and_it_says_why():
     store = FeatureStore(task=None, devices=None, tables=tables, batch_size=8)
     for changes in ({"augment": (("flip",),)}, {"mix": (("mixup", 0.2),)}):
         found = store.training(
-            None, teaching_part({}, 0), spec=small.spec(**changes), mode=EVALUATION,
+            None, Teachers(fixed={}, rng=0), spec=small.spec(**changes), mode=EVALUATION,
             views=None, batch_size=8, examples=8,
         )  # fmt: skip
         assert found is None

@@ -14,11 +14,9 @@ import finetune_jax.training.run
 from finetune_jax.data.order import training_order
 from finetune_jax.models import efficientnet_lite
 from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.parallel.executor import LONG_S, LONGEST, OwnPace
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.dispatch import (
-    LONG_S,
-    LONGEST,
-    OwnPace,
     Scanned,
     stock_gradients,
 )

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import small
 
-import finetune_jax.training.run
 from finetune_jax.config import flat, resolve
 from finetune_jax.core.errors import TrainingError, UserError
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.training.loop import Loop, Preempted
+from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.run import run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -203,13 +204,13 @@ def test_a_plateau_ends_a_phase_and_a_resume_knows_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_phases_that_differ_in_rate_or_length_share_a_program(tmp_path, monkeypatch):
     compiled = []
-    compile_train = finetune_jax.parallel.devices.Devices.compile_train
+    compile_train = MeshDevices.compile_train
 
     def counted(self, *arguments):
         compiled.append(1)
         return compile_train(self, *arguments)
 
-    monkeypatch.setattr(finetune_jax.parallel.devices.Devices, "compile_train", counted)
+    monkeypatch.setattr(MeshDevices, "compile_train", counted)
     plan = tuple(
         Phase(
             name=f"{name}{cycle}", steps=1 + cycle, peak_lr=1e-3 / (1 + cycle),
@@ -274,19 +275,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_holds_one_copy_of_what_it_trains(tmp_path, monkeypatch):
-    update, measure, held, living = Loop._update, Evaluator.measure, [], []
+    update, measure, held, living = PhaseRun.call, Evaluator.measure, [], []
 
-    def watched(self, *arguments):
-        held.append(self.state)
-        return update(self, *arguments)
+    def watched(self, *arguments, **rate):
+        states = (found for found in gc.get_objects() if type(found) is TrainState)
+        held.append(sum(isinstance(found.step, np.ndarray) for found in states))
+        return update(self, *arguments, **rate)
 
-    def watched_measure(self, placed, splits):
+    def watched_measure(self, placed, splits, **prefix):
         gc.collect()
         states = (found for found in gc.get_objects() if type(found) is TrainState)
         living.append(sum(isinstance(found.step, np.ndarray) for found in states))
-        return measure(self, placed, splits)
+        return measure(self, placed, splits, **prefix)
 
-    monkeypatch.setattr(Loop, "_update", watched)
+    monkeypatch.setattr(PhaseRun, "call", watched)
     monkeypatch.setattr(Evaluator, "measure", watched_measure)
     run(config(), tmp_path / "run")
     assert held and not any(held)
@@ -297,12 +299,13 @@ def test_a_run_holds_one_copy_of_what_it_trains(tmp_path, monkeypatch):
 def test_what_is_frozen_and_moves_stops_the_run(tmp_path, monkeypatch):
     enter = Loop._enter
 
-    def wrong(self, index, phase):
-        enter(self, index, phase)
+    def wrong(self, *arguments):
+        state = enter(self, *arguments)
         self.progress.frozen_sha256["head"] = "0" * 64
+        return state
 
     monkeypatch.setattr(Loop, "_enter", wrong)
-    with pytest.raises(TrainingError, match="freezes has moved"):
+    with pytest.raises(TrainingError, match="Frozen values of phase .* have changed"):
         run(config(), tmp_path / "run")
 
 

@@ -112,17 +112,17 @@ KILLED = """
 import os, sys, pathlib, signal
 sys.path[:0] = ['tests', 'tests/training']
 import test_strategies_resume as tests
-from finetune_jax.training.loop import Loop
+from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.run import run
 
-update = Loop._update
+call = PhaseRun.call
 
-def dies(self, placed, phase, batches, number, *rest):
-    if number == int(sys.argv[3]):
+def dies(self, placed, stop, **rate):
+    if self.step == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, placed, phase, batches, number, *rest)
+    return call(self, placed, stop, **rate)
 
-Loop._update = dies
+PhaseRun.call = dies
 run(tests.config(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 

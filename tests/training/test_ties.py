@@ -8,6 +8,7 @@ import small
 from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import _Population
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
+from finetune_jax.training import plateau
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.run import run
 
@@ -72,23 +73,18 @@ def test_step_0_is_best_only_if_it_is_better(tmp_path):
 
 
 def test_plateaus_restore_the_tie_with_the_lower_loss_and_count_no_improvement():
-    from finetune_jax.training.loop import Loop
-
     phase = Phase(name="all", steps=9, plateau_metric="validation/accuracy")
-
-    class Held:
-        progress, measured = Progress(), {}
+    progress = Progress()
 
     def reached(step, accuracy, loss):
-        Held.measured = {"validation/accuracy": accuracy, "validation/loss": loss}
-        holder = type("Phase", (), {"phase": phase})
-        return Loop._plateau_is_reached(Held, holder, step)  # type: ignore[arg-type]
+        measured = {"validation/accuracy": accuracy, "validation/loss": loss}
+        return plateau.is_reached(phase, progress, measured, step)
 
     assert not reached(1, 0.5, 0.9)
     assert not reached(2, 0.5, 0.3)
-    assert Held.progress.plateau_best_step == 2 and Held.progress.plateau_bad == 1
+    assert progress.plateau_best_step == 2 and progress.plateau_bad == 1
     assert not reached(3, 0.5, 0.4)
-    assert Held.progress.plateau_best_step == 2 and Held.progress.plateau_bad == 2
+    assert progress.plateau_best_step == 2 and progress.plateau_bad == 2
     assert reached(4, 0.4, 0.1)
 
 

@@ -192,5 +192,7 @@ def test_the_zoo_reaches_what_its_card_says(testdata, tmp_path):
     setup = make_setup(config)
     state, _ = setup.start()
     evaluator = make_evaluator(setup, state)
-    found = evaluator.measure(setup.devices.place(state), setup.data.held_out)
+    found = evaluator.measure(
+        setup.devices.place(state), setup.data.held_out, prefix=None
+    )
     assert found["test/accuracy"] == pytest.approx(card["test/accuracy"], abs=2e-4)
