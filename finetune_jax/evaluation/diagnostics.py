@@ -2,27 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import problems_error
-from finetune_jax.core.pytrees import count, like, named, part, stage_of
+from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, Dataset
+from finetune_jax.evaluation.cka import gram, similarity, stage_features
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.evaluation.evaluator import Evaluator, Extra
 from finetune_jax.evaluation.other_domains import Domain, find_domains, with_head
-from finetune_jax.tasks.task import EVALUATION, Task, apply
-
-# Features whose Gram matrix is taken at once, and values of the gradients of examples
-# that lie on the device at once: bounds of memory, chosen by us.
-GRAM_COLUMNS = 2**14
-GRADIENT_VALUES, MOST_GRADIENTS = 2**28, 32
 
 
 def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
@@ -181,159 +173,6 @@ class _Similarity:
         return {stage: gram(features[stage]) for stage in evaluator.task.stages}
 
 
-def stage_features(
-    params: Any, batch_stats: Any, batch: dict, *, task: Task
-) -> dict[str, jax.Array]:
-    """Returns the output of every stage in evaluation, [B, F] each."""
-    batch = task.prepare(batch, jax.random.key(0), EVALUATION)
-    trees, found, x = {"params": params, "batch_stats": batch_stats}, {}, None
-    for stage in task.stages:
-        prefix, _, name = stage.rpartition("/")
-        if name == task.models[prefix].stages[0]:  # type: ignore[attr-defined]
-            x = batch["inputs"]
-        variables = {key: part(tree, prefix) for key, tree in trees.items()}
-        x, _ = apply(task, prefix, variables, x, mode=EVALUATION, first=name, last=name)
-        found[stage] = jnp.concatenate(
-            [
-                leaf.reshape(leaf.shape[0], -1)
-                for leaf in jax.tree.leaves(x)
-                if jnp.issubdtype(leaf.dtype, jnp.inexact)
-            ],
-            axis=-1,
-        )
-    return found
-
-
-def gram(features_NxF: np.ndarray) -> np.ndarray:
-    """Returns the products [N, N] of all pairs of examples, columns centred first.
-
-    That is the double-centred H X X' H, H = I - 1/N, in float64. Where the features do
-    not vary but for rounding, it is zero.
-    """
-    examples = len(features_NxF)
-    found_NxN, total = np.zeros((examples, examples)), 0.0
-    for start in range(0, features_NxF.shape[1], GRAM_COLUMNS):
-        part_NxF = features_NxF[:, start : start + GRAM_COLUMNS].astype(np.float64)
-        total += np.sum(part_NxF**2)
-        part_NxF -= part_NxF.mean(axis=0)
-        found_NxN += part_NxF @ part_NxF.T
-    rounding = (examples * np.finfo(np.float64).eps) ** 2 * total
-    return found_NxN if np.trace(found_NxN) > rounding else np.zeros_like(found_NxN)
-
-
-def similarity(one_NxN: np.ndarray, other_NxN: np.ndarray) -> float:
-    """Returns the linear CKA of two centred Gram matrices, between 0 and 1.
-
-    Features that do not vary have none. Here they are as similar as can be to others
-    that do not vary either (1.0), and not at all to those that do (0.0).
-
-    Source: Kornblith et al. 2019, section 3.
-    """
-    norms = np.linalg.norm(one_NxN), np.linalg.norm(other_NxN)
-    if not all(norms):
-        return float(norms[0] == norms[1])
-    # Divided first: products of large features would overflow.
-    return float(np.sum((one_NxN / norms[0]) * (other_NxN / norms[1])))
-
-
 def domain_named(domains: tuple[Domain, ...], label: str) -> Domain:
     """Returns the domain of a label, which `open_domains` has checked."""
     return next(domain for domain in domains if domain.label == label)
-
-
-def domain_fisher(
-    domain: Domain, start: TrainState, *, examples: int, seed: int
-) -> Any:
-    """Returns the Fisher information on a domain's training examples, like the parameters.
-
-    It is that of the model with the domain's head; where that is the pretrained one, the
-    run's own head has no part in it and gets zeros.
-
-    Args:
-        domain: Has training examples.
-        start: The state before the first update, on the host.
-        examples: At most so many are used.
-        seed: Of the draws.
-    """
-    assert domain.train is not None
-    head = domain.head_variables(start)
-    params, batch_stats = with_head(start.params, start.batch_stats, head)
-    found = named(
-        fisher_information(
-            domain.task, params, batch_stats, domain.train, examples=examples, seed=seed
-        )
-    )
-    if domain.head == "pretrained":
-        found |= {
-            name: np.zeros_like(leaf)
-            for name, leaf in named(start.params).items()
-            if stage_of(name, domain.task.prefixes) in domain.task.heads
-        }
-    return like(start.params, found)
-
-
-def fisher_information(
-    task: Task,
-    params: Any,
-    batch_stats: Any,
-    dataset: Dataset,
-    *,
-    examples: int,
-    seed: int,
-) -> Any:
-    """Returns the diagonal of the Fisher information, a tree like the parameters.
-
-    It is the mean over examples of the squared gradient of log p(y | x) in evaluation,
-    y drawn from the model's own p(y | x): once for each example, by its place in the
-    dataset.
-
-    Args:
-        task: Has outputs 'logits'.
-        params: On the host.
-        batch_stats: The same.
-        dataset: Not augmented.
-        examples: How many to draw from it, without replacement; at most all are used.
-        seed: Of both draws.
-
-    Source: Kirkpatrick et al. 2017, equation 3; Martens 2020, section 5 (the labels of
-    the data would give the "empirical" one, which is another).
-    """
-    drawn = np.random.default_rng(seed).permutation(len(dataset))[:examples]
-    size = int(np.clip(GRADIENT_VALUES // count(params), 1, MOST_GRADIENTS))
-    total = {n: np.zeros(leaf.shape, np.float64) for n, leaf in named(params).items()}
-    program = jax.jit(functools.partial(_squared_gradients, task=task, seed=seed))
-    on_device = jax.device_put((params, batch_stats))
-    for start in range(0, len(drawn), size):
-        places = drawn[start : start + size]
-        padded = np.resize(places, size).astype(np.int32)
-        batch = dataset.take(padded) | {"position": padded}
-        batch["weight"] *= np.arange(size) < len(places)
-        sums = named(program(*on_device, batch))
-        for name, values in sums.items():
-            total[name] += np.asarray(values, np.float64)
-    mean = {name: values / len(drawn) for name, values in total.items()}
-    return jax.tree.map(
-        lambda leaf, values: values.astype(leaf.dtype), params, like(params, mean)
-    )
-
-
-def _squared_gradients(
-    params: Any, batch_stats: Any, batch: Mapping, *, task: Task, seed: int
-) -> Any:
-    """Returns the sum over a batch of each example's squared gradient."""
-    batch = task.prepare(dict(batch), jax.random.key(0), EVALUATION)
-
-    def squares(example: dict) -> Any:
-        rng = jax.random.fold_in(jax.random.key(seed), example["position"])
-
-        def log_likelihood(params: Any) -> jax.Array:
-            alone = jax.tree.map(lambda x: x[None], example)
-            logits_K = task.outputs(params, batch_stats, {}, alone)["logits"][0]
-            logits_K = logits_K.astype(jnp.promote_types(logits_K.dtype, jnp.float32))
-            drawn = jax.random.categorical(rng, jax.lax.stop_gradient(logits_K))
-            return jax.nn.log_softmax(logits_K)[drawn]
-
-        gradient = jax.grad(log_likelihood)(params)
-        return jax.tree.map(lambda g: g**2 * example["weight"], gradient)
-
-    return jax.tree.map(lambda x: x.sum(axis=0), jax.vmap(squares)(batch))

@@ -10,12 +10,9 @@ from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.evaluation.diagnostics import (
-    domain_fisher,
-    domain_named,
-    make_extras,
-)
+from finetune_jax.evaluation.diagnostics import domain_named, make_extras
 from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
 from finetune_jax.optim.regularisers import READS_FISHER

@@ -14,11 +14,8 @@ from finetune_jax import config as configs
 from finetune_jax import main
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.evaluation.diagnostics import (
-    domain_fisher,
-    domain_named,
-    open_domains,
-)
+from finetune_jax.evaluation.diagnostics import domain_named, open_domains
+from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import with_head
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics

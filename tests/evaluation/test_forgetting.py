@@ -15,15 +15,9 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.data.dataset import dataset_of
 from finetune_jax.data.source import array_source
 from finetune_jax.evaluation import diagnostics
-from finetune_jax.evaluation.diagnostics import (
-    distances,
-    fisher_information,
-    gram,
-    make_extras,
-    open_domains,
-    similarity,
-    stage_features,
-)
+from finetune_jax.evaluation.cka import gram, similarity, stage_features
+from finetune_jax.evaluation.diagnostics import distances, make_extras, open_domains
+from finetune_jax.evaluation.fisher import fisher_information
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
