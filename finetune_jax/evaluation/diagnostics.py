@@ -1,4 +1,4 @@
-"""What fine-tuning forgets, measured: other domains, distances, CKA, Fisher information."""
+"""Measurements besides the splits: other domains, distance from the start, CKA."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
     """Returns the domains of `config.evaluate.also`. Nothing is compiled.
 
     Raises:
-        UserError: Lists all that these, `evaluate.cka` and `init.fisher` ask for and that
-            is not there.
+        UserError: Lists all problems of `evaluate.also`, `evaluate.cka` and
+            `init.fisher`.
     """
     domains, problems = find_domains(config, data)
     examples, held_out = config.evaluate.cka, data.held_out
@@ -40,20 +40,20 @@ def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
                 "least to compare"
             )
     if problems:
-        raise problems_error("What is to be measured besides cannot be:", problems)
+        raise problems_error("config.evaluate cannot be used:", problems)
     return domains
 
 
 def make_extras(
     config: Config, data: Data, start: TrainState, domains: tuple[Domain, ...]
 ) -> tuple[Extra, ...]:
-    """Returns what the config measures of a state besides its splits.
+    """Returns the measurements that the config asks for besides the splits.
 
     Args:
-        config: Of the run.
-        data: Of the run.
-        start: The state before the first update, on the host.
-        domains: From `open_domains`.
+        config: Config of the run.
+        data: Data of the run.
+        start: State before the first update, on the host.
+        domains: Other domains, from `open_domains`.
     """
     extras: list[Extra] = [_OnDomain(domain, start) for domain in domains]
     evaluate, split = config.evaluate, _compared_split(data)
@@ -104,7 +104,7 @@ class _OnDomain:
 
 
 class _Distance:
-    """Measures `distance/STAGE` of the parameters that predictions are made with."""
+    """Measures `distance/STAGE`, from the start to the parameters of predictions."""
 
     def __init__(self, start: TrainState):
         self._start = start.params
@@ -118,21 +118,20 @@ class _Distance:
 def distances(
     start: Any, now: Any, prefixes: tuple[str, ...] = ("",)
 ) -> dict[str, float]:
-    """Returns how far each stage's parameters are from the start: |now - start| / |start|.
+    """Returns the relative distance of each stage's parameters: |now - start| / |start|.
 
-    Norms are Euclidean, over all parameters of the stage, in float64. A stage that began
-    with zeros has no such ratio: for it this is |now|. Stages without parameters have no
-    entry.
+    Norms are Euclidean, over all parameters of the stage, in float64. For a stage that
+    began with zeros, it is |now|. Stages without parameters have no entry.
 
     Args:
-        start: Parameters on the host.
-        now: The same, later.
-        prefixes: Of the task's models.
+        start: Parameters at the start, on the host.
+        now: Parameters now, on the host.
+        prefixes: Prefixes of the task's models.
     """
     squares: dict[str, np.ndarray] = {}
     for (name, before), after in zip(named(start).items(), named(now).values()):
         before, after = (np.asarray(x, np.float64) for x in (before, after))
-        moved = before != after  # An infinite value that stayed has moved by 0.
+        moved = before != after  # inf - inf is NaN, but equal values have distance 0.
         sums = np.array(
             [np.sum((after[moved] - before[moved]) ** 2), np.sum(before**2)]
         )
@@ -147,8 +146,8 @@ def distances(
 class _Similarity:
     """Measures `cka/STAGE` between the features at the start and now.
 
-    The host holds the features of all stages for the examples that are compared, once,
-    and of the start only a matrix [N, N] a stage.
+    The host holds the features of all stages for the compared examples, and of the start
+    only one matrix [N, N] for each stage.
     """
 
     def __init__(self, start: TrainState, dataset: Dataset):
@@ -174,5 +173,5 @@ class _Similarity:
 
 
 def domain_named(domains: tuple[Domain, ...], label: str) -> Domain:
-    """Returns the domain of a label, which `open_domains` has checked."""
+    """Returns the domain with a label, which `open_domains` has checked."""
     return next(domain for domain in domains if domain.label == label)

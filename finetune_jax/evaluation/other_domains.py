@@ -1,4 +1,4 @@
-"""Other domains: data, such as the source, on which a run is measured besides its own."""
+"""Other domains, such as the source: data on which a run is measured besides its own."""
 
 import dataclasses
 import re
@@ -26,26 +26,26 @@ from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.labels import are_places, check_labels, keys
 
 HEADS = ("current", "start", "pretrained")
-# Whatever else metrics are named by.
+# Other prefixes of metric names.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domain:
-    """Data of another domain, and what the model is there.
+    """Another domain: its data, and the model with which it is measured.
 
     Attributes:
-        label: Its metrics are `label/name`.
-        head: 'current', 'start' or 'pretrained': which parameters the last stage has.
-        task: The same model, for this domain's data.
-        test: What is measured.
-        train: Where Fisher information is taken from, not augmented; None where the
-            config names none.
-        fingerprint: Returns that of its data.
-        warnings: Lines about what is doubtful in its data.
+        label: Label of the domain; metrics are named `label/name`.
+        head: Parameters of the last stage: 'current', 'start' or 'pretrained'.
+        task: Task with the run's model, for this domain's data.
+        test: Examples to measure on.
+        train: Examples for the Fisher information, not augmented; None if the config
+            names none.
+        fingerprint: Returns the fingerprint of the data.
+        warnings: Lines about doubtful values in the data.
         not_used: Lines about files or rows that were left out.
         pretrained: Variables of the last stage by name, 'params/...' and
-            'batch_stats/...', where they are those of the pretrained weights.
+            'batch_stats/...', if the head is 'pretrained'.
     """
 
     label: str
@@ -59,10 +59,10 @@ class Domain:
     not_used: tuple[str, ...] = ()
 
     def head_variables(self, start: TrainState) -> dict[str, np.ndarray]:
-        """Returns what takes the place of the current head, by name; may be nothing.
+        """Returns the variables that replace the head, by name; empty for 'current'.
 
         Args:
-            start: The state before the first update, on the host.
+            start: State before the first update, on the host.
         """
         if self.head == "start":
             return _last_stage(self.task, start.params, start.batch_stats)
@@ -72,9 +72,9 @@ class Domain:
 def with_head(
     params: Any, batch_stats: Any, head: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """Returns parameters and batch statistics with those of `head` in their places."""
+    """Returns parameters and batch statistics in which those of `head` are replaced."""
     trees = {"params": params, "batch_stats": batch_stats}
-    # What has no leaves, such as no batch statistics, has no place for any either.
+    # A tree without leaves, such as empty batch statistics, stays as it is.
     swapped = like(trees, named(trees) | dict(head))
     return swapped["params"], swapped["batch_stats"]
 
@@ -88,10 +88,10 @@ def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarr
 
 
 def find_domains(config: Config, data: Data) -> tuple[tuple[Domain, ...], list[str]]:
-    """Returns the domains of `config.evaluate.also`, and all that is wrong with them.
+    """Returns the domains of `config.evaluate.also`, and all problems with them.
 
-    Nothing is compiled. Examples that are measured are decoded where the config's
-    `data.memory_gb` has room for them beside the run's own.
+    Nothing is compiled. Examples are decoded into memory if `data.memory_gb` has room for
+    them beside the run's own.
     """
     found, problems = [], _label_problems(config)
     weights = None
@@ -106,7 +106,7 @@ def find_domains(config: Config, data: Data) -> tuple[tuple[Domain, ...], list[s
             try:
                 found.append(_domain(entry, config, data, where, weights))
             except UserError as error:
-                # What reads data blames config.data, where it does not come from.
+                # Readers of data name config.data, but these keys come from the entry.
                 wrong = [str(error).replace("config.data.", where)]
         problems += wrong
     if not problems:
@@ -140,7 +140,7 @@ def _label_problems(config: Config) -> list[str]:
 
 
 def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
-    """Returns what is wrong with an entry before its data is opened."""
+    """Returns the problems of an entry that show before its data is opened."""
     problems = []
     if entry.head not in HEADS:
         hint = closest(entry.head, HEADS)
@@ -189,7 +189,7 @@ def _domain(
         own = data.spec.class_names
         _check_logits(entry, config, data, class_names, where)
         place, class_names, told = _places(class_names, own, where, entry.head)
-        if class_names != source.class_names:  # Labels below 0 are none.
+        if class_names != source.class_names:  # Labels below 0 are missing.
             everything = np.where(everything < 0, everything, place[everything])
         warnings += told
     splits = named_splits(label, entry.split_seed)
@@ -232,7 +232,7 @@ def _check_logits(
     """Checks that the run's head has a logit for each class of a domain.
 
     Raises:
-        UserError: It has not; says what else can be measured.
+        UserError: It has fewer logits.
     """
     own = data.spec.class_names
     logits = _logits(config, data)
@@ -264,8 +264,9 @@ def _places(
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Returns the logit of each class of a domain, names of the logits, and warnings.
 
-    Classes are those of the run by name. Numbers from 0 count as the names in their places,
-    and so do the classes that a head had before the first update; a line tells the pairs.
+    Classes are matched by name. Class names that are numbers from 0 are matched by
+    position, and so are those of a head before the first update; a warning lists the
+    pairs.
 
     Args:
         theirs: Class names of the domain.
@@ -311,10 +312,10 @@ def _places(
 def _spec(
     *, shape: tuple[int, ...], shapes: set, where: str, **fields: Any
 ) -> DataSpec:
-    """Returns the spec of a domain whose examples take the shape that the model takes.
+    """Returns the spec of a domain, with the input shape of the model.
 
     Raises:
-        UserError: They cannot.
+        UserError: The examples cannot have this shape.
     """
     spec = DataSpec(shape=shape, train_shape=shape, **fields)
     for theirs in shapes:

@@ -1,8 +1,8 @@
-"""What frozen stages make of the examples: computed once, kept on disk, used again.
+"""Cache of the outputs of frozen stages and teachers: computed once, stored on disk.
 
-A table of features is found by a digest of all that it depends on: the compiled program
-(and so the model's code, the preprocessing and the precision), the variables of the frozen
-stages, the data, the examples chosen, the machine. Nothing else is ever used in its place.
+The cache key of a table is a digest of all that it depends on: the program (and so the
+model's code, the preprocessing and the precision), the variables of the frozen stages, the
+data, the chosen examples and the machine.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """A split as a stage gets it, in the place of a `Dataset`.
+    """The cached features of a split, which replace a `Dataset`.
 
     Attributes:
         table: Arrays [N * views, ...]; the views of an example follow one another.
-        label: Of each example, as in a `Dataset`.
-        views: Augmented versions of an example.
+        label: Label of each example, as in a `Dataset`.
+        views: Number of augmented versions of an example.
     """
 
     table: Any
@@ -167,20 +167,20 @@ class Teachers:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Taught:
-    """A training split with what teachers say of its examples.
+class TeacherOutputs:
+    """A training split with the teachers' outputs for its examples.
 
     Attributes:
-        examples: The split, or what stands for it.
-        said: A table as long as these.
+        examples: Training split, or the features that replace it.
+        outputs: Table of the teachers' outputs, as long as the examples.
     """
 
     examples: Examples
-    said: Features
+    outputs: Features
 
     @property
     def label(self) -> np.ndarray:
-        """That of the examples."""
+        """Label of each example."""
         return self.examples.label
 
     def __len__(self) -> int:
@@ -188,9 +188,9 @@ class Taught:
         return len(self.examples)
 
     def take(self, positions: np.ndarray) -> dict[str, Any]:
-        """Returns what the examples do, and 'taught'."""
-        said = self.said.take(positions)["features"]
-        return {**self.examples.take(positions), TAUGHT: said}
+        """Returns arrays of the examples, and 'taught'."""
+        outputs = self.outputs.take(positions)["features"]
+        return {**self.examples.take(positions), TAUGHT: outputs}
 
 
 # A function of examples whose outputs no update changes.

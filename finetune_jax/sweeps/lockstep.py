@@ -1,8 +1,8 @@
-"""Several pieces of work in lockstep: what they ask for is answered for many at once.
+"""Cooperative threads in lockstep, whose requests are answered in groups.
 
-Each runs in a thread of its own, but never two at a time: one runs up to where it asks
-for something, then the next. So they may share what they like, and the order of all that
-happens is the same whenever it is repeated.
+Each worker runs in a thread of its own, but never two at a time: one runs until it asks for
+something, then the next. So workers may share any object, and the order of events is the
+same in every repetition.
 """
 
 import contextvars
@@ -14,13 +14,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a piece of work waits for.
+    """A request of a worker.
 
     Attributes:
-        signature: Requests of equal ones are answered together.
-        given: What the answer depends on besides.
-        answer: Returns the answers for what some such requests have given.
-        urgency: Others of a higher one are answered before, and may come to ask the same.
+        signature: Requests with equal signatures are answered together.
+        given: Arguments of this request.
+        answer: Returns the responses to a list of arguments of such requests.
+        urgency: Requests of higher urgency are answered first.
     """
 
     signature: Hashable
@@ -30,31 +30,32 @@ class Request:
 
 
 class Lockstep:
-    """Runs pieces of work, and answers what they ask for."""
+    """Runs workers and answers their requests."""
 
     def __init__(self) -> None:
-        """Nothing runs."""
-        self._running: _Thread | None = None
-        self.rounds = 0  # How often some requests were answered.
+        """Starts without workers."""
+        self._running: _Worker | None = None
+        self.rounds = 0  # Number of groups of requests answered so far.
 
     def ask(self, request: Request) -> Any:
-        """Returns the answer; to be called by a piece of work that `run` runs."""
+        """Returns the response to a request; called by a worker inside `run`."""
         assert self._running is not None
         self._running.since = self.rounds
         return self._running.ask(request)
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
-        """Runs all to their ends.
+        """Runs all workers to their ends.
 
-        When all that are not at their end wait for an answer, the most urgent get it: one
-        group after the other, that which has waited longest first, before any of them is
-        answered again. So those that differ in one request ask the next one at once.
+        When every unfinished worker waits for a response, the most urgent requests are
+        answered: one group after the other, the longest waiting first, before any of
+        these workers is answered again. Workers that differ in one request so meet again
+        at the next.
 
         Raises:
-            BaseException: What a piece of work or an answer has raised. All others end
-                where they wait.
+            BaseException: Exception of a worker or of an answer. All other workers are
+                then stopped where they wait.
         """
-        threads = [_Thread(work) for work in works]
+        threads = [_Worker(work) for work in works]
         try:
             for thread in threads:
                 self._go_on(thread, None)
@@ -73,21 +74,21 @@ class Lockstep:
                 thread.end()
             self._running = None
 
-    def _go_on(self, thread: "_Thread", answer: Any) -> None:
+    def _go_on(self, thread: "_Worker", answer: Any) -> None:
         self._running = thread
         thread.go_on(answer)
         if thread.error is not None:
             raise thread.error
 
 
-def _most_urgent(waiting: "list[_Thread]") -> "list[list[_Thread]]":
-    """Returns the groups that are to be answered next, in order."""
-    groups: dict[Hashable, list[_Thread]] = {}
+def _most_urgent(waiting: "list[_Worker]") -> "list[list[_Worker]]":
+    """Returns the groups of requests to answer next, in order."""
+    groups: dict[Hashable, list[_Worker]] = {}
     for thread in waiting:
         assert thread.request is not None
         groups.setdefault(thread.request.signature, []).append(thread)
 
-    def urgency(group: list[_Thread]) -> int:
+    def urgency(group: list[_Worker]) -> int:
         return max(t.request.urgency for t in group if t.request is not None)
 
     highest = max(map(urgency, groups.values()))
@@ -95,21 +96,24 @@ def _most_urgent(waiting: "list[_Thread]") -> "list[list[_Thread]]":
     return sorted(chosen, key=lambda group: min(t.since for t in group))
 
 
-class _Left(BaseException):
-    """Ends a piece of work where it waits; nothing but `finally` is to see it."""
+class _Stopped(BaseException):
+    """Raised in a waiting worker to stop it; must not be caught."""
 
 
-class _Thread:
-    """A piece of work that stands still, except within `go_on`.
+class _Worker:
+    """A worker that stands still, except within `go_on`.
 
     Attributes:
-        request: What it waits for; None before its begin and after its end.
-        error: What has ended it, if anything did.
-        since: The round in which it began to wait.
+        request: Request that it waits for; None before its start and after its end.
+        error: Exception that ended it, if any.
+        since: Round in which it began to wait.
     """
 
     def __init__(self, work: Callable[[], None]):
-        """Takes the work, and what is set around it, for which no thread looks else."""
+        """Stores the function and a copy of the context variables.
+
+        A new thread does not inherit these.
+        """
         self.request: Request | None = None
         self.error: BaseException | None = None
         self.since = 0
@@ -121,7 +125,7 @@ class _Thread:
         )
 
     def go_on(self, answer: Any) -> None:
-        """Runs the work up to its next request or its end."""
+        """Runs the worker until its next request or its end."""
         self._answer, self.request, self._runs = answer, None, True
         if self._thread.ident is None:
             self._thread.start()
@@ -133,20 +137,20 @@ class _Thread:
         self._runs = False
 
     def end(self) -> None:
-        """Ends the work where it waits, if it does."""
-        if self._runs:  # Whoever waited for it was interrupted.
+        """Stops the worker if it waits."""
+        if self._runs:  # The wait for it was interrupted.
             self._wait()
         while self.request is not None:
-            self.go_on(_Left())
+            self.go_on(_Stopped())
         if self._thread.ident is not None:
             self._thread.join()
 
     def ask(self, request: Request) -> Any:
-        """Returns the answer, in the thread."""
+        """Returns the response, in the worker's thread."""
         self.request = request
         self._back.release()
         self._turn.acquire()
-        if isinstance(self._answer, _Left):
+        if isinstance(self._answer, _Stopped):
             raise self._answer
         return self._answer
 
@@ -154,7 +158,7 @@ class _Thread:
         self._turn.acquire()
         try:
             self._work()
-        except BaseException as error:  # Raised again where the work is run.
+        except BaseException as error:  # Raised again by `Lockstep.run`.
             self.error = error
         finally:
             self._back.release()

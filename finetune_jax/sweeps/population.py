@@ -1,10 +1,10 @@
-"""Populations: runs of one model on the same data, that differ in rates, decay and seeds.
+"""Populations: runs of one model on the same data, with other rates, decays and seeds.
 
-On CPU the members take turns in one process; each has the bits that it would have as a run
-of its own. Elsewhere as many as fit train side by side, an update of all of them being one
-call of a compiled program, and numbers are those of single runs but for rounding. They
-share data, features, initialisation and every compiled program, and so cost little more
-than their updates. Only the best one's states are written to the disk.
+On CPU the members train in turn in one process; each has the bits of a single run. On an
+accelerator as many as fit train side by side, one vmapped call making an update of each,
+and metrics agree with single runs up to rounding. Members share data, cached features,
+initialisation and compiled programs, so they cost little more than their updates. Only the
+best member's states are written to the disk.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import filled
 
-# What members may differ in: all else decides the data, the model or what is measured.
+# Keys that members may override: all others decide the data, the model or the metrics.
 ALLOWED = (
     r"seed(\.\w+)?|plan\[\d+\]\.\w+(\.\w+)?|init\.(schemes|fresh)"
     r"|task\.label_smoothing"
@@ -71,7 +71,9 @@ def member_configs(config: Config) -> list[Config]:
     """
     found, problems, seen = [], [], {}
     if config.evaluate.best is None:
-        problems.append("config.evaluate.best: None; which metric is the best one by?")
+        problems.append(
+            "config.evaluate.best: None; name the metric that chooses the best member"
+        )
     plain = {**json.loads(configs.to_json(config)), "population": ()}
     for index, overrides in enumerate(config.population):
         where = f"config.population[{index}]"
@@ -107,17 +109,17 @@ def _are_pairs(overrides: Any) -> bool:
 def run_population(
     config: Config, workdir: pathlib.Path, stop: Stop | None = None
 ) -> dict[str, Any]:
-    """Trains all members, or those that are left, and returns what `result.json` holds.
+    """Trains all unfinished members, and returns the content of `result.json`.
 
     Args:
         config: Resolved.
-        workdir: Made if need be; members that are finished in it are not trained again.
-        stop: Asked after every call; None is never.
+        workdir: Workdir of the population; its finished members are not trained again.
+        stop: Whether to stop, asked after every call; None never stops.
 
     Raises:
         UserError: The population cannot be run, or the workdir holds another run.
         TrainingError: No member could be trained to its end.
-        Preempted: The population was asked to stop; members that are finished stay so.
+        Preempted: The population was asked to stop; finished members stay finished.
     """
     begin, terminal = time.perf_counter(), Terminal()
     config, notes = filled(config)
@@ -165,7 +167,7 @@ def member_setups(
         decode: Whether to decode examples into memory, as `data.memory_gb` allows.
 
     Raises:
-        UserError: Lists what does not fit the model or the data.
+        UserError: Lists overrides that do not fit the model or the data.
     """
     drawn: dict[int | None, Data] = {}
     setups, problems = [], []
@@ -193,12 +195,12 @@ class _Population:
     """Members in training.
 
     Attributes:
-        config: Of the population.
-        setups: What each of them is.
-        workdir: Of the population.
-        domains: Others, on which members are measured too.
-        stop: Tells whether to stop.
-        terminal: Where a person is told.
+        config: Config of the population.
+        setups: Setup of each member.
+        workdir: Workdir of the population.
+        domains: Other domains, on which members are measured too.
+        stop: Whether to stop.
+        terminal: Terminal that a person reads.
         store: Cache of features.
         executor: Runs the programs of all members; made for the members that are left.
     """
@@ -215,17 +217,17 @@ class _Population:
     def run(self) -> list[dict[str, Any]]:
         """Returns the result of each member, trained before or now.
 
-        Of one whose loss was not finite it has 'failed', the message, alone.
+        If a member's loss was not finite, its result has only 'failed', the message.
 
         Raises:
             TrainingError: A member cannot go on for another reason.
-            Preempted: It was asked to stop.
+            Preempted: The population was asked to stop.
         """
         found = [read_json(self._folder(n) / "result.json") for n in self._numbers]
         done = sum(result is not None for result in found)
         if done:
             self.terminal.say(f"{done} of {len(found)} members are finished")
-        self._keep_best(found)  # Of those that a kill may have left.
+        self._keep_best(found)  # A kill may have left states of others.
         left = [number for number in self._numbers if found[number] is None]
         for chunk in self._chunks(left):
             works = [functools.partial(self._finish, number, found) for number in chunk]
@@ -237,7 +239,7 @@ class _Population:
         return [result for result in found if result is not None]
 
     def _chunks(self, left: list[int]) -> list[list[int]]:
-        """Returns members that train side by side, and has them do so where any do."""
+        """Returns the groups of members that train side by side, and sets the executor."""
         most = members_at_once([self.setups[number] for number in left]) if left else 1
         if most == 1 or len(left) == 1:
             return [left]
@@ -251,13 +253,13 @@ class _Population:
         return [left[begin : begin + size] for begin in range(0, len(left), size)]
 
     def _finish(self, number: int, results: list[dict[str, Any] | None]) -> None:
-        """Trains a member, and puts its result among those that there are."""
+        """Trains a member, and adds its result to the others."""
         results[number] = self._train(number, results)
         self._tell(number, results)
         self._keep_best(results)
 
     def _keep_best(self, results: Sequence[Mapping[str, Any] | None]) -> None:
-        """Removes the states of all members that are finished but the best."""
+        """Removes the states of all finished members but the best."""
         best = self.best(results)
         for other in self._numbers:
             if other != best and results[other] is not None:
@@ -276,7 +278,10 @@ class _Population:
         return self.config.evaluate.best
 
     def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:
-        """Returns the best finished member; the loss, then the number decides ties."""
+        """Returns the number of the best finished member.
+
+        Ties go to the lower loss, then to the lower number.
+        """
         best, highest, lowest = None, None, math.inf
         for number, result in enumerate(results):
             if result is None or "failed" in result:
@@ -311,7 +316,7 @@ class _Population:
         if self.stop.asked():
             raise Preempted(f"stopped before member {number + 1}")
         folder = self._folder(number)
-        shutil.rmtree(folder, ignore_errors=True)  # One that was not finished.
+        shutil.rmtree(folder, ignore_errors=True)  # An unfinished attempt.
         make_folder(folder)
         self._record(folder, setup.config)
         start, _ = setup.start()
@@ -351,7 +356,7 @@ class _Population:
         write_report(setup, best, progress, result, folder)
 
     def _record(self, folder: pathlib.Path, config: Config) -> None:
-        """Writes what a member is, as a run of its own does."""
+        """Writes config and manifest of a member, as for a single run."""
         plain = json.loads(configs.to_json(config))
         seed = plain.pop("seed")
         manifest = read_manifest(self.workdir) or {}

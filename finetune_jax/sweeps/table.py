@@ -1,4 +1,4 @@
-"""The table of a population: what its members came to, with intervals over seeds."""
+"""The result table of a population, with intervals over seeds."""
 
 import csv
 import io
@@ -19,15 +19,15 @@ def table(
     """Returns a row for members that differ in seeds only, the best mean first.
 
     Args:
-        population: What each member overrides.
-        results: Of each.
-        metric: By which they are in order.
+        population: Overrides of each member.
+        results: Result of each member.
+        metric: Metric that orders the rows.
 
     Returns:
-        'settings', 'members' (their numbers), and under 'mean' and 'interval_95' each
-        metric of the best states; the interval is half of that of the mean by Student's
-        t, None of a single member. 'failed' are members that have no metrics; where all
-        of a row failed, it has no means and is the last.
+        Rows with 'settings', 'members' (their numbers), and under 'mean' and
+        'interval_95' each metric of the best states; the interval is half of the 95 %
+        interval of the mean by Student's t, None for a single member. 'failed' are
+        members without metrics; a row whose members all failed has no means and is last.
     """
     groups: dict[Overrides, list[int]] = {}
     for number, overrides in enumerate(population):
@@ -53,7 +53,7 @@ def table(
 
 
 def interval(values: np.ndarray) -> float | None:
-    """Returns half the 95 % interval of a mean, by Student's t; None of one value."""
+    """Returns half the 95 % interval of a mean, by Student's t; None for one value."""
     if len(values) < 2:
         return None
     error = np.std(values, ddof=1) / np.sqrt(len(values))
@@ -61,7 +61,7 @@ def interval(values: np.ndarray) -> float | None:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the rows of a table as text, a line each."""
+    """Returns the rows of a table as CSV."""
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     names = list(rows[0]["mean"])  # The first row has some if any has.
     heading = [text for name in names for text in (name, f"{name} +- 95%")]

@@ -34,28 +34,28 @@ from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.sweeps.lockstep import Lockstep, Request
 from finetune_jax.training.setup import Setup
 
-# Members side by side at most, and arrays that a call takes of all their states: compiling
-# takes longer with each. Chosen by us, not by measurement.
+# Most members of one call, and most arrays of their states in one call: compile time
+# grows with both. Chosen by us, not by measurement.
 MOST, MOST_ARRAYS = 64, 4096
-# What learns lies there as it was, stacked, updated, and as its gradient.
+# Copies of the trained parameters on the device: old, stacked, updated, gradient.
 COPIES = 4
-# In which order members are answered: measured so that all are at once; updated; measured
-# for the last time, so that what is finished is written.
+# Urgencies, lowest first: measurements wait until all members ask for them; updates; last
+# measurements come first, so that finished members are written.
 WAITS, UPDATES, URGENT = range(3)
 
 
 def members_at_once(setups: Sequence[Setup]) -> int:
-    """Returns how many members shall train side by side; 1 is in turn.
+    """Returns the number of members to train side by side; 1 trains them in turn.
 
-    On CPU and over several devices it is 1. Else it is the most for which
+    On CPU and over several devices it is 1. Otherwise it is the largest number for which
 
-    - they are at most `MOST`, and their states at most `MOST_ARRAYS` arrays;
-    - `COPIES` of what learns and its optimizer's state, and the model once more where no
-      weights make what is frozen the same for all, take four fifths of the device's free
-      memory, where that is known;
-    - the states that are kept for checkpoints take a quarter of the host's memory.
+    - there are at most `MOST` members, and their states have at most `MOST_ARRAYS` arrays;
+    - `COPIES` of the trained parameters and the optimizer's state, and the model once more
+      unless pretrained weights make the frozen part equal for all, take at most four
+      fifths of the device's free memory, if that is known;
+    - the states held for checkpoints take at most a quarter of the host's memory.
 
-    Activations are not in this: programs that turn out not to fit are run for half as many.
+    Activations are not counted: programs that turn out not to fit run for half as many.
     """
     devices = setups[0].devices
     if backend() == "cpu" or devices.count > 1 or devices.axis_name:
@@ -63,7 +63,9 @@ def members_at_once(setups: Sequence[Setup]) -> int:
     most = [MOST]
     for setup in setups:
         whole = nbytes(setup.shapes)
-        kept = setup.config.checkpoint.keep + 3  # And the first, the best, the one due.
+        kept = (
+            setup.config.checkpoint.keep + 3
+        )  # Besides the first, the best and the last due one.
         for index in range(len(setup.plan)):
             own = _own(setup, index)
             size = max(nbytes(own), 1)
@@ -78,7 +80,7 @@ def members_at_once(setups: Sequence[Setup]) -> int:
 
 
 def _own(setup: Setup, index: int) -> Any:
-    """Returns the shapes of what a phase changes of a state."""
+    """Returns the shapes of the leaves of a state that a phase changes."""
     phase, params = setup.phase(index), setup.shapes.params
     learns = {
         name: leaf for name, leaf in named(params).items() if name in phase.groups
@@ -282,10 +284,10 @@ class VectorisedExecutor:
         return [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(len(given))]
 
     def _size(self, members: int) -> int:
-        """Returns for how many a program is compiled that shall run for some.
+        """Returns the number of members that a program is compiled for.
 
-        It is `size`, or a half of it, or a quarter: so members leave one by one, and few
-        programs are compiled. The places that are too many repeat the first member.
+        It is `size`, its half, its quarter, ...: members end one by one, and few programs
+        are compiled. Spare places repeat the first member.
         """
         size = self.size
         while -(-size // 2) >= members and size > 1:
@@ -293,7 +295,7 @@ class VectorisedExecutor:
         return size
 
     def _program(self, key: Any, many: Callable, *arguments: Any) -> Compiled | None:
-        """Returns a compiled program; None if it is for several and does not fit."""
+        """Returns a compiled program; None if one for several members does not fit."""
         if key not in self._programs:
             everywhere = NamedSharding(self.devices.mesh, PartitionSpec())
             program = compiled(jax.jit(many, out_shardings=everywhere), *arguments)
@@ -302,7 +304,7 @@ class VectorisedExecutor:
         return self._programs[key]
 
     def _halves(self, answer: Callable, given: list[tuple]) -> list[Any]:
-        """Returns the answers for one half of the members, then for the other."""
+        """Returns the responses for one half of the members, then for the other."""
         assert len(given) > 1  # A program for one runs whether it fits or not.
         middle = -(-len(given) // 2)
         return answer(given[:middle]) + answer(given[middle:])
@@ -350,21 +352,21 @@ class _DoesNotFit(Exception):
 
 
 class _Stacks:
-    """Some members' arguments: leaves that are the same for all, and each one's own.
+    """Arguments of some members: leaves that all share, and each member's own.
 
     Attributes:
-        shared: Those that are the same array, or the same whole number.
-        key: What a program depends on besides what it computes.
-        tree: Returns the arguments of a member, of what is shared and its own leaves.
+        shared: Leaves that are the same array, or the same whole number, for all.
+        key: Key of a program that takes these arguments.
+        tree: Returns the arguments of a member from the shared and its own leaves.
     """
 
     def __init__(self, given: list[tuple], *, alone: Sequence[bool]):
-        """Takes the arguments.
+        """Divides the leaves of the arguments.
 
         Args:
-            given: Of each member.
-            alone: Of the first leaves: whether they are stacked even where they are the
-                same, as what learns is in the beginning.
+            given: Arguments of each member.
+            alone: For each of the first leaves, whether it is stacked even if it is the
+                same for all, as trained parameters are in the beginning.
         """
         self._leaves = [jax.tree.leaves(arguments) for arguments in given]
         first = self._leaves[0]
@@ -375,12 +377,12 @@ class _Stacks:
         ]
         self.shared = _marked(first, self._is_shared, True)
         self.key = tuple(self._is_shared), _signature(given[0], numbers=False)
-        # Which holds no array, so that no program does.
+        # A partial of the structure alone, so that no program holds an array.
         structure = jax.tree.structure(given[0])
         self.tree = functools.partial(_merged, structure, self._is_shared)
 
     def padded(self, size: int) -> list[list]:
-        """Returns each member's own leaves, and those of the first again up to a size."""
+        """Returns each member's own leaves, padded to a size with those of the first."""
         own = [_marked(leaves, self._is_shared, False) for leaves in self._leaves]
         return own + [own[0]] * (size - len(own))
 
@@ -396,7 +398,7 @@ def _stacked(own: list[list]) -> list[jax.Array]:
 
 
 def _marked(leaves: Sequence[Any], marks: Sequence[bool], wanted: bool) -> list:
-    """Returns the leaves that are marked so."""
+    """Returns the leaves whose mark is `wanted`."""
     return [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark == wanted]
 
 
@@ -406,7 +408,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _signature(tree: Any, *, numbers: bool = True) -> tuple:
-    """Returns structure, shapes and types of arguments, and maybe their whole numbers."""
+    """Returns structure, shapes, dtypes and, if asked for, whole numbers of arguments."""
     leaves, structure = jax.tree.flatten(tree)
     looks = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
     found = [int(leaf) for leaf in leaves if numbers and _is_number(leaf)]

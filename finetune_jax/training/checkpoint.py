@@ -1,8 +1,8 @@
-"""Checkpoints: orbax saves and restores; what is restored is checked to the bit.
+"""Checkpoints: orbax saves and restores them; restored states are checked to the bit.
 
-A checkpoint has the state and a JSON of metadata, which is read first because it says in
-which phase the state was and so what structure it has. The metadata holds the digest of
-every leaf and of itself: orbax alone restores damaged arrays in silence.
+A checkpoint has the state and JSON metadata. The metadata is read first, because the phase
+in it implies the structure of the state. It holds the digest of every leaf and of itself:
+orbax alone restores damaged arrays in silence.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ class DamagedCheckpoint(TrainingError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the first, the best and the newest ones stay."""
+    """The checkpoints of one run: the first, the best and the newest ones are kept."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int, read_only: bool = False):
         """Opens a folder.
 
         Args:
             folder: `checkpoints/` of a workdir.
-            keep: How many of the newest stay.
-            read_only: Whether it is left as it is. Otherwise it is made if need be, and
-                leftovers of killed saves go.
+            keep: Number of newest checkpoints to keep.
+            read_only: Whether the folder is left unchanged. Otherwise it is made if need
+                be, and leftovers of killed saves are removed.
         """
         self.folder = folder.absolute()
         self._keep = keep
@@ -54,18 +54,18 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are, in order."""
+        """Returns the steps of all checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves a state and where the run stands; returns when it lies on the disk.
+        """Saves a state and the progress of the run; returns when both are on the disk.
 
         Args:
-            state: On the host.
-            progress: Best step and log lines included.
+            state: State on the host.
+            progress: Progress of the run at this state.
 
         Raises:
-            TrainingError: It cannot be written; those before are whole.
+            TrainingError: The checkpoint cannot be written; earlier ones are whole.
         """
         step = int(state.step)
         tree = _as_dict(state)
@@ -81,7 +81,7 @@ class Checkpoints:
             with _without_tracebacks():
                 self._manager.save(step, args=args, force=True)
                 self._manager.wait_until_finished()
-        except Exception as error:  # Orbax raises whatever the disk leads to.
+        except Exception as error:  # Orbax raises exceptions of many types.
             raise TrainingError(
                 f"checkpoint {step} cannot be saved in {self.folder}: "
                 f"{why_not_written(error)}"
@@ -91,10 +91,10 @@ class Checkpoints:
         give_back_memory()
 
     def progress(self, step: int) -> Progress:
-        """Returns where the run stood at a checkpoint.
+        """Returns the progress of the run at a checkpoint.
 
         Raises:
-            DamagedCheckpoint: Its metadata cannot be read or has changed.
+            DamagedCheckpoint: The metadata cannot be read, or has changed.
         """
         return Progress(**self._meta(step)["progress"])
 
@@ -103,7 +103,7 @@ class Checkpoints:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             meta = dict(self._manager.restore(step, args=args)["meta"])
             found = meta.pop("sha256")
-        except Exception as error:  # Orbax raises whatever the damage leads to.
+        except Exception as error:  # Orbax raises exceptions of many types.
             raise DamagedCheckpoint(
                 f"checkpoint {step}: its metadata cannot be read: {error}"
             ) from error
@@ -117,12 +117,12 @@ class Checkpoints:
         """Returns the state of a checkpoint, every bit checked, on the host.
 
         Args:
-            step: One of `steps()`.
-            target: A state of the structure that the checkpoint's phase has.
+            step: Step of a checkpoint.
+            target: State with the structure of the checkpoint's phase.
 
         Raises:
-            UserError: The checkpoint's structure is not that of the target; lists names.
-            DamagedCheckpoint: Its files are incomplete or have changed.
+            UserError: Checkpoint and target differ in structure; lists the names.
+            DamagedCheckpoint: The files are incomplete, or have changed.
         """
         meta, wanted = self._meta(step), _as_dict(target)
         saved, names = set(meta["leaves"]), set(named(wanted))
@@ -132,14 +132,15 @@ class Checkpoints:
         problems += [f"{n}: only in the checkpoint" for n in saved - names]
         if problems:
             raise problems_error(
-                f"Checkpoint {step} in {self.folder} is of another phase or model:",
+                f"Checkpoint {step} in {self.folder} was saved in another phase or by "
+                "another model:",
                 sorted(problems),
             )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             state = self._manager.restore(step, args=args)["state"]
             leaves = named(state)
-        except Exception as error:  # Orbax raises whatever the damage leads to.
+        except Exception as error:  # Orbax raises exceptions of many types.
             raise DamagedCheckpoint(
                 f"checkpoint {step}: its state cannot be read: {error}"
             ) from error
@@ -157,7 +158,8 @@ class Checkpoints:
         ]
         if problems:
             raise problems_error(
-                f"Checkpoint {step} in {self.folder} is of another model:", problems
+                f"Checkpoint {step} in {self.folder} was saved by another model:",
+                problems,
             )
         give_back_memory()
         return TrainState(**state)
@@ -167,11 +169,11 @@ class Checkpoints:
     ) -> tuple[TrainState, Progress] | None:
         """Returns the newest whole checkpoint, or None if there is none.
 
-        A damaged one is reported, set aside, and the one before it used.
+        A damaged one is reported and moved aside, and the one before it is used.
 
         Args:
-            target: Returns a state of the structure that fits some progress.
-            warn: Told about every damaged checkpoint.
+            target: Returns a state with the structure that some progress implies.
+            warn: Prints a warning.
         """
         for step in reversed(self.steps()):
             try:
@@ -187,7 +189,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for what is being written and lets go of the folder."""
+        """Waits for pending writes and closes the folder."""
         with _without_tracebacks():
             self._manager.close()
 
@@ -219,37 +221,37 @@ def _without_tracebacks() -> Iterator[None]:
 
 
 class HeldCheckpoints:
-    """The same of a run that is too short to be taken up again: kept in memory."""
+    """Checkpoints in memory, for a run that is too short to be resumed."""
 
     def __init__(self, *, keep: int):
-        """Takes how many of the newest stay."""
+        """Takes the number of newest checkpoints to keep."""
         self._keep = keep
         self._held: dict[int, tuple[TrainState, Progress]] = {}
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are, in order."""
+        """Returns the steps of all checkpoints, in order."""
         return sorted(self._held)
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a state, on the host, and where the run stands."""
+        """Keeps a state, on the host, and the progress of the run."""
         self._held[int(state.step)] = state, copy.deepcopy(progress)
         for old in _superfluous(self.steps(), progress, self._keep):
             del self._held[old]
 
     def progress(self, step: int) -> Progress:
-        """Returns where the run stood."""
+        """Returns the progress of the run at a checkpoint."""
         return copy.deepcopy(self._held[step][1])
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """Returns a state as it was kept, on the host."""
+        """Returns the state of a checkpoint, on the host."""
         del target
         return self._held[step][0]
 
     def write(self, folder: pathlib.Path) -> None:
-        """Saves all of them in a folder, as `Checkpoints` does.
+        """Saves all checkpoints in a folder, as `Checkpoints` does.
 
         Raises:
-            TrainingError: They cannot be written.
+            TrainingError: A checkpoint cannot be written.
         """
         checkpoints = Checkpoints(folder, keep=len(self._held))
         try:
@@ -259,11 +261,11 @@ class HeldCheckpoints:
             checkpoints.close()
 
     def close(self) -> None:
-        """Nothing is being written."""
+        """Returns at once; nothing is pending."""
 
 
 def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
-    """Returns the steps that need not stay: neither first, best, due, nor among newest."""
+    """Returns the steps to delete: neither first, best, due, nor among the newest."""
     kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
     return [step for step in steps[:-keep] if step not in kept]
 

@@ -1,8 +1,8 @@
-"""What gives the updates of a phase their examples: one update a call, or many.
+"""Feeds the updates of a phase with examples: one update per call, or a scan over many.
 
-Examples that fit into memory lie on the device as a whole; a compiled loop then takes the
-rows of one update after the other. Its length is an argument, so that any number of
-updates is the same program, and the same bits as one call for each.
+Examples that fit into memory are placed on the device as a whole; a compiled loop takes the
+rows of one update after the other. Its length is an argument, so that any number of updates
+uses the same program and has the bits of one call per update.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from finetune_jax.data.batches import Examples, Shortened, Views, places_of, row
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import Mixture
 from finetune_jax.data.order import Order
-from finetune_jax.features.cache import Features, Taught
+from finetune_jax.features.cache import Features, TeacherOutputs
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.executor import LONGEST, Pace
 from finetune_jax.tasks.task import TAUGHT
@@ -29,11 +29,11 @@ from finetune_jax.tasks.task import TAUGHT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a compiled program gets, besides the state and what is fixed.
+    """Arguments of a compiled program, besides the state and the fixed arrays.
 
     Attributes:
-        updates: How many it makes.
-        arguments: Placed.
+        updates: Number of updates.
+        arguments: Placed arguments.
         batch: Returns the arrays [k, b, ...] of one of its updates, on the host.
     """
 
@@ -43,13 +43,13 @@ class Call:
 
 
 class Feed(Protocol):
-    """Gives a phase's updates their examples."""
+    """A source of calls for the updates of a phase."""
 
-    # What a program depends on besides the phase.
+    # Part of the program's key, besides the phase.
     kind: tuple[Any, ...]
 
     def program(self, step: Callable) -> Callable:
-        """Returns what is compiled: a function of the state, what is fixed, and a call.
+        """Returns the function to compile, of the state, the fixed arrays and a call.
 
         Args:
             step: One update, `train_step` with its static arguments given.
@@ -57,28 +57,28 @@ class Feed(Protocol):
         ...
 
     def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
-        """Returns a call that makes one update at least, and the next ones.
+        """Returns the next call, of at least one update.
 
         Args:
-            rates: Learning rates of as many updates as may be made, float32.
-            progress: Their shares of the phase.
+            rates: Learning rates of the updates that may be made, float32.
+            progress: Share of the phase that is over before each.
         """
         ...
 
     def took(self, seconds: float) -> None:
-        """Notes how long a call took."""
+        """Notes the duration of a call."""
         ...
 
 
 class Stepwise:
-    """One update a call."""
+    """A feed of one update per call."""
 
     def __init__(self, batches: Iterator[dict], devices: Devices, *, repeats: bool):
-        """Takes what the updates get.
+        """Starts the feed.
 
         Args:
-            batches: Of the updates, in order.
-            devices: Of the run.
+            batches: Batches of the updates, in order.
+            devices: Devices of the run.
             repeats: Whether all updates get the first batch.
         """
         begun = next(batches)
@@ -101,11 +101,11 @@ class Stepwise:
         )
 
     def took(self, seconds: float) -> None:
-        """One update cannot be shortened."""
+        """Ignores the duration; one update cannot be shortened."""
 
 
 class Scanned:
-    """Many updates a call, of examples that lie on the device."""
+    """A feed of many updates per call, from examples on the device."""
 
     def __init__(
         self,
@@ -119,17 +119,17 @@ class Scanned:
         views: int | None,
         pace: Pace,
     ):
-        """Takes what the updates get.
+        """Starts the feed.
 
         Args:
-            examples: The training split.
-            order: Of its examples.
+            examples: Training split.
+            order: Order of its examples.
             placed: All of `resident`, on the device.
-            start: The first update, counted from the beginning of the run.
+            start: First update, counted from the beginning of the run.
             batch_size: Examples in one update.
-            micro_batches: By which the batch is divided.
+            micro_batches: Number of micro-batches in one update.
             views: As in `training_batches`.
-            pace: Of its calls.
+            pace: Pace of the calls.
         """
         self._examples, self._order, self._views = examples, order, views
         self._start, self._batch_size = start, batch_size
@@ -174,7 +174,7 @@ class Scanned:
         return Call(updates=updates, arguments=arguments, batch=batch)
 
     def took(self, seconds: float) -> None:
-        """Makes the next calls longer or shorter."""
+        """Adapts the number of updates of the next calls."""
         self._pace.took(seconds)
 
 
@@ -194,16 +194,16 @@ def many_steps(
     """Returns the state after some updates, and the metrics of each of them.
 
     Args:
-        state: Donated.
-        fixed: As `step` gets it.
-        examples: All of the split, a row an example.
-        rows: Those of each update, [L, k, b].
-        places: Their 'position'.
+        state: State, donated.
+        fixed: Fixed arrays.
+        examples: All arrays of the split, a row an example.
+        rows: Rows of each update, [L, k, b].
+        places: Their 'position', [L, k, b].
         rates: Learning rate of each update, [L].
         progress: Share of the phase that is over before each update, [L].
-        updates: How many are made; of the rest nothing is read.
-        step: One update.
-        rows_each: By which rows are divided to become those of the examples.
+        updates: Number of updates; later rows are not read.
+        step: Function of one update.
+        rows_each: Number of views of an example, by which rows are divided.
     """
     step = jax.jit(step)  # Traced once.
 
@@ -227,18 +227,18 @@ def many_steps(
     return jax.lax.fori_loop(0, updates, update, (state, kept))
 
 
-def resident(examples: Examples) -> Dataset | Features | Taught:
-    """Returns what lies on the device for a split: the split without repetitions."""
+def resident(examples: Examples) -> Dataset | Features | TeacherOutputs:
+    """Returns the split without repetitions, as it is placed on the device."""
     whole = examples.dataset if isinstance(examples, Views) else examples
-    assert isinstance(whole, Dataset | Features | Taught)
+    assert isinstance(whole, Dataset | Features | TeacherOutputs)
     return whole
 
 
-def everything(whole: Dataset | Features | Taught) -> dict[str, Any]:
-    """Returns what `take` does of all rows of a split; what is there is not copied."""
+def everything(whole: Dataset | Features | TeacherOutputs) -> dict[str, Any]:
+    """Returns all rows of a split as `take` does; arrays in memory are not copied."""
     count = len(whole)
-    if isinstance(whole, Taught):
-        return {**everything(resident(whole.examples)), TAUGHT: whole.said.table}
+    if isinstance(whole, TeacherOutputs):
+        return {**everything(resident(whole.examples)), TAUGHT: whole.outputs.table}
     if isinstance(whole, Features):
         label = np.repeat(whole.label, whole.views, axis=0)
         weight = np.ones(count, np.float32)
@@ -252,12 +252,12 @@ def everything(whole: Dataset | Features | Taught) -> dict[str, Any]:
 def why_not_resident(
     examples: Examples | Mixture, devices: Devices, limit: float
 ) -> str | None:
-    """Returns why a split does not lie on the device, or None if it can.
+    """Returns why a split cannot be placed on the device, or None if it can.
 
     Args:
-        examples: The training split.
-        devices: Of the run.
-        limit: Bytes that may lie on the device.
+        examples: Training split.
+        devices: Devices of the run.
+        limit: Bytes that may be placed on the device.
     """
     if devices.count > 1:
         return f"there are {devices.count} devices"
@@ -265,13 +265,13 @@ def why_not_resident(
         return "there are several domains"
     if isinstance(examples, Shortened):
         return "batches of texts differ in length (config.data.buckets)"
-    if isinstance(examples, Taught):
+    if isinstance(examples, TeacherOutputs):
         if isinstance(examples.examples, Views):
             return "examples have several views (config.data.cache_views)"
-        limit -= nbytes(examples.said.table)
+        limit -= nbytes(examples.outputs.table)
         return why_not_resident(examples.examples, devices, limit)
     whole = resident(examples)
-    assert not isinstance(whole, Taught)
+    assert not isinstance(whole, TeacherOutputs)
     if isinstance(whole, Features):
         size = nbytes(whole.table)
     elif whole.nbytes:
@@ -285,13 +285,13 @@ def why_not_resident(
 
 
 def stock_gradients(program: Any) -> int:
-    """Returns how many gradients of convolutions a program leaves to jax.
+    """Returns the number of convolution gradients that a program leaves to jax.
 
-    They are convolutions whose images or kernels have changed axes or are dilated. On
-    CPU they take sixteen times as long in a loop, and are other bits.
+    They are convolutions whose images or kernels have permuted axes or dilations. On CPU
+    they take sixteen times as long in a loop, and have other bits.
 
     Args:
-        program: Its jaxpr.
+        program: Jaxpr of the program.
     """
     count = 0
     for equation in program.eqns:

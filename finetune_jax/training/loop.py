@@ -14,7 +14,7 @@ from finetune_jax.data.batches import Examples, Shortened, Views
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.features.cache import (
     FrozenPrefix,
-    Taught,
+    TeacherOutputs,
     Teachers,
     frozen_prefix,
 )
@@ -220,7 +220,7 @@ class Loop:
         examples = features or self._uncached(prefix)
         if teachers is None:
             return examples
-        return Taught(examples=examples, said=teachers)
+        return TeacherOutputs(examples=examples, outputs=teachers)
 
     def _uncached(self, prefix: FrozenPrefix | None) -> Examples:
         """Returns the training split without cached features."""

@@ -1,9 +1,9 @@
 """Updates whose loss or gradient is NaN or infinite: saved and reported.
 
-`config.nonfinite.policy` says what a run does about them. 'stop' stops it. 'skip' leaves
-the state as it was before the update, but for its step: no parameter, running average or
-accumulator has a trace of it. 'rollback' goes back to the last checkpoint that was due and
-passes over the examples since, as Chowdhery et al. 2022 did by hand.
+`config.nonfinite.policy` is 'stop', which stops the run; 'skip', which restores the state
+before the update but for its step, so that no parameter, running average or accumulator has
+a trace of it; or 'rollback', which restores the last checkpoint that was due and skips the
+examples since, as Chowdhery et al. 2022 did by hand.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from finetune_jax.training.update_log import UpdateRecord
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What a run does about updates that are not finite.
+    """Handles updates that are not finite.
 
     Attributes:
         policy: 'stop', 'skip' or 'rollback'.
-        limit: How many of them there may be, unless it stops at the first.
-        config: Of the run.
-        dataset: The training split.
-        log: Gets a line for each.
-        terminal: Tells them.
-        folder: Gets a folder for each, with the batch and what it gave.
+        limit: Largest number of such updates, unless the policy is 'stop'.
+        config: Config of the run.
+        dataset: Training split.
+        log: Log that gets a line for each.
+        terminal: Terminal that shows them.
+        folder: Folder that gets the batch and the metrics of each.
     """
 
     policy: str
@@ -53,10 +53,10 @@ class Guard:
 
         Args:
             record: The update.
-            progress: Counts it.
+            progress: Progress of the run, whose counter rises.
 
         Raises:
-            NotFinite: The policy is to stop, or there were too many of them.
+            NotFinite: The policy is 'stop', or there were more than `limit`.
         """
         place = self._keep(record, progress.anchor)
         progress.nonfinite += 1
@@ -72,8 +72,8 @@ class Guard:
             raise NotFinite(
                 f"Not finite: {found}.{many} Its batch and examples are in {place}; the "
                 f"last checkpoint that was due is that of step {progress.anchor}. Lower "
-                "peak_lr, or set clip_norm, in a new workdir; or have such updates "
-                "passed over: config.nonfinite.policy."
+                "peak_lr, or set clip_norm, in a new workdir; or set "
+                "config.nonfinite.policy=skip."
             )
         back = f"back to that of step {progress.anchor}"
         done = "left out" if self.policy == "skip" else back
@@ -83,7 +83,7 @@ class Guard:
         return self.policy == "rollback"
 
     def _keep(self, record: UpdateRecord, checkpoint: int) -> pathlib.Path:
-        """Writes what the update got and gave; returns the folder of it."""
+        """Writes the batch and the metrics of an update; returns the folder."""
         place = self.folder / str(record.step)
         place.mkdir(parents=True, exist_ok=True)
         np.savez(place / "batch.npz", allow_pickle=False, **named(record.batch()))

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals that a scheduler or a person sends."""
+"""Preemption: signals of a scheduler or a person that ask a run to stop."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ EXIT_STATUS = 75
 
 
 class Stop:
-    """Whether a run was asked to stop, and whether it would lose something by it.
+    """Whether a run was asked to stop, and whether it would lose updates.
 
     Attributes:
-        at_risk: Whether updates were made that no checkpoint has yet.
+        at_risk: Whether updates were made that no checkpoint contains yet.
     """
 
     def __init__(self) -> None:
-        """Nobody has asked."""
+        """Starts without a request."""
         self.at_risk = False
         self._asked = threading.Event()
 
@@ -34,13 +34,13 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals(grace_s: float) -> Iterator[Stop]:
-    """Yields what says whether a signal has come.
+    """Yields a `Stop` that is set when a signal arrives.
 
-    Where nothing is at risk, as in starting, compiling and reporting, a signal ends the
-    program at once with status 75; so does a second signal, and the end of the grace
-    period, at the cost of the updates since the last checkpoint. A thread sees to that,
-    since handlers in Python wait while the main thread compiles. Outside the main thread
-    no signal can be caught.
+    If nothing is at risk, as while starting, compiling and reporting, a signal ends the
+    program at once with status 75. So do a second signal and the end of the grace period,
+    at the cost of the updates since the last checkpoint. A thread handles signals, since
+    Python's handlers wait while the main thread compiles. Outside the main thread no
+    signal can be caught.
 
     Args:
         grace_s: Seconds in which the run may save after it was asked to stop.

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(kw_only=True)
 class Clock:
-    """Seconds of this attempt, and what they went into.
+    """Seconds and updates of this attempt at a run.
 
     Attributes:
         compile_s: Tracing and compiling.
@@ -20,7 +20,7 @@ class Clock:
     updates: int = 0
 
     def since(self, then: "Clock") -> dict[str, float]:
-        """Returns the metrics of the updates since an earlier reading."""
+        """Returns the time metrics of the updates since an earlier reading."""
         updates = max(self.updates - then.updates, 1)
         seconds = max(self.train_s - then.train_s, 1e-9)
         return {
@@ -31,14 +31,15 @@ class Clock:
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """Where a run stands: what a checkpoint's metadata says besides the arrays.
+    """Progress of a run, as saved in the metadata of a checkpoint.
 
     Attributes:
-        phase: Index of the phase that the run is in; -1 before the first.
-        ends: Where the phases before it ended.
-        frozen_sha256: Digest of what each phase began so far keeps frozen, by name.
-        best: Value of the metric that chooses the best checkpoint, if any yet.
-        best_step: Its step.
+        phase: Index of the current phase; -1 before the first.
+        ends: Last step of each finished phase.
+        frozen_sha256: Digest of the frozen values of each phase begun so far, by name.
+        best: Best value of the metric that chooses the best checkpoint; None before the
+            first measurement.
+        best_step: Step of the best value.
         best_loss: Loss at that step, which decides ties of the metric.
         plateau_best: Best value of the phase's plateau metric.
         plateau_bad: Evaluations since without improvement.
@@ -46,9 +47,9 @@ class Progress:
         plateau_best_loss: Loss at that step.
         rate_best: Best value of the metric of the phase's 'plateau' schedule.
         rate_bad: Evaluations since without improvement.
-        rate_drops: How often that schedule has lowered the rate.
-        nonfinite: Updates so far that were not finite.
-        anchor: Step of the last checkpoint that was due, to which a rollback goes.
+        rate_drops: Number of times that this schedule has lowered the rate.
+        nonfinite: Number of updates so far that were not finite.
+        anchor: Step of the last checkpoint that was due; a rollback restores it.
         log_lines: Lines of `metrics.jsonl` up to this step.
     """
 
@@ -70,12 +71,12 @@ class Progress:
     log_lines: int = 0
 
     def enter(self, phase: int) -> None:
-        """Notes that a phase begins, whose plateaus know nothing yet."""
+        """Notes that a phase begins, with plateaus that have seen nothing yet."""
         self.phase = phase
         self.plateau_best, self.plateau_bad = None, 0
         self.plateau_best_step = self.plateau_best_loss = None
         self.rate_best, self.rate_bad, self.rate_drops = None, 0, 0
 
     def phase_is_over(self) -> bool:
-        """Returns whether the phase has ended, so that the next one is to be entered."""
+        """Returns whether the current phase has ended."""
         return len(self.ends) > self.phase

@@ -1,4 +1,4 @@
-"""The story of a training run."""
+"""Trains a run from its config to `result.json`."""
 
 import json
 import pathlib
@@ -52,12 +52,12 @@ from finetune_jax.weights.metadata.preprocessing import filled
 def run(
     config: Config, workdir: pathlib.Path, stop: Stop | None = None
 ) -> dict[str, Any]:
-    """Trains, or goes on training, and returns what `result.json` holds.
+    """Trains or resumes a run, and returns the content of `result.json`.
 
     Args:
-        config: Resolved.
-        workdir: Made if need be; a run in it is taken up where it stopped.
-        stop: Asked after every update; None is never.
+        config: Resolved config.
+        workdir: Workdir, made if need be; a run in it is resumed.
+        stop: Whether to stop, asked after every call; None never stops.
 
     Raises:
         UserError: The config cannot be run, or the workdir holds another run.
@@ -108,7 +108,7 @@ def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
     Raises:
         UserError: The data cannot be read, or not as the run has read them.
     """
-    # Columns are encoded as they were for training, whatever the files hold by now.
+    # Columns are encoded with the statistics of training, whatever the files hold by now.
     is_table = (workdir / VOCABULARY).is_file()
     fitted = read_fitted(workdir, "--workdir") if is_table else None
     data = run_data(config, fitted)
@@ -160,7 +160,7 @@ def data_warnings(
 
 
 def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
-    """Returns what the manifest says of data and weights."""
+    """Returns the manifest's entries about data and weights."""
     return {
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
@@ -170,7 +170,7 @@ def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
 
 
 def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:
-    """Lists what was passed over, in this attempt and those before it."""
+    """Lists skipped examples, of this attempt and earlier ones."""
     path = workdir / "unreadable.json"
     found = (read_json(path) or {}) | setup.data.unreadable()
     if found:
@@ -184,7 +184,7 @@ def record(
     inputs: dict[str, Any],
     told: dict[str, list[str]],
 ) -> None:
-    """Writes what the run is and reads, or checks that it still is what it was.
+    """Writes config and manifest of a new run, or checks those of a resumed one.
 
     Args:
         workdir: Workdir of the run.

@@ -1,4 +1,4 @@
-"""What a finished run shows: its pictures and its page, in `report/`."""
+"""Writes the report of a finished run: plots and page, in `report/`."""
 
 import dataclasses
 import pathlib
@@ -27,7 +27,7 @@ from finetune_jax.tasks.objectives.metrics import confusion_matrix
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
 
-# Predictions that the page shows of each kind.
+# Most predictions and most masks that the page shows.
 SHOWN, SHOWN_MASKS = 10, 8
 
 
@@ -41,11 +41,11 @@ def write_report(
     """Writes `report/`: learning curves, confusion matrix or predictions, and the page.
 
     Args:
-        setup: Of the run.
+        setup: Setup of the run.
         best: Best state.
-        progress: Where the run ended.
-        result: What `result.json` will hold.
-        workdir: Of the run, with all other files.
+        progress: Progress at the end of the run.
+        result: Content of `result.json`.
+        workdir: Workdir of the run, with all other files.
     """
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def write_report(
 
 
 def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
-    """Returns a run as its last domain sees it, and that domain's name, if it has any."""
+    """Returns the setup of the last domain and its name; None if there is one data set."""
     if not setup.data.spec.domains:
         return setup, None
     domain = list(setup.data.spec.domains)[-1]
@@ -151,7 +151,7 @@ def _parameters(setup: Setup) -> list[ParameterRow]:
 def _predictions(
     setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
 ) -> tuple[list[Prediction], list[Prediction]]:
-    """Returns a sample of the examples predicted rightly, and the worst mistakes."""
+    """Returns a sample of the correct predictions, and the most certain wrong ones."""
     if len(dataset.shape) != 3 or dataset.shape[2] not in (1, 3):
         return [], []
     records = setup.task.records(outputs, {})
@@ -182,7 +182,7 @@ def _predictions(
 
 
 def _segments(setup: Setup, predicted: np.ndarray, dataset: Dataset) -> Figure:
-    """Returns a picture of a sample of the examples, with their masks."""
+    """Returns a figure of a sample of the examples, with their masks."""
     count = min(SHOWN_MASKS, len(dataset))
     positions = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     taken = dataset.take(positions)

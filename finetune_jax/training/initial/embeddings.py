@@ -1,4 +1,4 @@
-"""Pretrained embeddings of tables: matched to a run's own categories by their values."""
+"""Pretrained embeddings of tables, matched to a run's categories by their values."""
 
 import dataclasses
 import re
@@ -25,11 +25,11 @@ def name_of(field: str) -> str:
 
 
 def is_matched(name: str, fitted: Fitted | None) -> bool:
-    """Returns whether a leaf takes rows of weights one by one, by its name.
+    """Returns whether the rows of a leaf are matched one by one.
 
     Args:
-        name: Such as 'params/embeddings/C1/embedding'.
-        fitted: Of the run's table; None of what is no table.
+        name: Name of the leaf, such as 'params/embeddings/C1/embedding'.
+        fitted: Column statistics of the run; None if the data are not a table.
     """
     if fitted is None:
         return False
@@ -41,13 +41,13 @@ def is_matched(name: str, fitted: Fitted | None) -> bool:
 def matched(weights: Weights, params: Any, fitted: Fitted | None) -> Weights:
     """Returns weights whose embeddings have a row for each value of this run.
 
-    That of a value that the weights know is theirs, that of any other stays as it is in
-    `params`. Missing and unseen values are known to all.
+    A value that the weights know has their row, any other value its row in `params`. The
+    rows of missing and unseen values come from the weights.
 
     Args:
-        weights: Of a former run of a table, or of anything.
-        params: The initial values of this run.
-        fitted: Of this run's table; None of what is no table.
+        weights: Weights of an earlier run.
+        params: Initial parameters of this run.
+        fitted: Column statistics of this run; None if the data are not a table.
 
     Raises:
         UserError: The weights have embeddings, but not the values of their rows.
@@ -76,7 +76,7 @@ def matched(weights: Weights, params: Any, fitted: Fitted | None) -> Weights:
         saved, found = tensors[name], np.array(ours[name])
         rows = former.rows_of(theirs[one.field], fitted.known[one.name])
         if saved.shape[1:] != found.shape[1:]:
-            continue  # What does not fit is named by those that load it.
+            continue  # `load_weights` reports the shapes.
         is_known = rows >= ROWS_BEFORE
         found[:ROWS_BEFORE] = saved[:ROWS_BEFORE]
         found[ROWS_BEFORE:][is_known] = saved[rows[is_known]]
@@ -87,14 +87,14 @@ def matched(weights: Weights, params: Any, fitted: Fitted | None) -> Weights:
 def with_vectors(
     params: Any, entries: Sequence[Any], fitted: Fitted | None
 ) -> tuple[Any, dict[str, str]]:
-    """Returns parameters whose embeddings have word vectors, and the files' digests.
+    """Returns parameters with word vectors as embeddings, and the files' digests.
 
-    Values that are no words of a file keep their rows.
+    Values that are not in a file keep their rows.
 
     Args:
-        params: On the host.
+        params: Parameters on the host.
         entries: `config.init.embeddings`, (regex of fields, address) pairs.
-        fitted: Of the run's table.
+        fitted: Column statistics of the run.
 
     Raises:
         UserError: Lists entries that match no field, files that cannot be read, vectors
@@ -109,7 +109,7 @@ def with_vectors(
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise problems_error("Word vectors cannot be taken:", problems)
+        raise problems_error("config.init.embeddings cannot be used:", problems)
     return like(params, leaves), sha256
 
 

@@ -1,4 +1,4 @@
-"""Layer-sequential unit-variance initialisation: kernels scaled to what examples give.
+"""Layer-sequential unit-variance initialisation: kernels scaled by outputs for examples.
 
 Source: Mishkin & Matas 2016, "All you need is a good init".
 """
@@ -30,15 +30,16 @@ def scale_layers(
 ) -> Any:
     """Returns the parameters with kernels scaled so that outputs have variance 1.
 
-    Layer by layer in the order in which they run, over all examples, places and channels,
-    in evaluation mode. A layer that runs more than once is measured at its first run.
+    Layers are scaled in the order in which they run. The variance is over all examples,
+    positions and channels, in evaluation mode. A layer that runs more than once is measured
+    at its first run.
 
     Args:
-        task: Has the models.
-        state: With orthonormal kernels.
+        task: Task with the models.
+        state: State with orthonormal kernels.
         batch: Training examples.
-        chosen: (tolerance, rounds) of each kernel that is scaled: at most so many times,
-            until the variance is 1 up to the tolerance.
+        chosen: (tolerance, rounds) of each kernel to scale: at most `rounds` times, until
+            the variance is 1 up to the tolerance.
 
     Raises:
         UserError: A layer never runs, or its output has no variance.
@@ -68,7 +69,7 @@ def scale_layers(
     seen = measured()
     if never := sorted(set(chosen) - set(seen)):
         raise problems_error(
-            "config.init.schemes, 'lsuv': layers that do not run when the model does:",
+            "config.init.schemes, 'lsuv': the model does not run these layers:",
             never,
         )
     for name in tuple(order):
@@ -91,7 +92,7 @@ def scale_layers(
 def _recorder(
     prefix: str, wanted: Mapping[str, Any], found: dict[str, jax.Array]
 ) -> Callable:
-    """Returns an interceptor that notes the variance of the wanted layers' outputs."""
+    """Returns an interceptor that records the variance of the wanted layers' outputs."""
     before = (prefix,) if prefix else ()
 
     def record(next_call, args, kwargs, context):
@@ -106,7 +107,7 @@ def _recorder(
 
 
 def first_examples(data: Data, config: Config) -> dict[str, np.ndarray]:
-    """Returns the batch of the first update as evaluation takes it: not augmented.
+    """Returns the batch of the first update, not augmented.
 
     Raises:
         UserError: Lists the examples that cannot be read.

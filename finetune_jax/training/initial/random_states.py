@@ -1,4 +1,4 @@
-"""A state at random, of which only what is wanted is drawn."""
+"""Random initial states; only the requested parameters are sampled."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from finetune_jax.tasks.task import Task
 
 
 class RandomStates:
-    """What `random_state` returns, on the host; one compiled program for all seeds."""
+    """Samples random initial states on the host, with one program for all seeds."""
 
     def __init__(self, task: Task, shapes: TrainState):
-        """Takes the task and what its states look like, and compiles nothing yet."""
+        """Takes the task and the shapes of its states."""
         self._task, self._shapes = task, shapes
         self._compiled: dict[tuple[str, ...], Callable] = {}
 
@@ -28,16 +28,16 @@ class RandomStates:
         """Returns the state of the seeds 'init', 'augmentation' and 'dropout'.
 
         Args:
-            seeds: Of all sources of randomness.
-            wanted: Says of a leaf such as 'params/head/bias' whether it is drawn; of the
-                others there are shapes only. None draws all.
+            seeds: Seed of each source of randomness.
+            wanted: Whether a leaf, such as 'params/head/bias', is sampled; the others
+                are shapes only. None samples all.
         """
         keys = [_key_data(seeds[name]) for name in ("init", "augmentation", "dropout")]
         shapes = self._shapes
         names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
         drawn = tuple(name for name in names if wanted is None or wanted(name))
         if drawn not in self._compiled:
-            # Not kept: with a function jax keeps all that it has traced of it.
+            # A partial of its own: jax keeps all traces of a function that lives.
             draw = functools.partial(_leaves_of_keys, self._task, drawn)
             self._compiled[drawn] = compiled_for_few(draw, keys)
         leaves, rest = self._compiled[drawn](keys)
@@ -45,10 +45,10 @@ class RandomStates:
         return rest.replace(**like(variables, {**named(variables), **leaves}))
 
     def check_size(self) -> None:
-        """Checks that the states can be in this machine's memory.
+        """Checks that the parameters fit into this machine's memory.
 
         Raises:
-            UserError: Parameters alone cannot.
+            UserError: They do not fit.
         """
         needed, there = nbytes(self._shapes.params), memory()
         if needed > there:
@@ -58,7 +58,7 @@ class RandomStates:
             )
 
     def forget(self) -> None:
-        """Frees the programs, which take more memory than some models do."""
+        """Frees the programs, which take more memory than some models."""
         self._compiled.clear()
         give_back_memory()
 
@@ -66,7 +66,7 @@ class RandomStates:
 def _leaves_of_keys(
     task: Task, wanted: Sequence[str], keys: Sequence[jax.Array]
 ) -> tuple[dict[str, jax.Array], TrainState]:
-    """Returns some leaves of a random state by name, and the state without any."""
+    """Returns some leaves of a random state by name, and the state without leaves."""
     state = _state_of_keys(task, keys)
     leaves = named({"params": state.params, "batch_stats": state.batch_stats})
     return {name: leaves[name] for name in wanted}, state.replace(

@@ -1,4 +1,4 @@
-"""What a run begins with: its data, and a state at random, from weights, by schemes."""
+"""Data and initial state of a run: random values, pretrained weights, schemes."""
 
 import dataclasses
 import functools
@@ -37,11 +37,12 @@ def run_data(config: Config, fitted: Fitted | None = None) -> Data:
     """Returns the data that a config describes.
 
     Args:
-        config: Resolved.
-        fitted: What a run has kept of a table; None fits it to the training rows.
+        config: Resolved config.
+        fitted: Column statistics of an earlier run; None computes them from the training
+            rows.
 
     Raises:
-        UserError: It cannot be read, or does not fit what is said of it.
+        UserError: The data cannot be read, or do not fit the config.
     """
     seed = seeds(config)["order"]
     if config.data.domains:
@@ -61,7 +62,7 @@ def run_data(config: Config, fitted: Fitted | None = None) -> Data:
 
 
 def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
-    """Returns the files of a run's tokenizer, by name; none of what is no text."""
+    """Returns the files of a run's tokenizer, by name; none if inputs are not texts."""
     if data.tokenizer is None:
         return {}
     beside = files_beside(config.data.tokenizer, config.init.pretrained)
@@ -69,10 +70,7 @@ def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
 
 
 def layout_of(shapes: TrainState, weights: Weights) -> str | None:
-    """Returns the name of the layout of weights, given the shapes of a state.
-
-    None where they are word vectors alone.
-    """
+    """Returns the name of the layout of weights; None for word vectors."""
     if not weights.tensors:
         return None
     names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
@@ -98,12 +96,12 @@ def told_of(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Where the weights of a state came from.
+    """Origin of the weights of a state.
 
     Attributes:
-        sha256: Of every file, by its path.
-        layouts: By the prefix of the models that they are of.
-        lines: Lines that tell what was taken from each address, and what was not.
+        sha256: Digest of every file, by its path.
+        layouts: Name of the layout, by the prefix of the model.
+        lines: Lines about the arrays taken from each address, and those left.
         told: Warnings about the weights.
     """
 
@@ -114,7 +112,7 @@ class Loaded:
 
     @property
     def layout(self) -> Any:
-        """That of the one address, or one for each model that had one."""
+        """Layout of the only address, or of each model that has one."""
         return self.layouts[""] if "" in self.layouts else dict(self.layouts) or None
 
 
@@ -126,12 +124,12 @@ def starting_state(
     *,
     measure: bool = True,
 ) -> tuple[TrainState, Loaded]:
-    """Returns the state before the first update, on the host, and what it was read from.
+    """Returns the state before the first update, on the host, and its origin.
 
     Args:
-        task: Has the models.
-        data: Of the run.
-        config: Of the run.
+        task: Task with the models.
+        data: Data of the run.
+        config: Config of the run.
         random_states: `RandomStates` of the task.
         measure: Whether schemes that run the model on examples do so.
 
@@ -143,8 +141,8 @@ def starting_state(
     drawn, init = seeds(config), config.init
     weights = _weights_of(task, config)
     rules = make_rules(init.schemes, *(w.address for w in weights.values()))
-    # To draw what is loaded anyway takes longer than to load it.
-    # Beside a model without a prefix, those with one have no weights in its files.
+    # Sampling a leaf takes longer than loading it, so loaded leaves are not sampled.
+    # The files of a model without a prefix have no weights of models with one.
     others = [p for p in task.prefixes if p] if "" in task.prefixes else []
     wanted = None if rules else _wanted(task, data, weights, init.fresh, others)
     own = random_states(drawn, wanted)
@@ -217,7 +215,7 @@ def _lines_of_models(
 
 
 def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
-    """Returns the weights that models begin with, by their prefix.
+    """Returns the initial weights of models, by their prefix.
 
     Raises:
         UserError: They cannot be read, or were trained for another network.
@@ -235,7 +233,7 @@ def _with_model_loaded(
     task: Task, variables: Mapping[str, Any], prefix: str, read: Weights,
     *, others: Sequence[str], spec: DataSpec, config: Config,
 ) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
-    """Returns variables with one model loaded, the weights' layout, and lines about it."""
+    """Returns variables with the weights of one model, their layout, and lines about it."""
     init, mine = config.init, _of_model(variables, prefix, others)
     fitting = without_prefix(read, named(mine))
     layout = recognise(named(mine), fitting.tensors, read.address)
@@ -267,7 +265,7 @@ def _with_classes(
     spec: DataSpec,
     init: Config,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns loaded variables whose logits are those of the data, and lines about it.
+    """Returns loaded variables with logits in the order of the data's classes, and lines.
 
     Args:
         loaded: Variables of one model.
@@ -294,7 +292,7 @@ def _with_classes(
 def _of_model(
     variables: Mapping[str, Any], prefix: str, others: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the variables of a model, without those of others beside it."""
+    """Returns the variables of one model."""
     return {
         kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
         for kind, tree in variables.items()
@@ -304,7 +302,7 @@ def _of_model(
 def _with_parts_loaded(
     task: Several, variables: Mapping[str, Any], read: Weights, config: Config
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Returns variables with all domains' models loaded, the layout, and lines about it."""
+    """Returns variables with the weights of all models, their layout, and lines."""
     found = {kind: dict(named(tree)) for kind, tree in variables.items()}
     layout, told = "", {}
     for domain, own_task in task.parts.items():
@@ -317,7 +315,7 @@ def _with_parts_loaded(
             }
             for kind, tree in mine.items()
         }
-        # A rule is about the names that the state has.
+        # `init.fresh` matches the names of the joint state.
         fresh = {
             re.escape(name)
             for by_name in places.values()
@@ -357,14 +355,14 @@ def _wanted(
     fresh: Sequence[str],
     others: Sequence[str],
 ) -> Callable[[str], bool] | None:
-    """Returns whether a leaf is drawn, by its full name; None draws all.
+    """Returns whether a leaf is sampled, by its full name; None samples all.
 
     Args:
-        task: Has the models.
-        data: Of the run; embeddings are drawn for values that are new.
-        weights: By the prefix of the models that they are of.
-        fresh: Regexes of what is not taken from them.
-        others: Prefixes of models that have none.
+        task: Task with the models.
+        data: Data of the run; embeddings of new values are sampled.
+        weights: Weights by the prefix of the model.
+        fresh: Regexes of leaves that are not taken from the weights.
+        others: Prefixes of models without weights.
     """
     if not weights or isinstance(task, Several):
         return None
@@ -381,7 +379,7 @@ def _first_stage(task: Task, prefix: str) -> str:
 
 
 def _last_stages(task: Task, prefix: str) -> list[str]:
-    """Returns the last stage of a model, without its prefix; of all where none is ''."""
+    """Returns the last stage of a model without its prefix, or those of all models."""
     if prefix == "" and "" not in task.prefixes:
         return list(task.heads)
     by_prefix = dict(zip(task.prefixes, task.heads))
@@ -394,9 +392,9 @@ def _not_loaded(
     """Returns whether a leaf is not taken from the weights, by its full name.
 
     Args:
-        weights: By the prefix of the models that they are of.
-        fresh: Regexes of what is not taken.
-        others: Prefixes of models that have none.
+        weights: Weights by the prefix of the model.
+        fresh: Regexes of leaves that are not taken from the weights.
+        others: Prefixes of models without weights.
     """
     is_fresh = {p: fresh_in(w, fresh, p) for p, w in weights.items()}
 
@@ -411,10 +409,10 @@ def _not_loaded(
 
 
 def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
-    """Checks that every regex matches something.
+    """Checks that every regex of `config.init.fresh` matches a parameter.
 
     Raises:
-        UserError: Lists those that do not.
+        UserError: Lists the regexes that match none.
     """
     problems = [
         f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, names)}"
@@ -422,4 +420,4 @@ def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
         if not any(re.fullmatch(pattern, name) for name in names)
     ]
     if problems:
-        raise problems_error("What shall keep its initial value:", problems)
+        raise problems_error("config.init.fresh does not fit the model:", problems)
