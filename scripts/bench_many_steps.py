@@ -17,9 +17,9 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.parallel.executor import DeviceExecutor
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.training.dispatch import Scanned
-from finetune_jax.training.programs import Updates
 from finetune_jax.training.setup import make_setup
+from finetune_jax.training.updates.dispatch import Scanned
+from finetune_jax.training.updates.programs import Updates
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
 # (model, image size, channels, batch size, updates in a round, what learns)

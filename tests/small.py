@@ -13,10 +13,10 @@ from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, apply
-from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.setup import make_task, phase_setup
 from finetune_jax.training.step import train_step
+from finetune_jax.training.updates.phase_run import PhaseRun
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
 

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import re
+import tokenize
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "finetune_jax"
 # The packages, from the bottom up, and the packages that each may import. `...` is all
@@ -26,6 +28,8 @@ ORDER = {
     "pipeline": ...,
     "main": ...,
 }
+# Folders to which anybody adds modules.
+OPEN_SETS = {PACKAGE / "models", PACKAGE / "tasks", PACKAGE / "data" / "sources"}
 APART = (("sweeps", "inference"), ("inference", "sweeps"))
 
 
@@ -90,19 +94,64 @@ def test_tasks_do_not_import_one_another():
     assert not wrong
 
 
+def functions():
+    """Yields module, name and node of every function and method."""
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield name, node
+
+
 def test_files_folders_and_functions_are_of_a_size_that_can_be_read():
-    long = []
+    long = [n for n, p in modules() if len(p.read_text().splitlines()) > 500]
+    for folder in {path.parent for _, path in modules()} - OPEN_SETS:
+        count = sum(path.name != "__init__.py" for path in folder.glob("*.py"))
+        if count > 15:
+            long.append(f"{folder}: {count} modules")
+    for name, node in functions():
+        lines = node.end_lineno - node.lineno + 1
+        lines -= len((ast.get_docstring(node) or "").splitlines())
+        if lines > 60:
+            long.append(f"{name}.{node.name}: {lines} lines")
+    assert not long
+
+
+def test_public_functions_take_at_most_eight_arguments():
+    many = []
+    for name, node in functions():
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = sum(argument.arg not in ("self", "cls") for argument in arguments)
+        # `make` of a task and constructors of models unpack a section of the config.
+        unpacks = name.startswith(("tasks.", "models.")) and name.count(".") == 1
+        is_private = node.name.startswith("_")
+        if count > 8 and not (is_private or unpacks):
+            many.append(f"{name}.{node.name}: {count} arguments")
+    assert not many
+
+
+# Sentences that a reader has to translate.
+OBSCURE = re.compile(
+    r"^(What |Of (the|a|its|all|one|each|every|this)\b.{0,60}$)"
+    r"|^ *\w+: (Of (the|a|its|all|one|each|every|this|which)\b.{0,60}\.?|Likewise\.?)$",
+    re.MULTILINE,
+)
+
+
+def test_docstrings_and_comments_name_their_nouns():
+    found = []
     for name, path in modules():
         text = path.read_text()
-        if len(text.splitlines()) > 500:
-            long.append(name)
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                lines = node.end_lineno - node.lineno + 1
-                lines -= len((ast.get_docstring(node) or "").splitlines())
-                if lines > (120 if name == "training.run" else 60):
-                    long.append(f"{name}.{node.name}: {lines}")
-    assert not long
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                found += [f"{name}: {m.group()}" for m in OBSCURE.finditer(docstring)]
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type == tokenize.COMMENT:
+                    comment = token.string.lstrip("# ")
+                    if comment.startswith(("What ", "Of the ")):
+                        found.append(f"{name}: {token.string}")
+    assert not found
 
 
 def test_no_branch_on_a_strategy():

@@ -22,11 +22,11 @@ from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.loop import Loop
-from finetune_jax.training.nonfinite import Guard
 from finetune_jax.training.preemption import Stop
-from finetune_jax.training.programs import Updates
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
+from finetune_jax.training.updates.nonfinite import Guard
+from finetune_jax.training.updates.programs import Updates
 
 
 def make_fixed(

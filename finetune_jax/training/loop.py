@@ -27,13 +27,13 @@ from finetune_jax.report.terminal import Terminal
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training import plateau
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
-from finetune_jax.training.nonfinite import Guard
-from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.preemption import Stop
-from finetune_jax.training.programs import Updates
 from finetune_jax.training.progress import Clock, Progress
 from finetune_jax.training.setup import PhaseSetup, Setup
-from finetune_jax.training.update_log import UpdateLog
+from finetune_jax.training.updates.nonfinite import Guard
+from finetune_jax.training.updates.phase_run import PhaseRun
+from finetune_jax.training.updates.programs import Updates
+from finetune_jax.training.updates.update_log import UpdateLog
 
 
 class Preempted(Exception):

@@ -24,9 +24,9 @@ from finetune_jax.plans import strategies
 from finetune_jax.plans.phase import carried_cohorts, check_plan, scales
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.components.text_inputs import tokens
-from finetune_jax.training.programs import Updates
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.updates.programs import Updates
 
 ROOT = pathlib.Path(__file__).parents[2]
 CNN = dict(convolutions=(4, 4), dense=(8,))

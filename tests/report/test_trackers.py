@@ -124,7 +124,7 @@ KILLED = """
 import os, sys, pathlib
 sys.path[:0] = ['tests', 'tests/report']
 import test_trackers as tests
-from finetune_jax.training.phase_run import PhaseRun
+from finetune_jax.training.updates.phase_run import PhaseRun
 from finetune_jax.training.run import run
 
 call = PhaseRun.call

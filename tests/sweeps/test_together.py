@@ -24,9 +24,9 @@ from finetune_jax.sweeps.vectorised import (
     members_at_once,
 )
 from finetune_jax.training.loop import Preempted
-from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.setup import make_setup
+from finetune_jax.training.updates.phase_run import PhaseRun
 
 # They end for three reasons: a plateau, a loss that is not finite, and the plan's end.
 MEMBERS = (

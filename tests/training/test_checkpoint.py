@@ -66,7 +66,7 @@ def test_the_state_of_each_phase_is_refused_in_every_other(setup, tmp_path):
             if other == phase:
                 assert digest(checkpoints.restore(phase + 1, target)) == digest(state)
             else:
-                with pytest.raises(UserError, match="of another phase or model"):
+                with pytest.raises(UserError, match="was saved in another phase"):
                     checkpoints.restore(phase + 1, target)
 
 

@@ -16,12 +16,12 @@ from finetune_jax.models import efficientnet_lite
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.parallel.executor import LONG_S, LONGEST, OwnPace
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.dispatch import (
+from finetune_jax.training.run import run
+from finetune_jax.training.setup import make_setup
+from finetune_jax.training.updates.dispatch import (
     Scanned,
     stock_gradients,
 )
-from finetune_jax.training.run import run
-from finetune_jax.training.setup import make_setup
 
 pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
 

@@ -22,8 +22,8 @@ from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.training.loop import Loop, Preempted
-from finetune_jax.training.phase_run import PhaseRun
 from finetune_jax.training.run import run
+from finetune_jax.training.updates.phase_run import PhaseRun
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = (
@@ -260,7 +260,7 @@ def test_a_damaged_first_checkpoint_stops_a_resume_with_a_message(
 def test_a_checkpoint_of_other_shapes_is_refused(undisturbed):
     from finetune_jax import main
 
-    with pytest.raises(UserError, match="is of another model"):
+    with pytest.raises(UserError, match="was saved by another model"):
         main.run([
             "--mode=evaluate", f"--workdir={undisturbed[1]}", "--config.model.dense=(9,)",
         ])  # fmt: skip

@@ -112,7 +112,7 @@ KILLED = """
 import os, sys, pathlib, signal
 sys.path[:0] = ['tests', 'tests/training']
 import test_strategies_resume as tests
-from finetune_jax.training.phase_run import PhaseRun
+from finetune_jax.training.updates.phase_run import PhaseRun
 from finetune_jax.training.run import run
 
 call = PhaseRun.call

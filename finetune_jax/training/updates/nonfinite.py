@@ -23,7 +23,7 @@ from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.step import NORMS
-from finetune_jax.training.update_log import UpdateRecord
+from finetune_jax.training.updates.update_log import UpdateRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

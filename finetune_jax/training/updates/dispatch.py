@@ -163,14 +163,13 @@ class Scanned:
             found = self._examples.take(rows[mine]) | {"position": places[mine]}
             return jax.tree.map(lambda x: x.reshape(*self._shape, *x.shape[1:]), found)
 
-        arguments = (
-            self._placed,
-            padded(rows.astype(np.int32), *self._shape),
-            padded(places, *self._shape),
-            padded(rates[:updates]),
-            padded(progress[:updates]),
-            np.int32(updates),
-        )
+        schedule = {
+            "rows": padded(rows.astype(np.int32), *self._shape),
+            "position": padded(places, *self._shape),
+            "rate": padded(rates[:updates]),
+            "progress": padded(progress[:updates]),
+        }
+        arguments = self._placed, schedule, np.int32(updates)
         return Call(updates=updates, arguments=arguments, batch=batch)
 
     def took(self, seconds: float) -> None:
@@ -182,10 +181,7 @@ def many_steps(
     state: Any,
     fixed: Any,
     examples: Any,
-    rows: jax.Array,
-    places: jax.Array,
-    rates: jax.Array,
-    progress: jax.Array,
+    schedule: Mapping[str, jax.Array],
     updates: jax.Array,
     *,
     step: Callable,
@@ -197,10 +193,8 @@ def many_steps(
         state: State, donated.
         fixed: Fixed arrays.
         examples: All arrays of the split, a row an example.
-        rows: Rows of each update, [L, k, b].
-        places: Their 'position', [L, k, b].
-        rates: Learning rate of each update, [L].
-        progress: Share of the phase that is over before each update, [L].
+        schedule: For each update its 'rows' and their 'position' in it, [L, k, b], its
+            learning 'rate' and the 'progress' of the phase before it, [L].
         updates: Number of updates; later rows are not read.
         step: Function of one update.
         rows_each: Number of views of an example, by which rows are divided.
@@ -208,12 +202,13 @@ def many_steps(
     step = jax.jit(step)  # Traced once.
 
     def arguments(state: Any, index: Any) -> tuple:
-        taken = rows[index] // rows_each
+        given = {name: array[index] for name, array in schedule.items()}
+        taken = given["rows"] // rows_each
         batch = jax.tree.map(
             lambda whole: whole.at[taken].get(mode="promise_in_bounds"), examples
         )
-        batch["position"] = places[index]
-        return state, fixed, batch, rates[index], progress[index]
+        batch["position"] = given["position"]
+        return state, fixed, batch, given["rate"], given["progress"]
 
     def update(index: Any, carry: tuple) -> tuple:
         state, kept = carry
@@ -222,7 +217,8 @@ def many_steps(
 
     _, metrics = jax.eval_shape(lambda: step(*arguments(state, 0)))
     kept = jax.tree.map(
-        lambda leaf: jnp.zeros((len(rates), *leaf.shape), leaf.dtype), metrics
+        lambda leaf: jnp.zeros((len(schedule["rate"]), *leaf.shape), leaf.dtype),
+        metrics,
     )
     return jax.lax.fori_loop(0, updates, update, (state, kept))
 
