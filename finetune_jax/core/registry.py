@@ -4,7 +4,9 @@ import difflib
 import importlib
 import inspect
 import math
+import pathlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -36,17 +38,37 @@ def choose(table: Mapping[str, Any], name: str, where: str) -> Any:
     return table[name]
 
 
+def open_path(name: str, path: Iterable[str]) -> list[str]:
+    """Returns the folders in which the modules of an open package are found.
+
+    A folder of the same name elsewhere on `sys.path` contributes modules if it has no
+    `__init__.py`. `pkgutil.extend_path` would also take the modules of another
+    installation of this project.
+
+    Args:
+        name: Name of the package, such as 'finetune_jax.models'.
+        path: The package's own folders.
+    """
+    folders = [pathlib.Path(entry, *name.split(".")) for entry in sys.path]
+    return [*path, *(str(f) for f in folders if _is_namespace(f))]
+
+
+def _is_namespace(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and not (folder / "__init__.py").exists()
+
+
 def modules(package: ModuleType) -> dict[str, ModuleType]:
     """Returns the modules of a package by their names, all imported."""
     return {
-        info.name: importlib.import_module(f"{package.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(package.__path__)
+        name: importlib.import_module(f"{package.__name__}.{name}")
+        for name in sorted(names(package))
     }
 
 
 def names(package: ModuleType) -> set[str]:
-    """Returns the names of the modules of a package; none is imported."""
-    return {info.name for info in pkgutil.iter_modules(package.__path__)}
+    """Returns the names of the modules of a package, without packages inside of it."""
+    found = pkgutil.iter_modules(package.__path__)
+    return {info.name for info in found if not info.ispkg}
 
 
 def module(package: ModuleType, name: str, where: str) -> ModuleType:

@@ -1,8 +1,11 @@
-"""Models: one family a file, each with `MODELS`, its constructors by name.
+"""Linen models in named stages: one family a file, each with `MODELS`.
 
-A model is a Linen module with an ordered tuple `stages`, made of one submodule a stage,
-and takes `classes`, `head`, `dtype` and `param_dtype` besides arguments of its own. It
-knows no task, no config and no data.
+`MODELS` has the constructors by name. A model has an ordered tuple `stages` and one
+submodule for each stage. It takes `classes`, `head`, `dtype` and `param_dtype` besides
+arguments of its own, and knows no task, no config and no data.
+
+A folder `finetune_jax/models/` elsewhere on `sys.path`, without `__init__.py`, adds the
+families of its modules.
 """
 
 import sys
@@ -15,9 +18,11 @@ import jax.numpy as jnp
 from finetune_jax.core import registry
 from finetune_jax.models.peft.lora import with_lora
 
+__path__ = registry.open_path(__name__, __path__)
+
 
 def constructors() -> dict[str, tuple[str, Callable]]:
-    """Returns the module and the constructor of every model, by the model's name."""
+    """Returns the family's module name and the constructor of every model, by its name."""
     return {
         model: (family, constructor)
         for family, module in registry.modules(sys.modules[__name__]).items()
@@ -36,12 +41,12 @@ def make_model(
 
     Args:
         name: A key of `MODELS` in one of the modules here.
-        arguments: What `config.model` says besides the name.
-        around: Makes another of the model, before it gets low-rank updates.
-        **given: `classes`, `dtype`, `param_dtype`.
+        arguments: Arguments of the model, as `config.model` has them besides the name.
+        around: Wraps the model, before it gets low-rank updates.
+        **given: Arguments that are not the user's: `classes`, `dtype`, `param_dtype`.
 
     Raises:
-        UserError: No such model, or arguments that it does not take.
+        UserError: The model is unknown, or does not take the arguments.
     """
     known = {model: made for model, (_, made) in constructors().items()}
     constructor = registry.choose(known, name, "config.model.name")
@@ -55,7 +60,7 @@ def dtypes(precision: str) -> dict[str, Any]:
     """Returns `dtype` and `param_dtype` of a model; parameters have 32 bits or 64.
 
     Args:
-        precision: In which the model computes: 'float32', 'bfloat16' or 'float64'.
+        precision: Precision of the computation: 'float32', 'bfloat16' or 'float64'.
     """
     wide = "float64" if precision == "float64" else "float32"
     return {"dtype": jnp.dtype(precision), "param_dtype": jnp.dtype(wide)}
@@ -67,13 +72,13 @@ def model_of(
     """Returns the model that a section like `config.model` describes.
 
     Args:
-        described: Its name, and arguments; `classes` there is not looked at.
-        classes: Logits.
-        precision: As `dtypes` takes it.
-        **given: Other arguments that are not the section's.
+        described: Name and arguments of the model; its `classes` is ignored.
+        classes: Number of logits.
+        precision: Precision of the computation, as in `dtypes`.
+        **given: Further arguments that are not the user's.
 
     Raises:
-        UserError: No such model, or arguments that it does not take.
+        UserError: The model is unknown, or does not take the arguments.
     """
     apart = ("name", "classes")
     arguments = {key: value for key, value in described.items() if key not in apart}
@@ -85,11 +90,11 @@ def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[st
     """Returns the stages of a model that have parameters, in order: the last is the head.
 
     Args:
-        name: As `make_model` takes it.
-        arguments: What `config.model` says besides; None is nothing.
+        name: Name of the model.
+        arguments: Arguments of the model, as `config.model` has them; None for none.
 
     Raises:
-        UserError: No such model, or arguments that it does not take.
+        UserError: The model is unknown, or does not take the arguments.
 
     >>> stages_of("mlp", {"hidden": (8, 8)})
     ('stage1', 'stage2', 'head')
@@ -100,8 +105,8 @@ def stages_of(name: str, arguments: Mapping[str, Any] | None = None) -> tuple[st
         for key, value in dict(arguments or {}).items()
         if key not in apart and not key.startswith("lora_")
     }
-    # A config file asks for this. Its initialisation by shape would tell as well, but
-    # starts jax, and the number of host threads is set only once the config is known.
+    # Config files call this. Initialising the model by shape would start jax, but the
+    # number of host threads is set only once the config is known.
     model: Any = make_model(name, {**own, "head": {}}, classes=1).bind({})
     return tuple(
         stage

@@ -1,7 +1,7 @@
 """BERT encoders: BERT itself, MiniLM and DistilBERT.
 
-Between stages passes {'hidden': [B, T, D], 'mask': [B, T]}, up to `pool`, which makes one
-vector of a text. Positions that the mask leaves out have no part in any other.
+Stages before `pool` take and return {'hidden': [B, T, D], 'mask': [B, T]}; `pool` returns
+one vector for each text. No position attends to one that the mask leaves out.
 
 Source: Devlin et al. 2018; Wang et al. 2020 (MiniLM); Sanh et al. 2019 (DistilBERT). The
 numbers are those of the published config.json files.
@@ -19,11 +19,10 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import problems_error
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.layers.heads import ACTIVATIONS, make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import MaskedMean, run_stages
 
-INITIAL = drawn(nn.initializers.normal(0.02))
-# How one vector is made of a text; 'none' leaves a vector for every token.
+INITIAL = nn.initializers.normal(0.02)
+# Poolings of the tokens of a text; 'none' keeps one vector for each token.
 POOLS = ("cls", "mean", "none")
 
 
@@ -32,19 +31,19 @@ def _dense(width: int, kinds: Mapping[str, Any]) -> nn.Dense:
 
 
 def _norm(epsilon: float, kinds: Mapping[str, Any]) -> nn.LayerNorm:
-    # The fast variance, a difference of means, loses digits.
+    # The fast variance is a difference of means and loses digits.
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, **kinds)
 
 
 class Embeddings(nn.Module):
-    """The sum of what a token, its place and its sentence are, normalised.
+    """The normalised sum of the embeddings of token, position and sentence.
 
     Attributes:
-        width: Of the vectors.
-        vocabulary: Tokens that there are.
-        places: Of a text that are told apart.
-        types: Sentences of a text that are told apart; 0 tells none apart.
-        dropout: Rate.
+        width: Width of the vectors.
+        vocabulary: Number of tokens in the vocabulary.
+        places: Number of positions.
+        types: Number of sentence embeddings; 0 has none.
+        dropout: Rate of dropout.
         epsilon: Number added to the variance in the LayerNorm.
     """
 
@@ -58,7 +57,7 @@ class Embeddings(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        """Makes a table for each."""
+        """Makes the embedding tables and the LayerNorm."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         table = partial(nn.Embed, features=self.width, embedding_init=INITIAL, **kinds)
         self.words = table(self.vocabulary)
@@ -71,7 +70,7 @@ class Embeddings(nn.Module):
     def __call__(
         self, x: Mapping[str, jax.Array], *, train: bool
     ) -> dict[str, jax.Array]:
-        """Returns what the first block takes.
+        """Returns the input of the first block.
 
         Args:
             x: 'ids', 'types' (of the sentence, from 0) and 'mask' [B, T].
@@ -86,11 +85,11 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of every token to those of its text.
+    """Attention of every token to the tokens of its text.
 
     Attributes:
-        heads: By which the width is divided.
-        dropout: Rate of the weights.
+        heads: Number of heads, a divisor of the width.
+        dropout: Rate of dropout of the attention weights.
     """
 
     heads: int
@@ -112,7 +111,7 @@ class Attention(nn.Module):
             ).reshape(parts)
             for name in ("query", "key", "value")
         )
-        # Sums of exponentials need float32, whatever is multiplied.
+        # Sums of exponentials need float32, also after products of lower precision.
         wide = jnp.promote_types(query_BxTxNxF.dtype, jnp.float32)
         score_BxNxTxT = jnp.einsum(
             "btnf,bsnf->bnts", query_BxTxNxF, key_BxTxNxF, preferred_element_type=wide
@@ -130,14 +129,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two dense layers, each added and normalised.
+    """Attention and two dense layers, each added to its input and normalised.
 
     Attributes:
-        width: Of the vectors.
-        heads: Of the attention.
+        width: Width of the vectors.
+        heads: Number of attention heads.
         hidden: Width between the dense layers.
-        dropout: Rate.
-        attention_dropout: Rate of the attention's weights.
+        dropout: Rate of dropout.
+        attention_dropout: Rate of dropout of the attention weights.
         remat: Whether the backward pass computes the block again instead of keeping it.
         activation: Activation between the dense layers, a key of `HIDDEN_ACTIVATIONS`.
         epsilon: Number added to the variance in the LayerNorms.
@@ -155,7 +154,7 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        """Makes the layers."""
+        """Makes the layers of the block."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.attention = Attention(self.heads, self.attention_dropout, **kinds)
         self.attention_norm = _norm(self.epsilon, kinds)
@@ -166,7 +165,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Mapping[str, jax.Array], *, train: bool
     ) -> dict[str, jax.Array]:
-        """Returns what the next block takes."""
+        """Returns the input of the next block."""
 
         def layers(block, hidden_BxTxD, mask_BxT):
             y_BxTxD = block.attention(hidden_BxTxD, mask_BxT, train=train)
@@ -182,10 +181,10 @@ class Block(nn.Module):
 
 
 class FirstToken(nn.Module):
-    """A dense layer over the first token, which stands for the text.
+    """A dense layer on the first token, whose output is the feature of the text.
 
     Attributes:
-        activation: After it: 'tanh' in BERT, 'relu' in DistilBERT.
+        activation: Activation after the layer: 'tanh' in BERT, 'relu' in DistilBERT.
     """
 
     activation: str
@@ -205,11 +204,11 @@ class FirstToken(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """The head of every model, over each token.
+    """The common head, applied to each token.
 
     Attributes:
-        classes: Logits of a token.
-        arguments: Pairs of the head's arguments.
+        classes: Number of logits of a token.
+        arguments: Arguments of the head, as pairs.
     """
 
     classes: int
@@ -218,7 +217,7 @@ class TokenHead(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        """Makes the head, whose parameters are those of this stage."""
+        """Makes the head, which shares its parameters with this stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.inner = make_head(dict(self.arguments), classes=self.classes, **kinds)
         nn.share_scope(self, self.inner)
@@ -232,16 +231,16 @@ class TokenHead(nn.Module):
 
 
 class Bert(nn.Module):
-    """An encoder of texts.
+    """A text encoder.
 
     Attributes:
-        embeddings_arguments: Pairs of those of `Embeddings`.
-        block_arguments: Pairs of those of `Block`.
-        layers: Blocks.
+        embeddings_arguments: Arguments of `Embeddings`, as pairs.
+        block_arguments: Arguments of `Block`, as pairs.
+        layers: Number of blocks.
         pooling: One of `POOLS`.
-        activation: Of the first token's dense layer.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
+        activation: Activation of the first token's dense layer.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
     """
 
     embeddings_arguments: Any
@@ -263,21 +262,21 @@ class Bert(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that there are."""
+        """Number of tokens in the vocabulary."""
         return dict(self.embeddings_arguments)["vocabulary"]
 
     @property
     def positions(self) -> int:
-        """Places that there are."""
+        """Number of positions."""
         return dict(self.embeddings_arguments)["places"]
 
     @property
     def types(self) -> int:
-        """Sentences that are told apart."""
+        """Number of sentence embeddings."""
         return dict(self.embeddings_arguments)["types"]
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embeddings = Embeddings(**dict(self.embeddings_arguments), **kinds)
         for index in range(self.layers):
@@ -319,7 +318,7 @@ def _bert(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Bert:
-    """Returns an encoder; the names say how large each is.
+    """Returns an encoder; `MODELS` has the sizes by name.
 
     Raises:
         UserError: Lists every argument that is out of range.

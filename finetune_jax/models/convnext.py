@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from finetune_jax.core.errors import UserError
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import (
     GlobalPool,
     layer_norm,
@@ -24,11 +23,11 @@ from finetune_jax.models.layers.stages import (
 )
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
-_INIT = drawn(nn.initializers.truncated_normal(0.02))  # Liu et al. 2022, appendix A.1.
+_INIT = nn.initializers.truncated_normal(0.02)  # Liu et al. 2022, appendix A.1.
 
 
 class Shape(NamedTuple):
-    """What tells one ConvNeXt from another."""
+    """Sizes of a ConvNeXt: blocks and width of each stage."""
 
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
@@ -43,7 +42,7 @@ def _conv(
     stride: int = 1,
     groups: int = 1,
 ) -> nn.Conv:
-    # A kernel of the stride's size meets every pixel once, and needs no padding.
+    # A kernel as large as the stride covers every pixel once and needs no padding.
     padding = 0 if stride > 1 else size // 2
     return nn.Conv(
         width,
@@ -59,7 +58,7 @@ def _conv(
 
 
 class Stem(nn.Module):
-    """Convolution of patches of 4x4, and LayerNorm.
+    """Convolution of 4x4 patches, and LayerNorm.
 
     Attributes:
         width: Channels.
@@ -79,11 +78,11 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolved channel by channel, then two dense layers, scaled, beside a shortcut.
+    """A depthwise convolution and two dense layers, scaled and added to a shortcut.
 
     Attributes:
-        layer_scale: Initial value of what the channels are multiplied by.
-        rate: Of the examples for which only the shortcut counts in training.
+        layer_scale: Initial factor of the channels.
+        rate: Share of the examples whose residual is dropped in training.
     """
 
     layer_scale: float
@@ -108,13 +107,13 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; all stages but the first halve the size before.
+    """Blocks of one width, after a convolution that halves the size, if any.
 
     Attributes:
         width: Channels.
-        halves: Whether this one does.
-        layer_scale: Initial value in each block.
-        rates: Of stochastic depth in each block.
+        halves: Whether this stage does.
+        layer_scale: Initial factor of the channels in each block.
+        rates: Rates of stochastic depth, one for each block.
         remat: Whether the backward pass computes each block again.
     """
 
@@ -128,7 +127,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
-        """Returns features [B, H / 2, W / 2, width], or of the same size."""
+        """Returns features [B, H / 2, W / 2, width], or [B, H, W, width] if not halved."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.halves:
             x_BxHxWxC = layer_norm(name="downsample_ln", **kinds)(x_BxHxWxC)
@@ -144,7 +143,7 @@ class Norm(nn.Module):
     """LayerNorm of pooled features, as a stage.
 
     Attributes:
-        epsilon: Added to the variance.
+        epsilon: Number added to the variance.
     """
 
     epsilon: float
@@ -163,13 +162,13 @@ class ConvNeXt(nn.Module):
     """A ConvNeXt.
 
     Attributes:
-        shape: Which one.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
-        stochastic_depth: Rate of the last block.
-        layer_scale: Initial value of what each block is multiplied by.
-        epsilon: Of the last LayerNorm, which is 1e-12 in transformers; that of the others
-            is 1e-6 everywhere.
+        shape: Sizes of the network.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
+        stochastic_depth: Rate of stochastic depth in the last block.
+        layer_scale: Initial factor of the channels in each block.
+        epsilon: Epsilon of the last LayerNorm, 1e-12 in transformers. The other LayerNorms
+            have 1e-6 everywhere.
         remat: Whether the backward pass computes each block again.
     """
 
@@ -186,7 +185,7 @@ class ConvNeXt(nn.Module):
     stages = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "norm", "head")
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, self.shape.blocks)
         self.stem = Stem(self.shape.widths[0], **kinds)
@@ -216,7 +215,7 @@ def _convnext(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ConvNeXt:
-    stage_rates(stochastic_depth, shape.blocks)  # Refused here, not at the first use.
+    stage_rates(stochastic_depth, shape.blocks)  # Checks the rate at once.
     for name, value in (("layer_scale", layer_scale), ("epsilon", epsilon)):
         if value <= 0:
             raise UserError(f"config.model.{name}: {value} is not above 0")

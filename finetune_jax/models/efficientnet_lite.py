@@ -1,8 +1,9 @@
 """EfficientNet-Lite: `efficientnet_lite0` to `efficientnet_lite4`.
 
-EfficientNets without squeeze-and-excitation and with ReLU6, made for small devices; stem
-and head keep their width. Padding is TensorFlow's 'SAME', as in the published weights.
-With padding='symmetric' it is torch's; BatchNorms then mostly have an epsilon of 1e-5.
+EfficientNets for small devices, without squeeze-and-excitation and with ReLU6. Stem and
+head have the same width in all sizes. The padding is TensorFlow's 'SAME', as in the
+published weights; with padding='symmetric' it is torch's, whose weights mostly have
+BatchNorms with epsilon=1e-5.
 
 Source: Tan & Le 2019, table 1; github.com/tensorflow/tpu, official/efficientnet/lite.
 """
@@ -20,7 +21,6 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import (
     GlobalPool,
     batch_norm,
@@ -29,12 +29,12 @@ from finetune_jax.models.layers.stages import (
 )
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
-_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 PADDINGS = ("same", "symmetric")
 
 
 class Variant(NamedTuple):
-    """Padding of the convolutions, and epsilon of the BatchNorms.
+    """Padding of the convolutions and epsilon of the BatchNorms.
 
     Attributes:
         padding: One of `PADDINGS`.
@@ -70,8 +70,8 @@ TABLE = (
 def scaled(width: float, depth: float) -> tuple[Row, ...]:
     """Returns the table with its widths and repeats multiplied.
 
-    Widths are rounded to multiples of 8, not down by more than a tenth; the first and
-    the last stage keep their repeats.
+    Widths are rounded to multiples of 8, and down by at most a tenth. The first and the
+    last stage keep their repeats.
     """
     rows = []
     for index, row in enumerate(TABLE):
@@ -85,13 +85,13 @@ def scaled(width: float, depth: float) -> tuple[Row, ...]:
 
 
 class ConvNorm(nn.Module):
-    """Convolution and BatchNorm, with ReLU6 or not, as a stage.
+    """Convolution, BatchNorm and, if wanted, ReLU6, as a stage.
 
     Attributes:
         width: Channels.
-        size: Of the kernel.
-        stride: Of the convolution.
-        variant: Padding and epsilon.
+        size: Side of the kernel in pixels.
+        stride: Stride of the convolution.
+        variant: Padding of convolutions, epsilon of BatchNorms.
     """
 
     width: int
@@ -138,14 +138,14 @@ def _norm(variant: Variant, name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
 
 
 class Block(nn.Module):
-    """An inverted residual: expanded, convolved channel by channel, projected.
+    """An inverted residual: an expansion, a depthwise convolution, a projection.
 
     Attributes:
-        row: Of the table.
-        stride: Of the block.
-        rate: Of the examples for which only the shortcut counts in training; nothing is
-            dropped where there is no shortcut.
-        variant: Padding and epsilon.
+        row: Row of the table.
+        stride: Stride of the block.
+        rate: Share of the examples whose residual is dropped in training. A block without
+            a shortcut drops nothing.
+        variant: Padding of convolutions, epsilon of BatchNorms.
     """
 
     row: Row
@@ -182,10 +182,10 @@ class Stage(nn.Module):
     """Blocks of one width; the first may halve the size.
 
     Attributes:
-        row: Of the table.
-        rates: Of stochastic depth in each block.
+        row: Row of the table.
+        rates: Rates of stochastic depth, one for each block.
         remat: Whether the backward pass computes each block again.
-        variant: Padding and epsilon.
+        variant: Padding of convolutions, epsilon of BatchNorms.
     """
 
     row: Row
@@ -216,12 +216,12 @@ class EfficientNetLite(nn.Module):
     """An EfficientNet-Lite.
 
     Attributes:
-        rows: Of the table, scaled.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
-        stochastic_depth: Rate of the last block.
+        rows: Scaled rows of the table.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
+        stochastic_depth: Rate of stochastic depth in the last block.
         remat: Whether the backward pass computes each block again.
-        variant: Padding and epsilon.
+        variant: Padding of convolutions, epsilon of BatchNorms.
     """
 
     rows: tuple[Row, ...]
@@ -239,7 +239,7 @@ class EfficientNetLite(nn.Module):
     )  # fmt: skip
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, [row.repeats for row in self.rows])
         self.stem = ConvNorm(32, 3, 2, self.variant, **kinds)
@@ -272,7 +272,7 @@ def _efficientnet_lite(
     if epsilon <= 0:
         raise UserError(f"config.model.epsilon: {epsilon} is not above 0")
     rows = scaled(width, depth)
-    # Refused here, not at the first use.
+    # Checks the rate at once.
     stage_rates(stochastic_depth, [row.repeats for row in rows])
     arguments = tuple(sorted(head.items()))
     variant = Variant(padding, epsilon)

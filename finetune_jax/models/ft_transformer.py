@@ -24,21 +24,21 @@ from finetune_jax.models.tabular import (
 )
 
 EPSILON = 1e-5
-# Of a block's hidden layer to the width: 4/3, for there are two of them (ReGLU).
+# Ratio of a block's hidden layer to the width: 4/3, as ReGLU has two of them.
 HIDDEN = 4 / 3
 
 
 def by_width(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns tokens at random, within 1 / sqrt(width)."""
+    """Returns random tokens within 1 / sqrt(width)."""
     limit = shape[-1] ** -0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 class Tokens(nn.Module):
-    """A token to classify by, and one for each number and each category.
+    """A class token, and one token for each number and each category.
 
-    That of a number is the number times a vector of its own; a bias is added to all but
-    the first.
+    The token of a number is the number times its own vector. All tokens but the first
+    have a bias.
     """
 
     dtype: Any = None
@@ -68,12 +68,12 @@ class Tokens(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two dense layers, each behind a LayerNorm and beside a shortcut.
+    """Attention and two dense layers, each with a LayerNorm before it and a shortcut.
 
     Attributes:
-        heads: Of the attention.
-        begins: Whether it is the first, whose attention has no LayerNorm before it.
-        rates: Of dropout of attention, of the hidden layer, and of both results.
+        heads: Number of attention heads.
+        begins: Whether this is the first block, whose attention has no LayerNorm.
+        rates: Rates of dropout of attention, of the hidden layer, and of both residuals.
     """
 
     heads: int
@@ -139,21 +139,21 @@ def ft_transformer(
     """Returns a Transformer of a table's columns.
 
     Args:
-        classes: Logits.
+        classes: Number of logits.
         head: Arguments of the head.
-        numbers: That the data has.
-        fields: Name and rows of each embedding.
-        width: Of a token, of which `heads` is a divisor.
-        layers: Blocks, a stage each.
-        heads: Of each attention.
-        attention_dropout: Rate at which what a token attends to is left out.
-        dropout: Rate behind the hidden layer of a block.
-        residual_dropout: Rate behind attention and dense layers.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        numbers: Number of numeric columns in the data.
+        fields: Name and number of rows of each embedding.
+        width: Width of a token, a multiple of `heads`.
+        layers: Number of blocks, each a stage.
+        heads: Number of attention heads of a block.
+        attention_dropout: Rate of dropout of the attention weights.
+        dropout: Rate of dropout after the hidden layer of a block.
+        residual_dropout: Rate of dropout after attention and dense layers.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
 
     Raises:
-        UserError: Something is out of range.
+        UserError: An argument is out of range.
     """
     del numbers
     rates = attention_dropout, dropout, residual_dropout
@@ -162,7 +162,7 @@ def ft_transformer(
     check_widths("config.model.heads", (heads,))
     if width % heads:
         raise UserError(
-            f"config.model.width: {width}; it has to divide by {heads} heads"
+            f"config.model.width: {width} is not a multiple of heads={heads}"
         )
     own = {"fields": fields, "width": width, "initialiser": by_width}
     blocks = [

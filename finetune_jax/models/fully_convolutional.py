@@ -1,4 +1,4 @@
-"""Any model of images made fully convolutional: a class for every pixel.
+"""Fully convolutional models, made of image classifiers: logits for every pixel.
 
 Source: Long et al. 2015, "Fully convolutional networks for semantic segmentation".
 """
@@ -17,27 +17,27 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.heads import ACTIVATIONS, INITIALISERS, make_head
 
-# From one of these stages on, a classifier has places no longer.
+# From the first of these stages on, the features of a classifier have no places.
 _ENDS = ("pool", "head")
-# What passes between stages where there are taps: the last one's maps, and those tapped.
+# Keys of the features that pass between stages of a model with taps.
 _LAST = "last"
 
 
 class ConvHead(nn.Module):
-    """Scores of every place, made as large as the image.
+    """Scores of every place, enlarged to the size of the image.
 
-    The scores of tapped stages are added on the way, from the smallest maps to the
-    largest. Theirs start at zero, as in the source, section 4.2; what enlarges is
-    bilinear, and does not learn.
+    Scores of tapped stages are added on the way, from the smallest maps to the largest.
+    Their kernels start at zero (section 4.2 of the source). Enlarging is bilinear and has
+    no parameters.
 
     Attributes:
-        classes: Logits of a pixel.
+        classes: Number of logits of a pixel.
         size: Height and width of the images.
-        taps: Stages whose maps have scores too, in the order of the stages.
+        taps: Stages whose maps are scored too, in the order of the stages.
         hidden: Widths of the 3x3 convolutions before the scores; often none.
-        activation: After each of them.
-        dropout: Rate before the scores.
-        initialiser: Of the kernels.
+        activation: Activation after each hidden layer.
+        dropout: Rate of dropout before the scores.
+        initialiser: Initialiser of the kernels.
     """
 
     classes: int
@@ -69,7 +69,7 @@ class ConvHead(nn.Module):
             x_BxHxWxC = ACTIVATIONS[self.activation](x_BxHxWxC)
         if self.dropout:
             x_BxHxWxC = nn.Dropout(self.dropout)(x_BxHxWxC, deterministic=not train)
-        # The last layer is cheap, and rounded logits make a poor loss.
+        # The last layer is cheap, and a loss of rounded logits is inaccurate.
         kinds["dtype"] = self.param_dtype
         logits_BxHxWxK = self._scores("logits", kernel_init)(x_BxHxWxC)
         for name in reversed(self.taps):
@@ -92,12 +92,12 @@ class ConvHead(nn.Module):
 
 
 class _Headed(nn.Module):
-    """The head under its name, by which interceptors and parameters know it."""
+    """A module whose submodule `head` gives parameters and interceptors that name."""
 
     head_module: ConvHead
 
     def setup(self):
-        """Takes the head as its one submodule."""
+        """Takes the head as the only submodule."""
         self.head = self.head_module.clone()
 
     def __call__(self, x: Any, *, train: bool) -> jax.Array:
@@ -107,11 +107,11 @@ class _Headed(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class FullyConvolutional:
-    """The stages of a model up to its last maps, and a head; used as the model would be.
+    """The stages of a model up to its last maps, and a head; applied like the model.
 
     Attributes:
         backbone: The model.
-        headed: Its new head.
+        headed: The new head.
         taps: Stages whose maps pass on to the head.
     """
 
@@ -121,16 +121,16 @@ class FullyConvolutional:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those of the model that have places, and the head."""
+        """The model's stages with maps, and the head."""
         return (*stages_with_maps(self.backbone), "head")
 
     @property
     def param_dtype(self) -> Any:
-        """That of the model."""
+        """Dtype of the model's parameters."""
         return self.backbone.param_dtype  # type: ignore[attr-defined]
 
     def init(self, rngs: Any, x: jax.Array, *, train: bool) -> dict[str, Any]:
-        """Returns initial variables; those of the model's stages are the model's own."""
+        """Returns initial variables; the model's stages have those of the model itself."""
         maps, variables = nn.init_with_output(self._through, self.backbone)(
             rngs, x, self.stages[:-1], train
         )
@@ -148,7 +148,7 @@ class FullyConvolutional:
         rngs: Any = None,
         mutable: Any = (),
     ) -> tuple[Any, Mapping[str, Any]]:
-        """Returns what stage `last` gives for the input of `first`, and what moved."""
+        """Returns the output of stage `last` for the input of `first`, like `apply`."""
         start = 0 if first is None else self.stages.index(first)
         stop = len(self.stages) if last is None else self.stages.index(last) + 1
         names, moved = self.stages[start:stop], {}
@@ -164,7 +164,7 @@ class FullyConvolutional:
     def _through(
         self, backbone: Any, x: Any, names: tuple[str, ...], train: bool
     ) -> Any:
-        """Returns what some stages of the model give, with what is tapped."""
+        """Returns the output of some stages of the model, with the tapped maps."""
         last, tapped = _parted(x)
         for name in names:
             last = backbone(last, first=name, last=name, train=train)
@@ -183,21 +183,21 @@ def fully_convolutional(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> FullyConvolutional:
-    """Returns a model with a head that gives every pixel logits.
+    """Returns a model whose head returns logits of every pixel.
 
     Args:
-        backbone: A model whose stages give maps [B, H, W, C], or tokens [B, T, D] of a
+        backbone: A model whose stages return maps [B, H, W, C], or tokens [B, T, D] of a
             grid of patches.
-        classes: Logits of a pixel.
+        classes: Number of logits of a pixel.
         size: Height and width of the images.
         head: Arguments as `make_head` takes them; hidden layers are 3x3 convolutions.
-        taps: Stages whose maps have scores too: ('stage2',) is the FCN-16s of a ResNet
-            of three stages.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        taps: Stages whose maps are scored too: ('stage2',) makes an FCN-16s of a ResNet
+            with three stages.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
 
     Raises:
-        UserError: No such stage, or arguments that do not fit the head.
+        UserError: A stage is unknown, or the head does not take the arguments.
     """
     kinds = {"dtype": dtype, "param_dtype": param_dtype}
     checked = make_head(head, classes=classes, **kinds)
@@ -219,14 +219,14 @@ def fully_convolutional(
 
 
 def stages_with_maps(backbone: nn.Module) -> tuple[str, ...]:
-    """Returns the stages of a classifier before it pools."""
+    """Returns the stages of a classifier before its pooling."""
     stages: tuple[str, ...] = backbone.stages  # type: ignore[attr-defined]
     ends = [stages.index(name) for name in _ENDS if name in stages]
     return stages[: min(ends, default=len(stages))]
 
 
 def _parted(x: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns the last maps, and those tapped by the name of their stage."""
+    """Returns the last maps, and the tapped maps by the name of their stage."""
     if not isinstance(x, Mapping) or _LAST not in x:
         return x, {}
     return x[_LAST], {name: maps for name, maps in x.items() if name != _LAST}
@@ -236,12 +236,12 @@ def as_maps(x: Any, size: tuple[int, int]) -> jax.Array:
     """Returns features as maps [B, H, W, C].
 
     Args:
-        x: Such maps, or tokens [B, T, D] of square patches, row by row, perhaps after a
-            class token, which is left out.
+        x: Maps, or tokens [B, T, D] of square patches, row by row. A class token before
+            them is left out.
         size: Height and width of the images.
 
     Raises:
-        UserError: They have no places.
+        UserError: The features have no places.
     """
     shape = getattr(x, "shape", None)
     if shape is not None and len(shape) == 4:
@@ -254,14 +254,14 @@ def as_maps(x: Any, size: tuple[int, int]) -> jax.Array:
                 return x[:, extra:].reshape(shape[0], rows, columns, shape[2])
     found = shape or f"a {type(x).__name__}"
     raise UserError(
-        f"config.model.name: what its stages give is {found}, neither maps [B, H, W, C] "
+        f"config.model.name: its stages return {found}, neither maps [B, H, W, C] "
         f"nor tokens of a grid over {size[0]}x{size[1]} pixels; segmentation needs a "
         "convolutional model, or a ViT"
     )
 
 
 def enlarged(x_BxHxWxC: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Returns maps of that height and width, as torch does without aligned corners."""
+    """Returns maps resized to a height and width, as torch without aligned corners."""
     batch, *before, channels = x_BxHxWxC.shape
     if tuple(before) == tuple(size):
         return x_BxHxWxC

@@ -1,6 +1,6 @@
-"""The classic pair for MNIST-sized images: `mlp`, 784-64-10, and `cnn`.
+"""Models for images of the size of MNIST: `mlp`, 784-64-10, and `cnn`.
 
-Their dense layers fix the size of the image.
+Their dense layers fix the size of the images.
 """
 
 from collections.abc import Mapping
@@ -64,8 +64,8 @@ class Sequence(nn.Module):
     Attributes:
         convolutions: Widths of the convolutional stages.
         dense: Widths of the dense stages.
-        kernel_size: Of the convolutions.
-        classes: Logits.
+        kernel_size: Side of the kernels in pixels.
+        classes: Number of logits.
         head: Arguments of the head.
     """
 
@@ -84,7 +84,7 @@ class Sequence(nn.Module):
         return (*(f"stage{index + 1}" for index in range(backbone)), "head")
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         stages = [
             ConvStage(width, self.kernel_size, **kinds) for width in self.convolutions
@@ -128,7 +128,7 @@ def cnn(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Sequence:
-    """Returns conv - BN - pool twice, a dense layer, then the head."""
+    """Returns two blocks of conv, BatchNorm and pooling, a dense layer, and the head."""
     check_widths("config.model.convolutions", convolutions)
     check_widths("config.model.dense", dense)
     check_widths("config.model.kernel_size", (kernel_size,))

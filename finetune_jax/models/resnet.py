@@ -20,7 +20,6 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.kernels.pooling import max_pool
 from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import (
     GlobalPool,
     batch_norm,
@@ -29,23 +28,24 @@ from finetune_jax.models.layers.stages import (
 )
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
-_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-# Convolutions of a bottleneck that may have its stride.
+# Convolutions that may have the stride of a bottleneck.
 STRIDES = ("3x3", "1x1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What tells one ResNet from another.
+    """Sizes of a ResNet.
 
     Attributes:
-        blocks: Of each of the four stages.
-        bottleneck: Three convolutions a block, the last of 4 times the width, or two.
-        groups: Of the 3x3 convolution of a bottleneck.
+        blocks: Number of blocks in each of the four stages.
+        bottleneck: Whether a block has three convolutions, the last of 4 times the width,
+            instead of two.
+        groups: Groups of the 3x3 convolution of a bottleneck.
         group_width: Channels of one group in the first stage.
-        stride_in: Convolution of a bottleneck that has its stride, one of `STRIDES`.
+        stride_in: Convolution that has the stride of a bottleneck, one of `STRIDES`.
     """
 
     blocks: tuple[int, int, int, int]
@@ -97,10 +97,10 @@ class Block(nn.Module):
     """Two or three convolutions, and a shortcut that is projected where shapes differ.
 
     Attributes:
-        shape: Of the network.
+        shape: Sizes of the network.
         width: Channels of the stage, before a bottleneck's factor of 4.
-        stride: Of the block.
-        rate: Of the examples for which only the shortcut counts in training.
+        stride: Stride of the block.
+        rate: Share of the examples whose residual is dropped in training.
     """
 
     shape: Shape
@@ -144,9 +144,9 @@ class Stage(nn.Module):
     """Blocks of one width; the first may halve the size.
 
     Attributes:
-        shape: Of the network.
-        index: Of the stage.
-        rates: Of stochastic depth in each block.
+        shape: Sizes of the network.
+        index: Number of the stage, from 0.
+        rates: Rates of stochastic depth, one for each block.
         remat: Whether the backward pass computes each block again.
     """
 
@@ -178,10 +178,10 @@ class ResNet(nn.Module):
     """A ResNet for photos.
 
     Attributes:
-        shape: Which one.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
-        stochastic_depth: Rate of the last block.
+        shape: Sizes of the network.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
+        stochastic_depth: Rate of stochastic depth in the last block.
         remat: Whether the backward pass computes each block again.
     """
 
@@ -196,7 +196,7 @@ class ResNet(nn.Module):
     stages = ("stem", "stage1", "stage2", "stage3", "stage4", "pool", "head")
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, self.shape.blocks)
         self.stem = Stem(**kinds)
@@ -229,7 +229,7 @@ def _resnet(
             "config.model.stride_in: '1x1', but this model has no bottlenecks; leave it out"
         )
     shape = dataclasses.replace(shape, stride_in=stride_in)
-    stage_rates(stochastic_depth, shape.blocks)  # Refused here, not at the first use.
+    stage_rates(stochastic_depth, shape.blocks)  # Checks the rate at once.
     arguments = tuple(sorted(head.items()))
     return ResNet(
         shape, classes, arguments, stochastic_depth, remat, dtype, param_dtype

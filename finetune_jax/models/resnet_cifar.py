@@ -53,8 +53,8 @@ class Block(nn.Module):
 
     Attributes:
         width: Channels.
-        stride: Of the block.
-        rate: Of the examples for which only the shortcut counts in training.
+        stride: Stride of the block.
+        rate: Share of the examples whose residual is dropped in training.
     """
 
     width: int
@@ -86,9 +86,9 @@ class Stage(nn.Module):
     """Blocks of one width; the first may halve the size.
 
     Attributes:
-        rates: Of stochastic depth in each block.
+        rates: Rates of stochastic depth, one for each block.
         width: Channels.
-        stride: Of the first block.
+        stride: Stride of the first block.
     """
 
     rates: tuple[float, ...]
@@ -113,13 +113,13 @@ class Stage(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """Depth 6 * blocks + 2.
+    """A ResNet for small images, of depth 6 * blocks + 2.
 
     Attributes:
-        blocks: Of each of the three stages.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
-        stochastic_depth: Rate of the last block.
+        blocks: Number of blocks in each of the three stages.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
+        stochastic_depth: Rate of stochastic depth in the last block.
     """
 
     blocks: int
@@ -132,7 +132,7 @@ class ResNetCifar(nn.Module):
     stages = ("stem", "stage1", "stage2", "stage3", "pool", "head")
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rates = stage_rates(self.stochastic_depth, (self.blocks,) * 3)
         self.stem = Stem(16, **kinds)
@@ -156,7 +156,7 @@ def _resnet(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> ResNetCifar:
-    stage_rates(stochastic_depth, (blocks,))  # Refused here, not at the first use.
+    stage_rates(stochastic_depth, (blocks,))  # Checks the rate at once.
     arguments = tuple(sorted(head.items()))
     return ResNetCifar(blocks, classes, arguments, stochastic_depth, dtype, param_dtype)
 

@@ -1,7 +1,7 @@
 """Models of tables: `table_mlp`, `dlrm` and `dcn_v2`. `ft_transformer` has its own file.
 
-They take {'numbers': [B, F], 'categories': [B, T]}: F numbers, and for each of T fields
-the row of its embedding. The embeddings are the first stage, `embeddings/FIELD/embedding`.
+They take {'numbers': [B, F], 'categories': [B, T]}: F numbers, and for each of T fields a
+row of its embedding. The embeddings are the first stage, `embeddings/FIELD/embedding`.
 Sources: Naumov et al. 2019 (DLRM), Wang et al. 2021 (DCN-V2).
 """
 
@@ -16,27 +16,27 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.models.layers.heads import check_widths, make_head
 from finetune_jax.models.layers.stages import run_stages
 
-# Name and rows of each embedding.
+# Name and number of rows of each embedding.
 Fields = tuple[tuple[str, int], ...]
-# What stands for a table where only the names of stages are asked for.
+# Table of a model that is made only to read the names of its stages.
 ANY_FIELDS: Fields = (("field", 3),)
 
 
 def by_rows(
     key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Returns an embedding at random, within 1 / sqrt(rows), as DLRM's code has it."""
+    """Returns a random embedding within 1 / sqrt(rows), as in DLRM's code."""
     limit = shape[0] ** -0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 class Embeddings(nn.Module):
-    """A row of numbers for each category; numbers pass.
+    """An embedding for each category; numbers pass unchanged.
 
     Attributes:
-        fields: Name and rows of each embedding.
-        width: Of a row.
-        initialiser: Of the rows.
+        fields: Name and number of rows of each embedding.
+        width: Width of a row.
+        initialiser: Initialiser of the rows.
     """
 
     fields: Fields
@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
 
     @property
     def has_parameters(self) -> bool:
-        """Whether there are any fields."""
+        """Whether the data has categories."""
         return bool(self.fields)
 
     @nn.compact
@@ -71,7 +71,7 @@ class Embeddings(nn.Module):
 
 
 def joined(x: Any) -> jax.Array:
-    """Returns numbers and embeddings side by side, [B, F + T D]; an array as it is."""
+    """Returns numbers and embeddings side by side, [B, F + T D]; arrays unchanged."""
     if not isinstance(x, Mapping):
         return x
     embedded_BxTxD = x["embedded"]
@@ -83,8 +83,8 @@ class Dense(nn.Module):
     """Dense layers, each with ReLU and dropout.
 
     Attributes:
-        widths: Of the layers.
-        dropout: Rate.
+        widths: Widths of the layers.
+        dropout: Rate of dropout.
     """
 
     widths: tuple[int, ...]
@@ -105,10 +105,10 @@ class Dense(nn.Module):
 
 
 class Bottom(nn.Module):
-    """Dense layers that make of the numbers what stands beside the embeddings.
+    """Dense layers that turn the numbers into one more embedding.
 
     Attributes:
-        widths: Of the layers; the last is that of the embeddings.
+        widths: Widths of the layers; the last is that of the embeddings.
     """
 
     widths: tuple[int, ...]
@@ -125,10 +125,10 @@ class Bottom(nn.Module):
 
 
 class Interaction(nn.Module):
-    """Products of all pairs of embeddings, and of what the numbers have become.
+    """Dot products of all pairs of embeddings, that of the numbers included.
 
     Attributes:
-        numbers: Whether there are any.
+        numbers: Whether the data has numbers.
     """
 
     numbers: bool
@@ -158,8 +158,8 @@ class Cross(nn.Module):
     """Layers x0 * (W x + b) + x, which multiply features with one another.
 
     Attributes:
-        layers: How many.
-        rank: Of W, which then is a product of two; None has it whole.
+        layers: Number of layers.
+        rank: Rank of W as a product of two matrices; None for one full matrix.
         parallel: Whether the input is passed on beside the result.
     """
 
@@ -190,11 +190,11 @@ class Cross(nn.Module):
 
 
 class Deep(nn.Module):
-    """Dense layers behind, or beside, what was crossed.
+    """Dense layers after, or parallel to, the crossing layers.
 
     Attributes:
-        widths: Of the layers.
-        dropout: Rate.
+        widths: Widths of the layers.
+        dropout: Rate of dropout.
     """
 
     widths: tuple[int, ...]
@@ -219,8 +219,8 @@ class Tabular(nn.Module):
 
     Attributes:
         parts: Name of each stage before the head, the module, and its arguments.
-        classes: Logits.
-        head_arguments: Of the head.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
     """
 
     parts: tuple[tuple[str, Any, tuple[tuple[str, Any], ...]], ...]
@@ -235,7 +235,7 @@ class Tabular(nn.Module):
         return (*(name for name, *_ in self.parts), "head")
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for name, module, arguments in self.parts:
             own = {} if module is Interaction else kinds
@@ -252,7 +252,7 @@ def make_tabular(
     head: Mapping[str, Any],
     **given,
 ) -> Tabular:
-    """Returns a model of some stages, each (name, module, arguments), and a head."""
+    """Returns a model of stages, each (name, module, arguments), and a head."""
     return Tabular(
         parts=tuple((n, module, tuple(own.items())) for n, module, own in parts),
         head_arguments=tuple(sorted(head.items())),
@@ -261,10 +261,10 @@ def make_tabular(
 
 
 def check_table_model(name: str, width: int, dropout: float = 0.0) -> None:
-    """Checks what models of tables have in common.
+    """Checks the arguments that all models of tables have.
 
     Raises:
-        UserError: It is out of range.
+        UserError: An argument is out of range.
     """
     check_widths("config.model.width", (width,))
     if not 0 <= dropout < 1:
@@ -283,7 +283,7 @@ def table_mlp(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Tabular:
-    """Returns dense layers on numbers and embeddings, a stage each, then the head."""
+    """Returns dense layers on numbers and embeddings, each a stage, and the head."""
     del numbers
     check_table_model("table_mlp", width, dropout)
     check_widths("config.model.hidden", hidden)
@@ -315,12 +315,12 @@ def dlrm(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Tabular:
-    """Returns embeddings, dense layers on the numbers, products of all pairs, the top.
+    """Returns a DLRM: embeddings, bottom layers, dot products, top layers, head.
 
-    The last bottom layer, of the width of the embeddings, is added to `bottom`.
+    `bottom` is followed by one more layer, of the width of the embeddings.
 
     Raises:
-        UserError: There are no fields, or something is out of range.
+        UserError: The data has no categories, or an argument is out of range.
     """
     check_table_model("dlrm", width)
     check_widths("config.model.bottom", bottom)
@@ -352,24 +352,24 @@ def dcn_v2(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Tabular:
-    """Returns embeddings, crossing layers, and dense ones behind or beside them.
+    """Returns a DCN-V2: embeddings, crossing layers, dense layers, head.
 
     Args:
-        classes: Logits.
+        classes: Number of logits.
         head: Arguments of the head.
-        numbers: That the data has.
-        fields: Name and rows of each embedding.
-        width: Of the embeddings.
-        layers: That cross.
-        rank: Of their matrices; 0 has them whole.
+        numbers: Number of numeric columns in the data.
+        fields: Name and number of rows of each embedding.
+        width: Width of the embeddings.
+        layers: Number of crossing layers.
+        rank: Rank of their matrices; 0 for full matrices.
         deep: Widths of the dense layers.
-        structure: 'parallel' or 'stacked'.
-        dropout: Rate behind dense layers.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        structure: 'parallel' or 'stacked': place of the dense layers.
+        dropout: Rate of dropout after dense layers.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
 
     Raises:
-        UserError: Something is out of range.
+        UserError: An argument is out of range.
     """
     del numbers
     check_table_model("dcn_v2", width, dropout)

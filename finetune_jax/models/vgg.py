@@ -17,21 +17,20 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.kernels.pooling import max_pool
 from finetune_jax.models.layers.heads import check_widths, make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import batch_norm, run_block, run_stages
 
-_INIT = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 WIDTHS = (64, 128, 256, 512, 512)
 DENSE = 4096
-PLACES = 7  # Height and width of what the dense layers see.
+PLACES = 7  # Height and width of the maps before the dense layers.
 
 
 class Block(nn.Module):
-    """A convolution of 3x3, BatchNorm or not, and ReLU.
+    """A 3x3 convolution, BatchNorm if wanted, and ReLU.
 
     Attributes:
         width: Channels.
-        normalises: Whether there is BatchNorm.
+        normalises: Whether a BatchNorm follows each convolution.
     """
 
     width: int
@@ -62,9 +61,9 @@ class Stage(nn.Module):
     """Blocks of one width, and max-pooling.
 
     Attributes:
-        blocks: How many.
+        blocks: Number of blocks.
         width: Channels.
-        normalises: Whether there is BatchNorm.
+        normalises: Whether a BatchNorm follows each convolution.
         remat: Whether the backward pass computes each block again.
     """
 
@@ -91,7 +90,7 @@ class Stage(nn.Module):
 
 
 class AdaptivePool(nn.Module):
-    """Means over `PLACES` by `PLACES` parts of the image, as torch divides it."""
+    """Means over a grid of `PLACES` x `PLACES` windows, as torch divides the image."""
 
     has_parameters = False
 
@@ -108,9 +107,9 @@ class AdaptivePool(nn.Module):
 
 
 def _shares(length: int) -> np.ndarray:
-    """Returns what each pixel adds to each place, [PLACES, length].
+    """Returns the weight of each pixel in each window, [PLACES, length].
 
-    Parts overlap where they do not divide the image: torch's `adaptive_avg_pool2d`.
+    Windows overlap if they do not divide the image: torch's `adaptive_avg_pool2d`.
     """
     shares = np.zeros((PLACES, length))
     for place in range(PLACES):
@@ -123,7 +122,7 @@ class Classifier(nn.Module):
     """Two dense layers, each with ReLU and dropout.
 
     Attributes:
-        width: Of both.
+        width: Width of both layers.
         dropout: Rate after each.
     """
 
@@ -138,7 +137,7 @@ class Classifier(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x_BxF = x_BxHxWxC.reshape(x_BxHxWxC.shape[0], -1)
         for name in ("dense1", "dense2"):
-            kernel_init = drawn(nn.initializers.normal(0.01))
+            kernel_init = nn.initializers.normal(0.01)
             dense = nn.Dense(self.width, kernel_init=kernel_init, name=name, **kinds)
             x_BxF = nn.relu(dense(x_BxF))
             if self.dropout:
@@ -150,13 +149,13 @@ class VGG(nn.Module):
     """A VGG.
 
     Attributes:
-        blocks: Of each of the five stages.
-        normalises: Whether there is BatchNorm.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
+        blocks: Number of blocks in each of the five stages.
+        normalises: Whether a BatchNorm follows each convolution.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
         dropout: Rate after both dense layers.
         remat: Whether the backward pass computes each block again.
-        widths: Of the stages.
+        widths: Widths of the stages.
         dense: Width of the dense layers.
     """
 
@@ -176,7 +175,7 @@ class VGG(nn.Module):
     )  # fmt: skip
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for index, shape in enumerate(zip(self.blocks, self.widths)):
             stage = Stage(*shape, self.normalises, self.remat, **kinds)

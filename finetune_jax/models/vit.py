@@ -1,8 +1,8 @@
 """Vision Transformers: `vit_tiny_patch16`, `vit_small_patch32`, `vit_base_patch14`, ...
 
-Tiny, small, base and large, with patches of 14, 16 or 32 pixels; one stage a block. There
-is a position embedding for every patch, so that the images of one model are of one size;
-published ones are resized where they are loaded.
+Tiny, small, base and large, with patches of 14, 16 or 32 pixels. Each block is a stage.
+Every patch has a position embedding, so all images of a model have one size; published
+embeddings are resized when they are loaded.
 
 Source: Dosovitskiy et al. 2021, table 1; tiny and small: Touvron et al. 2021, table 1.
 """
@@ -21,16 +21,15 @@ from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.layers.attention import Attention
 from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.initial_values import drawn
 from finetune_jax.models.layers.stages import layer_norm, run_stages
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
-# Of dense layers and of what is learned beside them; Touvron et al. 2021 and timm.
-_INIT = drawn(nn.initializers.truncated_normal(0.02))
+# Initialiser of dense layers and embeddings; Touvron et al. 2021 and timm.
+_INIT = nn.initializers.truncated_normal(0.02)
 
 
 class Shape(NamedTuple):
-    """What tells one Vision Transformer from another."""
+    """Sizes of a Vision Transformer."""
 
     width: int
     depth: int
@@ -39,12 +38,12 @@ class Shape(NamedTuple):
 
 
 class Stem(nn.Module):
-    """Patches as tokens, behind a class token, and their positions.
+    """Patches as tokens after a class token, plus position embeddings.
 
     Attributes:
-        shape: Of the network.
-        class_token: Whether there is one.
-        dropout: Rate at which numbers of the tokens are dropped.
+        shape: Sizes of the network.
+        class_token: Whether the model has a class token.
+        dropout: Rate of dropout of the tokens.
     """
 
     shape: Shape
@@ -58,7 +57,7 @@ class Stem(nn.Module):
         """Returns tokens [B, T, D].
 
         Raises:
-            UserError: Patches do not divide the images.
+            UserError: The size of the patches does not divide that of the images.
         """
         size, (width, *_) = self.shape.patch, self.shape
         height, across = x_BxHxWxC.shape[1:3]
@@ -91,12 +90,12 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two dense layers, both behind a LayerNorm and beside a shortcut.
+    """Attention and two dense layers, each with a LayerNorm before it and a shortcut.
 
     Attributes:
-        heads: Of the attention.
-        epsilon: Of the LayerNorms.
-        rates: Of dropout, of dropout of attention, and of stochastic depth.
+        heads: Number of attention heads.
+        epsilon: Epsilon of the LayerNorms.
+        rates: Rates of dropout, of attention dropout, and of stochastic depth.
         activation: Activation between the dense layers, a key of `HIDDEN_ACTIVATIONS`.
     """
 
@@ -136,7 +135,7 @@ class Norm(nn.Module):
     """LayerNorm, as a stage.
 
     Attributes:
-        epsilon: Added to the variance.
+        epsilon: Number added to the variance.
     """
 
     epsilon: float
@@ -145,17 +144,17 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns `x`, normalised over its last axis."""
+        """Returns `x` normalised over its last axis."""
         del train
         return layer_norm(self.dtype, self.param_dtype, "ln", epsilon=self.epsilon)(x)
 
 
 class Pool(nn.Module):
-    """What stands for the image: the class token, or the mean of the patches.
+    """The features of an image: the class token, or the mean of the patches.
 
     Attributes:
         kind: 'token' or 'mean'.
-        class_token: Whether there is one, which is left out of the mean.
+        class_token: Whether the first token is a class token, which the mean leaves out.
     """
 
     kind: str
@@ -172,7 +171,7 @@ class Pool(nn.Module):
         return x_BxTxD[:, int(self.class_token) :].mean(axis=1)
 
 
-# By the argument `pool`: the stages between the blocks and the head.
+# Stages between the blocks and the head, by the argument `pool`.
 POOLS = {
     "token": ("norm", "pool"),
     "mean": ("norm", "pool"),
@@ -184,15 +183,15 @@ class VisionTransformer(nn.Module):
     """A Vision Transformer.
 
     Attributes:
-        shape: Which one.
-        classes: Logits.
-        head_arguments: Pairs of the head's arguments.
+        shape: Sizes of the network.
+        classes: Number of logits.
+        head_arguments: Arguments of the head, as pairs.
         pool: One of `POOLS`.
-        class_token: Whether there is one.
-        dropout: Rate behind positions, attention and dense layers.
-        attention_dropout: Rate at which what a token attends to is left out.
-        stochastic_depth: Rate of the last block.
-        epsilon: Of the LayerNorms.
+        class_token: Whether the model has a class token.
+        dropout: Rate of dropout after positions, attention and dense layers.
+        attention_dropout: Rate of dropout of the attention weights.
+        stochastic_depth: Rate of stochastic depth in the last block.
+        epsilon: Epsilon of the LayerNorms.
         remat: Whether the backward pass computes each block again.
         hidden_activation: Activation in the blocks, a key of `HIDDEN_ACTIVATIONS`.
     """
@@ -213,7 +212,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stem, a stage a block, and what POOLS says."""
+        """The stem, one stage for each block, and the stages of `POOLS`."""
         return ("stem", *self._blocks, *POOLS[self.pool_kind], "head")
 
     @property
@@ -221,7 +220,7 @@ class VisionTransformer(nn.Module):
         return tuple(f"block{index + 1}" for index in range(self.shape.depth))
 
     def setup(self):
-        """Makes a submodule a stage."""
+        """Makes one submodule for each stage."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.stem = Stem(self.shape, self.class_token, self.dropout, **kinds)
         rates = stage_rates(self.stochastic_depth, [1] * self.shape.depth)
@@ -267,7 +266,7 @@ def _vit(
     where = "config.model.hidden_activation"
     registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     shape = shape._replace(heads=heads or shape.heads)
-    stage_rates(stochastic_depth, [1] * shape.depth)  # Refused here, not at first use.
+    stage_rates(stochastic_depth, [1] * shape.depth)  # Checks the rate at once.
     problems = [
         f"config.model.{name}: {rate} is not in [0, 1)"
         for name, rate in (

@@ -11,7 +11,6 @@ Nothing in a weight file is ever executed.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import logging
 import pathlib
@@ -23,9 +22,8 @@ import numpy as np
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.paths import user_path
-from finetune_jax.weights.formats.digests import digests_of, gathered
 from finetune_jax.weights.formats.entries import no_entry
-from finetune_jax.weights.formats.mapped import mapped
+from finetune_jax.weights.formats.mapped import mapped, sha256_of
 from finetune_jax.weights.formats.readers import choose_reader, is_weights
 from finetune_jax.weights.formats.safetensors_file import taken
 from finetune_jax.weights.formats.shards import INDEX, joined, shards_of
@@ -45,8 +43,7 @@ class Weights:
     Attributes:
         address: Where they come from.
         tensors: By their names there.
-        sha256: Of every file that was read, by path. It may still be computed: to look
-            at one waits for it, and raises a UserError if the file has changed since.
+        sha256: Digest of every file that was read, by path.
         notes: Lines that tell a reader what was taken from the file, such as the entry of
             a checkpoint, a prefix of all names, or the number types.
         class_names: Class names that the file itself has, in the order of the logits.
@@ -111,7 +108,7 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
     if path.name.lower().endswith(INDEX):
         return _sharded(address, path, entry)
     try:
-        sha256, data = digests_of(path), mapped(path)
+        sha256, data = sha256_of(path), mapped(path)
     except OSError as error:
         raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
     read, notes = choose_reader(data, path)
@@ -119,7 +116,7 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
     return Weights(
         address=address,
         tensors=found.tensors,
-        sha256=sha256,
+        sha256={str(path): sha256},
         notes=tuple(f"{path.name}: {note}" for note in (*notes, *found.notes)),
         class_names=found.class_names,
         arch=found.arch,
@@ -127,21 +124,18 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
 
 
 def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
-    sha256: list[Mapping[str, str]] = [digests_of(index)]
-    notes: list[str] = []
+    sha256, notes = {str(index): sha256_of(index)}, []
 
     def read(path: pathlib.Path) -> dict[str, np.ndarray]:
         found = _file(address, str(path), None)
-        sha256.append(found.sha256)
+        sha256.update(found.sha256)
         notes.extend(found.notes)
         return found.tensors
 
     tensors = taken(joined(index, read), entry, str(index))
     if entry is not None:
         notes.append(f"{index.name}: took {entry!r}, as config.init.entry says")
-    return Weights(
-        address=address, tensors=tensors, sha256=gathered(*sha256), notes=tuple(notes)
-    )
+    return Weights(address=address, tensors=tensors, sha256=sha256, notes=tuple(notes))
 
 
 def _package(address: str, place: str, entry: str | None) -> Weights:
@@ -173,11 +167,11 @@ def _package(address: str, place: str, entry: str | None) -> Weights:
 
 def _known_as(address: str, found: Weights) -> Weights:
     is_one = len(found.sha256) == 1
-
-    def renamed(path: str) -> str:
-        return address if is_one else f"{address}/{pathlib.Path(path).name}"
-
-    return dataclasses.replace(found, sha256=gathered(found.sha256, renamed=renamed))
+    sha256 = {
+        address if is_one else f"{address}/{pathlib.Path(path).name}": digest
+        for path, digest in found.sha256.items()
+    }
+    return dataclasses.replace(found, sha256=sha256)
 
 
 def _hub(address: str, place: str, entry: str | None) -> Weights:
@@ -242,7 +236,7 @@ def _orbax(address: str, place: str, entry: str | None) -> Weights:
         ) from error
     tensors, notes = _of_state(tree, entry, str(folder))
     sha256 = {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path): sha256_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

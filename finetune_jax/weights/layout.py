@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import importlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,6 +108,11 @@ class Layout:
     name: str
     rows: Sequence[Row]
     needless: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the name, among them the libraries."""
+        return [word for word in self.name.replace("'", "").split() if word != "or"]
 
     @functools.cached_property
     def _patterns(self) -> dict[str, list[tuple[int, re.Pattern, str, Turn | None]]]:
@@ -256,6 +262,22 @@ def _filled(template: str, numbers: Mapping[str, int]) -> str:
     return _FIELD.sub(computed, template)
 
 
+class Built(NamedTuple):
+    """A model of ours that is written for another library.
+
+    Attributes:
+        name: Name of the model.
+        module: The model.
+        shape: Shape of one input.
+        layout: Layout of its weights.
+    """
+
+    name: str
+    module: Any
+    shape: tuple[int, ...]
+    layout: Layout
+
+
 class OurLayout(Layout):
     """The layout of this project's own files: the names of the model."""
 
@@ -273,6 +295,15 @@ def layouts() -> list[Layout]:
 
     found = [layout for m in registry.modules(package).values() for layout in m.LAYOUTS]
     return [OURS, *found]
+
+
+def family_module(family: str) -> Any:
+    """Returns the module in `layouts` of a family of models; None if it has none."""
+    from finetune_jax.weights import layouts as package
+
+    if family not in registry.names(package):
+        return None
+    return importlib.import_module(f"{package.__name__}.{family}")
 
 
 def recognise(ours: Iterable[str], theirs: Iterable[str], where: str) -> Layout:

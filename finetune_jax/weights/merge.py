@@ -16,6 +16,7 @@ from finetune_jax.models.peft.lora import UPDATES, is_lora
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.formats.mapped import copied
 from finetune_jax.weights.layout import COUNT, OURS, Layout, Place, recognise
+from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.numbers import Doubts
 from finetune_jax.weights.prefixes import without_prefix
 
@@ -45,11 +46,11 @@ def load_weights(
     weights: Weights,
     *,
     fresh: Sequence[str] = (),
-    adapt_input: bool = False,
-    stem: str = "",
+    adapt_stem: str | None = None,
     left_out: Sequence[str] = (),
     prefix: str = "",
     accept: Collection[str] | None = (),
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns `variables` with every leaf taken from the weights.
 
@@ -59,20 +60,28 @@ def load_weights(
         weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
             a name table in `layouts` describes.
         fresh: Regexes of the names, without 'params/', that keep their initial value.
-        adapt_input: Fits the kernels of stage `stem` to another number of channels:
-            their mean over the channels, so that grey images give what they gave.
-        stem: The model's first stage.
+        adapt_stem: Name of the first stage, whose kernels are adapted to the model's number
+            of channels by their mean, so that grey images give the same outputs. None
+            adapts none.
         left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
             may have besides, and that are not wanted.
         prefix: Of the model, where these are the variables of one of several.
         accept: `config.init.accept`, the kinds of numbers that are taken as they are.
             None where no key is about these weights; then none are.
+        model: Name and arguments of the model, such as `config.model`. With it, the model
+            is compared with the network that the files beside the weights describe; names
+            and shapes of tensors do not tell heads, epsilons or strides.
 
     Raises:
-        UserError: Lists every leaf that the weights lack or have in another shape, every
-            tensor that is not used, numbers that a model of floats does not take, and
-            every regex in `fresh` that matches nothing, if there is no prefix.
+        UserError: The model is another network than that of the weights. Or lists every
+            leaf that the weights lack or have in another shape, every unused tensor,
+            numbers that a model of floats does not take, and, without `prefix`, every
+            regex in `fresh` that matches nothing.
     """
+    if model is not None:
+        one = architecture.Described("model", prefix, model, weights.address)
+        architecture.check([one], tuple(fresh))
+        architecture.named(one, weights.arch, tuple(fresh))
     names = named(dict(variables))
     weights = without_prefix(weights, names)
     saved, doubts = weights.tensors, Doubts(accept)
@@ -83,7 +92,7 @@ def load_weights(
         weights,
         layout,
         is_fresh=is_fresh,
-        stem=stem if adapt_input else None,
+        stem=adapt_stem,
         doubts=doubts,
     )
     used |= set(layout.names([*names, *left_out]).values()) if left_out else set()

@@ -1,6 +1,3 @@
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +6,6 @@ import small
 
 from finetune_jax.core.pytrees import count, named
 from finetune_jax.models import make_model
-from finetune_jax.models.layers.initial_values import only_shapes
-from finetune_jax.models.layers.stages import batch_norm
 from finetune_jax.parallel.compiling import run_once
 
 MODELS = {  # Name, input, parameters, stages.
@@ -214,38 +209,3 @@ def test_bfloat16_trains():
     assert {a.dtype for a in jax.tree.leaves(trainer.state.params)} == {
         np.dtype("float32")
     }
-
-
-def test_a_batch_norm_is_made_without_arithmetic_and_is_flaxs():
-    ours = batch_norm(jnp.float32, jnp.float32, momentum=0.7, epsilon=1e-3)
-    theirs = nn.BatchNorm(momentum=0.7, epsilon=1e-3)
-    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 5))
-    key = jax.random.key(1)
-    init = functools.partial(ours.init, use_running_average=False)
-    variables = init(key, x)
-    wanted = theirs.init(key, x, use_running_average=False)
-    jax.tree.map(np.testing.assert_array_equal, variables, wanted)
-    made = {e.primitive.name for e in jax.make_jaxpr(init)(key, x).jaxpr.eqns}
-    assert not made & {"mul", "sub", "rsqrt", "div", "reduce_sum"}
-    for mode in (True, False):
-        outs = [
-            m.apply(variables, x, use_running_average=mode, mutable=["batch_stats"])
-            for m in (ours, theirs)
-        ]
-        jax.tree.map(np.testing.assert_array_equal, *outs)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_lite0"])
-def test_shapes_are_those_of_what_is_drawn_and_nothing_is_drawn_for_them(name):
-    model, x = made(name), np.zeros((1, 32, 32, 3), np.float32)
-
-    def traced():
-        return jax.make_jaxpr(lambda key: model.init(key, x, train=False))(
-            jax.random.key(0)
-        )
-
-    with only_shapes():
-        for_shapes = traced()
-    drawn = traced()
-    assert for_shapes.out_avals == drawn.out_avals
-    assert "random_bits" in str(drawn) and "random_bits" not in str(for_shapes)

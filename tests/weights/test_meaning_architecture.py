@@ -1,19 +1,25 @@
 """Files beside weights that describe a network: followed, refused by name, or told."""
 
 import dataclasses
+import functools
 import json
 import re
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import small
+from safetensors.numpy import save_file
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
-from finetune_jax.inference.export import libraries, text_encoders
+from finetune_jax.core.pytrees import named
+from finetune_jax.inference.export import libraries
 from finetune_jax.models import make_model
+from finetune_jax.weights.addresses import read_weights
+from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.metadata.preprocessing import filled
 
@@ -267,6 +273,10 @@ def ids(cases):
     return [f"{number}-{case.model}" for number, case in enumerate(cases)]
 
 
+def check(config):
+    architecture.check(architecture.described(config), config.init.fresh)
+
+
 @pytest.mark.parametrize("case", FOLLOWED, ids=ids(FOLLOWED))
 def test_what_a_file_says_is_followed(case, tmp_path):
     config = config_of(case, tmp_path)
@@ -277,17 +287,17 @@ def test_what_a_file_says_is_followed(case, tmp_path):
     assert told == lines and len(told) == bool(case.filled)
     for key, value in case.filled.items():
         assert f"{key}={value!r}" in told[0] and case.file in told[0]
-    architecture.check(full)
+    check(full)
     assert filled(full) == (full, [])
     if case.filled:  # Without them the network would be another one.
         with pytest.raises(UserError, match=next(iter(case.filled))):
-            architecture.check(config)
+            check(config)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=ids(REFUSED))
 def test_what_no_argument_follows_is_refused_by_name(case, tmp_path):
     config = config_of(case, tmp_path)
-    for find in (filled, architecture.check):
+    for find in (filled, check):
         with pytest.raises(
             UserError, match=r"config\.model is another network"
         ) as error:
@@ -302,7 +312,7 @@ def test_what_cannot_be_read_is_told(case, tmp_path):
     (line,) = lines
     assert case.file in line
     assert re.search(case.tells, line), line
-    architecture.check(full)
+    check(full)
 
 
 def described(model, **arguments):
@@ -382,11 +392,11 @@ def test_members_get_what_the_files_beside_their_own_weights_say(tmp_path):
     config, problems = configs.resolve(plain)
     assert not problems
     with pytest.raises(UserError, match=r"members\[1\]\.stride_in='1x1' follows it"):
-        architecture.check(config)
+        check(config)
     full, (line,) = filled(config)
     assert line == "config.model.members[1]: stride_in='1x1', as config.json says"
     assert full.model.members[1]["stride_in"] == "1x1"
-    architecture.check(full)
+    check(full)
     wrong = [dict(teachers[0], stride_in="3x3")]
     with plain.unlocked():
         plain.model.members = tuple(wrong)
@@ -410,6 +420,26 @@ def test_the_model_of_a_run_is_that_of_the_run_it_begins_with(tmp_path):
         filled(other)
 
 
+def test_a_loaded_model_is_compared_with_the_file_beside_its_weights(tmp_path):
+    """As in a run: no name and no shape of a tensor says where the strides are."""
+    model = make_model("resnet50", {"head": {}}, classes=10)
+    image = np.zeros((1, 32, 32, 3), np.float32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    leaves = {
+        name: np.zeros(leaf.shape, "int8") for name, leaf in named(shapes).items()
+    }
+    save_file(leaves, tmp_path / "w.safetensors")
+    config = {"model_type": "resnet", "downsample_in_bottleneck": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = read_weights(f"file:{tmp_path}/w.safetensors")
+    load = functools.partial(load_weights, shapes, weights, accept=("integer",))
+    for wrong in ({}, {"stride_in": "3x3"}):
+        with pytest.raises(UserError, match="stride_in"):
+            load(model={"name": "resnet50", **wrong})
+    loaded = load(model={"name": "resnet50", "stride_in": "1x1"})
+    jax.tree.map(np.testing.assert_array_equal, loaded, load())
+
+
 VARIANTS = [
     ("transformers", "resnet50", {}),
     ("transformers", "resnet50", {"stride_in": "1x1"}),
@@ -428,29 +458,31 @@ VARIANTS = [
         {"epsilon": 1e-3, "hidden_activation": "tanh"},
     ),
     ("transformers", "convnext_tiny", {"epsilon": 1e-3}),
-    ("bert", "bert_base", {"heads": 2, "hidden_activation": "quick_gelu"}),
-    ("bert", "minilm_l6", {"epsilon": 1e-3, "hidden_activation": "gelu_tanh"}),
-    ("distilbert", "distilbert_base", {"heads": 2, "hidden_activation": "silu"}),
+    ("BERT", "bert_base", {"heads": 2, "hidden_activation": "quick_gelu"}),
+    ("BERT", "minilm_l6", {"epsilon": 1e-3, "hidden_activation": "gelu_tanh"}),
+    ("DistilBERT", "distilbert_base", {"heads": 2, "hidden_activation": "silu"}),
     ("ours", "ft_transformer", {"heads": 2}),
     ("ours", "vit_tiny_patch16", {"heads": 6, "epsilon": 0.1}),
 ]
 
 
-def said_by_export(library, model, module):
-    """Returns the JSON that an export of a model writes, without running anything."""
+def exported(name, arguments):
+    """Returns a model as an export takes it, which has not been trained."""
+    module = make_model(name, {"head": {}, **arguments}, classes=10)
     bias = {"bias": np.zeros(10)}
     trained: Any = types.SimpleNamespace(
         task=types.SimpleNamespace(models={"": module}),
         spec=small.spec((32, 32, 3)),
-        model=model,
+        model={"name": name, **arguments},
         variables={"params": {"head": {"logits": bias}}},
     )
-    if library == "timm":
-        return libraries._timm(trained)
-    if library == "transformers":
-        return libraries.TRANSFORMERS[type(module).__name__](module, trained)
-    kind = {"bert": "BertModel", "distilbert": "DistilBertModel"}[library]
-    return text_encoders.model_config(trained, kind)
+    return trained
+
+
+def layout_of(library, trained):
+    """Returns the first layout of a library that has names for a family."""
+    known = libraries.family_of(trained).LAYOUTS
+    return next(layout for layout in known if library in layout.words)
 
 
 @pytest.mark.parametrize("library, name, arguments", VARIANTS)
@@ -459,9 +491,9 @@ def test_an_export_says_its_variant(library, name, arguments, tmp_path):
     if library == "ours":
         values = {"model": {"name": name, **(architecture.effective(model) or {})}}
     else:
-        module = make_model(name, {"head": {}, **arguments}, classes=10)
-        values = said_by_export(library, model, module)
-        assert library not in ("timm", "transformers") or libraries.has(library, module)
+        trained = exported(name, arguments)
+        layout = layout_of(library, trained)
+        values = libraries.files_and_code(trained, layout)[0]["config.json"]
     config = config_of(Case(name, values), tmp_path)
     full, _ = filled(config)
     found = {key: full.model[key] for key in full.model if key not in config.model}
@@ -477,12 +509,21 @@ def test_an_export_says_its_variant(library, name, arguments, tmp_path):
         ("torchvision", "vit_base_patch16", {"heads": 6}),
         ("torchvision", "vit_base_patch16", {"hidden_activation": "relu"}),
         ("timm", "convnext_tiny", {"epsilon": 1e-12}),
+        ("torchvision", "vit_base_patch16", {"pool": "mean"}),
+        ("transformers", "vit_base_patch16", {"pool": "mean"}),
     ],
 )
 def test_an_export_names_no_library_that_has_no_such_variant(library, name, arguments):
     for given in ({}, arguments):
-        module = make_model(name, {"head": {}, **given}, classes=10)
-        assert libraries.has(library, module) == (given == {})
+        trained = exported(name, given)
+        layout = layout_of(library, trained)
+        assert libraries.computes(trained, layout) == (given == {})
+
+
+def test_transformers_has_no_wide_resnet():
+    trained = exported("wide_resnet50_2", {})
+    assert libraries.computes(trained, layout_of("torchvision", trained))
+    assert not libraries.computes(trained, layout_of("transformers", trained))
 
 
 @pytest.mark.parametrize(

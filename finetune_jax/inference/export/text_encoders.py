@@ -7,13 +7,8 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.inference.export.exported_model import Trained
-from finetune_jax.weights.fields import ACTIVATIONS
 from finetune_jax.weights.metadata.tokenizer import CONFIG, FILE
 
-# Their heads by how ours pools, and the activations before them.
-_KINDS = {"cls": "ForSequenceClassification", "none": "ForTokenClassification"}
-_QUESTIONS = "ForQuestionAnswering"
-_ACTIVATIONS = {"Bert": "tanh", "DistilBert": "relu"}
 _SPECIAL = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -26,77 +21,10 @@ _SENTENCE = "sentence_transformers.models"
 DENSE = "2_Dense"
 
 
-def is_encoder(trained: Trained) -> bool:
-    """Returns whether a model is one of those that this module knows."""
-    return type(trained.task.models[""]).__name__ == "Bert"
-
-
 def pools_by_mean(trained: Trained) -> bool:
     """Returns whether the head takes the mean of a text, as none of transformers' does."""
     module: Any = trained.task.models[""]
-    return is_encoder(trained) and module.pooling == "mean"
-
-
-def architecture(trained: Trained, layout: str) -> str | None:
-    """Returns the class of transformers that computes the same, None where there is none.
-
-    Args:
-        trained: What is exported.
-        layout: The name of the layout of its weights.
-    """
-    module: Any = trained.task.models[""]
-    name = "DistilBert" if "DistilBERT" in layout else "Bert"
-    if (module.types == 0) != (name == "DistilBert"):
-        return None
-    if name == "DistilBert" and dict(module.block_arguments)["epsilon"] != 1e-12:
-        return None  # DistilBERT has no field for it.
-    if module.pooling == "mean":
-        return f"{name}Model"
-    if module.pooling == "cls" and module.activation != _ACTIVATIONS[name]:
-        return None
-    asks = layout.endswith("questions")
-    return name + (_QUESTIONS if asks else _KINDS[module.pooling])
-
-
-def model_config(trained: Trained, architecture: str) -> dict[str, Any]:
-    """Returns `config.json` without labels."""
-    module: Any = trained.task.models[""]
-    sizes, block = dict(module.embeddings_arguments), dict(module.block_arguments)
-    shared = {
-        "architectures": [architecture],
-        "vocab_size": sizes["vocabulary"],
-        "max_position_embeddings": sizes["places"],
-        "pad_token_id": 0,
-    }
-    dropout = dict(module.head_arguments).get("dropout", 0.0)
-    if architecture.startswith("Distil"):
-        return {
-            **shared,
-            "model_type": "distilbert",
-            "dim": sizes["width"],
-            "n_layers": module.layers,
-            "n_heads": block["heads"],
-            "hidden_dim": block["hidden"],
-            "activation": ACTIVATIONS[block["activation"]][0],
-            "dropout": block["dropout"],
-            "attention_dropout": block["attention_dropout"],
-            "seq_classif_dropout": dropout,
-            "sinusoidal_pos_embds": False,
-        }
-    return {
-        **shared,
-        "model_type": "bert",
-        "hidden_size": sizes["width"],
-        "num_hidden_layers": module.layers,
-        "num_attention_heads": block["heads"],
-        "intermediate_size": block["hidden"],
-        "hidden_act": ACTIVATIONS[block["activation"]][0],
-        "hidden_dropout_prob": block["dropout"],
-        "attention_probs_dropout_prob": block["attention_dropout"],
-        "classifier_dropout": dropout,
-        "type_vocab_size": sizes["types"],
-        "layer_norm_eps": block["epsilon"],
-    }
+    return trained.spec.text is not None and getattr(module, "pooling", "") == "mean"
 
 
 def sentence_files(

@@ -35,7 +35,7 @@ def write(trained: Trained, folder: pathlib.Path) -> str:
     metadata = {"format": "pt", "layout": layout.name}
     files, code = {}, []
     if layout is not OURS:
-        files, code = libraries.written(trained, layout.name)
+        files, code = libraries.files_and_code(trained, layout)
     if files and text_encoders.pools_by_mean(trained):
         # Where transformers reads it, another head would take it for its own.
         names = layout.names(_HEAD.values())
@@ -76,14 +76,10 @@ def chosen_layout(trained: Trained) -> Layout:
             "which has no names for some parts of this model, such as hidden layers of "
             "a head. --layout=finetune_jax writes them by our own names."
         )
-    module, known = trained.task.models[""], {}
+    known = {}
     for layout in reversed(fitting):
-        # 'torchvision or timm' is both.
-        words = [word for word in libraries.words_of(layout.name) if word != "or"]
-        is_known = layout is OURS or libraries.has(words[0], module)
-        known |= (
-            {layout.name: layout, **dict.fromkeys(words, layout)} if is_known else {}
-        )
+        if layout is OURS or libraries.computes(trained, layout):
+            known |= dict.fromkeys((layout.name, *layout.words), layout)
     if asked not in known:
         names = dict.fromkeys(one.name for one in known.values())
         raise UserError(
@@ -94,12 +90,12 @@ def chosen_layout(trained: Trained) -> Layout:
 
 
 def _for_task(layout: Layout, trained: Trained) -> Layout:
-    """Returns the layout whose head is named as transformers names that of the task."""
-    if json.loads(trained.config)["task"]["name"] != "qa":
+    """Returns the layout whose head is named as its library names that of the task."""
+    family, text = libraries.family_of(trained), trained.spec.text
+    is_of_spans = text is not None and text.options.labels == "answers"
+    if not is_of_spans or not hasattr(family, "with_head"):
         return layout
-    family = " ".join(layout.name.split(" ")[:2]).rstrip(",")
-    same = {one.name: one for one in layouts()}
-    return same.get(f"{family} for questions", layout)
+    return family.with_head(layout, "spans")
 
 
 def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:

@@ -1,9 +1,9 @@
-"""Convolutions that are fast on CPU too, as `nn.Conv(conv_general_dilated=convolve)`.
+"""Convolutions that are fast on CPU, for `nn.Conv(conv_general_dilated=convolve)`.
 
-On CPU, XLA computes those of one pixel two to four times slower than the matrix product
-that they are, those of single channels ten times slower than a sum of products, and the
-gradients of all others slower than the matrix products that these are; in a loop, XLA's
-gradients take sixteen times as long and are other bits.
+On CPU, XLA computes a 1x1 convolution two to four times slower than the equal matrix
+product, and a depthwise convolution ten times slower than a sum of products. Its gradients
+of other convolutions are mostly slower than matrix products; in a loop they take sixteen
+times as long and differ in their last bits. Other platforms use XLA's convolutions.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from finetune_jax.core.backend import backend
 from finetune_jax.models.kernels.depthwise import shifted_products
 from finetune_jax.models.kernels.windows import Pads, pixels_met, windows
 
-# Below it, gradients are wider than images, and are not to be copied.
+# Below this number of channels, gradients are wider than images and are not copied.
 FEW_CHANNELS = 16
-# From it on, in one place, products are faster than a convolution; measured on two cores.
+# From this number of weights at one place of the kernel on, products are faster than a
+# convolution; measured on two cores.
 MANY_WEIGHTS = 256**2
 
 
@@ -34,16 +35,16 @@ def convolve(
     precision: Any = None,
     **options: Any,
 ) -> jax.Array:
-    """Returns what `jax.lax.conv_general_dilated` does, computed as is fast.
+    """Returns `jax.lax.conv_general_dilated(...)`, by the fastest implementation.
 
     Args:
         x_BxHxWxC: Images.
-        kernel: [k, k, C / groups, K].
-        strides: Of the convolution.
-        padding: 'SAME', 'VALID', or numbers.
-        feature_group_count: Groups of channels.
-        precision: Of matrix products.
-        **options: Of `jax.lax.conv_general_dilated`.
+        kernel: Kernel [k, k, C / groups, K].
+        strides: Strides of the convolution.
+        padding: 'SAME', 'VALID', or pairs of numbers.
+        feature_group_count: Number of groups of channels.
+        precision: Precision of matrix products.
+        **options: Further arguments of `jax.lax.conv_general_dilated`.
     """
     height, width, channels, filters = kernel.shape
     pads = padding
@@ -77,7 +78,7 @@ def convolve(
 
 
 class _How(NamedTuple):
-    """What is static about a convolution."""
+    """Static arguments of a convolution."""
 
     strides: tuple[int, int]
     pads: Pads
@@ -87,12 +88,12 @@ class _How(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def with_products(x_BxHxWxC: jax.Array, kernel: jax.Array, how: _How) -> jax.Array:
-    """Returns XLA's convolution, whose gradients are matrix products.
+    """Returns XLA's convolution, with gradients by matrix products.
 
     Args:
-        x_BxHxWxC: The images.
-        kernel: [k, k, C / groups, K].
-        how: The rest.
+        x_BxHxWxC: Images.
+        kernel: Kernel [k, k, C / groups, K].
+        how: Static arguments.
     """
     return jax.lax.conv_general_dilated(
         x_BxHxWxC,
@@ -142,10 +143,10 @@ def _gradient_of_kernel(
 def _in_one(
     x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
 ) -> jax.Array:
-    """Returns the gradient of a kernel of stride 1, as one product.
+    """Returns the gradient of a kernel of stride 1, as one matrix product.
 
-    The images as each row of the kernel meets them, side by side, are multiplied by the
-    gradient as each column gives it: 3 + 3 copies for a kernel of 3x3, and not 9.
+    The images shifted by each row of the kernel are multiplied by the gradient shifted by
+    each column: 3 + 3 copies for a 3x3 kernel, instead of 9.
     """
     rows, columns, channels, filters = shape
     height, width = gradient.shape[1:3]
@@ -167,7 +168,7 @@ def _in_one(
 def _row_by_row(
     x_BxHxWxC: jax.Array, shape: tuple[int, ...], gradient: jax.Array, how: _How
 ) -> jax.Array:
-    """Returns the gradient of a kernel, a product for each of its rows."""
+    """Returns the gradient of a kernel, one matrix product for each of its rows."""
     rows, columns, channels, filters = shape
     met: list[list[jax.Array]] = [[] for _ in range(rows)]
     for row, _, window in windows(x_BxHxWxC, shape, how.strides, how.pads):
@@ -181,7 +182,7 @@ def _row_by_row(
 
 
 def _product(left: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
-    """Returns the product of one matrix, transposed, with another."""
+    """Returns the product of a transposed matrix with another."""
     return jax.lax.dot_general(
         left,
         right,
@@ -196,9 +197,9 @@ def _gradient_of_x(
 ) -> jax.Array:
     """Returns the gradient of the images of one group.
 
-    A pixel meets those places of the kernel that are as far from it as a multiple of the
-    stride. Pixels that meet the same ones are computed together: by a convolution of
-    stride 1, or, where kernels are large and images small, by a product for each place.
+    With strides, pixels differ in the places of the kernel that reach them. All pixels
+    with the same places are computed together: by a convolution of stride 1, or, for
+    large kernels, by one matrix product for each place.
     """
     return pixels_met(
         shape,
@@ -218,15 +219,15 @@ def _of_pixels(
     gradient: jax.Array,
     precision: Any,
 ) -> jax.Array:
-    """Returns the gradient of the pixels that meet the same places of a kernel.
+    """Returns the gradient of the pixels that the same places of a kernel reach.
 
     Args:
-        rows: What their rows meet.
-        columns: What their columns meet.
-        lengths: How many there are.
-        kernel: [k, k, C, K].
-        gradient: [B, H', W', K].
-        precision: Of the products.
+        rows: Rows of the kernel, each with its offset in the gradient.
+        columns: Columns of the kernel, likewise.
+        lengths: Number of pixels, down and across.
+        kernel: Kernel [k, k, C, K].
+        gradient: Gradient of the output, [B, H', W', K].
+        precision: Precision of matrix products.
     """
     batch, filters = gradient.shape[0], gradient.shape[-1]
     channels = kernel.shape[2]

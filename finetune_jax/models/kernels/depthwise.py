@@ -1,4 +1,4 @@
-"""Convolutions channel by channel, fast on CPU."""
+"""Depthwise convolutions that are fast on CPU."""
 
 from functools import partial
 
@@ -12,17 +12,17 @@ from finetune_jax.models.kernels.windows import Pads, windows
 def shifted_products(
     x_BxHxWxC: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads
 ) -> jax.Array:
-    """Returns a convolution channel by channel, as a sum of shifted images.
+    """Returns a depthwise convolution, as a sum of shifted images.
 
-    Each is multiplied by one of the kernel's weights; XLA makes one loop of it. The
-    gradients are such sums too: that of the input over the gradient spread out by the
-    stride, that of the kernel a sum over places for each shift.
+    Each is multiplied by one weight of the kernel; XLA fuses all of it into one loop. The
+    gradients are such sums too: that of the input over the gradient dilated by the stride,
+    that of the kernel over the places of each shift.
 
     Args:
-        x_BxHxWxC: The images.
-        kernel: [k, k, 1, C].
-        strides: Of the convolution.
-        pads: Before and after, of height and width.
+        x_BxHxWxC: Images.
+        kernel: Kernel [k, k, 1, C].
+        strides: Strides of the convolution.
+        pads: Padding before and after, of height and width.
     """
     products = (
         _exact(window) * _exact(_weight(kernel, row, column))
@@ -32,7 +32,7 @@ def shifted_products(
 
 
 def _exact(array: jax.Array) -> jax.Array:
-    """Returns the array in a type in which sums are not rounded much."""
+    """Returns the array in float32 or better, for sums."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 

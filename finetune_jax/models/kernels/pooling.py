@@ -1,7 +1,7 @@
-"""Max-pooling whose gradient is fast on CPU too.
+"""Max-pooling whose gradient is fast on CPU.
 
-XLA's gradient looks for the maximum of one window after another; here the place of the
-maximum is found for all windows at once.
+XLA's gradient searches the maximum of one window after another; here it is found for all
+windows at once. Other platforms use XLA's.
 """
 
 from typing import Any, cast
@@ -24,13 +24,13 @@ def max_pool(
 ) -> jax.Array:
     """Returns the largest value of each window, as `nn.max_pool` does.
 
-    Of equal values the first, row by row, gets the gradient, as with XLA.
+    Of equal values, the first one row by row gets the gradient, as in XLA.
 
     Args:
         x_BxHxWxC: Images.
         window: Height and width.
-        strides: From one window to the next.
-        pads: Before and after, of height and width.
+        strides: Strides of the windows.
+        pads: Padding before and after, of height and width.
     """
     function = _pooled if backend() == "cpu" else _xlas
     return function(x_BxHxWxC, window, strides, pads)
@@ -50,8 +50,8 @@ def _forward(x_BxHxWxC, window, strides, pads):
 
 
 def _backward(window, strides, pads, x_BxHxWxC, gradient):
-    # The maximum that the forward pass found cannot be looked for: XLA may compute the
-    # values anew in another order, and then none is equal to it.
+    # Comparing values with the maximum of the forward pass would be wrong: XLA may compute
+    # the values again in another order, and then none is equal to it.
     met = list(windows(x_BxHxWxC, window, strides, pads, fill=-jnp.inf))
     place = jnp.argmax(jnp.stack([seen for *_, seen in met]), axis=0)
     given = {
@@ -73,7 +73,7 @@ _pooled.defvjp(_forward, _backward)
 
 
 def _shifted(array: jax.Array, shifts: tuple[int, int], lengths) -> jax.Array:
-    """Returns the stretch of an array from a shift on, zeros beyond its ends."""
+    """Returns `lengths` of an array from a shift on, with zeros beyond its ends."""
     room = [(0, 0, 0)] * 4
     for axis, (shift, length) in enumerate(zip(shifts, lengths), start=1):
         room[axis] = -shift, shift + length - array.shape[axis], 0

@@ -1,4 +1,4 @@
-"""Windows over images: what each of their places meets, and which places meet a pixel."""
+"""Sliding windows over images, and which places of a window reach a pixel."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,14 +16,14 @@ def windows(
     *,
     fill: float = 0.0,
 ) -> Iterator[tuple[int, int, jax.Array]]:
-    """Yields (row, column, what this place of a window meets, [B, H', W', C]).
+    """Yields (row, column, pixels at this place of each window [B, H', W', C]).
 
     Args:
-        x_BxHxWxC: The images.
-        shape: Of the window: rows, columns.
-        strides: From one window to the next.
-        pads: Before and after, of height and width.
-        fill: What is beyond the edges.
+        x_BxHxWxC: Images.
+        shape: Rows and columns of the window.
+        strides: Strides of the windows.
+        pads: Padding before and after, of height and width.
+        fill: Value of the padding.
     """
     padded = jnp.pad(x_BxHxWxC, ((0, 0), *pads, (0, 0)), constant_values=fill)
     rows, columns = shape[:2]
@@ -49,16 +49,17 @@ def pixels_met(
     pads: Pads,
     function: Callable[..., jax.Array],
 ) -> jax.Array:
-    """Returns images put together from the pixels that meet the same places of a window.
+    """Returns images, computed in groups of pixels that the same places of a window reach.
 
     Args:
-        shape: Of the images.
-        window: Its rows and columns.
-        strides: From one window to the next.
-        pads: Before and after, of height and width.
-        function: Takes what rows meet, (place of the window, number of the window for the
-            first of the pixels), numbers growing; the same of columns; and how many
-            pixels there are, down and across. Returns them, [B, h, w, C].
+        shape: Shape of the images.
+        window: Rows and columns of the window.
+        strides: Strides of the windows.
+        pads: Padding before and after, of height and width.
+        function: Takes the rows of the window that reach the pixels of a group, as pairs
+            (row, number of the window that reaches the first pixel), in the order of
+            these numbers; the same of columns; and the number of pixels, down and across.
+            Returns the pixels [B, h, w, C].
     """
     batch, height, width, channels = shape
     lengths = (-(-height // strides[0]), -(-width // strides[1]))

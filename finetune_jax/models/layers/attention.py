@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 
 class Attention(nn.Module):
-    """Self-attention, with layers of their own for queries, keys and values.
+    """Multi-head self-attention with separate query, key and value layers.
 
     Attributes:
-        heads: They divide the width.
-        dropout: Rate at which what a token attends to is left out.
-        kernel_init: Of the four layers.
+        heads: Number of heads, a divisor of the width.
+        dropout: Rate of dropout of the attention weights.
+        kernel_init: Initialiser of the four kernels.
     """
 
     heads: int
@@ -26,19 +26,19 @@ class Attention(nn.Module):
     def __call__(
         self, x_BxTxD: jax.Array, mask_BxT: jax.Array | None = None, *, train: bool
     ) -> jax.Array:
-        """Returns what the tokens attend to, [B, T, D].
+        """Returns attended tokens [B, T, D].
 
         Args:
-            x_BxTxD: The tokens.
-            mask_BxT: Which of them there are; None is all.
-            train: Whether attention is dropped.
+            x_BxTxD: Tokens.
+            mask_BxT: True for tokens that exist; None for all.
+            train: Whether dropout runs.
         """
         batch, tokens, width = x_BxTxD.shape
         query, key, value = (
             self._dense(width, name)(x_BxTxD).reshape(batch, tokens, self.heads, -1)
             for name in ("query", "key", "value")
         )
-        # Scores of half precision would be too coarse to be told apart.
+        # Scores in half precision would be too coarse.
         wide = jnp.promote_types(query.dtype, jnp.float32)
         scores_BxNxTxS = jnp.einsum(
             "btnh,bsnh->bnts", query, key, preferred_element_type=wide

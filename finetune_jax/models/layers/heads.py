@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.layers.initial_values import drawn
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh, "silu": nn.silu}
 INITIALISERS = {
@@ -24,11 +23,11 @@ class Head(nn.Module):
     """Hidden layers, dropout before the last, and the logits in float32 or better.
 
     Attributes:
-        classes: Logits.
-        hidden: Widths of the hidden layers; often none.
-        activation: After each of them.
-        dropout: Rate before the last layer.
-        initialiser: Of the kernels.
+        classes: Number of logits.
+        hidden: Widths of the hidden layers; empty by default.
+        activation: Activation after each hidden layer.
+        dropout: Rate of dropout before the last layer.
+        initialiser: Initialiser of the kernels.
     """
 
     classes: int
@@ -43,7 +42,7 @@ class Head(nn.Module):
     def __call__(self, x_BxF: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, K]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel_init = drawn(INITIALISERS[self.initialiser]())
+        kernel_init = INITIALISERS[self.initialiser]()
         x_BxF = x_BxF.reshape(x_BxF.shape[0], -1)
         for index, width in enumerate(self.hidden):
             name = f"hidden{index + 1}"
@@ -51,7 +50,7 @@ class Head(nn.Module):
             x_BxF = ACTIVATIONS[self.activation](x_BxF)
         if self.dropout:
             x_BxF = nn.Dropout(self.dropout)(x_BxF, deterministic=not train)
-        # The last layer is cheap, and rounded logits make a poor loss.
+        # The last layer is cheap, and a loss of rounded logits is inaccurate.
         kinds["dtype"] = self.param_dtype
         return nn.Dense(self.classes, kernel_init=kernel_init, name="logits", **kinds)(
             x_BxF

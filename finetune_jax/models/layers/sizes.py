@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.layers.initial_values import only_shapes
 
 # The largest side that `least_side` tries.
 MOST = 1024
@@ -60,8 +59,7 @@ def least_side(
     def is_enough(tried: int) -> bool:
         image = jax.ShapeDtypeStruct((1, tried, tried, channels), "float32")
         try:
-            with only_shapes():
-                jax.eval_shape(init, image)
+            jax.eval_shape(init, image)
         except TooSmall:
             return False
         return True

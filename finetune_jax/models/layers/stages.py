@@ -1,4 +1,4 @@
-"""What all models share: running some of their stages, and normalising."""
+"""Running stages of a model, and layers that several models have."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,12 +22,12 @@ def run_stages(
     """Returns `x` after the stages from `first` to `last`, both included.
 
     Args:
-        model: Has `stages`, and a submodule of each of these names.
-        x: Input of stage `first`; whatever passes between stages is a pytree.
-        first: None is the model's first stage.
-        last: None is the model's last stage.
-        train: Whether dropout and BatchNorm run as in training, where nothing sets it
-            stage by stage.
+        model: Module with `stages` and a submodule of each of these names.
+        x: Input of stage `first`, a pytree.
+        first: First stage; None for the model's first.
+        last: Last stage; None for the model's last.
+        train: Whether dropout and BatchNorm run in training mode, unless an interceptor
+            sets the mode of a stage.
         remat: Stages that the backward pass computes again.
 
     Raises:
@@ -43,21 +43,21 @@ def run_stages(
 
 
 def run_block(block: nn.Module, x: Any, *, train: bool, remat: bool) -> Any:
-    """Returns the output of a block of a stage, or of a stage.
+    """Returns the output of a stage or of a block in it.
 
     Args:
-        block: Takes `x` and `train`.
-        x: Its input.
-        train: Whether it runs as in training.
-        remat: Whether the backward pass computes it again, and keeps its input alone.
+        block: Module that takes `x` and `train`.
+        x: Input of the block.
+        train: Whether the block runs in training mode.
+        remat: Whether the backward pass computes the block again from its input.
     """
-    # Given as an argument, `train` would be traced.
+    # As an argument of `nn.remat`, `train` would be traced.
     call: Any = lambda module, x: module(x, train=train)  # noqa: E731
     return (nn.remat(call) if remat else call)(block, x)
 
 
 class GlobalPool(nn.Module):
-    """The mean over all places; a stage of its own, so that maps stay reachable."""
+    """The mean over all places; a stage, so that the maps before it can be taken."""
 
     has_parameters = False
 
@@ -68,7 +68,7 @@ class GlobalPool(nn.Module):
 
 
 class MaskedMean(nn.Module):
-    """The mean over the tokens of a text; what the mask leaves out counts nothing."""
+    """The mean over the tokens of a text that the mask has."""
 
     has_parameters = False
 
@@ -84,7 +84,7 @@ class MaskedMean(nn.Module):
 def layer_norm(
     dtype: Any, param_dtype: Any, name: str, *, epsilon: float = 1e-6
 ) -> nn.LayerNorm:
-    """Returns a LayerNorm over the channels, as exact as torch's."""
+    """Returns a LayerNorm over the channels with torch's two-pass variance."""
     return nn.LayerNorm(
         epsilon=epsilon,
         use_fast_variance=False,
@@ -94,26 +94,6 @@ def layer_norm(
     )
 
 
-class BatchNorm(nn.BatchNorm):
-    """Flax's; while a model is initialised it makes its variables and computes nothing.
-
-    Most of what is traced for the shapes of a ResNet would be the arithmetic of its
-    BatchNorms, on which no initial value depends.
-    """
-
-    @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        """Returns `x` normalised, or, while variables are made, as it is."""
-        if not self.is_initializing():
-            return super().__call__(x, use_running_average, mask=mask)
-        shape = (x.shape[self.axis],)
-        self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        self.param("scale", self.scale_init, shape, self.param_dtype)
-        self.param("bias", self.bias_init, shape, self.param_dtype)
-        return x
-
-
 def batch_norm(
     dtype: Any,
     param_dtype: Any,
@@ -121,13 +101,13 @@ def batch_norm(
     *,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
-) -> BatchNorm:
-    """Returns a BatchNorm whose mode is given at the call, as the policy of a phase needs.
+) -> nn.BatchNorm:
+    """Returns a BatchNorm whose mode is an argument of the call.
 
-    Momentum and epsilon are torch's (0.1 there is 0.9 here). The running variance is that
-    of the batch without Bessel's correction, unlike torch's.
+    The defaults of momentum and epsilon are torch's (its momentum 0.1 is 0.9 here). Unlike
+    torch's, the running variance has no Bessel's correction.
     """
-    return BatchNorm(
+    return nn.BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
         dtype=dtype,

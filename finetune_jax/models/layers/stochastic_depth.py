@@ -1,7 +1,7 @@
-"""Stochastic depth: residual blocks that are left out at random in training.
+"""Stochastic depth: residuals are dropped at random in training.
 
-Source: Huang et al. 2016, with the rule of linear decay; a mask for every example, and
-what is kept divided by its chance, as timm's `drop_path` has it.
+Source: Huang et al. 2016, with linear decay. Each example has its own mask, and a kept
+residual is divided by its probability, as in timm's `drop_path`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def stage_rates(last: float, blocks: Sequence[int]) -> tuple[tuple[float, ...], 
 
     Args:
         last: Rate of the last block.
-        blocks: Of each stage.
+        blocks: Number of blocks of each stage.
 
     Raises:
         UserError: `last` is not in [0, 1).
@@ -38,12 +38,12 @@ def stage_rates(last: float, blocks: Sequence[int]) -> tuple[tuple[float, ...], 
 def drop_residual(residual: jax.Array, rate: float, *, train: bool) -> jax.Array:
     """Returns the residual of a block, zero for a share `rate` of the examples.
 
-    To be called in a compact module; it has no parameters.
+    Must be called in a compact module.
 
     Args:
-        residual: Of maps [B, H, W, C] or of tokens [B, T, D].
-        rate: The share.
-        train: Whether any is dropped.
+        residual: Maps [B, H, W, C] or tokens [B, T, D].
+        rate: Share of the examples.
+        train: Whether residuals are dropped.
     """
     if not rate:
         return residual

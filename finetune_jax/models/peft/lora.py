@@ -1,14 +1,14 @@
-"""LoRA: kernels that stay as they are, and low-rank updates beside them that learn.
+"""LoRA: low-rank updates of kernels.
 
 A kernel W of any layer is read as a matrix [inputs, outputs], where the places of a
 convolution count as inputs, and becomes W + alpha / rank * A B. The leaves `lora_a` and
-`lora_b` lie beside `kernel`, so that rules, optimizers and checkpoints see parameters
-like any others. Merged kernels run as fast as plain ones, in any layer; the gradient of
-A and B goes through that of the kernel, so that an update computes as much as one of all
-kernels. What LoRA saves is the state of the optimizer, and what is to be stored.
+`lora_b` are siblings of `kernel`, and ordinary parameters for rules, optimizers and
+checkpoints. Merged kernels run as fast as plain ones in any layer. The gradients of A and
+B are computed from that of the kernel, so an update costs as much as one of all kernels;
+LoRA saves optimizer state and storage.
 
 Source: Hu et al. 2021, section 4.1; the initial values are those of its code
-(github.com/microsoft/LoRA): A as torch starts a dense layer, B zero.
+(github.com/microsoft/LoRA): A as in a dense layer of torch, B zero.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.core.registry import closest
 
 LEAVES = ("lora_a", "lora_b")
-UPDATES = "(.*/)?lora_[ab]"  # A regex of their full names.
-# Dense layers of attention with one axis of inputs and several of outputs: [D, N, H].
-# Elsewhere the last axis is that of the outputs.
+UPDATES = "(.*/)?lora_[ab]"  # Regex for the full names of A and B.
+# Attention layers whose kernels [D, N, H] have one input axis and several output axes. All
+# other kernels have one output axis, the last.
 _SPLIT = ("query", "key", "value", "qkv")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """A model with low-rank updates; a task uses it as it would the model.
+    """A model with low-rank updates; tasks use it like the model.
 
     Attributes:
         module: The model.
-        rank: Of the updates.
-        alpha: Their product is scaled by alpha / rank.
-        targets: Regexes over the full names of the kernels that get one.
+        rank: Rank of the updates.
+        alpha: Updates are scaled by alpha / rank.
+        targets: Regexes for the full names of kernels with an update.
     """
 
     module: nn.Module
@@ -51,19 +51,19 @@ class LoRA:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those of the model."""
+        """Stages of the model."""
         return self.module.stages  # type: ignore[attr-defined]
 
     @property
     def param_dtype(self) -> Any:
-        """That of the model."""
+        """Dtype of the model's parameters."""
         return self.module.param_dtype  # type: ignore[attr-defined]
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the model's variables at their own initial values, with the updates.
+        """Returns the initial variables of the model and of the updates.
 
         Raises:
-            UserError: A target matches no kernel, or the rank is too high for one.
+            UserError: A target matches no kernel, or the rank exceeds a kernel's.
         """
         variables = self.module.init(rngs, *args, **kwargs)
         rng = rngs["params"] if isinstance(rngs, Mapping) else rngs
@@ -86,7 +86,7 @@ class LoRA:
         return {**variables, "params": params}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what the model does with the merged parameters."""
+        """Returns the output of the model with merged parameters."""
         params = merge(variables.get("params", {}), alpha=self.alpha)
         return self.module.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -129,9 +129,9 @@ def with_lora(
 
     Args:
         module: The model.
-        lora_rank: Of the updates.
-        lora_alpha: Their product is scaled by alpha / rank.
-        lora_targets: Regexes over the full names of kernels, such as
+        lora_rank: Rank of the updates.
+        lora_alpha: Updates are scaled by alpha / rank.
+        lora_targets: Regexes for the full names of kernels, such as
             'stage1/dense/kernel', without the prefix that a task gives its models.
 
     Raises:
@@ -153,15 +153,15 @@ def with_lora(
         raise problems_error("config.model does not fit:", problems)
     if not lora_rank:
         return module
-    # Not a module, but all of one that a task uses.
+    # LoRA is no module, but has all attributes of one that tasks use.
     return LoRA(module, lora_rank, lora_alpha, tuple(lora_targets))  # type: ignore
 
 
 def merge(params: Mapping[str, Any], *, alpha: float) -> dict[str, Any]:
-    """Returns the parameters of the model without LoRA that computes the same.
+    """Returns the parameters of the plain model that computes the same.
 
     Args:
-        params: Of a model, or of some of its stages; what has no updates stays as it is.
+        params: Parameters of a model, or of some of its stages.
         alpha: `lora_alpha` of the model.
     """
     merged = {
@@ -171,7 +171,7 @@ def merge(params: Mapping[str, Any], *, alpha: float) -> dict[str, Any]:
     }
     if LEAVES[0] in params:
         a, b = (params[name] for name in LEAVES)
-        # Small beside the layer itself, and the same on every device.
+        # Cheap compared with the layer, and the same on every device.
         product = jnp.tensordot(a, b, axes=1, precision="highest")
         merged["kernel"] = params["kernel"] + alpha / a.shape[-1] * product
     return merged
@@ -187,7 +187,7 @@ def is_lora(name: str) -> bool:
 
 
 def _split(name: str, shape: tuple[int, ...]) -> tuple[tuple, tuple]:
-    """Returns the axes of a kernel that are inputs, and those that are outputs.
+    """Returns the shape of a kernel's input axes and that of its output axes.
 
     >>> _split("block1/conv/kernel", (3, 3, 16, 32))
     ((3, 3, 16), (32,))
@@ -214,7 +214,7 @@ def _initial(
 
 
 def _beside(tree: Any, path: list[str], leaves: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tree with leaves beside the one at `path`."""
+    """Returns the tree with `leaves` added as siblings of the one at `path`."""
     if len(path) == 1:
         return {**tree, **leaves}
     return {**tree, path[0]: _beside(tree[path[0]], path[1:], leaves)}

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.machine import uncollected
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.models.layers.initial_values import only_shapes
 from finetune_jax.models.layers.sizes import TooSmall, least_side
 from finetune_jax.tasks.task import Task
 
@@ -43,7 +42,7 @@ def shapes_of(task: Task, model: str = "the model") -> TrainState:
         UserError: Images are too small for a model.
     """
     try:
-        with only_shapes(), uncollected():
+        with uncollected():
             return jax.eval_shape(lambda: random_state(task, 0))
     except TooSmall as error:
         raise _too_small(task, model, error.stage) from error

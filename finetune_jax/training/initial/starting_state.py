@@ -220,7 +220,7 @@ def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
     Raises:
         UserError: They cannot be read, or were trained for another network.
     """
-    architecture.check(config)
+    architecture.check(architecture.described(config), config.init.fresh)
     entries = weights_entries(config)
     return {
         prefix: read_weights(address, entries[prefix])
@@ -241,8 +241,9 @@ def _with_model_loaded(
         mine,
         fitting,
         fresh=init.fresh,
-        adapt_input=init.input_channels == "adapt",
-        stem=_first_stage(task, prefix),
+        adapt_stem=_first_stage(task, prefix)
+        if init.input_channels == "adapt"
+        else None,
         left_out=() if prefix else task.left_out(),
         prefix=prefix,
         accept=init.accept,
@@ -304,7 +305,7 @@ def _with_parts_loaded(
 ) -> tuple[dict[str, Any], str, list[str]]:
     """Returns variables with the weights of all models, their layout, and lines."""
     found = {kind: dict(named(tree)) for kind, tree in variables.items()}
-    layout, told = "", {}
+    layout, told, adapts = "", {}, config.init.input_channels == "adapt"
     for domain, own_task in task.parts.items():
         own = task.gather(domain, variables["params"], variables["batch_stats"])
         mine = {"params": own[0], "batch_stats": own[1]}
@@ -328,8 +329,7 @@ def _with_parts_loaded(
             mine,
             fitting,
             fresh=sorted(fresh),
-            adapt_input=config.init.input_channels == "adapt",
-            stem=own_task.stages[0],
+            adapt_stem=own_task.stages[0] if adapts else None,
             left_out=own_task.left_out(),
             accept=config.init.accept,
         )

@@ -1,5 +1,6 @@
 """Files as memory that is read when it is looked at: weights are not held twice."""
 
+import hashlib
 import io
 import mmap
 import os
@@ -27,6 +28,16 @@ def mapped(path: pathlib.Path) -> Bytes:
         if not os.fstat(file.fileno()).st_size:
             return b""
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """Returns the sha256 of a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stream(data: Bytes) -> IO[bytes]:

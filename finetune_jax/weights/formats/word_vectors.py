@@ -5,7 +5,6 @@ numbers there are. Nothing of a file is kept but the words that are asked for.
 """
 
 import gzip
-import hashlib
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.paths import user_path
+from finetune_jax.weights.formats.mapped import sha256_of
 
 
 def read_vectors(
@@ -50,12 +50,7 @@ def read_vectors(
         raise UserError(f"{where}: not a file of word vectors: {error}") from error
     if not width:
         raise UserError(f"{where}: no word vectors in it")
-    with path.open("rb") as file:
-        return (
-            found,
-            width,
-            {str(path): hashlib.file_digest(file, "sha256").hexdigest()},
-        )
+    return found, width, {str(path): sha256_of(path)}
 
 
 def _vectors(file: IO[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:

@@ -1,9 +1,10 @@
 """Layouts of BERT encoders: those of transformers, and of sentence-transformers."""
 
 import dataclasses
+from typing import Any
 
-from finetune_jax.weights.fields import Fields
-from finetune_jax.weights.layout import Layout, Row
+from finetune_jax.weights.fields import ACTIVATIONS, Fields
+from finetune_jax.weights.layout import Built, Layout, Row
 
 
 def _bert(name: str, prefix: str, head: str) -> Layout:
@@ -78,16 +79,20 @@ def _older(name: str, layout: Layout) -> Layout:
 
 _PLAIN = _bert("transformers' BERT", "", "classifier")
 _HEADED = _bert("transformers' BERT with a head", "bert.", "classifier")
+_QUESTIONS = _bert("transformers' BERT for questions", "bert.", "qa_outputs")
+_DISTIL_QUESTIONS = _distilbert(
+    "transformers' DistilBERT for questions", "distilbert.", "qa_outputs"
+)
 LAYOUTS = (
     _HEADED,
     _PLAIN,
-    _bert("transformers' BERT for questions", "bert.", "qa_outputs"),
+    _QUESTIONS,
     _older("transformers' BERT, older names", _PLAIN),
     _older("transformers' BERT with a head, older names", _HEADED),
     _bert("sentence-transformers", "0.auto_model.", "classifier"),
     _distilbert("transformers' DistilBERT with a head", "distilbert.", "classifier"),
     _distilbert("transformers' DistilBERT", "", "classifier"),
-    _distilbert("transformers' DistilBERT for questions", "distilbert.", "qa_outputs"),
+    _DISTIL_QUESTIONS,
 )
 
 # Kinds of transformers' models that a BERT here follows, and their classes' prefixes.
@@ -100,8 +105,8 @@ _POOLS = {
 }
 
 
-def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers; see `pretrained.architecture`."""
+def read_transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers; see `weights.layouts`."""
     del name
     fields.must("position_embedding_type", "absolute")
     fields.must("embedding_size", fields.get("hidden_size"))
@@ -132,3 +137,81 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
     return ("heads", "hidden_activation", "epsilon"), (
         "no config.json says the heads, the activation and the epsilon of LayerNorms"
     )
+
+
+# Heads of transformers' classes by our pooling, and the activations before them.
+_CLASSES = {"cls": "ForSequenceClassification", "none": "ForTokenClassification"}
+_ACTIVATIONS = {"Bert": "tanh", "DistilBert": "relu"}
+
+
+def with_head(layout: Layout, head_kind: str) -> Layout:
+    """Returns the layout whose head is named as transformers names that of a task.
+
+    Args:
+        layout: A layout of this family.
+        head_kind: 'spans' for the head of question answering; others keep the layout.
+    """
+    if head_kind != "spans" or not layout.name.startswith("transformers"):
+        return layout
+    return _DISTIL_QUESTIONS if "DistilBERT" in layout.name else _QUESTIONS
+
+
+def transformers_config(built: Built) -> dict[str, Any] | None:
+    """Returns `config.json` of transformers without labels; see `weights.layouts`."""
+    kind = _transformers_class(built)
+    if kind is None:
+        return None
+    module = built.module
+    sizes, block = dict(module.embeddings_arguments), dict(module.block_arguments)
+    shared = {
+        "architectures": [kind],
+        "vocab_size": sizes["vocabulary"],
+        "max_position_embeddings": sizes["places"],
+        "pad_token_id": 0,
+    }
+    dropout = dict(module.head_arguments).get("dropout", 0.0)
+    if kind.startswith("Distil"):
+        return {
+            **shared,
+            "model_type": "distilbert",
+            "dim": sizes["width"],
+            "n_layers": module.layers,
+            "n_heads": block["heads"],
+            "hidden_dim": block["hidden"],
+            "activation": ACTIVATIONS[block["activation"]][0],
+            "dropout": block["dropout"],
+            "attention_dropout": block["attention_dropout"],
+            "seq_classif_dropout": dropout,
+            "sinusoidal_pos_embds": False,
+        }
+    return {
+        **shared,
+        "model_type": "bert",
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": module.layers,
+        "num_attention_heads": block["heads"],
+        "intermediate_size": block["hidden"],
+        "hidden_act": ACTIVATIONS[block["activation"]][0],
+        "hidden_dropout_prob": block["dropout"],
+        "attention_probs_dropout_prob": block["attention_dropout"],
+        "classifier_dropout": dropout,
+        "type_vocab_size": sizes["types"],
+        "layer_norm_eps": block["epsilon"],
+    }
+
+
+def _transformers_class(built: Built) -> str | None:
+    """Returns the class of transformers that computes the same; None if there is none."""
+    module = built.module
+    name = "DistilBert" if "DistilBERT" in built.layout.name else "Bert"
+    if (module.types == 0) != (name == "DistilBert"):
+        return None
+    if name == "DistilBert" and dict(module.block_arguments)["epsilon"] != 1e-12:
+        return None  # DistilBERT has no field for it.
+    if module.pooling == "mean":
+        return f"{name}Model"
+    if module.pooling == "cls" and module.activation != _ACTIVATIONS[name]:
+        return None
+    if built.layout in (_QUESTIONS, _DISTIL_QUESTIONS):
+        return f"{name}ForQuestionAnswering"
+    return name + _CLASSES[module.pooling]

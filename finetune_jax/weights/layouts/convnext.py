@@ -1,9 +1,10 @@
 """Layouts of ConvNeXts: those of torchvision, timm and transformers."""
 
 import re
+from typing import Any
 
 from finetune_jax.weights.fields import MEAN_POOLS, Fields
-from finetune_jax.weights.layout import Layout, Row, Turn
+from finetune_jax.weights.layout import Built, Layout, Row, Turn
 
 # One number a channel, as torchvision multiplies images [C, H, W].
 OF_CHANNELS = Turn(ours=lambda a: a[:, 0, 0], theirs=lambda a: a[:, None, None])
@@ -75,8 +76,8 @@ _TIMM_ARGUMENTS = {
 }  # fmt: skip
 
 
-def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers; see `pretrained.architecture`."""
+def read_transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers; see `weights.layouts`."""
     del kind, name
     fields.must("hidden_act", "gelu", "gelu_python")
     fields.must("patch_size", 4)
@@ -84,10 +85,10 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
     fields.positive("epsilon", "layer_norm_eps")
 
 
-def timm(
+def read_timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    """Reads `config.json` of timm; see `weights.layouts`."""
     if not fields.is_model(_OLDER.sub("", architecture), name):
         return tuple(arguments)
     fields.take("epsilon", 1e-6, "architecture")
@@ -104,3 +105,33 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
         "no config.json says the epsilon of the last LayerNorm, which is 1e-12 in "
         "transformers by default"
     )
+
+
+def transformers_config(built: Built) -> dict[str, Any] | None:
+    """Returns `config.json` of transformers without labels; see `weights.layouts`."""
+    return {
+        "architectures": ["ConvNextForImageClassification"],
+        "model_type": "convnext",
+        "num_channels": built.shape[-1],
+        "num_stages": len(built.module.shape.blocks),
+        "depths": list(built.module.shape.blocks),
+        "hidden_sizes": list(built.module.shape.widths),
+        "patch_size": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": built.module.epsilon,
+        "layer_scale_init_value": built.module.layer_scale,
+        "image_size": built.shape[0],
+    }
+
+
+def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in timm and its arguments; see `weights.layouts`."""
+    if built.module.epsilon != 1e-6:
+        return None
+    blocks, widths = built.module.shape
+    return built.name, {"depths": list(blocks), "dims": list(widths)}
+
+
+def torchvision_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in torchvision and its arguments; see `weights.layouts`."""
+    return (built.name, {}) if built.module.epsilon == 1e-6 else None

@@ -1,7 +1,9 @@
 """Layouts of EfficientNet-Lite: the one of efficientnet-lite-pytorch, and timm's."""
 
+from typing import Any
+
 from finetune_jax.weights.fields import MEAN_POOLS, Fields
-from finetune_jax.weights.layout import Layout
+from finetune_jax.weights.layout import Built, Layout
 
 LAYOUTS = (
     Layout(
@@ -52,10 +54,10 @@ _TIMM_ARGUMENTS = {
 _PADDINGS = {"same": "same", "": "symmetric"}
 
 
-def timm(
+def read_timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    """Reads `config.json` of timm; see `weights.layouts`."""
     converted = architecture == f"tf_{name}"
     if not converted and architecture != name:
         fields.refuse("architecture", f"{name} follows tf_{name} and {name} of timm")
@@ -81,3 +83,11 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
         f"the names fit tf_{name} of timm (padding='same', epsilon=0.001) and {name} "
         "(padding='symmetric', epsilon=1e-05)"
     )
+
+
+def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in timm and its arguments; see `weights.layouts`."""
+    padding, epsilon = built.module.variant
+    usual = 1e-3 if padding == "same" else 1e-5
+    arguments = {} if epsilon == usual else {"bn_eps": epsilon}
+    return (f"tf_{built.name}" if padding == "same" else built.name), arguments

@@ -1,10 +1,11 @@
 """Layouts of ResNets: those of torchvision and timm, which agree, and transformers'."""
 
 import re
+from typing import Any
 
 from finetune_jax.models.resnet import MODELS
 from finetune_jax.weights.fields import MEAN_POOLS, Fields
-from finetune_jax.weights.layout import Layout, Row
+from finetune_jax.weights.layout import Built, Layout, Row
 
 
 def _transformers(prefix: str) -> list[Row]:
@@ -51,8 +52,8 @@ _TIMM_ARGUMENTS = {
 }  # fmt: skip
 
 
-def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers; see `pretrained.architecture`."""
+def read_transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers; see `weights.layouts`."""
     fields.must("hidden_act", "relu")
     fields.must("downsample_in_first_stage", False)
     fields.must("layer_type", "basic" if name in _BASIC else "bottleneck")
@@ -65,10 +66,10 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
     del kind
 
 
-def timm(
+def read_timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    """Reads `config.json` of timm; see `weights.layouts`."""
     if not fields.is_model(_OLDER.sub("", architecture), name):
         return tuple(arguments)
     if name not in _BASIC:
@@ -91,3 +92,31 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
     if "timm" not in layout:
         return (), ""
     return (), "no config.json says whether this is resnet or resnetblur of timm"
+
+
+def transformers_config(built: Built) -> dict[str, Any] | None:
+    """Returns `config.json` of transformers without labels; see `weights.layouts`."""
+    ours = built.module.shape
+    if (ours.groups, ours.group_width) != (1, 64):
+        return None
+    factor = 4 if ours.bottleneck else 1
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "num_channels": built.shape[-1],
+        "embedding_size": 64,
+        "hidden_sizes": [64 * 2**stage * factor for stage in range(4)],
+        "depths": list(ours.blocks),
+        "layer_type": "bottleneck" if ours.bottleneck else "basic",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": ours.stride_in == "1x1",
+    }
+
+
+def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in timm and its arguments; see `weights.layouts`."""
+    return (built.name, {}) if built.module.shape.stride_in == "3x3" else None
+
+
+torchvision_model = timm_model

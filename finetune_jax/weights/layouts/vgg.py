@@ -1,7 +1,9 @@
 """Layouts of VGGs, with and without BatchNorm: those of torchvision and timm."""
 
+from typing import Any
+
 from finetune_jax.weights.fields import MEAN_POOLS, Fields
-from finetune_jax.weights.layout import Layout, Row, Turn
+from finetune_jax.weights.layout import Built, Layout, Row, Turn
 
 PLACES = 7
 # What the first dense layer sees: we flatten [H, W, C], and torch [C, H, W].
@@ -53,11 +55,19 @@ _TIMM_ARGUMENTS = {
 }  # fmt: skip
 
 
-def timm(
+def read_timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    """Reads `config.json` of timm; see `weights.layouts`."""
     if not fields.is_model(architecture.removeprefix("tv_"), name):
         return tuple(arguments)
     fields.must("global_pool", *MEAN_POOLS)
     return arguments.musts(_TIMM_ARGUMENTS)
+
+
+def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in timm and its arguments; see `weights.layouts`."""
+    return built.name, {}
+
+
+torchvision_model = timm_model

@@ -1,10 +1,11 @@
 """Layouts of Vision Transformers: those of timm, torchvision and transformers."""
 
 import re
+from typing import Any
 
 from finetune_jax.models import vit
-from finetune_jax.weights.fields import Fields
-from finetune_jax.weights.layout import Layout, Row
+from finetune_jax.weights.fields import ACTIVATIONS, Fields
+from finetune_jax.weights.layout import Built, Layout, Row
 
 
 def _split(attention: str, *, bias: str, weight: str) -> list[Row]:
@@ -117,8 +118,8 @@ _TIMM_ARGUMENTS = {
 }  # fmt: skip
 
 
-def transformers(fields: Fields, kind: str, name: str) -> None:
-    """Reads `config.json` of transformers; see `pretrained.architecture`."""
+def read_transformers(fields: Fields, kind: str, name: str) -> None:
+    """Reads `config.json` of transformers; see `weights.layouts`."""
     del kind
     fields.must("qkv_bias", True)
     fields.must("patch_size", _patch(name))
@@ -129,10 +130,10 @@ def transformers(fields: Fields, kind: str, name: str) -> None:
     _not_square(fields, "image_size")
 
 
-def timm(
+def read_timm(
     fields: Fields, arguments: Fields, architecture: str, name: str
 ) -> tuple[str, ...]:
-    """Reads `config.json` of timm; see `pretrained.architecture`."""
+    """Reads `config.json` of timm; see `weights.layouts`."""
     fits = _TIMM_NAME.fullmatch(architecture)
     _, size, patch = name.split("_")
     sized = arguments.get("embed_dim") is not None or (fits and fits[1] == size)
@@ -200,3 +201,65 @@ def _not_square(fields: Fields, key: str) -> None:
             f"{fields.where}: {fields.said(key)} is not square; the position embeddings "
             "fit images of this shape only"
         )
+
+
+def transformers_config(built: Built) -> dict[str, Any] | None:
+    """Returns `config.json` of transformers without labels; see `weights.layouts`."""
+    if built.module.pool_kind != "token":
+        return None
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": built.module.shape.width,
+        "num_hidden_layers": built.module.shape.depth,
+        "num_attention_heads": built.module.shape.heads,
+        "intermediate_size": 4 * built.module.shape.width,
+        "hidden_act": ACTIVATIONS[built.module.hidden_activation][0],
+        "layer_norm_eps": built.module.epsilon,
+        "image_size": list(built.shape[:2]),
+        "patch_size": built.module.shape.patch,
+        "num_channels": built.shape[-1],
+        "qkv_bias": True,
+    }
+
+
+# Vision Transformers that timm has a name for; arguments turn one of them into others.
+_TIMM_NAMES = (
+    "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch32", "vit_base_patch16",
+    "vit_base_patch32", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
+)  # fmt: skip
+
+
+def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in timm and its arguments; see `weights.layouts`."""
+    module, kind = built.module, built.module.pool_kind
+    if module.epsilon != 1e-6:
+        return None
+    arguments = {
+        "img_size": list(built.shape[:2]),
+        "patch_size": module.shape.patch,
+        "embed_dim": module.shape.width,
+        "depth": module.shape.depth,
+        "num_heads": module.shape.heads,
+        "class_token": module.class_token,
+        "global_pool": "token" if kind == "token" else "avg",
+    }
+    if module.hidden_activation != "gelu":
+        arguments["act_layer"] = module.hidden_activation
+    if kind != "token":
+        arguments["fc_norm"] = kind == "mean_norm"
+    known = built.name if built.name in _TIMM_NAMES else "vit_base_patch16"
+    return f"{known}_224", arguments
+
+
+def torchvision_model(built: Built) -> tuple[str, dict[str, Any]] | None:
+    """Returns the model in torchvision and its arguments; see `weights.layouts`."""
+    heads = {width: heads for width, _, heads in vit.SIZES.values()}
+    module, wanted = built.module, (1e-6, "gelu", "token")
+    if (module.epsilon, module.hidden_activation, module.pool_kind) != wanted:
+        return None
+    if module.shape.heads != heads.get(module.shape.width):
+        return None
+    _, size, patch = built.name.split("_")
+    found = f"vit_{size[0]}_{patch.removeprefix('patch')}"
+    return found, {"image_size": built.shape[0]}

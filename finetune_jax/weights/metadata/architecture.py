@@ -2,35 +2,23 @@
 
 Names and shapes of tensors do not identify a network: heads, activations, epsilons, padding
 and strides leave no trace in them. transformers and timm say these in `config.json`, a run
-of this project in its `config.json`, an export in `model.json`. The table from their fields
-to our arguments is in the module of the family in `layouts`, which has
-
-    TRANSFORMERS                     the kinds of models (`model_type`) that it follows, and
-                                     the beginning of the names of their classes
-    transformers(fields, kind, name) reads the fields; `kind` is a key of `TRANSFORMERS`,
-                                     `name` our model
-    timm(fields, arguments, architecture, name)
-                                     reads them and those of `model_args`, and returns the
-                                     names of the latter; `architecture` has no tag
-    ambiguous(layout, name)          returns the arguments that a layout leaves open, and
-                                     the reason
+of this project in its `config.json`, an export in `model.json`. The module of each family
+in `weights.layouts` reads their fields.
 """
 
 import copy
-import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from finetune_jax.config import Config
 from finetune_jax.config.members import labels_of, member_models
-from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.paths import user_path
 from finetune_jax.models import constructors
-from finetune_jax.weights import layouts
 from finetune_jax.weights.fields import Fields, listed, loads, same
+from finetune_jax.weights.layout import family_module
 from finetune_jax.weights.metadata.files import read_beside
 
 FILES = ("config.json", "model.json")
@@ -97,11 +85,7 @@ def filled(config: Config) -> tuple[Config, list[str]]:
             the config.
     """
     problems, lines, full = [], [], config
-    for one in described(config):
-        fields = read(one.model, one.address)
-        if fields is None:
-            continue
-        lacking, wrong = _compared(one, fields, config.init.fresh)
+    for one, fields, lacking, wrong in _findings(described(config), config.init.fresh):
         problems += _headed(one, wrong)
         lines += fields.notes
         if not lacking:
@@ -117,17 +101,18 @@ def filled(config: Config) -> tuple[Config, list[str]]:
     return full, lines
 
 
-def check(config: Config) -> None:
-    """Checks that every model is the network that the files beside its weights describe.
+def check(models: Iterable[Described], fresh: tuple[str, ...]) -> None:
+    """Checks that models are the networks that the files beside their weights describe.
+
+    Args:
+        models: Models with weights, such as those that are `described` in a config.
+        fresh: Regexes of parameters that keep their initial value.
 
     Raises:
         UserError: Lists every field that a model does not follow.
     """
     problems = []
-    for one in described(config):
-        if (fields := read(one.model, one.address)) is None:
-            continue
-        lacking, wrong = _compared(one, fields, config.init.fresh)
+    for one, fields, lacking, wrong in _findings(models, fresh):
         more = [
             f"{fields.where}: {fields.sources[key]}; {one.where}.{key}={value!r} follows it"
             for key, value in lacking.items()
@@ -135,6 +120,15 @@ def check(config: Config) -> None:
         problems += _headed(one, wrong + more)
     if problems:
         raise _refusal(problems)
+
+
+def _findings(
+    models: Iterable[Described], fresh: tuple[str, ...]
+) -> Iterator[tuple[Described, Fields, dict[str, Any], list[str]]]:
+    """Yields models with the fields of their file, arguments they lack, and problems."""
+    for one in models:
+        if (fields := read(one.model, one.address)) is not None:
+            yield one, fields, *_compared(one, fields, fresh)
 
 
 def variant(model: Mapping[str, Any], address: str) -> tuple[dict[str, Any], list[str]]:
@@ -148,15 +142,14 @@ def variant(model: Mapping[str, Any], address: str) -> tuple[dict[str, Any], lis
         UserError: Lists every field of the files beside them that no argument follows.
     """
     one = Described("--model", "", model, address)
-    if (fields := read(one.model, address)) is None:
-        return {}, []
-    lacking, wrong = _compared(one, fields, ())
-    if wrong:
-        raise _refusal(_headed(one, wrong))
-    told = [
-        f"{key}={value!r}, as {fields.where} says" for key, value in lacking.items()
-    ]
-    return lacking, [*fields.notes, *told]
+    for _, fields, lacking, wrong in _findings([one], ()):
+        if wrong:
+            raise _refusal(_headed(one, wrong))
+        told = [
+            f"{key}={value!r}, as {fields.where} says" for key, value in lacking.items()
+        ]
+        return lacking, [*fields.notes, *told]
+    return {}, []
 
 
 def assumed(one: Described, layout: str) -> list[str]:
@@ -203,10 +196,10 @@ def named(one: Described, arch: str, fresh: tuple[str, ...]) -> list[str] | None
         UserError: The model lacks arguments that this network has.
     """
     family = _family(one.model["name"])
-    if not arch or not hasattr(family, "timm") or read(one.model, one.address):
+    if not arch or not hasattr(family, "read_timm") or read(one.model, one.address):
         return None
     fields = Fields({"architecture": arch}, "the checkpoint")
-    family.timm(
+    family.read_timm(
         fields, fields.within("model_args"), arch.split(".")[0], one.model["name"]
     )
     lacking, wrong = _compared(one, fields, fresh)
@@ -327,12 +320,12 @@ def _read(
     if timm is None and isinstance(values.get("pretrained_cfg"), Mapping):
         inner_fields = fields.within("pretrained_cfg")
         timm = inner_fields if inner_fields.get("architecture") is not None else None
-    if timm is not None and hasattr(family, "timm"):
+    if timm is not None and hasattr(family, "read_timm"):
         if (architecture := timm.text("architecture")) is not None:
             arguments = fields.within("model_args")
             # Such as 'hf-hub:timm/resnet50.a1_in1k'.
             base = re.split("[:/]", architecture)[-1].split(".")[0]
-            followed = family.timm(timm, arguments, base, name)
+            followed = family.read_timm(timm, arguments, base, name)
             _others(arguments, (*_HARMLESS, *followed))
         return fields
     of_transformers = set(_OF_TRANSFORMERS) & set(values)
@@ -340,7 +333,7 @@ def _read(
         kind = _model_type(fields, family.TRANSFORMERS, name)
         if kind is not None:
             _common(fields)
-            family.transformers(fields, kind, name)
+            family.read_transformers(fields, kind, name)
         return fields
     return None
 
@@ -482,6 +475,4 @@ def _section(config: Config, where: str) -> Any:
 def _family(name: Any) -> Any:
     """Returns the module in `layouts` of the family of a model; None if it has none."""
     known = constructors().get(name) if isinstance(name, str) else None
-    if known is None or known[0] not in registry.names(layouts):
-        return None
-    return importlib.import_module(f"{layouts.__name__}.{known[0]}")
+    return family_module(known[0]) if known else None

@@ -1,0 +1,103 @@
+"""A model family in a folder of its own, outside of the package."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from finetune_jax import models
+from finetune_jax.core import registry
+
+ROOT = pathlib.Path(__file__).parents[2]
+FAMILY = """
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from finetune_jax.models.layers.heads import make_head
+from finetune_jax.models.layers.stages import run_stages
+
+
+class Body(nn.Module):
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = x.reshape(len(x), -1)
+        return jnp.sin(nn.Dense(5, dtype=self.dtype, param_dtype=self.param_dtype)(x))
+
+
+class Waves(nn.Module):
+    classes: int
+    head_arguments: tuple = ()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    stages = ("body", "head")
+
+    def setup(self):
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.body = Body(**kinds)
+        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
+
+    def __call__(self, x, *, first=None, last=None, train):
+        return run_stages(self, x, first=first, last=last, train=train)
+
+
+def _waves(*, classes, head: Mapping, dtype=None, param_dtype=jnp.float32):
+    return Waves(classes, tuple(sorted(head.items())), dtype, param_dtype)
+
+
+MODELS = {"waves": _waves}
+"""
+CONFIG = """
+from finetune_jax import config as configs
+from finetune_jax.plans import Phase, as_config
+
+
+def get_config():
+    config = configs.default()
+    config.data.name = "iris"
+    config.data.train = "train[:60%]"
+    config.data.validation = "train[60%:]"
+    config.model.name = "waves"
+    config.plan = as_config((Phase(name="all", steps=2),))
+    return config
+"""
+
+
+def family_in(folder):
+    inside = folder / "finetune_jax" / "models"
+    inside.mkdir(parents=True)
+    (inside / "waves.py").write_text(FAMILY)
+    return inside
+
+
+def test_a_family_elsewhere_on_the_path_is_trained(tmp_path):
+    family_in(tmp_path / "mine")
+    (tmp_path / "waves_iris.py").write_text(CONFIG)
+    places = os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_jax.main", f"--config={tmp_path}/waves_iris.py",
+         f"--workdir={tmp_path / 'run'}", "--config.parallel.devices=1"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": places},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 2
+
+
+def test_another_installation_contributes_no_family(tmp_path, monkeypatch):
+    inside = family_in(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.open_path("finetune_jax.models", ["ours"]) == ["ours", str(inside)]
+    (inside / "__init__.py").write_text("")
+    assert registry.open_path("finetune_jax.models", ["ours"]) == ["ours"]
+
+
+def test_packages_inside_of_an_open_package_are_no_members():
+    assert "mnist" in registry.names(models)
+    assert not {"layers", "kernels", "peft"} & registry.names(models)
