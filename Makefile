@@ -3,45 +3,52 @@ PYTHON ?= python3
 VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
+# A module is compiled when it is first imported; most never are.
+PIP := -m pip install --quiet --no-compile
 
-.PHONY: env demo test test-slow test-3.12 oracles onnx check lock clean
+.PHONY: env demo test test-slow test-exhaustive test-3.12 oracles onnx check lock clean
 
 env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/py$(VERSION).txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python $(PIP) --require-hashes -r requirements/py$(VERSION).txt
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
 
-# Most of their time fast tests compile. Those that compare neither bits nor costs are
-# compiled without optimisation.
+# Tests spend most of their time in the compiler. Those that compare neither bits nor
+# costs are compiled without optimisation.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
 QUICKLY := TEST_XLA_FLAGS=--xla_backend_optimization_level=0
 
 test: env
-	$(QUICKLY) $(PYTEST) -m "not slow and not bits"
-	$(PYTEST) -m "not slow and bits"
+	$(QUICKLY) $(PYTEST) -m "not slow and not bits and not exhaustive"
+	$(PYTEST) -m "not slow and bits and not exhaustive" tests
 
 test-slow: env
-	$(PYTEST) -m slow
+	$(QUICKLY) $(PYTEST) -m "slow and not bits and not exhaustive" tests
+	$(PYTEST) -m "slow and bits and not exhaustive" tests
+
+# Outside CI: all other cases of what CI shows with one of each kind. It takes hours.
+test-exhaustive: env
+	$(QUICKLY) $(PYTEST) -m "exhaustive and not bits" tests
+	$(PYTEST) -m "exhaustive and bits" tests
 
 # torch, torchvision, timm and transformers, which some tests compare with; without them
 # those tests skip, saying so.
 oracles: env
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet tokenizers regex typer
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/oracles.txt
+	$(BIN)/python $(PIP) torch==2.13.0 tokenizers regex typer
+	$(BIN)/python $(PIP) --no-deps -r requirements/oracles.txt
 
 # What `--formats=onnx` converts with; its pins clash with those of the main environment.
 onnx: .venv-onnx/.installed
 
 .venv-onnx/.installed: requirements/onnx.txt
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python -m pip install --quiet -r requirements/onnx.txt
+	.venv-onnx/bin/python $(PIP) -r requirements/onnx.txt
 	touch $@
 
 # The same on the other Python that is supported, in an environment of its own.

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 import small
-import test_parallel
+from devices import KINDS
 
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
@@ -74,7 +74,7 @@ def host(tree):
 
 def on_devices(kind, task, phase, batches):
     """Returns (state on the host, losses) after an update on each batch."""
-    devices = make_devices(SimpleNamespace(**test_parallel.KINDS[kind]))
+    devices = make_devices(SimpleNamespace(**KINDS[kind]))
     state = run_once(lambda: random_state(task, 0))
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)

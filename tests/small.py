@@ -1,5 +1,6 @@
 """Small configs, tasks and states that many tests start from."""
 
+import contextlib
 import functools
 
 import jax
@@ -13,7 +14,9 @@ from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, apply
+from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop
+from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_task, phase_setup
 from finetune_jax.training.step import train_step
 from finetune_jax.training.updates.phase_run import PhaseRun
@@ -52,6 +55,34 @@ def stop_at_once():
     stop = Stop()
     stop.ask()
     return stop
+
+
+def same_result(one, other):
+    """Returns whether two results have the same digests, metrics and steps."""
+    keys = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best")
+    return all(one[key] == other[key] for key in (*keys, "best_step", "steps"))
+
+
+def run_with_stops(config, workdir, updates=1):
+    """Returns the result of a run that is stopped again and again, and how often.
+
+    Args:
+        config: Config of the run.
+        workdir: Folder of the run.
+        updates: Number of updates before each stop.
+    """
+
+    class After(Stop):
+        made = 0
+
+        def asked(self):
+            self.made += 1
+            return self.made == updates
+
+    for stops in range(100):
+        with contextlib.suppress(Preempted):
+            return run(config, workdir, After()), stops
+    raise AssertionError("The run never ends.")
 
 
 def config(*, model="resnet8", plan=(), overrides=(), **model_arguments):

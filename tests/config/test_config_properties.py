@@ -93,9 +93,7 @@ def test_a_value_of_a_key_resolves_or_is_refused():
     assert found["refused"] > 30 and found["ran"] > 30
 
 
-@pytest.mark.parametrize(
-    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 2))]
-)
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_iris_is_planned_or_refused_with_any_value_of_any_key(part):
     chosen = [case for case in cases() if case[0] == "iris_mlp"]
     found = Counter(outcome(*case) for case in chosen[part * 20 : part * 20 + 20])
@@ -104,6 +102,7 @@ def test_iris_is_planned_or_refused_with_any_value_of_any_key(part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
+@pytest.mark.ci_runs("0")
 def test_all_configs_are_planned_or_refused(part):
     chosen = [case for case in cases() if case[0] != "efficientnet_flowers"]
     for case in chosen[part * 40 : part * 40 + 40]:
@@ -111,7 +110,9 @@ def test_all_configs_are_planned_or_refused(part):
 
 
 @pytest.mark.slow
-def test_what_is_accepted_runs(tmp_path):
+@pytest.mark.parametrize("wanted", [4, 15])
+@pytest.mark.ci_runs("4")
+def test_what_is_accepted_runs(tmp_path, wanted):
     """Two updates of iris with values that a plan accepted."""
     ran = 0
     for number, (name, key, value) in enumerate(cases()):
@@ -130,7 +131,7 @@ def test_what_is_accepted_runs(tmp_path):
         except (UserError, TrainingError) as error:
             assert str(error)
         ran += 1
-        if ran == 15:
+        if ran == wanted:
             break
 
 

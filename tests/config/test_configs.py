@@ -7,15 +7,15 @@ import json
 import pathlib
 
 import clicks
+import idx_files
 import pictures
 import pytest
 import questions
-import test_data
 import texts
 from recording import Recording
 
 from finetune_jax import config as configs
-from finetune_jax.models import vgg, vit
+from finetune_jax.models import resnet_cifar, vgg, vit
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -30,6 +30,7 @@ VARIANTS = [
     "bert_qa.py:tiny",
     "bert_sst2.py:tiny",
     "distill_digits.py:tiny",
+    "distill_digits.py:teacher,tiny",
     "mutual_digits.py:tiny",
     "joint_digits_fashion.py:tiny",
     "criteo.py:tiny",
@@ -52,8 +53,16 @@ VARIANTS = [
 SMALLER = {
     "vit_tiny_patch16": (vit, {"shape": vit.Shape(16, 2, 2, 16)}),
     "vgg11_bn": (vgg, {"widths": (4, 4, 4, 4, 4)}),
+    "resnet20": (resnet_cifar, {"blocks": 1}),
 }
+AT_RANDOM = ("joint_digits_fashion.py:tiny", "pretrain_fashion_mnist.py:tiny")
 QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
+# Others run the same keys; `tabular_transfer.py:target` begins with a run of the source.
+REPEATED = (
+    "distill_digits.py:teacher,tiny",
+    "mnist_source.py:mlp,tiny", "mnist_target.py:cnn,tiny",
+    "tabular_transfer.py:source,tiny",
+)  # fmt: skip
 
 
 TEXTS = {
@@ -85,8 +94,8 @@ def resolved(variant, tmp_path):
         for prefix, size in (("train", 60), ("t10k", 20)):
             images = rng.integers(0, 256, (size, 28, 28), np.uint8)
             labels = (np.arange(size) % 10).astype(np.uint8)
-            test_data.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
-            test_data.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
+            idx_files.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
+            idx_files.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
         place = "data.dir"
         if "idx" in domains:
             place = f"data.domains[{domains['idx']}].dir"
@@ -119,8 +128,8 @@ def resolved(variant, tmp_path):
             overrides.append(("data.fitted", str(workdir)))
     if members := config.model.get("members", ()):
         if members[0].get("pretrained"):  # A teacher.
-            run(resolved("distill_digits.py:teacher,tiny", tmp_path), tmp_path / "t")
-            overrides.append(("model.members[0].pretrained", f"orbax:{tmp_path / 't'}"))
+            teacher = "zoo:resnet20_fashion_mnist"
+            overrides.append(("model.members[0].pretrained", teacher))
     config, problems = configs.resolve(config, overrides)
     assert not problems
     return config
@@ -134,12 +143,17 @@ def test_every_config_has_a_variant_here():
         assert len(text.splitlines()) <= 60 and "Command:" in text
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS],
-)
+def tier(variant):
+    if variant in REPEATED:
+        return pytest.mark.exhaustive
+    return () if variant in QUICK else pytest.mark.slow
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=tier(v)) for v in VARIANTS])
 def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch):
     for name, (family, fields) in SMALLER.items():
+        if name == "resnet20" and variant not in AT_RANDOM:
+            continue  # Its weights in the zoo are those of the whole model.
         monkeypatch.setitem(family.MODELS, name, smaller(family.MODELS[name], fields))
     config = resolved(variant, tmp_path)
     recorded = Recording(config)

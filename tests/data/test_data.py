@@ -1,9 +1,9 @@
 import gzip
 import itertools
-import struct
 
 import numpy as np
 import pytest
+from idx_files import write_idx
 from PIL import Image
 
 from finetune_jax import config as configs
@@ -189,12 +189,6 @@ def test_overlapping_splits_are_told():
     config = data_config(name="digits", train="all[:90%]")
     found = make_data(config, seed=0).warnings
     assert found[0].startswith("data.train and data.test share 179 examples")
-
-
-def write_idx(path, array, kind=0x08):
-    header = struct.pack(">HBB", 0, kind, array.ndim)
-    data = header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def idx_folder(folder, packed=True):

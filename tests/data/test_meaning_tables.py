@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 from meaning import Odd, by_name, check
-from test_tables import data_of, in_order, section, taken
+from table_data import data_of, in_order, section, taken
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import make_data

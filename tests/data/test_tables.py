@@ -4,8 +4,8 @@ import os
 import clicks
 import numpy as np
 import pytest
+from table_data import data_of, in_order, section, taken
 
-from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import make_data
 from finetune_jax.data.spec import spec_from_json
@@ -27,33 +27,9 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FINETUNE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def section(place, name="criteo", **given):
-    config = configs.default()
-    own = {"train": "all", "min_count": 1}
-    config.data.update(name=name, dir=str(place), **{**own, **given})
-    resolved, problems = configs.resolve(config)
-    assert not problems
-    return resolved.data
-
-
-def data_of(place, name="criteo", seed=0, fitted=None, **given):
-    return make_data(section(place, name, **given), seed=seed, fitted=fitted)
-
-
-def taken(dataset):
-    """Returns numbers and categories of all rows of a split, as a model takes them."""
-    found = dataset.take(np.arange(len(dataset)))["inputs"]
-    return found
-
-
 def parts(data, dataset=None):
     found, count = taken(dataset or data.train), len(data.spec.table.features)
     return found[:, :count].view(np.float32), found[:, count:]
-
-
-def in_order(data):
-    """Returns the rows of 'all' as the file has them."""
-    return np.argsort(data.train.indices)
 
 
 def test_numbers_and_categories_are_what_another_reader_reads(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small
 import texts
+from text_configs import TINY, config, tag_config
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
@@ -14,7 +15,7 @@ from finetune_jax.data.text.tokens import make_encoder, shortened
 from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
 from finetune_jax.pipeline import pipeline
-from finetune_jax.plans.phase import Phase, as_config
+from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.objectives.entities import entities, entity_scores
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.loop import Preempted
@@ -24,38 +25,7 @@ from finetune_jax.weights.metadata.tokenizer import find_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-TINY = {
-    "layers": 2, "width": 16, "heads": 2, "hidden": 16, "vocabulary": 16,
-    "positions": 32, "dropout": 0.0, "attention_dropout": 0.0, "pool": "mean",
-}  # fmt: skip
 HEAD = (("head/.*", 1.0), (".*", 0.0))
-
-
-def config(folder, *, plan=(), overrides=(), model=(), **data):
-    given = configs.default()
-    given.task.name = "text"
-    given.data.update(
-        name="tsv",
-        dir=str(folder),
-        text=("sentence",),
-        header=("sentence", "label"),
-        tokenizer=f"file:{folder}",
-        validation="validation",
-        test="test",
-        batch_size=8,
-        max_tokens=12,
-        buckets=(4, 8),
-        **{},
-    )
-    given.data.update(data)
-    given.model.name = "minilm_l6"
-    for name, value in {**TINY, **dict(model)}.items():
-        given.model[name] = value
-    given.plan = as_config(plan or (Phase(name="all", steps=4, peak_lr=1e-2),))
-    given.parallel.devices = 1
-    resolved, problems = configs.resolve(given, overrides)
-    assert not problems, problems
-    return resolved
 
 
 @pytest.fixture(scope="module")
@@ -289,14 +259,6 @@ def test_new_texts_are_predicted_from_files_of_every_kind(folder, tmp_path):
         predict(inputs[0], str(tmp_path / "e.txt"))
     with pytest.raises(UserError, match="no texts"):
         predict(str(workdir / "config.json"))
-
-
-def tag_config(folder, **fields):
-    names = {"text": ("words",), "label": "tags", "labels": "tags", "header": ()}
-    task = [("task.name", "tokens")]
-    return config(
-        folder, name="jsonl", overrides=task, model={"pool": "none"}, **names, **fields
-    )
 
 
 def test_words_have_tags_at_their_first_tokens(tmp_path):

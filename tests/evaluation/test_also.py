@@ -8,28 +8,21 @@ import jax
 import numpy as np
 import pytest
 import small
+from other_domains import config
 from safetensors.numpy import save_file
 
-from finetune_jax import config as configs
 from finetune_jax import main
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.diagnostics import domain_named, open_domains
 from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import with_head
-from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.training.assembly import make_evaluator
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-PLAN = (Phase(name="head", steps=3, rules=small.HEAD, batch_stats="hold", peak_lr=0.1),
-        Phase(name="all", steps=3, peak_lr=1e-2))  # fmt: skip
-
-
-CNN = {"convolutions": (4,), "dense": ()}
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +36,6 @@ def other(tmp_path_factory):
     path = tmp_path_factory.mktemp("other") / "other.npz"
     np.savez(path, x=images.astype(np.uint8), y=bunch.target[few])
     return str(path)
-
-
-def config(also, hidden=(8,), plan=PLAN, **overrides):
-    """Returns a config of a small model on digits with some entries of `also`."""
-    given = configs.default()
-    given.data.update(validation="validation", test="test", batch_size=32, image_size=8)
-    given.model.name = "mlp" if hidden else "cnn"
-    given.model.update({"hidden": hidden} if hidden else CNN)
-    given.plan = as_config(plan)
-    given.parallel.devices = 1
-    given.evaluate.every_steps = 2
-    given.evaluate.also = tuple(
-        configs.entry_of("evaluate.also", entry) for entry in also
-    )
-    for key, value in overrides.items():
-        section, _, name = key.rpartition("__")
-        given[section][name] = value
-    resolved, problems = configs.resolve(given)
-    assert not problems, problems
-    return resolved
 
 
 def entries(other):

@@ -3,7 +3,7 @@
 import ml_collections
 import pytest
 import small
-from test_run import lines, same_result
+from small import lines, same_result
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.plans.phase import Phase

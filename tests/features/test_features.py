@@ -72,6 +72,7 @@ def both(phases, folder, **overrides):
         pytest.param(("stage2", "stage3", "head"), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.ci_runs("learning0-hold", "learning1-update")
 def test_what_is_kept_changes_no_bit(tmp_path, learning, batch_stats):
     overrides = {"model.head.dropout": 0.2}
     phases = plan(*learning, batch_stats=batch_stats)
@@ -151,6 +152,7 @@ def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
         {"model.convolutions": (4, 6)},
     ],
 )
+@pytest.mark.ci_runs("override0", "override4")
 def test_a_table_of_another_kind_is_not_used(tmp_path, override):
     alone = outcome(
         config(plan("head"), tmp_path / "own", **override), tmp_path / "alone"
@@ -207,6 +209,7 @@ def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_gb", [1.0, 0.0])
+@pytest.mark.ci_runs("1.0")
 def test_a_disk_that_is_full_stops_nothing(tmp_path, monkeypatch, capsys, memory_gb):
     overrides = {"data.memory_gb": memory_gb}
     fsync = os.fsync
@@ -325,6 +328,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_tables(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.ci_runs("jit")
 def test_features_are_kept_over_devices(tmp_path, capfd, mode):
     overrides = {
         "parallel.devices": 2,
@@ -353,6 +357,7 @@ def test_features_are_kept_over_devices(tmp_path, capfd, mode):
         ("resnet20", "head", "hold"),
     ],
 )
+@pytest.mark.ci_runs("resnet8-stage3-update", "resnet20-head-hold")
 def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_stats):
     stages = ("stem", "stage1", "stage2", "stage3", "head")
     phases = plan(*stages[stages.index(first) :], batch_stats=batch_stats)
@@ -367,6 +372,7 @@ def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["stage1", "head"])
+@pytest.mark.ci_runs("stage1")
 def test_what_is_kept_of_large_images_changes_no_bit(tmp_path, monkeypatch, first):
     """Frozen stages get a few at a time: two parts of 24, the second one not full."""
     monkeypatch.setattr(frozen_prefix, "LARGE", 100)
@@ -406,6 +412,7 @@ def test_frozen_stages_take_the_memory_of_a_part():
         pytest.param("resnet20", 17, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.ci_runs("cnn-12", "mlp-12", "resnet20-17")
 def test_a_row_of_a_batch_does_not_depend_on_its_place(model, size):
     """So that features stand for those of any other batch of their size."""
     shape, count = (size, size, 1), stable_batch(make_devices(small.config().parallel))

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from exports import assert_close, export, images, predicted
 
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
 from finetune_jax.inference.export.onnx_model import VARIABLE, onnx_python
-from finetune_jax.inference.predictor import examples, open_predictor
 from finetune_jax.models.peft.lora import UPDATES
-from finetune_jax.modes.startup import resolved_config
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.run import run
@@ -60,20 +59,6 @@ def finished(tmp_path_factory):
     return workdir
 
 
-def export(workdir, output, *flags, formats="jax"):
-    flags = [f"--output={output}", f"--formats={formats}", *flags]
-    run_flags = ["--mode=export", f"--workdir={workdir}", "--config.parallel.devices=1"]
-    assert program.run([*run_flags, *flags]) == 0
-    return output
-
-
-def predicted(workdir, inputs):
-    """Returns the outputs of predictions, before they become records."""
-    config = resolved_config("", workdir, [("parallel.devices", "1")])
-    predictor = open_predictor(config, workdir)
-    return predictor.state.outputs(examples(inputs, predictor.spec))
-
-
 def loaded_alone(folder, inputs, tmp_path):
     """Returns what `load.py` gives in a process of its own, of one and of all inputs."""
     np.save(tmp_path / "inputs.npy", inputs)
@@ -82,16 +67,6 @@ def loaded_alone(folder, inputs, tmp_path):
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "o.npz") as file:
         return dict(file)
-
-
-def assert_close(found, wanted, tolerance=1e-6):
-    assert found.shape == wanted.shape
-    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
-
-
-def images(examples=5, size=12, channels=1):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (examples, size, size, channels), np.uint8)
 
 
 @pytest.mark.slow
@@ -163,6 +138,7 @@ def test_what_cannot_be_exported_is_told(finished, tmp_path):
     [("iris_mlp", "float32", 1e-6), ("diabetes_mlp", "float64", 1e-12),
      ("diabetes_mlp", "bfloat16", 1e-6)],
 )  # fmt: skip
+@pytest.mark.ci_runs("diabetes_mlp-bfloat16-1e-06")
 def test_feature_vectors_and_precisions(name, precision, tolerance, tmp_path):
     root = pathlib.Path(__file__).parents[2]
     given = configs.load(str(root / "configs" / f"{name}.py:tiny"))

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 
+import bert_oracles
 import jax
 import numpy as np
 import oracle_models
 import oracles
 import pytest
 import small
-import test_bert
-import test_text
+import text_configs
 import texts
 from safetensors.numpy import save_file
 
@@ -203,6 +203,15 @@ def loaded_back(row, folder):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=map(str, ROWS))
+@pytest.mark.ci_runs(
+    "timm-vit_tiny_patch16-mean_norm",
+    "transformers-vit_tiny_patch16-1-relu-0.001",
+    "torchvision-convnext_tiny",
+    "timm-convnext_tiny",
+    "torchvision-vgg11-8-0.0",
+    "timm-efficientnet_lite0",
+    "efficientnet-lite-pytorch-efficientnet_lite0",
+)
 def test_weights_go_back_to_their_library(row, tmp_path):
     before = oracle_of(row).tensors()
     overrides = [("data.mean", str(MEAN)), ("data.std", str(STD))]
@@ -252,7 +261,7 @@ def text_task(tmp_path, name, pool, **arguments):
     is_tagged = pool == "none"
     folder = tmp_path / "texts"
     (texts.write_tagged if is_tagged else texts.write)(folder)
-    make = test_text.tag_config if is_tagged else test_text.config
+    make = text_configs.tag_config if is_tagged else text_configs.config
     config = make(folder)
     with config.unlocked():
         config.model.update(name=name, pool=pool, **arguments)
@@ -299,15 +308,21 @@ def their_logits(folder, kind, inputs):
 
 
 @pytest.mark.parametrize("row", TEXT_ROWS, ids="-".join)
+@pytest.mark.ci_runs(
+    "bert_base-cls-BertForSequenceClassification-older",
+    "bert_base-none-BertForTokenClassification-",
+    "minilm_l6-mean-BertModel-",
+    "distilbert_base-cls-DistilBertForSequenceClassification-",
+)
 def test_encoders_go_back_to_transformers(row, tmp_path):
     name, pool, kind, names = row
     arguments = {"types": 0 if name.startswith("distil") else 2}
     if names == "variant":
         arguments |= {"heads": 2, "hidden_activation": "relu", "epsilon": 1e-3}
     config, task, batch = text_task(tmp_path, name, pool, **arguments)
-    tiny = {k: v for k, v in test_text.TINY.items() if k in test_bert.TINY}
-    module = test_bert.oracle(kind, tiny, 2)
-    before = {k: np.array(v) for k, v in test_bert.tensors_of(module).items()}
+    tiny = {k: v for k, v in text_configs.TINY.items() if k in bert_oracles.TINY}
+    module = bert_oracles.oracle(kind, tiny, 2)
+    before = {k: np.array(v) for k, v in bert_oracles.tensors_of(module).items()}
     before = older(before) if names == "older" else before
     save_file(before, tmp_path / "w.safetensors")
     if kind == "BertModel":

@@ -11,7 +11,7 @@ import oracles
 import pictures
 import pytest
 import small
-from test_export import assert_close, export, images, predicted
+from exports import assert_close, export, images, predicted
 
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
@@ -108,6 +108,7 @@ def logits_of(module, inputs):
 
 
 @pytest.mark.parametrize("library", ("torchvision", "timm", "transformers"))
+@pytest.mark.ci_runs("transformers")
 def test_the_library_gives_our_logits_after_fine_tuning(library, tmp_path):
     pytest.importorskip("torch")
     address, before = saved(library, tmp_path)

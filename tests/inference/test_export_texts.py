@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 
+import bert_oracles
 import numpy as np
 import oracles
 import pytest
-import test_bert
-import test_text
+import text_configs
 import texts
+from exports import assert_close, export
 from safetensors.numpy import save_file
-from test_export import assert_close, export
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.text.tokens import encode, make_encoder
@@ -31,15 +31,15 @@ def exported(tmp_path_factory):
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("texts")
     source = texts.write(folder / "data")
-    tiny = {k: v for k, v in test_text.TINY.items() if k in test_bert.TINY}
-    module = test_bert.oracle("BertForSequenceClassification", tiny, 2)
-    tensors = {k: np.array(v) for k, v in test_bert.tensors_of(module).items()}
+    tiny = {k: v for k, v in text_configs.TINY.items() if k in bert_oracles.TINY}
+    module = bert_oracles.oracle("BertForSequenceClassification", tiny, 2)
+    tensors = {k: np.array(v) for k, v in bert_oracles.tensors_of(module).items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(texts.tokenizer())
     (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
     plan = (Phase(name="all", steps=2, peak_lr=1e-2),)
     address = f"file:{folder}/model.safetensors"
-    config = test_text.config(
+    config = text_configs.config(
         source,
         plan=plan,
         tokenizer=None,

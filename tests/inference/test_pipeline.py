@@ -8,7 +8,7 @@ import numpy as np
 import pictures
 import pytest
 from PIL import Image
-from test_predict import predict, trained
+from predictions import predict, trained
 
 from finetune_jax import config as configs
 from finetune_jax import main

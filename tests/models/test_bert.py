@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from bert_oracles import CLASSES, TINY, oracle, tensors_of, texts
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import count, named
@@ -17,10 +18,6 @@ from finetune_jax.weights.addresses import Weights, read_weights
 from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.tokenizer import find_tokenizer
 
-TINY = {
-    "layers": 2, "width": 16, "heads": 4, "hidden": 24, "vocabulary": 31, "positions": 12,
-}  # fmt: skip
-CLASSES = 3
 CASES = {  # Ours, how it pools, and the oracle's class.
     "model": ("bert_base", "cls", "BertModel"),
     "sentence": ("minilm_l6", "mean", "BertModel"),
@@ -35,54 +32,9 @@ CASES = {  # Ours, how it pools, and the oracle's class.
 QUICK = ("distil",)
 
 
-def oracle(kind, sizes, classes=CLASSES):
-    """Returns a module with everything at random, in evaluation mode."""
-    oracles.import_torchvision()  # Which transformers imports where it is there.
-    transformers = oracles.import_transformers()
-    import torch
-
-    bert = {
-        "layers": "num_hidden_layers", "width": "hidden_size",
-        "heads": "num_attention_heads", "hidden": "intermediate_size",
-        "vocabulary": "vocab_size", "positions": "max_position_embeddings",
-    }  # fmt: skip
-    distil = {
-        **bert, "layers": "n_layers", "width": "dim", "heads": "n_heads",
-        "hidden": "hidden_dim",
-    }  # fmt: skip
-    theirs = distil if kind.startswith("Distil") else bert
-    make = (
-        transformers.DistilBertConfig if theirs is distil else transformers.BertConfig
-    )
-    config = make(num_labels=classes, **{theirs[k]: v for k, v in sizes.items()})
-    module = getattr(transformers, kind)(config)
-    rng = torch.Generator().manual_seed(0)
-    for name, leaf in module.named_parameters():
-        is_scale = "norm" in name.lower() and name.endswith("weight")
-        spread = 0.8 * sizes["width"] ** -0.5  # Or attention would be all or nothing.
-        leaf.data.normal_(1.0 if is_scale else 0.0, spread, generator=rng)
-    return module.eval()
-
-
-def tensors_of(module):
-    return {name: leaf.numpy() for name, leaf in module.state_dict().items()}
-
-
 def made(name, pool, *, classes=CLASSES, dtype=jnp.float32, sizes=(), **arguments):
     arguments = {**TINY, "pool": pool, **dict(sizes), **arguments, "head": {}}
     return make_model(name, arguments, classes=classes, dtype=dtype, param_dtype=dtype)
-
-
-def texts(vocabulary=TINY["vocabulary"], length=9, types=2):
-    """Returns four texts, one of them as long as there is room."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(length) < np.array([length, 5, 2, 7])[:, None]
-    return {
-        # Token 0 is torch's padding, which has no gradient there.
-        "ids": rng.integers(1, vocabulary, mask.shape).astype(np.int32),
-        "types": (rng.random(mask.shape) < 0.5 * bool(types - 1)).astype(np.int32),
-        "mask": mask.astype(np.int32),
-    }
 
 
 def shapes_of(model):
@@ -167,12 +119,14 @@ def check(case, sizes, x):
     "case",
     [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
 )
+@pytest.mark.ci_runs("sentence", "classifier", "tokens", "questions", "distil-tokens")
 def test_every_stage_is_the_oracles(case):
     check(case, TINY, texts())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["sentence", "classifier", "distil"])
+@pytest.mark.ci_runs("distil")
 def test_every_stage_is_the_oracles_at_full_width(case):
     name = CASES[case][0]
     real = make_model(name, {"head": {}}, classes=CLASSES)
@@ -184,6 +138,7 @@ def test_every_stage_is_the_oracles_at_full_width(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["classifier", "tokens", "questions", "distil"])
+@pytest.mark.ci_runs("classifier", "distil")
 def test_gradients_are_the_oracles_in_float64(case):
     name, pool, kind = CASES[case]
     classes = 2 if kind.endswith("QuestionAnswering") else CLASSES

@@ -84,6 +84,7 @@ def test_these_tests_refuse_to_promote_ranks():
 
 
 @pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), DEPTHWISE)
+@pytest.mark.ci_runs(every=7)
 def test_depthwise_values_and_gradients_are_those_of_xla(
     kernel_size, strides, padding, size
 ):
@@ -91,6 +92,7 @@ def test_depthwise_values_and_gradients_are_those_of_xla(
 
 
 @pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), POINTWISE)
+@pytest.mark.ci_runs(every=5)
 def test_pointwise_values_and_gradients_are_those_of_xla(
     kernel_size, strides, padding, size
 ):
@@ -116,6 +118,7 @@ DENSE = [
 @pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("many", [0, 100])
 @pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), DENSE)
+@pytest.mark.ci_runs(every=9)
 def test_gradients_as_products_are_those_of_xla(
     monkeypatch, kernel_size, strides, padding, size, few, many
 ):
@@ -136,6 +139,7 @@ def test_gradients_as_products_are_those_of_xla(
     ],
 )
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.ci_runs(every=3)
 def test_max_pooling_and_its_gradient_are_those_of_xla(
     window, strides, pads, size, ties
 ):
@@ -181,6 +185,7 @@ def test_convolutions_like_those_are_not_mistaken_for_them(
     ("kernel_size", "stride", "groups"),
     [(3, 2, 4), (5, 1, 4), (1, 1, 1)],
 )
+@pytest.mark.ci_runs("3-2-4-None", "5-1-4-bfloat16")
 def test_a_module_with_it_is_flaxs_own(kernel_size, stride, groups, dtype):
     x = inputs(kernel_size, (9, 6), channels=4)[0].astype(np.float32)
     arguments = dict(

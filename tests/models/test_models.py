@@ -54,7 +54,12 @@ MODELS = {  # Name, input, parameters, stages.
     "convnext_base": ((32, 32, 3), 88_591_464 - 990 * 1025, 8),
 }
 RUN = ("mlp", "cnn", "resnet20", "resnet18")  # The others: test_parity.
-DEEP = [name for name in MODELS if name.startswith(("resnet", "wide", "vit", "conv"))]
+# One of each family runs in CI, the others by `make test-exhaustive`.
+TIERS = dict.fromkeys(("mlp", "cnn", "efficientnet_lite0", "vgg11_bn", "resnet8"), ())
+TIERS |= dict.fromkeys(
+    ("resnet18", "resnext50_32x4d", "vit_tiny_patch16", "convnext_tiny"),
+    pytest.mark.slow,
+)
 
 
 def made(name, dtype="float32", **arguments):
@@ -81,7 +86,7 @@ def randomised(tree, seed=0):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in MODELS],
+    [pytest.param(n, marks=TIERS.get(n, pytest.mark.exhaustive)) for n in MODELS],
 )
 def test_a_model_has_its_size_and_runs_from_stage_to_stage(name):
     shape, parameters, stages = MODELS[name]
@@ -179,6 +184,7 @@ def test_the_head_is_a_stack():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20"])
+@pytest.mark.ci_runs("cnn")
 def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32(name):
     shape = (12, 12, 1)
     x = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)

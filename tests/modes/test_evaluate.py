@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_also import config
+from other_domains import config
 
 from finetune_jax import main
 from finetune_jax.plans.phase import Phase

@@ -2,27 +2,17 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from command_line import IRIS, ROOT, refused
 
 from finetune_jax import main
-from finetune_jax.core.errors import UserError
 from finetune_jax.modes import startup
 
-ROOT = pathlib.Path(__file__).parents[2]
-IRIS = f"--config={ROOT / 'configs' / 'iris_mlp.py'}"
 HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
-
-
-def refused(*arguments):
-    """Returns the message with which a command line is refused."""
-    with pytest.raises(UserError) as found:
-        main.run(list(arguments))
-    return str(found.value)
 
 
 @pytest.mark.parametrize(

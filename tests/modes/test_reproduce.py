@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_main import IRIS, refused
+from command_line import IRIS, refused
 
 from finetune_jax import main as program
 from finetune_jax.modes.reproduce import causes, verdict

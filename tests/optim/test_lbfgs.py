@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import small
 from sklearn.linear_model import LogisticRegression
-from test_run import lines
+from small import lines
 
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.task import EVALUATION, apply

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 import small
+from devices import FIXED, KINDS, assert_close, batches, trained
 
 from finetune_jax.core.array_store import concatenated
 from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.evaluation.eval_step import eval_step
-from finetune_jax.parallel.compiling import compiled, run_once
+from finetune_jax.parallel.compiling import run_once
 from finetune_jax.parallel.devices import concurrent_batch
 from finetune_jax.parallel.executor import outputs
 from finetune_jax.parallel.make import make_devices
@@ -23,74 +23,26 @@ from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.setup import phase_setup
-from finetune_jax.training.step import NORMS, train_step
-
-pytestmark = pytest.mark.bits
-
-KINDS = {
-    "one": dict(mode="jit", devices=1, fsdp=1),
-    "jit": dict(mode="jit", devices=8, fsdp=1),
-    "fsdp": dict(mode="jit", devices=8, fsdp=4),
-    "pmap": dict(mode="pmap", devices=8, fsdp=1),
-}
-
-FIXED = {"task": {}}
-
-
-def trained(kind, task, phase, batches):
-    """Returns (state on the host, losses, logits) after an update on each batch."""
-    devices = make_devices(SimpleNamespace(**KINDS[kind]))
-    state = run_once(lambda: random_state(task, 0))
-    names = tuple(named(state.params))
-    setup = phase_setup((phase,), 0, task, names, devices.axis_name)
-    optimizer = setup.optimizer()
-    opt_state = jax.tree.map(np.asarray, jax.jit(optimizer.init)(state.params))
-    step = functools.partial(train_step, static=setup.update(task))
-    placed = devices.place(state.replace(opt_state=opt_state))
-    program, losses, fixed = None, [], devices.place(FIXED)
-    for batch in batches:
-        batch = devices.place_batch(batch, batch_axis=1)
-        arguments = (placed, fixed, batch, np.float32(0.01), np.float32(0))
-        program = program or devices.compile_train(step, *arguments)
-        placed, metrics = program.call(*arguments)
-        norms = metrics.pop(NORMS)
-        named_norms = {f"{k}/{s}": n for k, of in norms.items() for s, n in of.items()}
-        found = {name: float(v) for name, v in (metrics | named_norms).items()}
-        losses.append(found)
-    whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches[0])
-    whole = devices.place_batch(whole, batch_axis=0)
-    arguments = (placed.params, placed.batch_stats, {}, whole)
-    predict = functools.partial(eval_step, task=task)
-    outputs = compiled(devices.over_devices(predict), *arguments).call(*arguments)
-    return devices.to_host(placed), losses, devices.rows_to_host(outputs)["logits"]
-
-
-def batches(count, micro_batches=1):
-    made = [small.batch(32, (8, 8, 1), micro_batches, seed) for seed in range(count)]
-    for batch in made:
-        batch["weight"].reshape(-1)[:3] = (0.0, 2.0, 0.5)
-    return made
-
-
-def assert_close(ours, theirs, tolerance):
-    for name, leaf in named(ours).items():
-        other = named(theirs)[name]
-        scale = max(np.abs(other).max(), 1e-3)
-        assert np.abs(leaf - other).max() <= tolerance * scale, name
+from finetune_jax.training.step import train_step
 
 
 @pytest.mark.slow
-def test_devices_agree_in_float64_after_twenty_steps_of_a_resnet():
+@pytest.mark.parametrize("model, steps", [("cnn", 5), ("resnet8", 20)])
+@pytest.mark.ci_runs("cnn-5")
+def test_devices_agree_in_float64(model, steps):
     """Weighed examples, two micro-batches, BatchNorm over the global batch."""
+    arguments = {"convolutions": (4, 8), "dense": (64,)} if model == "cnn" else {}
     with jax.enable_x64(True):
-        task = small.task(shape=(8, 8, 1), overrides=[("precision", "float64")])
+        task = small.task(
+            model, (8, 8, 1), overrides=[("precision", "float64")], **arguments
+        )
         phase = Phase(
-            name="all", steps=20, optimizer="sgd", optimizer_args={"momentum": 0.9},
+            name="all", steps=steps, optimizer="sgd", optimizer_args={"momentum": 0.9},
             clip_norm=1.0, accumulate_steps=2,
         )  # fmt: skip
-        found = {kind: trained(kind, task, phase, batches(20, 2)) for kind in KINDS}
+        found = {kind: trained(kind, task, phase, batches(steps, 2)) for kind in KINDS}
     state, losses, logits = found["one"]
-    assert named(state.params)["stem/conv/kernel"].dtype == np.float64
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("f8")}
     for kind in ("jit", "fsdp", "pmap"):
         ours, our_losses, our_logits = found[kind]
         assert_close(ours.params, state.params, 1e-10)
@@ -103,6 +55,7 @@ def test_devices_agree_in_float64_after_twenty_steps_of_a_resnet():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jit", "fsdp", "pmap"])
+@pytest.mark.ci_runs("fsdp")
 def test_the_first_loss_agrees_in_float32(kind):
     task = small.task("cnn", shape=(8, 8, 1), convolutions=(4, 8), dense=(64,))
     phase = Phase(name="all", steps=2, optimizer="sgd")
@@ -113,6 +66,7 @@ def test_the_first_loss_agrees_in_float32(kind):
     assert_close(many[0].batch_stats, one[0].batch_stats, 1e-4)
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_a_step_takes_less_memory_than_in_xlas_own_order_and_is_the_same_bits():
     task = small.task(shape=(8, 8, 1))

@@ -159,6 +159,7 @@ EACH_ROW = pytest.mark.parametrize(
 
 
 @EACH_ROW
+@pytest.mark.ci_runs("head_only", "gradual", "bias_only", "lora")
 def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
     task, state = task_of(row), state_of(row)
     plan = plan_of(row, optimizer="sgd")
@@ -180,6 +181,7 @@ def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
 
 
 @EACH_ROW
+@pytest.mark.ci_runs("head_only", "gradual", "bias_only", "lora")
 def test_a_unit_gradient_moves_each_parameter_by_minus_its_rate_bit_for_bit(row):
     task, params = task_of(row), state_of(row).params
     names, plan = tuple(named(params)), plan_of(row, optimizer="sgd")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import struct
 import subprocess
 import sys
@@ -12,31 +11,12 @@ import types
 import numpy as np
 import pytest
 import small
+from tracker_runs import OVERRIDES, ROOT, config
 
-from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.report.metrics_log import MetricsLog, read_metrics
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.training.run import run
-
-ROOT = pathlib.Path(__file__).parents[2]
-# Saved are the states after 0, 3 and 6 updates; lines are read an update late.
-OVERRIDES = {
-    "parallel.devices": 1,
-    "parallel.steps_per_call": 1,
-    "plan[0].steps": 6,
-    "evaluate.every_steps": 3,
-}
-
-
-def config(**report):
-    given = configs.load(str(ROOT / "configs" / "iris_mlp.py:tiny"))
-    overrides = OVERRIDES | {f"report.{key}": value for key, value in report.items()}
-    found, problems = configs.resolve(
-        given, [(key, str(value)) for key, value in overrides.items()]
-    )
-    assert not problems
-    return found
 
 
 def logged(workdir):
@@ -122,8 +102,8 @@ def test_a_finished_run_run_again_shows_the_same(tmp_path):
 
 KILLED = """
 import os, sys, pathlib
-sys.path[:0] = ['tests', 'tests/report']
-import test_trackers as tests
+sys.path[:0] = ['tests']
+import tracker_runs as tests
 from finetune_jax.training.updates.phase_run import PhaseRun
 from finetune_jax.training.run import run
 

@@ -10,8 +10,8 @@ import numpy as np
 import pictures
 import pytest
 import small
-from test_checkpoint import PLAN, opened, some_state
-from test_run import lines
+from checkpoints import saved
+from small import lines
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
@@ -39,31 +39,23 @@ def test_a_second_process_is_refused_and_a_stale_lock_is_not_in_the_way(tmp_path
 
 FULL = """
 import os, pathlib, resource, sys
-sys.path[:0] = ['tests', 'tests/report', 'tests/training']
-import test_workdir_faults as tests
+sys.path[:0] = ['tests']
+import checkpoints as tests
 from finetune_jax.core.errors import TrainingError
+from finetune_jax.training.progress import Progress
 setup, checkpoints, states = tests.saved(pathlib.Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 try:
-    checkpoints.save(states[1], tests.Progress(phase=1))
+    checkpoints.save(states[1], Progress(phase=1))
 except TrainingError as error:
     print(error, flush=True)
     os._exit(1)
 """
 
 
-def saved(tmp_path):
-    """Returns a setup, its checkpoints with the first of two states, and the states."""
-    config = small.config(model="cnn", convolutions=(4, 4), dense=(512,), plan=PLAN)
-    setup, checkpoints = make_setup(config), opened(tmp_path)
-    states = [some_state(setup, phase, seed=phase) for phase in (0, 1)]
-    if not checkpoints.steps():
-        checkpoints.save(states[0], Progress(phase=0))
-    return setup, checkpoints, states
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bytes_left", [512, 64_000])
+@pytest.mark.ci_runs("64000")
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_it_whole(
     tmp_path, bytes_left
 ):
@@ -102,6 +94,7 @@ def photos_config(folder, **data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_gb", [4.0, 0.0])
+@pytest.mark.ci_runs("0.0")
 def test_what_cannot_be_read_has_weight_0_and_is_listed(tmp_path, memory_gb):
     folder = pictures.make_folder(tmp_path / "photos")
     whole = make_setup(photos_config(folder))

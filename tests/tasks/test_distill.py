@@ -5,12 +5,12 @@ import functools
 import json
 from types import SimpleNamespace
 
+import devices
 import jax
+import mutual
 import numpy as np
 import pytest
 import small
-import test_mutual
-import test_parallel
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
@@ -257,6 +257,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(
 @pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("hinted", [True, False])
+@pytest.mark.ci_runs("True")
 def test_answers_kept_are_the_same_bits_as_answers_computed(
     taught, hinted, tmp_path, capsys
 ):
@@ -358,13 +359,14 @@ def test_the_teachers_head_keeps_what_features_said_of_other_classes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mutual", "distill"])
+@pytest.mark.ci_runs("distill")
 def test_eight_devices_train_as_one_does(name, monkeypatch):
     """Under jit and pmap, in float64, BatchNorm over all devices."""
     with jax.enable_x64(True):
         double = [("precision", "float64")]
         if name == "mutual":
             pair = ({"label": "cnn", **CNN}, MLP)
-            ours = make_task(test_mutual.config(pair, overrides=double), small_spec())
+            ours = make_task(mutual.config(pair, overrides=double), small_spec())
             fixed = {}
         else:
             asked = dict(hints=(("stage1", "stage1"),))
@@ -372,17 +374,17 @@ def test_eight_devices_train_as_one_does(name, monkeypatch):
                 config((WIDE,), CNN, overrides=double, **asked), small_spec()
             )
             fixed = drawn(ours)
-        monkeypatch.setattr(test_parallel, "FIXED", {"task": fixed})
+        monkeypatch.setattr(devices, "FIXED", {"task": fixed})
         phase = Phase(name="all", steps=2, optimizer="sgd")
         found = {
-            kind: test_parallel.trained(kind, ours, phase, test_parallel.batches(2))
+            kind: devices.trained(kind, ours, phase, devices.batches(2))
             for kind in ("one", "jit", "pmap")
         }
     state, losses, logits = found["one"]
     for kind in ("jit", "pmap"):
         mine, my_losses, my_logits = found[kind]
-        test_parallel.assert_close(mine.params, state.params, 1e-10)
-        test_parallel.assert_close(mine.batch_stats, state.batch_stats, 1e-10)
+        devices.assert_close(mine.params, state.params, 1e-10)
+        devices.assert_close(mine.batch_stats, state.batch_stats, 1e-10)
         np.testing.assert_allclose(my_logits, logits, rtol=1e-9, atol=1e-9)
         for one, other in zip(my_losses, losses):
             assert one == pytest.approx(other, rel=1e-8)

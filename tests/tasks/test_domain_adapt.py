@@ -1,11 +1,11 @@
 """Domain adaptation: what each method adds, and that it does its job without labels."""
 
+import devices
 import jax
 import mixtures
 import numpy as np
 import pytest
 import small
-import test_parallel
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
@@ -52,6 +52,7 @@ def batch(sizes=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dann", "mmd", "coral", "self_training"])
+@pytest.mark.ci_runs("dann")
 def test_devices_agree_in_float64(method):
     """What compares examples compares those of all devices."""
     with jax.enable_x64(True):
@@ -64,8 +65,8 @@ def test_devices_agree_in_float64(method):
     for kind in ("jit", "pmap"):
         state, losses = found[kind]
         wanted, wanted_losses = found["one"]
-        test_parallel.assert_close(state.params, wanted.params, 1e-10)
-        test_parallel.assert_close(state.batch_stats, wanted.batch_stats, 1e-10)
+        devices.assert_close(state.params, wanted.params, 1e-10)
+        devices.assert_close(state.batch_stats, wanted.batch_stats, 1e-10)
         assert losses == pytest.approx(wanted_losses, rel=1e-10)
 
 

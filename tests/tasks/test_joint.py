@@ -2,12 +2,12 @@
 
 import json
 
+import devices
 import jax
 import mixtures
 import numpy as np
 import pytest
 import small
-import test_parallel
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
@@ -221,13 +221,14 @@ def test_devices_agree_in_float64():
     for kind in ("jit", "pmap"):
         state, losses = found[kind]
         wanted, wanted_losses = found["one"]
-        test_parallel.assert_close(state.params, wanted.params, 1e-10)
-        test_parallel.assert_close(state.batch_stats, wanted.batch_stats, 1e-10)
+        devices.assert_close(state.params, wanted.params, 1e-10)
+        devices.assert_close(state.batch_stats, wanted.batch_stats, 1e-10)
         assert losses == pytest.approx(wanted_losses, rel=1e-10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["weights", "round_robin"])
+@pytest.mark.ci_runs("weights")
 def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, mixing):
     config = mixtures.config(
         DIGITS, INVERTED, data={"test": "test", "validation": None, "mixing": mixing},
@@ -313,6 +314,7 @@ def test_the_last_domain_is_what_a_run_predicts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [(r"(?!head/).*",), ()])
+@pytest.mark.ci_runs("shared0")
 def test_every_domain_begins_with_the_pretrained_weights(shared):
     config = mixtures.config(
         DIGITS, INVERTED, shared=shared, statistics="domain",

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from mutual import CNN, LARGE, config
 
 from finetune_jax import config as configs
 from finetune_jax.config.members import member_models
@@ -22,23 +23,11 @@ from finetune_jax.training.setup import make_setup, metric_names
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-LARGE = {"label": "large", "name": "mlp", "hidden": (8, 8)}
 SMALL = {"label": "small", "name": "mlp", "hidden": (6,)}
 THIRD = {"label": "third", "name": "mlp", "hidden": (5,)}
-CNN = {"label": "cnn", "name": "cnn", "convolutions": (4,), "dense": (8,)}
 
 
 PREFIXES = ("large", "small", "third")
-
-
-def config(members=(LARGE, CNN), plan=(), overrides=(), **task):
-    given = small.config(model="mlp", plan=plan)
-    with given.unlocked():
-        given.task = {"name": "mutual", **task}
-        given.model.members = members
-    resolved, problems = configs.resolve(given, overrides)
-    assert not problems, problems
-    return resolved
 
 
 def task(*arguments, **keywords):

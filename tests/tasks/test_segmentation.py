@@ -455,6 +455,7 @@ def test_a_run_measures_again_and_predicts_masks_as_large_as_its_images(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.ci_runs("True")
 def test_a_run_killed_or_scanned_or_cached_ends_in_the_same_bits(
     tmp_path, monkeypatch, frozen
 ):

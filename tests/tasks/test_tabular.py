@@ -5,8 +5,7 @@ import clicks
 import numpy as np
 import pytest
 from sklearn import metrics as theirs
-from small import Trainer, lines, stop_at_once
-from test_run import same_result
+from small import Trainer, lines, same_result, stop_at_once
 
 from finetune_jax import config as configs
 from finetune_jax import main

@@ -4,21 +4,13 @@ import jax
 import numpy as np
 import pytest
 import small
+from checkpoints import PLAN, opened, some_state
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest
-from finetune_jax.plans.phase import Phase
-from finetune_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from finetune_jax.training.checkpoint import DamagedCheckpoint
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
-
-PLAN = (
-    Phase(name="head", steps=2, rules=small.HEAD, batch_stats="hold"),
-    Phase(name="slow", steps=2, rules=(("head/.*", 1.0), (".*", 0.1))),
-    Phase(name="momentum", steps=2, optimizer="sgd", optimizer_args={"momentum": 0.9}),
-    Phase(name="two", steps=2, rules=small.HEAD, accumulate_steps=2),
-    Phase(name="frozen head", steps=2, rules=(("head/.*", 0.0), (".*", 1.0))),
-)
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +18,6 @@ def setup():
     return make_setup(small.config(
         model="cnn", convolutions=(4, 4), dense=(8,), plan=PLAN
     ))  # fmt: skip
-
-
-def some_state(setup, phase, seed=0):
-    """Returns a state of a phase's structure with values in every leaf."""
-    rng = np.random.default_rng(seed)
-    target = setup.target(Progress(phase=phase))
-    state = jax.tree.map(
-        lambda a: rng.normal(size=a.shape, scale=9).astype(a.dtype), target
-    )
-    return state.replace(step=np.asarray(phase + 1, np.int32))
-
-
-def opened(tmp_path, keep=9):
-    return Checkpoints(tmp_path / "checkpoints", keep=keep)
 
 
 def test_a_state_comes_back_to_the_bit(setup, tmp_path):
@@ -90,7 +68,7 @@ def flipped(path, position):
 
 
 @NOISE
-@pytest.mark.parametrize("each", [6, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [6, pytest.param(80, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_is_found_or_harmless(setup, tmp_path, each):
     """Every file of a checkpoint, some places each; more than a thousand in all."""
     state, progress = some_state(setup, 0), Progress(phase=0)

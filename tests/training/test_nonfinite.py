@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import small
-from test_run import lines, same_result
+from small import lines
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import TrainingError
 from finetune_jax.core.pytrees import named
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.training.checkpoint import Checkpoints
-from finetune_jax.training.loop import Preempted
 from finetune_jax.training.restore import restore
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -134,16 +133,15 @@ def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_stopped_after_every_update_it_ends_in_the_same_bits(data, tmp_path, policy):
+@pytest.mark.parametrize("updates", [5, 1])
+@pytest.mark.ci_runs("5-rollback")
+def test_stopped_again_and_again_it_ends_in_the_same_bits(
+    data, tmp_path, policy, updates
+):
     chosen = config(data, policy)
     whole = run(chosen, tmp_path / "whole")
-    for _ in range(60):
-        try:
-            result = run(chosen, tmp_path / "run", small.stop_at_once())
-            break
-        except Preempted:
-            pass
-    assert same_result(result, whole)
+    result, stops = small.run_with_stops(chosen, tmp_path / "run", updates)
+    assert stops >= 4 and small.same_result(result, whole)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert len(bad_steps(tmp_path / "run")) >= 4
 
@@ -169,4 +167,4 @@ def test_without_such_updates_guarding_changes_no_bit(tmp_path):
         )
         for policy in ("stop", "skip")
     ]  # fmt: skip
-    assert same_result(*results)
+    assert small.same_result(*results)

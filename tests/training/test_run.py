@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import small
+from small import lines, same_result
 
 from finetune_jax.config import flat, resolve
 from finetune_jax.core.errors import TrainingError, UserError
@@ -21,7 +22,7 @@ from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
-from finetune_jax.training.loop import Loop, Preempted
+from finetune_jax.training.loop import Loop
 from finetune_jax.training.run import run
 from finetune_jax.training.updates.phase_run import PhaseRun
 
@@ -58,19 +59,6 @@ def config(plan=PLAN, **overrides):
         overrides=[(key, str(value)) for key, value in keys.items()],
         **arguments,
     )
-
-
-def lines(workdir):
-    """Returns the lines of metrics.jsonl without what depends on the clock."""
-    return [
-        {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
-
-
-def same_result(one, other):
-    keys = ("params_sha256", "state_sha256", "frozen_sha256", "final", "best")
-    return all(one[key] == other[key] for key in (*keys, "best_step", "steps"))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +118,7 @@ def test_a_finished_run_run_again_gives_the_same_bits(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.exhaustive),
         6,
         pytest.param(13, marks=pytest.mark.slow),
     ],
@@ -149,13 +137,7 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
 
 @pytest.mark.slow
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp_path):
-    stops = 0
-    while stops < 20:
-        try:
-            result = run(config(), tmp_path / "run", small.stop_at_once())
-            break
-        except Preempted:
-            stops += 1
+    result, stops = small.run_with_stops(config(), tmp_path / "run")
     assert stops == 16
     assert same_result(result, undisturbed[0])
     assert lines(tmp_path / "run") == lines(undisturbed[1])
@@ -311,6 +293,7 @@ def test_what_is_frozen_and_moves_stops_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "jit"])
+@pytest.mark.ci_runs("jit")
 def test_eight_devices_run_the_whole_story(undisturbed, tmp_path, mode):
     found = config(**{"parallel.mode": mode, "parallel.devices": 8})
     result = run(found, tmp_path / "run")
@@ -364,8 +347,17 @@ def wait_for_step(process, workdir, step):
     raise AssertionError(f"step {step} was not reached in time")
 
 
+KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
+
+
 @pytest.mark.slow
-def test_sigkill_in_each_phase_and_sigterm_end_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [((8, KILL), (9, TERMINATE)), ((3, KILL), (8, KILL), (9, TERMINATE), (13, KILL))],
+    ids=["once", "each phase"],
+)
+@pytest.mark.ci_runs("once")
+def test_sigkill_and_sigterm_end_in_the_same_bits(tmp_path, signals):
     path = written_config(tmp_path)
     process = started(path, tmp_path / "whole")
     output = process.communicate()[0]
@@ -373,15 +365,12 @@ def test_sigkill_in_each_phase_and_sigterm_end_in_the_same_bits(tmp_path):
     assert output.startswith(f"workdir {tmp_path / 'whole'}")
     assert output.rstrip().endswith(f"workdir {tmp_path / 'whole'}")
     workdir = tmp_path / "killed"
-    for step, number in (
-        (3, signal.SIGKILL), (8, signal.SIGKILL), (9, signal.SIGTERM),
-        (13, signal.SIGKILL),
-    ):  # fmt: skip
+    for step, number in signals:
         process = started(path, workdir)
         wait_for_step(process, workdir, step)
         process.send_signal(number)
         output = process.communicate()[0]
-        wanted = 75 if number == signal.SIGTERM else -number
+        wanted = 75 if number == TERMINATE else -number
         assert process.returncode in (wanted, 0), output
     process = started(path, workdir)
     assert process.wait() == 0

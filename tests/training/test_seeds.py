@@ -62,6 +62,7 @@ def test_equal_seeds_for_all_sources_are_one_seed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["order", "augmentation", "dropout"])
+@pytest.mark.ci_runs("dropout")
 def test_every_seed_reaches_the_updates(tmp_path, source):
     one = run(config(), tmp_path / "one")
     other = run(config((f"seed.{source}", "1")), tmp_path / "other")

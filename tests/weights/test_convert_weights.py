@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch_files
-from test_weights import layout, published, shapes, values
+from weight_files import layout, published, shapes, values
 
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.weights.addresses import read_weights

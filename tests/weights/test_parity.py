@@ -175,6 +175,23 @@ def assert_close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=map(str, ROWS))
+@pytest.mark.ci_runs(
+    "torchvision-resnet18",
+    "torchvision-resnext50_32x4d",
+    "timm-resnet18",
+    "transformers-resnet18",
+    "timm-efficientnet_lite0",
+    "torchvision-vgg11_bn-32",
+    "timm-vgg11-32",
+    "timm-vit_tiny_patch16-mean_norm-avg-12-32",
+    "timm-vit_tiny_patch16-mean-False-False-avg-False-12-32",
+    "torchvision-vit_base_patch32-3-64",
+    "transformers-vit_tiny_patch16-1e-12-12-32",
+    "transformers, as modules-vit_tiny_patch16-1e-12-12-32",
+    "torchvision-convnext_small-(96, 192, 384, 768)-(1, 1, 2, 1)",
+    "timm-convnext_small-(96, 192, 384, 768)-(1, 1, 2, 1)",
+    "transformers-convnext_small-1e-12-(96, 192, 384, 768)-(1, 1, 2, 1)",
+)
 def test_stages_and_logits_are_the_oracles(row):
     oracle = oracle_models.make(row.library, row.name, **row.theirs)
     model = made(row, jnp.float32)
@@ -195,6 +212,7 @@ def test_stages_and_logits_are_the_oracles(row):
 
 
 @pytest.mark.parametrize("number", range(5))
+@pytest.mark.ci_runs("0")
 def test_efficientnet_lites_are_timms_in_float64(number):
     """Deep ReLU6 networks amplify rounding; 64 bits tell it from a mistake."""
     row = Row("timm", f"efficientnet_lite{number}")
@@ -232,6 +250,13 @@ GRADIENTS = [  # Of few blocks: what takes time is compiling.
 
 
 @pytest.mark.parametrize("row", GRADIENTS, ids=map(str, GRADIENTS))
+@pytest.mark.ci_runs(
+    "torchvision-resnet50-(1, 1, 1, 1)",
+    "timm-efficientnet_lite0-1",
+    "torchvision-vgg11_bn-32-(8, 8, 16, 16, 16)",
+    "timm-vit_tiny_patch16-3-32",
+    "torchvision-convnext_tiny-(8, 12, 16, 24)-(1, 1, 1, 1)",
+)
 def test_gradients_of_a_training_step_are_the_oracles_in_float64(row):
     oracle = oracle_models.make(row.library, row.name, **row.theirs)
     oracle.module.double()

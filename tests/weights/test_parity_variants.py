@@ -7,13 +7,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 
+import bert_oracles
 import jax
 import numpy as np
 import oracle_models
 import oracles
 import pytest
 import small
-import test_bert
 from safetensors.numpy import save_file
 
 from finetune_jax.models import convnext, model_of
@@ -140,7 +140,7 @@ def next_of(epsilon):
     return make
 
 
-TINY = {key: test_bert.TINY[key] for key in ("layers", "width", "hidden")}
+TINY = {key: bert_oracles.TINY[key] for key in ("layers", "width", "hidden")}
 TINY |= {"vocabulary": 31, "positions": 12}
 HEADS_2 = {"num_attention_heads": 2, "layer_norm_eps": 1e-3, "hidden_act": "relu"}
 
@@ -246,7 +246,7 @@ def inputs_of(pair):
     import torch
 
     if "bert" in pair.name or "minilm" in pair.name:
-        x = test_bert.texts(types=1)
+        x = bert_oracles.texts(types=1)
         ids, mask = (torch.from_numpy(x[key]).long() for key in ("ids", "mask"))
         return x, {"input_ids": ids, "attention_mask": mask}
     size = 32 if pair.name.startswith("vit") else 64
@@ -265,6 +265,14 @@ def logits_of(module, given):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.ci_runs(
+    "bert_base-2-relu-0.001",
+    "distilbert_base-8-relu",
+    "vit_tiny_patch16-6-quick_gelu-mean_norm",
+    "resnet50-1x1",
+    "efficientnet_lite0-symmetric-0.01",
+    "convnext_tiny-0.01",
+)
 def test_the_member_that_the_file_describes_is_computed(pair, tmp_path):
     pytest.importorskip("torch")
     module = pair.make(tmp_path)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_weights import given, layout, problems, shapes, values
+from weight_files import given, layout, problems, shapes, values
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named

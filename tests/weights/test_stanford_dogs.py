@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_weights import REPOSITORY, empty_hub, published, renamed, shapes, write
+from weight_files import REPOSITORY, empty_hub, published, renamed, shapes, write
 
 from finetune_jax import config as configs
 from finetune_jax import main as program
