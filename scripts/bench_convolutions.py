@@ -24,6 +24,7 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
+from finetune_jax.data.preprocessing import ArraySpec
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
 from finetune_jax.parallel.compiling import CPU_OPTIONS, run_once
@@ -70,7 +71,7 @@ def program(name: str):
     assert not problems, problems
     shape = (size, size, channels)
     spec = DataSpec(
-        shape=shape, train_shape=shape, dtype="uint8",
+        kind="images", shape=shape, train_shape=shape, dtype="uint8", inputs=ArraySpec(),
         class_names=tuple("0123456789"), train_counts=(100,) * 10,
     )  # fmt: skip
     task = make_task(config, spec)

@@ -194,7 +194,7 @@ def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
         config.model.update(DENSE[model])
     data = run_data(config)
     size, rng = config.data.batch_size, np.random.default_rng(0)
-    spec = data.spec.table
+    spec = data.spec.inputs
     assert spec is not None
     ours, theirs = our_steps(config, data), torch_steps(config, spec)
     place = np.arange(size, dtype=np.int32)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.dataset import load_source
+from finetune_jax.data.loading import load_source
 from finetune_jax.data.source import Source
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from finetune_jax import main as program
-from finetune_jax.inference.predictor import examples, open_predictor
+from finetune_jax.data.dataset import unlabelled
+from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.startup import resolved_config
 
 
@@ -18,7 +19,7 @@ def predicted(workdir, inputs):
     """Returns the outputs of predictions, before they become records."""
     config = resolved_config("", workdir, [("parallel.devices", "1")])
     predictor = open_predictor(config, workdir)
-    return predictor.state.outputs(examples(inputs, predictor.spec))
+    return predictor.state.outputs(unlabelled(inputs, predictor.spec))
 
 
 def assert_close(found, wanted, tolerance=1e-6):

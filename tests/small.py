@@ -8,6 +8,7 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
+from finetune_jax.data import preprocessing
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase, as_config
@@ -102,10 +103,13 @@ def config(*, model="resnet8", plan=(), overrides=(), **model_arguments):
 
 
 def spec(shape=(12, 12, 1), classes=10, **fields):
+    arrays = {key: fields.pop(key) for key in preprocessing.KEYS if key in fields}
     return DataSpec(
+        kind="images" if len(shape) == 3 else "vectors",
         shape=shape,
         train_shape=shape,
         dtype="uint8",
+        inputs=preprocessing.ArraySpec(**arrays),
         class_names=tuple(map(str, range(classes))),
         train_counts=(1000 // classes,) * classes,
         **fields,

@@ -4,6 +4,7 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.data.dataset import make_data
+from finetune_jax.data.kind import Resources
 
 
 def section(place, name="criteo", **given):
@@ -16,7 +17,8 @@ def section(place, name="criteo", **given):
 
 
 def data_of(place, name="criteo", seed=0, fitted=None, **given):
-    return make_data(section(place, name, **given), seed=seed, fitted=fitted)
+    resources = Resources(fitted=fitted)
+    return make_data(section(place, name, **given), seed=seed, resources=resources)
 
 
 def taken(dataset):

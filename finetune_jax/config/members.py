@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.config.schema import Config
+from finetune_jax.core.metric_names import RESERVED
 
-# What else the names of metrics begin with.
-RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 # Of an entry, not of its model.
 _OWN = ("label", "pretrained", "entry")
 

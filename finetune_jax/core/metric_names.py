@@ -2,6 +2,8 @@
 
 import math
 
+# Prefixes of metric names, which no domain, model or label may have.
+RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
 
 

@@ -71,6 +71,19 @@ def names(package: ModuleType) -> set[str]:
     return {info.name for info in found if not info.ispkg}
 
 
+def packages_with(package: ModuleType, name: str) -> list[str]:
+    """Returns the sub-packages that have a module of a name, sorted; none is imported."""
+    return sorted(
+        info.name
+        for info in pkgutil.iter_modules(package.__path__)
+        if info.ispkg
+        and any(
+            pathlib.Path(folder, info.name, f"{name}.py").is_file()
+            for folder in package.__path__
+        )
+    )
+
+
 def module(package: ModuleType, name: str, where: str) -> ModuleType:
     """Returns one module of a package; only this one is imported.
 

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.kind import Lengths
 from finetune_jax.data.order import Order, training_order
-from finetune_jax.data.text.tokens import TextOptions, shortened
 
 
-class Examples(Protocol):
-    """A split: a `Dataset`, or what stands for one."""
+class BatchSource(Protocol):
+    """A split that batches are taken from: a `Dataset` or a view of one."""
 
     @property
     def label(self) -> np.ndarray:
@@ -32,11 +32,11 @@ class Examples(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Views:
-    """A split each of whose examples comes several times, one after another.
+    """A split that repeats each example several times, one after another.
 
     Attributes:
         dataset: The split.
-        views: How often.
+        views: Number of times.
     """
 
     dataset: Dataset
@@ -58,16 +58,16 @@ class Views:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shortened:
-    """A split of texts whose batches are no longer than their texts need.
+    """A split whose batches are no longer than their longest example needs.
 
     Attributes:
         dataset: The split.
-        options: Have the lengths that there may be.
-        order: In which its examples stand; None is their own.
+        lengths: How a batch is cut.
+        order: Order of the examples; None is that of the split.
     """
 
     dataset: Dataset
-    options: TextOptions
+    lengths: Lengths
     order: np.ndarray | None = None
 
     @property
@@ -82,17 +82,29 @@ class Shortened:
     def take(self, positions: np.ndarray) -> dict[str, Any]:
         """Returns the examples of the rows."""
         rows = positions if self.order is None else self.order[positions]
-        batch = self.dataset.take(rows)
-        batch["inputs"] = shortened(batch["inputs"], self.options)
-        if self.options.labels == "tags":
-            batch["label"] = batch["label"][:, : batch["inputs"].shape[-1]]
-        return batch
+        return self.lengths.shortened(self.dataset.take(rows))
+
+    def unsorted(self, rows: np.ndarray) -> np.ndarray:
+        """Returns results, a row for each example, in the order of the split."""
+        return rows if self.order is None else rows[np.argsort(self.order)]
 
 
-def by_length(dataset: Dataset) -> np.ndarray:
-    """Returns the positions of texts from the shortest to the longest."""
-    inputs = dataset.take(np.arange(len(dataset)))["inputs"]
-    return np.argsort((inputs[:, 1] != 0).sum(axis=-1), kind="stable")
+def shortened(split: Any, *, by_length: bool = False) -> Any:
+    """Returns the view of a split whose batches have no needless padding.
+
+    Examples that all have the same shape are their own view.
+
+    Args:
+        split: A `Dataset`, or the mixture of several.
+        by_length: Whether the shortest examples come first, for evaluation.
+    """
+    if not isinstance(split, Dataset) or split.lengths is None:
+        return split
+    order = None
+    if by_length:
+        lengths = split.lengths.of(split.take(np.arange(len(split))))
+        order = np.argsort(lengths, kind="stable")
+    return Shortened(dataset=split, lengths=split.lengths, order=order)
 
 
 def training_positions(
@@ -102,7 +114,7 @@ def training_positions(
 
     Args:
         label: Class index of each training example.
-        seed: Of the order.
+        seed: Seed of the order.
         batch_size: Examples in one update.
         update: Counted from the beginning of the run.
         sampling: 'uniform' or 'balanced'.
@@ -112,7 +124,7 @@ def training_positions(
 
 
 def training_batches(
-    dataset: Examples,
+    dataset: BatchSource,
     *,
     seed: int,
     batch_size: int,
@@ -126,7 +138,7 @@ def training_batches(
 
     Args:
         dataset: The training split.
-        seed: Of the order.
+        seed: Seed of the order.
         batch_size: Examples in one update.
         micro_batches: k, by which the batch is divided.
         start: First update, counted from the beginning of the run.
@@ -161,12 +173,12 @@ def rows_of(
     """Returns the rows of the split that updates `start` to `stop` take, int64 [N].
 
     Args:
-        order: Of the examples.
-        epoch: How many there are.
+        order: Order of the examples.
+        epoch: Number of examples.
         batch_size: Examples in one update.
         start: First update, counted from the beginning of the run.
         stop: The update after the last.
-        views: Rows of an example, which take turns from epoch to epoch; None is one.
+        views: Rows of an example, one for each epoch in turn; None is one row.
     """
     places = np.arange(start * batch_size, stop * batch_size)
     rows = order.positions(start * batch_size, stop * batch_size)
@@ -185,13 +197,13 @@ def _padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def evaluation_batches(
-    dataset: Examples, *, batch_size: int
+    dataset: BatchSource, *, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Yields all rows once, in order; the last batch is padded with weight 0.
 
     Args:
         dataset: A split.
-        batch_size: Of every batch, the last too.
+        batch_size: Size of every batch, the last too.
     """
     for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)

@@ -11,18 +11,23 @@ import numpy as np
 from finetune_jax.core.array_store import aligned_zeros
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest
-from finetune_jax.data.images.decoding import Geometry
-from finetune_jax.data.loading import load_source as load_source
-from finetune_jax.data.loading import opened
+from finetune_jax.data.kind import (
+    Lengths,
+    Opened,
+    Resources,
+    check_keys,
+    kind_named,
+    kind_of,
+)
 from finetune_jax.data.source import (
     ArrayExamples,
     Source,
     check_classes,
     check_labelled,
+    check_no_classes,
 )
-from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
+from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.splits import choose, overlaps, per_class
-from finetune_jax.data.tables.encoding import Fitted
 from finetune_jax.data.threads import attempts, check_readable
 
 ADVICE = "Mend them, take them out, or pass them over: config.data.on_error=skip."
@@ -33,22 +38,24 @@ class Dataset:
     """The examples of one split, decoded and resized when they are taken.
 
     Attributes:
-        source: Where they come from.
-        indices: Which they are, in the concatenation of the source's splits.
-        label: Class index of each, int32 [N]; or its targets, float32 [N, T]; zeros
-            where images have masks.
-        geometry: How images become what batches hold; None for feature vectors.
-        shape: Of one example's inputs after that.
-        decoded: All examples as `source` reads them, where they are kept in memory.
-        unreadable: Messages by index, of what could not be read and has weight 0; None
-            stops there.
+        source: Source of the examples.
+        indices: Places of the examples in the concatenation of the source's splits.
+        label: Class index of each example, int32 [N]; or its targets, float32 [N, T];
+            zeros where images have masks.
+        geometry: How examples are fitted when they are read; None: as stored.
+        shape: Shape of one example's inputs after that.
+        lengths: How batches are cut to their longest example; None for equal shapes.
+        decoded: All examples as `source` reads them, if they are kept in memory.
+        unreadable: Messages by index for examples that could not be read and have weight
+            0; None raises an error instead.
     """
 
     source: Source
     indices: np.ndarray
     label: np.ndarray
-    geometry: Geometry | None
+    geometry: Any
     shape: tuple[int, ...]
+    lengths: Lengths | None = None
     decoded: np.ndarray | None = None
     unreadable: dict[int, str] | None = None
 
@@ -73,7 +80,7 @@ class Dataset:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keeping all examples in memory takes; none where they are there."""
+        """Bytes that keeping all examples in memory takes; 0 if they are there already."""
         owners, _ = self._owners(self.indices)
         parts = list(self.source.splits.values())
         are_ready = all(self._is_ready(parts[owner]) for owner in np.unique(owners))
@@ -95,8 +102,8 @@ class Dataset:
     def take(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Returns 'inputs', 'label' and 'weight' of examples at positions of the split.
 
-        And 'mask' where images have one, uint8 [n, H, W]. The weight of what could not be
-        read is 0, its inputs are zeros; of all others 1.
+        Where images have masks, 'mask' is uint8 [n, H, W]. An example that could not be
+        read has weight 0 and zeros for inputs; all others have weight 1.
 
         Raises:
             UserError: Lists the examples that cannot be read.
@@ -171,7 +178,7 @@ class Dataset:
         return dataclasses.replace(self, label=np.zeros_like(self.label))
 
     def messages(self) -> dict[str, str]:
-        """Returns what was passed over so far: messages by name."""
+        """Returns messages about examples that could not be read so far, by name."""
         places = {int(index): at for at, index in enumerate(self.indices)}
         return {
             self.name(places[index]): message
@@ -179,7 +186,7 @@ class Dataset:
         }
 
     def name(self, position: int) -> str:
-        """Returns what a person knows the example at a position by."""
+        """Returns the name of the example at a position, such as its file."""
         owners, places = self._owners(self.indices[[position]])
         return list(self.source.splits.values())[owners[0]].name(int(places[0]))
 
@@ -196,24 +203,24 @@ class Dataset:
 
     def _is_ready(self, part: Any) -> bool:
         """Returns whether a split's arrays are what batches hold, unchanged."""
-        resizes = self.geometry is not None and self.geometry.resize is not None
+        changes = self.geometry is not None and self.geometry.changes(part.shape)
         is_array = isinstance(part, ArrayExamples)
-        return is_array and part.shape == self.shape and not resizes
+        return is_array and part.shape == self.shape and not changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run trains and measures itself on.
+    """Data that a run is trained on and measured on.
 
     Attributes:
-        spec: What the examples look like.
-        train: The training split, a `Dataset`, or a `Mixture` of several domains.
-        held_out: 'validation' and 'test', where the config names them; likewise.
-        fingerprint: Returns that of the source; the config says what was selected.
-        warnings: What a reader of the result should know.
+        spec: Description of the examples.
+        train: Training split, a `Dataset`, or a `DomainMixture` of several domains.
+        held_out: Splits 'validation' and 'test', as far as the config names them.
+        fingerprint: Returns the source's fingerprint; the config has the selection.
+        warnings: Lines that a reader of the result should know.
         not_used: Lines about files or rows that were left out, with counts and reasons.
-        tokenizer: What the tokenizer.json of texts holds; None of what is no text.
-        fitted: What a run keeps of a table; None of what is no table.
+        fitted: State of the kind that the run keeps, such as the statistics of a table.
+        files: Returns texts that the run keeps in its workdir, by file name.
     """
 
     spec: DataSpec
@@ -222,11 +229,19 @@ class Data:
     fingerprint: Callable[[], str]
     warnings: tuple[str, ...]
     not_used: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    fitted: Fitted | None = None
+    fitted: Any = None
+    files: Callable[[], Mapping[str, str]] = dict
+
+    def label_counts(self) -> tuple[int, ...]:
+        """Returns the training examples of each class, or the words of each tag."""
+        label = self.train.label if isinstance(self.train, Dataset) else np.zeros(0)
+        if label.ndim == 1 or not self.spec.class_names:
+            return self.spec.train_counts
+        counts = np.bincount(label[label >= 0], minlength=len(self.spec.class_names))
+        return tuple(counts.tolist())
 
     def unreadable(self) -> dict[str, str]:
-        """Returns what was passed over so far: messages by name."""
+        """Returns messages about examples that could not be read so far, by name."""
         found = {}
         for part in (self.train, *self.held_out.values()):
             found |= part.messages()
@@ -252,7 +267,7 @@ class Data:
 
 
 def no_data(spec: DataSpec) -> Data:
-    """Returns data of which only the looks are known: no examples."""
+    """Returns data without examples."""
     nothing = Source(name="nothing", splits={}, class_names=(), fingerprint=str)
     return Data(
         spec=spec,
@@ -261,6 +276,34 @@ def no_data(spec: DataSpec) -> Data:
         fingerprint=nothing.fingerprint,
         warnings=(),
     )
+
+
+def unlabelled(
+    inputs: np.ndarray,
+    spec: DataSpec,
+    *,
+    name: str = "inputs",
+    label: np.ndarray | None = None,
+    notes: np.ndarray | None = None,
+) -> Dataset:
+    """Returns inputs [N, ...], as the model takes them, as a dataset for prediction.
+
+    Args:
+        inputs: The inputs.
+        spec: Description of the run's data.
+        name: Name of the inputs, for messages.
+        label: Stand-ins for the labels; None is zeros.
+        notes: Notes of the examples, as `Source` has them.
+    """
+    label = np.zeros(len(inputs), np.int32) if label is None else label
+    source = Source(
+        name=name,
+        splits={"all": ArrayExamples(values=inputs, label=label)},
+        class_names=(),
+        fingerprint=str,
+        notes=notes,
+    )
+    return dataset_of(source, spec, np.arange(len(inputs)), label)
 
 
 def dataset_of(
@@ -275,19 +318,21 @@ def dataset_of(
     """Returns some examples of a source, preprocessed as a spec says.
 
     Args:
-        source: Has the examples.
-        spec: What they become.
-        indices: Which, in the concatenation of the source's splits.
-        label: Class index, or targets, of each.
+        source: Source of the examples.
+        spec: Description of the data.
+        indices: Places of the examples in the concatenation of the source's splits.
+        label: Class index, or targets, of each example.
         training: Whether augmentation follows, which may take larger images.
-        skip: Whether examples that cannot be read are passed over.
+        skip: Whether examples that cannot be read get weight 0.
     """
+    kind = kind_named(spec.kind)
     return Dataset(
         source=source,
         indices=indices,
         label=label,
-        geometry=spec.geometry(training),
+        geometry=kind.geometry(spec, training=training),
         shape=spec.train_shape if training else spec.shape,
+        lengths=kind.lengths(spec),
         unreadable={} if skip else None,
     )
 
@@ -296,27 +341,28 @@ def make_data(
     config: Mapping[str, Any],
     *,
     seed: int,
-    tokenizer: str | None = None,
     labelled: bool = True,
-    fitted: Fitted | None = None,
+    resources: Resources | None = None,
 ) -> Data:
     """Returns the splits that `config.data` describes.
 
     Args:
         config: The section `config.data`.
-        seed: Of the run; draws the examples of `per_class`.
-        tokenizer: What a tokenizer.json holds, for texts.
+        seed: Seed of the run; draws the examples of `per_class`.
         labelled: Whether training may know labels. Otherwise nothing that training sees,
             not even which examples are in it, depends on them.
-        fitted: What a run has kept of a table; None fits it to the training rows.
+        resources: Content of files that the kind of data may need; None: of none.
 
     Raises:
-        UserError: A split that is wrong or empty, a class absent from training, what
-            classes are needed for where there are none.
+        UserError: A split that is wrong or empty, a class absent from training, or an
+            option that needs classes where there are none.
     """
-    source, text, table = opened(config, tokenizer, fitted)
+    opened = _opened(config, resources or Resources())
+    source = opened.source
     label = {name: part.label for name, part in source.splits.items()}
     everything = np.concatenate(list(label.values()))
+    if not source.class_names or everything.ndim > 1:
+        check_no_classes(source, config)
     stratified = labelled and config["stratified"]
     chosen = choose(label, source.groups, config, stratified=stratified)
     if config["per_class"] is not None:
@@ -327,25 +373,23 @@ def make_data(
         if labelled:
             check_classes(source, everything, chosen["train"])
         check_labelled(source, everything, chosen, training=labelled)
-    warnings = [*source.warnings, *overlaps(chosen)]
-    if table is not None:
-        source, fitted = table.fitted(chosen["train"], fitted, warnings)
-    shape = _shape(source, config)
+    prepared = opened.prepare(chosen["train"])
+    source = prepared.source
     spec = DataSpec(
-        shape=shape,
-        train_shape=train_shape(shape, config["train_size"]),
+        kind=opened.kind,
+        shape=prepared.shape,
+        train_shape=prepared.train_shape,
         dtype=next(iter(source.splits.values())).dtype,
+        inputs=prepared.inputs,
         class_names=source.class_names,
         targets=source.targets,
         pixel_classes=source.pixel_classes,
         train_counts=_counts(source, everything[chosen["train"]], labelled=labelled),
-        text=text,
+        augment=config["augment"],
+        mix=config["mix"],
         labelled=labelled,
-        table=fitted and fitted.spec,
-        pixels=source.pixels,
-        **preprocessing_of(config),
     )
-    check_preprocessing(spec)
+    kind_named(spec.kind).check(spec)
     skip = config["on_error"] == "skip"
     made = {
         key: dataset_of(
@@ -359,11 +403,20 @@ def make_data(
         train=train if labelled else train.without_labels(),
         held_out=made,
         fingerprint=source.fingerprint,
-        warnings=tuple(warnings),
+        warnings=(*opened.source.warnings, *overlaps(chosen), *prepared.warnings),
         not_used=source.not_used,
-        tokenizer=tokenizer if text else None,
-        fitted=fitted,
+        fitted=prepared.fitted,
+        files=prepared.files,
     )
+
+
+def _opened(section: Mapping[str, Any], resources: Resources) -> Opened:
+    """Returns the data that `config.data` describes, its splits not chosen yet."""
+    kind = kind_of(section)
+    check_keys(section, kind)
+    opened = kind_named(kind).open(section, resources)
+    check_keys(section, opened.kind)
+    return opened
 
 
 def _counts(source: Source, label: np.ndarray, *, labelled: bool) -> tuple[int, ...]:
@@ -371,30 +424,3 @@ def _counts(source: Source, label: np.ndarray, *, labelled: bool) -> tuple[int, 
     if not (source.class_names and label.ndim == 1 and labelled):
         return (len(label),)
     return tuple(map(int, np.bincount(label, minlength=len(source.class_names))))
-
-
-def _shape(source: Source, config: Mapping[str, Any]) -> tuple[int, ...]:
-    shapes = {part.shape for part in source.splits.values()}
-    shape = shapes.pop() if len(shapes) == 1 else None
-    if shape is not None and len(shape) < 3:
-        for key in ("image_size", "channels", "train_size"):
-            if config[key] is not None:
-                raise UserError(
-                    f"config.data.{key}: {config[key]}, but {source.name} has no images"
-                )
-        return shape
-    image_size, channels = config["image_size"], config["channels"]
-    if image_size is None and shape is None:
-        raise UserError(
-            f"config.data.image_size: the images of {source.name} differ in size; "
-            "say which size they shall have"
-        )
-    height, width = (image_size, image_size) if image_size else shape[:2]  # type: ignore
-    return height, width, channels or (shape[2] if shape else 3)
-
-
-def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ...]:
-    """Returns the shape of training examples before augmentation."""
-    if train_size is None or len(shape) < 3:
-        return shape
-    return train_size, train_size, shape[2]

@@ -2,9 +2,8 @@
 
 Every domain has its own source, splits, preprocessing and order. A batch is a dict of the
 domains' batches, {'digits': {'inputs': ...}, 'fashion': {'inputs': ...}}: examples of
-domains may differ in shape and number. What a domain's examples are, in which order they
-come, and what is drawn for them depends on the seed and the domain's own name alone, not on
-which others there are.
+domains may differ in shape and number. The examples of a domain, their order and their
+random keys depend on the seed and the domain's own name alone, not on the other domains.
 """
 
 import dataclasses
@@ -20,25 +19,27 @@ import numpy as np
 
 from finetune_jax.config.schema import CHOICES, OF_DOMAIN, POSITIVE
 from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.metric_names import RESERVED
 from finetune_jax.data.batches import places_of, rows_of
 from finetune_jax.data.dataset import Data, Dataset, make_data
+from finetune_jax.data.kind import kind_named, kind_of
 from finetune_jax.data.order import Order, training_order
 
-# What metrics and parameters are named by besides domains.
-RESERVED = ("train", "validation", "test", "time", "distance", "cka", "loss", "head")
+# Other names of metrics and parameters.
+_NAMES = (*RESERVED, "loss", "head")
 
 
 def domain_seed(seed: int, domain: str) -> int:
-    """Returns the seed of what is drawn for a domain's examples."""
+    """Returns the seed of a domain's examples."""
     return (seed + zlib.crc32(domain.encode())) % 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What updates take of a domain.
+    """The part of a domain in an update.
 
     Attributes:
-        examples: In an update that has any of it.
+        examples: Examples in an update that has the domain.
         sampling: 'uniform' or 'balanced'.
         labelled: Whether they come with labels.
     """
@@ -49,12 +50,12 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture:
+class DomainMixture:
     """The same split of several domains.
 
     Attributes:
         parts: By domain.
-        draws: What updates take, by domain; of what is not trained on there is none.
+        draws: Part of an update, by domain; domains without one are not trained on.
         takes_turns: Whether an update has one domain only, each in its turn.
     """
 
@@ -68,10 +69,10 @@ class Mixture:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keeping all examples in memory takes; none where they are there."""
+        """Bytes that keeping all examples in memory takes; 0 if they are there already."""
         return sum(part.nbytes for part in self.parts.values())
 
-    def in_memory(self) -> "Mixture":
+    def in_memory(self) -> "DomainMixture":
         """Returns the split with all examples decoded.
 
         Raises:
@@ -88,7 +89,7 @@ class Mixture:
         return dataclasses.replace(self, parts=parts)
 
     def messages(self) -> dict[str, str]:
-        """Returns what was passed over so far: messages by name."""
+        """Returns messages about examples that could not be read so far, by name."""
         return {
             f"{domain}: {name}": message
             for domain, part in self.parts.items()
@@ -127,7 +128,7 @@ class Mixture:
     ) -> dict[str, dict[str, Any]]:
         """Returns the batch of an update, arrays [n, ...] by domain.
 
-        Of a domain without labels there is no 'label'.
+        A domain without labels has no 'label'.
 
         Args:
             update: Counted from the beginning of the run.
@@ -150,13 +151,13 @@ class Mixture:
 
 
 def mixed_batches(
-    mixture: Mixture, *, seed: int, micro_batches: int, start: int, stop: int
+    mixture: DomainMixture, *, seed: int, micro_batches: int, start: int, stop: int
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of updates `start` to `stop`, arrays [k, b, ...] by domain.
 
     Args:
         mixture: The training split.
-        seed: Of the order.
+        seed: Seed of the order.
         micro_batches: k, by which each domain's part is divided.
         start: First update, counted from the beginning of the run.
         stop: The update after the last.
@@ -180,10 +181,10 @@ def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:
 
     Args:
         config: The section `config.data`.
-        seed: Of the run; draws the examples of `per_class`.
+        seed: Seed of the run; draws the examples of `per_class`.
 
     Raises:
-        UserError: Lists what is wrong with any domain.
+        UserError: Lists the problems of all domains.
     """
     shared = {key: config[key] for key in config if key != "domains"}
     entries = [dict(entry) for entry in config["domains"]]
@@ -194,14 +195,19 @@ def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:
     for index, entry in enumerate(entries):
         domain, where = entry["domain"], f"config.data.domains[{index}]."
         own = {key: entry[key] for key in OF_DOMAIN if entry[key] is not None}
+        section = {**shared, **own}
         try:
+            if not kind_named(kind := kind_of(section)).can_mix:
+                raise UserError(
+                    f"config.data.name: data of kind {kind!r} has no domains"
+                )
             found[domain] = make_data(
-                {**shared, **own},
+                section,
                 seed=domain_seed(seed, domain),
                 labelled=entry["labelled"],
             )
         except UserError as error:
-            # What reads data blames config.data, where this may not come from.
+            # Messages name config.data, but the value may come from the entry.
             problems.append(str(error).replace("config.data.", where))
     if problems:
         raise problems_error("The domains cannot be used:", problems)
@@ -244,9 +250,9 @@ def _mixed(found: Mapping[str, Data], entries: list, shared: Mapping) -> Data:
         spec=dataclasses.replace(
             first, domains=specs, train_counts=(sum(counts),), augment=(), mix=()
         ),
-        train=Mixture(parts=parts, draws=draws, takes_turns=takes_turns),
+        train=DomainMixture(parts=parts, draws=draws, takes_turns=takes_turns),
         held_out={
-            split: Mixture(parts={n: d.held_out[split] for n, d in found.items()})
+            split: DomainMixture(parts={n: d.held_out[split] for n, d in found.items()})
             for split in next(iter(found.values())).held_out
         },
         fingerprint=lambda: "; ".join(f"{n}: {f()}" for n, f in fingerprints.items()),
@@ -270,7 +276,7 @@ def shares(weights: list[float], examples: int) -> list[int]:
 
 
 def _entry_problems(entries: list[dict], shared: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with the domains before their data is opened."""
+    """Returns the problems of the domains that show before data is opened."""
     problems, seen = [], set()
     for index, entry in enumerate(entries):
         where, domain = f"config.data.domains[{index}].", entry["domain"]
@@ -278,7 +284,7 @@ def _entry_problems(entries: list[dict], shared: Mapping[str, Any]) -> list[str]
             problems.append(
                 f"{where}domain: {domain!r}; a name of a-z, 0-9, _ is needed"
             )
-        elif domain in RESERVED:
+        elif domain in _NAMES:
             problems.append(
                 f"{where}domain: {domain!r} names other things; choose another"
             )
@@ -304,15 +310,13 @@ def _entry_problems(entries: list[dict], shared: Mapping[str, Any]) -> list[str]
             )
     if shared["mixing"] == "weights" and not any(e["weight"] > 0 for e in entries):
         problems.append("config.data.domains: all weights are 0; one at least counts")
-    if shared["text"]:
-        problems.append("config.data.domains: texts cannot be domains")
     if shared["cache_views"] is not None:
         problems.append("config.data.cache_views: features of domains are not kept")
     return problems
 
 
 def _label_problems(entry: Mapping, shared: Mapping, where: str) -> list[str]:
-    """Returns what asks for the labels of a domain that has none in training."""
+    """Returns the options that need labels of a domain without them in training."""
     asked = {
         key: shared[key] if entry[key] is None else entry[key] for key in OF_DOMAIN
     }

@@ -5,8 +5,9 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Collection
 
-from finetune_jax.core.paths import printable
+from finetune_jax.core.paths import printable, user_path
 
 # Names that operating systems, network disks and programs leave behind, case-folded.
 _LITTER = frozenset(
@@ -21,6 +22,11 @@ _LITTER = frozenset(
 # Hidden files, locks of office programs, backups of editors, marks of downloads.
 _LITTER_FORMS = re.compile(r"\..*|~\$.*|.*~|.*:zone\.identifier", re.DOTALL)
 _NAMED = 3
+# Splits by the names of their files or folders.
+SPLITS = {
+    "train": "train", "training": "train", "dev": "validation", "val": "validation",
+    "valid": "validation", "validation": "validation", "test": "test",
+}  # fmt: skip
 
 
 def is_litter(name: str) -> bool:
@@ -130,3 +136,23 @@ def files_below(
         folders[:] = [name for name in folders if not is_litter(name)]
         found += [here / name for name in files if not is_litter(name)]
     return sorted(found)
+
+
+def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str, ...]:
+    """Returns lines about the files in `config.data.dir` that no split is read from.
+
+    Args:
+        directory: The folder; None, a file or a missing folder gives no lines.
+        used: Files that are read.
+    """
+    place = None if directory is None else user_path(directory, "config.data.dir")
+    if place is None or not place.is_dir():
+        return ()
+    unused = Unused()
+    for path in visible(place, [], unused):
+        if path.is_dir():
+            for file in files_below(path, None, unused):
+                unused.add(file, "in subfolders")
+        elif path not in used:
+            unused.add(path, "no files of a split")
+    return unused.lines(str(directory))

@@ -28,7 +28,7 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d{1,3}", re.ASCII | re.IGNORECAS
 # Unicode categories of blanks, dashes, underscores and invisible characters.
 _SEPARATORS = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 _SHOWN = 10
-# From so many different labels on, of which most rows have their own, they are numbers.
+# With more different labels than this, and few rows for each, labels are numbers.
 MANY_CLASSES = 20
 
 

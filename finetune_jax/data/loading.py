@@ -1,24 +1,21 @@
-"""From `config.data` to a source: pictures and arrays, texts, or a table."""
+"""From `config.data` to a source of images or feature vectors."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data import sources
+from finetune_jax.data.kind import Opened, Prepared
+from finetune_jax.data.preprocessing import array_spec
 from finetune_jax.data.shifts import shifted
-from finetune_jax.data.source import Source, check_no_classes
-from finetune_jax.data.tables.encoding import Fitted
-from finetune_jax.data.tables.schema import table_options_of
-from finetune_jax.data.tables.source import Table, format_of, load_table
-from finetune_jax.data.text.files import load_texts
-from finetune_jax.data.text.tokens import TextSpec, options_of
+from finetune_jax.data.source import Source
 
 
 def load_source(name: str, directory: str | None) -> Source:
-    """Returns the source that `config.data.name` names.
+    """Returns the source of images or vectors that `config.data.name` names.
 
     Raises:
         UserError: No such source, or its data cannot be read.
@@ -27,8 +24,8 @@ def load_source(name: str, directory: str | None) -> Source:
     found = registry.module(sources, module, "config.data.name")
     if not hasattr(found, "load"):
         raise UserError(
-            f"config.data.name: {name!r} holds tables, which cannot stand here, or texts; "
-            "name their columns in config.data.text, such as ('sentence',)"
+            f"config.data.name: {name!r} holds texts or tables; images or vectors are "
+            "needed here"
         )
     source = found.load(directory, argument or None)
     # It may read all of the data.
@@ -36,34 +33,32 @@ def load_source(name: str, directory: str | None) -> Source:
     return dataclasses.replace(source, fingerprint=once)
 
 
-def opened(
-    config: Mapping[str, Any], tokenizer: str | None, fitted: Fitted | None = None
-) -> tuple[Source, TextSpec | None, Table | None]:
-    """Returns the source, and what is known of its texts or its columns, if any.
+def open_arrays(
+    section: Mapping[str, Any],
+    shapes: Callable[[Source, Mapping[str, Any]], tuple[tuple[int, ...], ...]],
+) -> Opened:
+    """Returns the images or vectors that `config.data` describes.
 
     Args:
-        config: The section `config.data`.
-        tokenizer: What a tokenizer.json holds, for texts.
-        fitted: What a run has kept of a table; None infers its columns.
+        section: `config.data`.
+        shapes: Returns the shape of images, and that before augmentation.
 
     Raises:
-        UserError: No such source, its data cannot be read, or more is asked of it than
-            it has.
+        UserError: No such source, its data cannot be read, or cannot be shifted.
     """
-    kind = None if config["text"] else format_of(config["name"])
-    options, text, table = options_of(config, table=kind is not None), None, None
-    columns = table_options_of(config, kind)
-    if options.text:
-        source, text = load_texts(config["name"], config["dir"], options, tokenizer)
-    elif kind is not None:
-        table = load_table(
-            config["name"], config["dir"], kind, columns, config["cache_dir"], fitted
+    source = load_source(section["name"], section["dir"])
+    if section["shift"]:
+        source = shifted(source, section["shift"])
+    found = [shape for part in source.splits.values() if (shape := part.shape)]
+    is_vectors = any(len(shape) < 3 for shape in found)
+
+    def prepare(train: Any) -> Prepared:
+        del train
+        pair = (found[0], found[0]) if is_vectors else shapes(source, section)
+        inputs = array_spec(section, source.pixels)
+        return Prepared(
+            source=source, shape=pair[0], train_shape=pair[1], inputs=inputs
         )
-        source = table.source
-    else:
-        source = load_source(config["name"], config["dir"])
-    if config["shift"]:
-        source = shifted(source, config["shift"])
-    if not source.class_names or options.labels == "tags":
-        check_no_classes(source, config)
-    return source, text, table
+
+    kind = "vectors" if is_vectors else "images"
+    return Opened(kind=kind, source=source, prepare=prepare)

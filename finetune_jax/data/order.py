@@ -6,7 +6,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
-# Of the permutations of an epoch: Simon's block cipher of few rounds.
+# Rounds of Simon's block cipher, which permutes an epoch.
 _ROUNDS = 4
 _SMALLEST_BLOCK = 16
 
@@ -27,7 +27,7 @@ def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> O
 
     Args:
         label: Class index of each training example.
-        seed: Of the run.
+        seed: Seed of the run.
         sampling: 'uniform': each epoch is a new shuffle of all examples. 'balanced': the
             classes take turns, and each goes through its own examples in such epochs.
     """
@@ -130,7 +130,7 @@ def _encrypted(numbers: np.ndarray, seed: int, word: int) -> np.ndarray:
 
 
 def _seed_sequence(seed: int, count: int) -> list[int]:
-    """Returns what `std::seed_seq{seed}` generates, integers of 32 bits.
+    """Returns the integers of 32 bits that `std::seed_seq{seed}` generates.
 
     Args:
         seed: Below 2**32.

@@ -21,7 +21,7 @@ from PIL import Image
 from finetune_jax.core.errors import problems_error
 from finetune_jax.core.registry import closest
 from finetune_jax.data.images.decoding import Geometry
-from finetune_jax.data.source import Examples, Source
+from finetune_jax.data.source import ExampleReader, Source
 
 _WHERE = "config.data.shift"
 
@@ -53,8 +53,8 @@ def noise(image_HxWxC: np.ndarray, rng: np.random.Generator, std: float) -> np.n
 
     Args:
         image_HxWxC: Bytes or float32.
-        rng: Of this image.
-        std: Of the noise; 1 is the whole range of bytes, or the unit of other numbers.
+        rng: Generator of this image.
+        std: Deviation of the noise; 1 is the range of bytes, or the unit of other numbers.
     """
     drawn_HxWxC = rng.normal(0.0, std, image_HxWxC.shape)
     if image_HxWxC.dtype != np.uint8:
@@ -62,7 +62,7 @@ def noise(image_HxWxC: np.ndarray, rng: np.random.Generator, std: float) -> np.n
     return np.clip(np.rint(image_HxWxC + 255 * drawn_HxWxC), 0, 255).astype(np.uint8)
 
 
-# With the names of their numbers.
+# Functions with the names of their numbers.
 SHIFTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "invert": (invert, ()),
     "rotate": (rotate, ("degrees",)),
@@ -75,23 +75,23 @@ class ShiftedExamples:
     """The images of a split, shifted.
 
     Attributes:
-        given: As they are in the source.
-        steps: Of the shift.
+        given: The images in the source.
+        steps: Steps of the shift.
         split: Name of the split, from which noise is drawn.
     """
 
-    given: Examples
+    given: ExampleReader
     steps: tuple[tuple, ...]
     split: str
 
     @property
     def label(self) -> np.ndarray:
-        """The labels, which stay what they are."""
+        """The labels, unchanged."""
         return self.given.label
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Shape of an image, which stays what it is."""
+        """Shape of an image, unchanged."""
         return self.given.shape
 
     @property
@@ -115,7 +115,7 @@ class ShiftedExamples:
         return image
 
     def name(self, index: int) -> str:
-        """Returns what a person knows the image by."""
+        """Returns the name of the image."""
         return self.given.name(index)
 
 
@@ -123,11 +123,11 @@ def shifted(source: Source, steps: Sequence[Any]) -> Source:
     """Returns a source whose images have been shifted.
 
     Raises:
-        UserError: Steps that there are not, or that the data cannot take.
+        UserError: Lists unknown steps, and steps that the data cannot take.
     """
     if problems := _problems(source, steps):
         raise problems_error(f"The data {source.name} cannot be shifted:", problems)
-    splits: Mapping[str, Examples] = {
+    splits: Mapping[str, ExampleReader] = {
         split: ShiftedExamples(given=examples, steps=tuple(steps), split=split)
         for split, examples in source.splits.items()
     }

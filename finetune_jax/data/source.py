@@ -20,7 +20,7 @@ from finetune_jax.data.labels import (
 )
 
 
-class Examples(Protocol):
+class ExampleReader(Protocol):
     """Random access to the examples of one split."""
 
     @property
@@ -54,8 +54,8 @@ class Examples(Protocol):
         Where images have masks, their last channel is the mask, which is fitted too.
 
         Args:
-            index: Of the example.
-            geometry: What an image is to fit; None leaves it in its own size.
+            index: Index of the example.
+            geometry: How the example is fitted, from `Kind.geometry`; None: as stored.
 
         Raises:
             UserError: Names the example, which cannot be read or fitted.
@@ -63,7 +63,7 @@ class Examples(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Returns what a person knows the example by."""
+        """Returns the name of the example, such as its file."""
         ...
 
 
@@ -102,29 +102,29 @@ class ArrayExamples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set as it lies there.
+    """A data set as stored.
 
     Attributes:
         name: For messages.
         splits: Examples by the name of their split; a source without splits of its own
             has the one split 'all'.
-        class_names: In the order of the labels; empty where the labels are numbers, or
-            images have masks.
-        targets: Names of these numbers.
+        class_names: Names of the classes, in the order of the labels; empty where the
+            labels are numbers, or images have masks.
+        targets: Names of the numbers to predict.
         pixel_classes: Names of the classes of a mask's pixels, in the order of their
             indices.
-        fingerprint: Returns what changes when the content does; may read all of it.
+        fingerprint: Returns a digest of the content; may read all of it.
         groups: By split, how many examples belong together, one group after another, so
             that no two splits share a group; None: each example is a group.
-        notes: What metrics and predictions read of each example besides its label, an
-            array of objects, the splits one after another; None: nothing.
-        warnings: Lines about what is doubtful in the data, such as near-equal class names.
+        notes: Objects that metrics and predictions read besides the labels, an array with
+            one for each example, the splits one after another; None: no notes.
+        warnings: Lines about doubtful data, such as near-equal class names.
         not_used: Lines about files or rows that were left out, with counts and reasons.
         pixels: How the values of image arrays were read, if they were not bytes.
     """
 
     name: str
-    splits: Mapping[str, Examples]
+    splits: Mapping[str, ExampleReader]
     class_names: tuple[str, ...]
     fingerprint: Callable[[], str]
     targets: tuple[str, ...] = ()
@@ -150,7 +150,8 @@ def array_source(
             bytes stay bytes and all other numbers become float32, or images [N, H, W] or
             [N, H, W, C], which `read_images` reads. Labels are integers or strings [N] or
             [N, 1], which are classes, or floating-point numbers [N] or [N, T] to predict.
-        class_names: In the order of the labels; by default the labels that occur.
+        class_names: Names of the classes, in the order of the labels; by default the
+            labels that occur.
         targets: Names of the T numbers.
 
     Raises:
@@ -212,7 +213,7 @@ def _flat(label: np.ndarray) -> np.ndarray:
 
 
 def _split_problems(inputs: np.ndarray, label: np.ndarray) -> list[str]:
-    """Returns what is wrong with the arrays of a split."""
+    """Returns the problems of the arrays of a split."""
     problems = []
     if len(inputs) != len(label):
         hint = ""
@@ -317,7 +318,7 @@ def _likely_classes(label: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _label_problems(label: np.ndarray) -> list[str]:
-    """Returns what is wrong with the labels of a split, whatever else it has."""
+    """Returns the problems of the labels of a split."""
     if label.dtype.kind == "b":
         return ["labels are bool, not numbers or text; save y.astype(int)"]
     if label.dtype.kind not in "uiUSf":
@@ -348,7 +349,7 @@ def _target_problems(
     class_names: Sequence[str] | None,
     targets: Sequence[str] | None,
 ) -> list[str]:
-    """Returns what does not fit about labels that are floating-point numbers."""
+    """Returns the problems of labels that are floating-point numbers."""
     label = {split: label for split, (_, label) in splits.items()}
     kinds = {split: str(values.dtype) for split, values in label.items()}
     if all(values.dtype.kind != "f" for values in label.values()):
@@ -385,7 +386,7 @@ def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
 
 
 def check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
-    """Checks that nothing is asked for that needs a class of every example.
+    """Checks that no option needs a class for every example.
 
     Raises:
         UserError: Lists the keys of `config.data` that do.
@@ -405,9 +406,9 @@ def check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
     """Checks that every class occurs in training.
 
     Args:
-        source: Has the classes.
-        label: Of all its examples.
-        train: Indices of those to train on.
+        source: Source with the classes.
+        label: Labels of all its examples.
+        train: Indices of the training examples.
 
     Raises:
         UserError: Names the classes that do not.
@@ -435,7 +436,7 @@ def check_labelled(
     """Checks that the examples of every split have a class.
 
     Args:
-        source: Has the classes.
+        source: Source with the classes.
         label: Class index of all its examples; below 0 where there is none.
         chosen: Indices of the examples by split, 'train' among them.
         training: Whether training needs labels.

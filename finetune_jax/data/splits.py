@@ -29,7 +29,7 @@ def stratified_order(label: np.ndarray, seed: int) -> np.ndarray:
 
     Args:
         label: Class indices [N].
-        seed: Of the random order.
+        seed: Seed of the random order.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(label))
@@ -48,9 +48,9 @@ def named_splits(
     Args:
         label: Labels by the source's own splits, in their order; {'all': ...} for a
             source that has none and is cut here.
-        seed: Of that cut.
-        stratified: Whether it has the classes in their proportions. What has no classes
-            is cut at random, as if all were of one class.
+        seed: Seed of that cut.
+        stratified: Whether the cut keeps the proportions of the classes. Data without
+            classes are cut at random, as if all were of one class.
     """
     if set(label) == {"all"}:
         values = label["all"]
@@ -128,7 +128,7 @@ def per_class(
         indices: A split.
         label: Class index of each of them.
         count: Examples of each class.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         UserError: A class has fewer.
@@ -159,7 +159,7 @@ def choose(
         label: Labels by the source's own splits.
         groups: The sizes of groups of examples, likewise, which stay together.
         config: The section `config.data`.
-        stratified: As in `named_splits`.
+        stratified: Whether a cut keeps the proportions of the classes.
 
     Raises:
         UserError: A split that is wrong or empty.

@@ -45,8 +45,8 @@ def check_readable(errors: Sequence[UserError | None], advice: str = "") -> None
     """Checks that no item met with an error.
 
     Args:
-        errors: Of each item, None where there was none.
-        advice: What to do, besides mending them.
+        errors: Error of each item, None if it had none.
+        advice: Advice, if it is not to mend the examples.
 
     Raises:
         UserError: Lists the messages.

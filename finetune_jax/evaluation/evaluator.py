@@ -9,10 +9,14 @@ import jax
 import numpy as np
 
 from finetune_jax.core.train_state import TrainState, eval_params
-from finetune_jax.data.batches import Examples, Shortened, by_length, evaluation_batches
+from finetune_jax.data.batches import (
+    BatchSource,
+    Shortened,
+    evaluation_batches,
+    shortened,
+)
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.data.domains import Mixture
-from finetune_jax.data.text.tokens import TextOptions
+from finetune_jax.data.domains import DomainMixture
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.features.cache import Features, FeatureStore, FrozenPrefix
 from finetune_jax.features.frozen_prefix import is_large
@@ -36,7 +40,6 @@ class Evaluator:
             it, since padding is cut off.
         extras: Measurements besides those of the splits.
         store: Cache of the outputs of frozen prefixes; None computes them again.
-        text: Options for shortening texts; None if inputs are not texts.
         compiled_before: `compile_s` of the executor before the run.
     """
 
@@ -49,7 +52,6 @@ class Evaluator:
     chosen_ema: bool = False
     extras: tuple["Extra", ...] = ()
     store: FeatureStore | None = None
-    text: TextOptions | None = None
     compiled_before: float = 0.0
 
     @property
@@ -101,20 +103,18 @@ class Evaluator:
         step = functools.partial(eval_step, task=task, first=first)
         params = eval_params(placed, ema=ema)
         arguments = params, placed.batch_stats, self.fixed["task"]
-        examples: Examples = dataset
-        order = None
+        examples: BatchSource = dataset
         if self._is_cached(prefix, ema):
             assert self.store is not None and prefix is not None
             examples = self.store.held_out(dataset, prefix)
-        elif self.text is not None and first is None:
-            # Sorted by length, so that short texts share a batch with short ones.
-            order = by_length(dataset)
-            examples = Shortened(dataset=dataset, options=self.text, order=order)
+        elif first is None:
+            # Sorted, short examples share batches with little padding.
+            examples = shortened(dataset, by_length=True)
         kind = "features" if isinstance(examples, Features) else "inputs"
         name = f"outputs of {domain or first}, {kind}"
         rows = self.rows(name, step, arguments, examples)
-        if order is not None:
-            rows = jax.tree.map(lambda array: array[np.argsort(order)], rows)
+        if isinstance(examples, Shortened):
+            rows = jax.tree.map(examples.unsorted, rows)
         counts = dataset.readable(np.arange(len(dataset)))
         return {name: array[counts] for name, array in rows.items()}
 
@@ -125,7 +125,7 @@ class Evaluator:
         return not (ema and prefix.is_averaged)
 
     def rows(
-        self, name: str, step: Callable, arguments: tuple, examples: Examples
+        self, name: str, step: Callable, arguments: tuple, examples: BatchSource
     ) -> dict[str, np.ndarray]:
         """Returns the outputs of a step for a split, a row an example, in order.
 
@@ -149,7 +149,7 @@ class Evaluator:
     def measure(
         self,
         placed: TrainState,
-        splits: Mapping[str, Dataset | Mixture],
+        splits: Mapping[str, Dataset | DomainMixture],
         *,
         prefix: FrozenPrefix | None,
     ) -> dict[str, float]:
@@ -174,7 +174,7 @@ class Evaluator:
         found = {}
         for split, dataset in splits.items():
             for kind, ema in self._kinds.items():
-                if not isinstance(dataset, Mixture):
+                if not isinstance(dataset, DomainMixture):
                     metrics = metrics_of(dataset, ema)
                     found |= {f"{split}/{kind}{n}": v for n, v in metrics.items()}
                     continue
@@ -217,7 +217,9 @@ class EvaluatedState:
         """Returns the outputs, a row an example; see `Evaluator.outputs`."""
         return self.evaluator.outputs(self.placed, dataset, domain, prefix=self.prefix)
 
-    def measure(self, splits: Mapping[str, Dataset | Mixture]) -> dict[str, float]:
+    def measure(
+        self, splits: Mapping[str, Dataset | DomainMixture]
+    ) -> dict[str, float]:
         """Returns the metrics on some splits; see `Evaluator.measure`."""
         return self.evaluator.measure(self.placed, splits, prefix=self.prefix)
 

@@ -11,12 +11,15 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, listed
+from finetune_jax.core.metric_names import RESERVED
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.dataset import Data, Dataset, dataset_of, load_source
+from finetune_jax.data.dataset import Data, Dataset, dataset_of
+from finetune_jax.data.kind import kind_named
+from finetune_jax.data.loading import load_source
 from finetune_jax.data.source import check_labelled
-from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
+from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.splits import named_splits, select
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import shapes_of
@@ -26,8 +29,6 @@ from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.labels import are_places, check_labels, keys
 
 HEADS = ("current", "start", "pretrained")
-# Other prefixes of metric names.
-RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,11 +175,8 @@ def _domain(
         UserError: The data cannot be read, or does not fit the model.
     """
     section = config.data
-    given = {**preprocessing_of(section), "dir": section.dir}
-    given = {
-        key: given[key] if entry[key] is None else entry[key]
-        for key in ("dir", "mean", "std", "resize")
-    }
+    keys = ("dir", "mean", "std", "resize")
+    given = {k: section[k] if entry[k] is None else entry[k] for k in keys}
     source = load_source(entry.name, given.pop("dir"))
     if not source.class_names:
         raise UserError(f"{where}name: the labels of {entry.name} are not classes")
@@ -193,16 +191,8 @@ def _domain(
             everything = np.where(everything < 0, everything, place[everything])
         warnings += told
     splits = named_splits(label, entry.split_seed)
-    spec = _spec(
-        shape=data.spec.shape,
-        shapes={part.shape for part in source.splits.values()},
-        where=where,
-        dtype=next(iter(source.splits.values())).dtype,
-        class_names=class_names,
-        pixels=source.pixels,
-        interpolation=data.spec.interpolation,
-        **given,
-    )
+    spec = kind_named(data.spec.kind).domain_spec(data.spec, source, given, where)
+    spec = dataclasses.replace(spec, class_names=class_names)
 
     def split(key: str) -> Dataset:
         chosen = select(splits, entry[key], f"{where}{key}")
@@ -309,26 +299,6 @@ def _places(
     )
 
 
-def _spec(
-    *, shape: tuple[int, ...], shapes: set, where: str, **fields: Any
-) -> DataSpec:
-    """Returns the spec of a domain, with the input shape of the model.
-
-    Raises:
-        UserError: The examples cannot have this shape.
-    """
-    spec = DataSpec(shape=shape, train_shape=shape, **fields)
-    for theirs in shapes:
-        dimensions = 3 if theirs is None else len(theirs)  # Images of several sizes.
-        if dimensions != len(shape) or (dimensions == 1 and theirs != shape):
-            raise UserError(
-                f"{where}name: its examples are {theirs or 'images'}, and the model "
-                f"takes {shape}"
-            )
-    check_preprocessing(spec)
-    return spec
-
-
 def _task_and_head(
     entry: Config,
     config: Config,
@@ -392,8 +362,7 @@ def _pretrained_head(
     loaded = load_weights(
         zeros, weights, fresh=others if has_others else (), accept=accept
     )
-    names = spec.class_names or spec.targets or spec.pixel_classes
-    kept = check_labels(weights.address, names, weights.class_names, accept)
+    kept = check_labels(weights.address, spec.names, weights.class_names, accept)
     for stage in task.heads:
         loaded = kept.placed(loaded, stage)
     return _last_stage(task, loaded["params"], loaded["batch_stats"])

@@ -19,7 +19,7 @@ import numpy as np
 from finetune_jax.core.array_store import Tables
 from finetune_jax.core.pytrees import digest, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.batches import Examples, Views, evaluation_batches
+from finetune_jax.data.batches import BatchSource, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.features import cache_keys
@@ -175,7 +175,7 @@ class TeacherOutputs:
         outputs: Table of the teachers' outputs, as long as the examples.
     """
 
-    examples: Examples
+    examples: BatchSource
     outputs: Features
 
     @property
@@ -220,7 +220,7 @@ class FeatureStore:
     # The last compiled program, by the digest of its text.
     _program: tuple[str, Callable] | None = None
 
-    def held_out(self, dataset: Dataset, prefix: FrozenPrefix) -> Examples:
+    def held_out(self, dataset: Dataset, prefix: FrozenPrefix) -> BatchSource:
         """Returns the features of a split; the split itself if they cannot be cached."""
         size = concurrent_batch(self.devices, self.batch_size)
         return self.table(dataset, prefix, batch_size=size) or dataset
@@ -247,7 +247,7 @@ class FeatureStore:
             batch_size: Size of a micro-batch.
             examples: Number of examples that the phase takes.
         """
-        if (reason := spec.why_always_others(views)) is not None:
+        if (reason := spec.why_not_repeated(views)) is not None:
             self.tables.say(f"{computation.what} are not kept: {reason}")
             return None
         rows = stable_batch(self.devices)
@@ -367,7 +367,7 @@ class FeatureStore:
         return self._program[1]
 
     def _leaves(
-        self, call: Callable, seen: Examples, batch_size: int, rows: int | None
+        self, call: Callable, seen: BatchSource, batch_size: int, rows: int | None
     ) -> Iterator[list[np.ndarray]]:
         """Yields the output arrays of a program for each batch, a row an example."""
         # No more examples at once than evaluation has in memory.

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-import finetune_jax
+from finetune_jax import data
 from finetune_jax.core import machine
+from finetune_jax.data import sources
 
 # Packages that read examples or compile programs.
 PACKAGES = (
@@ -24,8 +25,10 @@ def of_machine() -> dict[str, Any]:
     """Returns code, package versions and hardware that features depend on."""
     device = jax.devices()[0]
     code = hashlib.sha256()
-    folder = pathlib.Path(finetune_jax.__file__).parent / "data"
-    for path in sorted(folder.rglob("*.py")):
+    folders = {*data.__path__, *sources.__path__}  # Some may be added elsewhere.
+    for path in sorted(
+        {path for f in folders for path in pathlib.Path(f).rglob("*.py")}
+    ):
         code.update(path.read_bytes())
     return {
         "data": code.hexdigest(),

@@ -42,8 +42,7 @@ def main(config: Config, options: Options) -> int:
     folder = _empty(user_path(options.output or workdir / "export", "--output"))
     predictor = open_predictor(config, workdir)
     manifest = read_manifest(workdir) or {}
-    tokenizer = kept_files(workdir) if predictor.spec.text is not None else {}
-    trained = trained_from(predictor, manifest, options.layout, tokenizer)
+    trained = trained_from(predictor, manifest, options.layout, kept_files(workdir))
     print(f"checkpoint of step {trained.step}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -18,12 +18,13 @@ from rich.table import Table
 
 from finetune_jax.config import Config
 from finetune_jax.config.members import labels_of
-from finetune_jax.core.errors import DataMissing, problems_error
+from finetune_jax.core.errors import DataMissing, UserError
 from finetune_jax.core.flops import count_flops
 from finetune_jax.core.pytrees import count, named, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.dataset import Data, no_data, train_shape
-from finetune_jax.data.spec import DataSpec, check_preprocessing, preprocessing_of
+from finetune_jax.data.dataset import Data, no_data
+from finetune_jax.data.kind import kind_named, kind_of
+from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.options import Options
@@ -34,9 +35,6 @@ from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.setup import PhaseSetup, make_setup
 from finetune_jax.training.step import train_step
 from finetune_jax.weights.metadata.preprocessing import filled
-
-# Tasks whose data have classes of pixels.
-MASKED = ("segmentation",)
 
 
 def main(config: Config, options: Options) -> int:
@@ -56,15 +54,10 @@ def main(config: Config, options: Options) -> int:
             member_setups(setup, members, decode=False)
         print(f"{len(members)} members; this is the plan without what they override")
     task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
-    for text in spec.lines():
+    for text in kind_named(spec.kind).lines(spec):
         print(text)
     forward = forward_flops(task, state, config.data.batch_size)
-    outputs = f"{len(spec.class_names)} classes"
-    if spec.targets:
-        outputs = f"{len(spec.targets)} targets"
-    if spec.pixel_classes:
-        outputs = f"{len(spec.pixel_classes)} classes of pixels"
-    inputs = "x".join(map(str, spec.shape))
+    inputs, outputs = "x".join(map(str, spec.shape)), spec.outputs
     if spec.domains:
         inputs, outputs = _domains(spec), f"{len(spec.domains)} domains"
     console = Console(soft_wrap=True)
@@ -120,30 +113,13 @@ def data_of(config: Config) -> tuple[Data, bool]:
     try:
         return run_data(config), True
     except DataMissing as missing:
-        if config.data.text or config.task.name == "tabular":
-            raise  # What texts or columns are like is not known without them.
-        data, classes = config.data, config.model.classes
-        needed = {
-            "data.image_size": data.image_size,
-            "data.channels": data.channels,
-            "model.classes": classes,
-        }
-        problems = [f"config.{key}" for key, value in needed.items() if value is None]
-        if problems:
-            raise problems_error(
-                f"{missing}\nWithout the data a plan needs:", problems
-            ) from missing
-        shape = (data.image_size, data.image_size, data.channels)
-        names, segments = tuple(map(str, range(classes))), config.task.name in MASKED
-        spec = DataSpec(
-            shape=shape,
-            train_shape=train_shape(shape, data.train_size),
-            dtype="uint8",
-            class_names=() if segments else names,
-            pixel_classes=names if segments else (),
-            **preprocessing_of(data),
-        )
-        check_preprocessing(spec)
+        kind = kind_named(kind_of(config.data))
+        try:
+            spec = kind.without_data(config.data, config.model.classes)
+        except UserError as error:
+            raise UserError(f"{missing}\n{error}") from missing
+        if spec is None:
+            raise
         return no_data(spec), False
 
 

@@ -9,6 +9,7 @@ from finetune_jax.config import Config
 from finetune_jax.config.members import member_models, member_problems
 from finetune_jax.core import registry
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.tasks.components.accepts import check_accepts
 from finetune_jax.tasks.task import Task
 
 
@@ -19,7 +20,9 @@ def make_task(config: Config, spec: DataSpec) -> Task:
         UserError: Unknown names or arguments in `config.task` or `config.model`.
     """
     arguments = dict(config.task)
-    make = task_module(arguments.pop("name")).make
+    module = task_module(name := arguments.pop("name"))
+    check_accepts(module, name, spec)
+    make = module.make
     given = {"data": spec, "precision": config.precision}
     given["model"] = {k: config.model[k] for k in config.model if k != "members"}
     role = role_of_members(make)

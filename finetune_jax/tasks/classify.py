@@ -11,6 +11,8 @@ from finetune_jax.tasks.components.image_inputs import Mixed, check_classified
 from finetune_jax.tasks.components.single_model import Answering
 from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
 
+# Kinds of data and of labels.
+ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 METRICS = ("accuracy", "loss")
 
 
@@ -50,7 +52,7 @@ def make(
     Raises:
         UserError: Something unknown or out of range, or too few logits for the data.
     """
-    check_classified(data, "classify")
+    check_classified(data)
     answer = make_classes(
         data,
         loss=loss,

@@ -46,6 +46,8 @@ from finetune_jax.tasks.objectives.feature_losses import (
 )
 from finetune_jax.tasks.task import Mode, Task, apply, key_of
 
+# Kinds of data and of labels.
+ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 METRICS = ("accuracy", "loss")
 
 
@@ -317,7 +319,7 @@ def make(
     Komodakis 2017 (attention); Li & Hoiem 2016 (the teacher's head, which there learns on
     and here stays as it is).
     """
-    check_classified(data, "distill")
+    check_classified(data)
     answer = make_classes(
         data,
         loss=loss,

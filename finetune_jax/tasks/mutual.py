@@ -27,6 +27,8 @@ from finetune_jax.tasks.components.targets import Classes, logits_asked, make_cl
 from finetune_jax.tasks.objectives import losses
 from finetune_jax.tasks.task import Mode
 
+# Kinds of data and of labels.
+ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 METRICS = ("accuracy", "loss")
 
 
@@ -167,7 +169,7 @@ def make(
         UserError: Fewer members than two, or members that have other classes.
     """
     del model
-    check_classified(data, "mutual")
+    check_classified(data)
     answer = make_classes(
         data,
         loss=loss,

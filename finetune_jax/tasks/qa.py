@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import problems_error
 from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.questions import Question, Window
@@ -18,6 +18,8 @@ from finetune_jax.tasks.components.text_inputs import initial, questions, token_
 from finetune_jax.tasks.objectives.squad import match_scores
 from finetune_jax.tasks.task import Mode, Task
 
+# Kinds of data and of labels.
+ACCEPTS = (("text", "answers"),)
 METRICS = ("exact_match", "f1", "loss")
 # Of the start and of the end of an answer.
 LOGITS = 2
@@ -175,8 +177,7 @@ class Questions(Task):
 
     @property
     def _may_be_none(self) -> bool:
-        assert self.data.text is not None
-        return self.data.text.unanswerable
+        return self.data.inputs.unanswerable
 
 
 def _mask(batch: Mapping[str, Any], first: str | None) -> jax.Array:
@@ -247,11 +248,6 @@ def make(
         UserError: Labels that are no answers, something unknown or out of range, or a
             model that cannot read texts or makes one vector of a text.
     """
-    if data.text is None or data.text.options.labels != "answers":
-        raise UserError(
-            "config.task.name: 'qa' needs questions, passages and answers: "
-            "data.text=('question', 'context'), data.label='answers', data.labels='answers'"
-        )
     problems = [
         f"config.task.metrics: no {name!r}{closest(str(name), METRICS)}"
         for name in metrics
@@ -272,6 +268,6 @@ def make(
     return Questions(
         models={"": module},
         data=data,
-        max_answer_tokens=min(max_answer_tokens, data.text.options.max_tokens),
+        max_answer_tokens=min(max_answer_tokens, data.inputs.options.max_tokens),
         metric_names=metrics,
     )

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
@@ -13,6 +12,8 @@ from finetune_jax.tasks.components.image_inputs import Normalised
 from finetune_jax.tasks.components.single_model import Answering
 from finetune_jax.tasks.components.targets import Numbers, logits_asked, make_numbers
 
+# Kinds of data and of labels.
+ACCEPTS = (("images", "numbers"), ("vectors", "numbers"))
 METRICS = ("mse", "mae", "r2")
 
 
@@ -47,18 +48,6 @@ def make(
     Raises:
         UserError: Something unknown or out of range, or data with classes.
     """
-    if not data.targets:
-        raise UserError(
-            "config.task.name: 'regress', but the data's labels are classes: use "
-            "task.name='classify', or data with floating-point labels"
-        )
-    if data.text is not None:
-        raise UserError("config.task.name: 'regress', but the data is text: use 'text'")
-    if data.table is not None:
-        raise UserError(
-            "config.task.name: 'regress', but the data is a table: use 'tabular'; or, if "
-            "it is texts, name their columns in config.data.text, such as ('sentence',)"
-        )
     answer = make_numbers(
         data,
         loss=loss,

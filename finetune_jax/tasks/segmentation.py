@@ -25,6 +25,8 @@ from finetune_jax.tasks.objectives import losses, metrics
 from finetune_jax.tasks.objectives.metrics import check_metrics
 from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
 
+# Kinds of data and of labels.
+ACCEPTS = (("images", "masks"),)
 METRICS = ("mean_iou", "pixel_accuracy")
 # Of an update all of whose pixels are ignored: no other weight is changed by it.
 _NO_WEIGHT = 1e-30
@@ -107,11 +109,13 @@ class Segmentation(Task):
             steps, size = self.data.augment, self.data.shape[:2]
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
             drawn = keys(batch["position"])
-            inputs = make_augment(steps, size, fill=self.data.mean)(inputs, drawn)
+            inputs = make_augment(steps, size, fill=self.data.inputs.mean)(
+                inputs, drawn
+            )
             mask = make_mask_augment(steps, size)(mask, drawn)
         mean, std = (
             jnp.asarray(values, self._float()).reshape(1, 1, 1, -1)
-            for values in (self.data.mean, self.data.std)
+            for values in (self.data.inputs.mean, self.data.inputs.std)
         )
         return {**batch, "inputs": (inputs - mean) / std, "mask": mask}
 
@@ -314,11 +318,6 @@ def make(
         UserError: Something unknown or out of range, or data without masks.
     """
     classes = len(data.pixel_classes)
-    if not classes:
-        raise UserError(
-            "config.task.name: 'segmentation', but the data has no masks; use data such "
-            "as data.name='masks', or task.name='classify'"
-        )
     bound = losses.make_loss("classification", loss, loss_args)
     check_metrics("segmentation", metrics)
     problems = []

@@ -16,6 +16,8 @@ from finetune_jax.tasks.components.single_model import Answering, make_answer
 from finetune_jax.tasks.components.targets import logits_asked
 from finetune_jax.tasks.task import Mode
 
+# Kinds of data and of labels.
+ACCEPTS = (("tables", "classes"), ("tables", "numbers"))
 # By what `config.data.labels` says.
 METRICS = {
     "classes": ("accuracy", "loss", "roc_auc", "normalised_entropy", "f1_macro"),
@@ -48,8 +50,7 @@ class Tabular(Answering):
 
     def _columns(self, rows_BxF: jax.Array) -> dict[str, jax.Array]:
         """Returns {'numbers': [B, F], 'categories': [B, T]} of rows."""
-        assert self.data.table is not None
-        count = len(self.data.table.features)
+        count = len(self.data.inputs.features)
         bits_BxF, categories_BxT = rows_BxF[:, :count], rows_BxF[:, count:]
         numbers_BxF = jax.lax.bitcast_convert_type(bits_BxF, jnp.float32)
         dtype = self.models[""].param_dtype  # type: ignore[attr-defined]
@@ -86,11 +87,6 @@ def make(
         UserError: Something unknown or out of range, or what is no table, or no model of
             tables.
     """
-    if data.table is None:
-        raise UserError(
-            "config.task.name: 'tabular', but the data is no table; config.data.name is "
-            "'criteo', 'csv', 'tsv' or 'parquet' for one"
-        )
     if model["name"] not in MODELS:
         raise UserError(
             f"config.model.name: {model['name']!r} takes no tables; {', '.join(MODELS)} do"
@@ -109,7 +105,7 @@ def make(
         model,
         classes=logits_asked(model["classes"], answer),
         precision=precision,
-        numbers=len(data.table.features),
-        fields=data.table.fields,
+        numbers=len(data.inputs.features),
+        fields=data.inputs.fields,
     )
     return Tabular(models={"": module}, data=data, answer=answer)

@@ -15,6 +15,8 @@ from finetune_jax.tasks.components.targets import logits_asked
 from finetune_jax.tasks.components.text_inputs import check_encoder, initial, tokens
 from finetune_jax.tasks.task import Mode
 
+# Kinds of data and of labels.
+ACCEPTS = (("text", "classes"), ("text", "numbers"))
 # By what `config.data.labels` says.
 METRICS = {"classes": ("accuracy", "loss"), "numbers": ("mse", "mae", "r2")}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import problems_error
 from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.tags import NONE
@@ -18,6 +18,8 @@ from finetune_jax.tasks.components.text_inputs import initial, token_model, toke
 from finetune_jax.tasks.objectives.entities import entity_scores
 from finetune_jax.tasks.task import Mode, Task
 
+# Kinds of data and of labels.
+ACCEPTS = (("text", "tags"),)
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
 
 
@@ -159,10 +161,6 @@ def make(
         UserError: Labels that are no tags, a metric that there is not, or a model that
             cannot read texts or makes one vector of a text.
     """
-    if data.text is None or data.text.options.labels != "tags":
-        raise UserError(
-            "config.task.name: 'tokens' needs a tag for every word: data.labels='tags'"
-        )
     problems = [
         f"config.task.metrics: no {name!r}{closest(str(name), METRICS)}"
         for name in metrics

@@ -87,7 +87,6 @@ def make_evaluator(
         chosen_ema="/ema_" in (evaluate.best or ""),
         extras=make_extras(setup.config, setup.data, start, domains),
         store=store,
-        text=setup.data.spec.text and setup.data.spec.text.options,
         compiled_before=executor.compile_s,
     )
 

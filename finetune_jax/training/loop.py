@@ -10,7 +10,7 @@ import numpy as np
 from finetune_jax.core.errors import TrainingError
 from finetune_jax.core.pytrees import digest, like, named
 from finetune_jax.core.train_state import TrainState, eval_params
-from finetune_jax.data.batches import Examples, Shortened, Views
+from finetune_jax.data.batches import BatchSource, Views, shortened
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.features.cache import (
     FrozenPrefix,
@@ -196,7 +196,7 @@ class Loop:
         prefix: FrozenPrefix | None,
         state: TrainState,
         updates: int,
-    ) -> Examples:
+    ) -> BatchSource:
         """Returns the training split, with cached features where they replace inputs."""
         data, batch_size = self.setup.data, self.setup.config.data.batch_size
         store, is_taught = self.evaluator.store, self.setup.task.is_taught
@@ -222,15 +222,13 @@ class Loop:
             return examples
         return TeacherOutputs(examples=examples, outputs=teachers)
 
-    def _uncached(self, prefix: FrozenPrefix | None) -> Examples:
+    def _uncached(self, prefix: FrozenPrefix | None) -> BatchSource:
         """Returns the training split without cached features."""
         data = self.setup.data
         if self.setup.views:
             return Views(dataset=data.train, views=self.setup.views)
         # Inputs of a frozen prefix have full length, as for the cache.
-        if data.spec.text is not None and prefix is None:
-            return Shortened(dataset=data.train, options=data.spec.text.options)
-        return data.train
+        return shortened(data.train) if prefix is None else data.train
 
     @functools.cached_property
     def _update_log(self) -> UpdateLog:

@@ -4,21 +4,15 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from finetune_jax.config import Config
-from finetune_jax.core.errors import listed
 from finetune_jax.core.pytrees import count, named
 from finetune_jax.data.dataset import Data
-from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.tables.schema import TableSpec
+from finetune_jax.data.kind import kind_named
 from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.setup import Setup
 
 # Most lines about the data, the weights and the plan.
 _DATA_LINES, _WEIGHTS_LINES, _PLAN_LINES = 4, 3, 3
-# Most names that a line lists, such as those of classes.
-_NAMES = 12
 
 
 def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[str]:
@@ -62,8 +56,9 @@ def _data_lines(config: Config, data: Data) -> list[str]:
     spec = data.spec
     if spec.domains:
         lines = [
-            f"domain {name}: {of.train_examples:,} train examples, {_shape(of)}; "
-            f"{_classes(of, of.train_counts)}"
+            f"domain {name}: {of.train_examples:,} train examples, "
+            f"{kind_named(of.kind).describe(of)}; "
+            f"{of.describe_labels(of.train_counts)}"
             for name, of in spec.domains.items()
         ]
     else:
@@ -71,61 +66,12 @@ def _data_lines(config: Config, data: Data) -> list[str]:
         counts = ", ".join(f"{len(part):,} {split}" for split, part in sizes.items())
         place = pathlib.PurePath(config.data.dir or "").name
         name = f"{config.data.name} {place}".strip()
-        classes = _classes(spec, _class_counts(data))
-        lines = [f"{name}: {counts} examples, {_shape(spec)}", classes]
-        if spec.table is not None:
-            lines[1] = f"{lines[1]}; {_columns(spec.table)}"
+        kind = kind_named(spec.kind)
+        names = [spec.describe_labels(data.label_counts()), kind.columns(spec)]
+        described = f"{name}: {counts} examples, {kind.describe(spec)}"
+        lines = [described, "; ".join(filter(None, names))]
     left = ["; ".join(data.not_used)] if data.not_used else []
     return _at_most(_DATA_LINES - len(left), lines) + left
-
-
-def _shape(spec: DataSpec) -> str:
-    if spec.text is not None:
-        return f"texts of at most {spec.shape[-1]} tokens"
-    if spec.table is not None:
-        return "rows of a table"
-    return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
-
-
-def _class_counts(data: Data) -> Sequence[int]:
-    """Returns the training examples of each class, or the words of each tag."""
-    spec = data.spec
-    if spec.text is None or spec.text.options.labels != "tags":
-        return spec.train_counts
-    label = data.train.label
-    return np.bincount(label[label >= 0], minlength=len(spec.class_names)).tolist()
-
-
-def _classes(spec: DataSpec, counts: Sequence[int]) -> str:
-    """Returns the classes with their counts, or what else is predicted."""
-    if spec.targets:
-        return f"predicted numbers: {listed(spec.targets, _NAMES)}"
-    if spec.pixel_classes:
-        names = spec.pixel_classes
-        return f"{len(names)} classes of pixels: {listed(names, _NAMES)}"
-    if not spec.class_names:
-        return "predicted: answers in the passage"
-    shown = list(spec.class_names)
-    are_known = len(counts) == len(shown)
-    if are_known:
-        shown = [f"{name} ({n:,})" for name, n in zip(shown, counts)]
-    line = f"{len(shown)} classes: {listed(shown, _NAMES)}"
-    if len(shown) > _NAMES and are_known:
-        line += f", {min(counts):,} to {max(counts):,} examples each"
-    return line
-
-
-def _columns(table: TableSpec) -> str:
-    """Returns the columns by kind, with the share of missing values."""
-    parts = []
-    for kind, columns in (("number", table.numbers), ("category", table.categories)):
-        names = [
-            f"{one.name} ({one.missing:.1%} missing)" if one.missing else one.name
-            for one in columns
-        ]
-        label = f"{len(names)} {kind} column{'' if len(names) == 1 else 's'}"
-        parts.append(f"{label}: {listed(names, _NAMES)}" if names else label)
-    return "; ".join(parts)
 
 
 def _weights_lines(loaded: Loaded, notes: Sequence[str]) -> list[str]:

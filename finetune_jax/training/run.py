@@ -13,8 +13,8 @@ from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
+from finetune_jax.data.kind import kind_named, restored
 from finetune_jax.data.spec import check_reads_alike
-from finetune_jax.data.tables.encoding import VOCABULARY, read_fitted, write_fitted
 from finetune_jax.evaluation.diagnostics import (
     open_domains,
 )
@@ -38,7 +38,7 @@ from finetune_jax.training.assembly import (
     make_store,
 )
 from finetune_jax.training.checkpoint import Checkpoints
-from finetune_jax.training.initial.starting_state import Loaded, run_data, tokenizer_of
+from finetune_jax.training.initial.starting_state import Loaded, run_data
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.overview import overview
 from finetune_jax.training.preemption import Stop
@@ -108,10 +108,8 @@ def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
     Raises:
         UserError: The data cannot be read, or not as the run has read them.
     """
-    # Columns are encoded with the statistics of training, whatever the files hold by now.
-    is_table = (workdir / VOCABULARY).is_file()
-    fitted = read_fitted(workdir, "--workdir") if is_table else None
-    data = run_data(config, fitted)
+    # Inputs are encoded as they were for training, whatever the files hold by now.
+    data = run_data(config, restored(config.data, workdir))
     looks = (read_manifest(workdir) or {}).get("data")
     if not isinstance(looks, dict):
         return data
@@ -200,9 +198,9 @@ def record(
     manifest = make_manifest(config=plain, data=looks, **inputs)
     write_json(workdir / "manifest.json", manifest | told)
     write_text(workdir / "config.json", configs.to_json(config))
-    for name, text in tokenizer_of(setup.data, config).items():
+    for name, text in setup.data.files().items():
         write_text(workdir / name, text)
-    write_fitted(workdir, setup.data.fitted)
+    kind_named(setup.data.spec.kind).save(workdir, setup.data.fitted)
 
 
 def _resumed(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.kind import kind_named
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.plans.phase import scales
 from finetune_jax.report import plots
@@ -51,30 +52,17 @@ def write_report(
     folder.mkdir(exist_ok=True)
     lines = read_metrics(workdir / "metrics.jsonl")
     plots.learning_curves(lines, folder / "learning_curves.png")
-    confusion, right, wrong, segments = None, [], [], None
+    figures: dict[str, Any] = {"confusion": None, "right": [], "wrong": []}
     setup_of, domain = _shown_domain(setup)
     held_out = setup_of.data.held_out
     split = next((name for name in ("test", "validation") if name in held_out), None)
     if split is not None:
         dataset, spec = held_out[split], setup_of.data.spec
-        names, outputs = spec.class_names, best.outputs(dataset, domain)
-        dataset = dataset.kept()
+        outputs, dataset = best.outputs(dataset, domain), dataset.kept()
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"
-        if spec.targets:
-            found, path = outputs["prediction"], folder / "predicted.png"
-            plots.predicted(found, dataset.label, spec.targets, path, caption)
-        elif spec.pixel_classes:
-            figure = _segments(setup_of, outputs["prediction"], dataset)
-            (folder / "segments.png").write_bytes(plots.png(figure))
-            segments = for_page(figure, f"Of {caption}")
-        elif "logits" in outputs:
-            # A model may have more logits than the data has classes.
-            outputs["logits"] = outputs["logits"][:, : len(names)]
-            counts = confusion_matrix(outputs["logits"], dataset.label)
-            confusion, path = (counts, names, caption), folder / "confusion_matrix.png"
-            plots.confusion_matrix(counts, names, path, caption)
-            right, wrong = _predictions(setup_of, outputs, dataset)
+        if draw := FIGURES.get(spec.labels):
+            figures |= draw(setup_of, outputs, dataset, folder, caption)
     config = read_json(workdir / "config.json") or {}
     page = Page(
         title=_title(config),
@@ -84,12 +72,62 @@ def write_report(
         lines=lines,
         phases=_phases(setup, progress),
         parameters=_parameters(setup),
-        confusion=confusion,
-        right=right,
-        wrong=wrong,
-        segments=segments,
+        **figures,
     )
     write_page(page, folder / "index.html")
+
+
+def _draw_predicted(
+    setup: Setup,
+    outputs: dict[str, np.ndarray],
+    dataset: Dataset,
+    folder: pathlib.Path,
+    caption: str,
+) -> dict[str, Any]:
+    """Writes a plot of predicted and true numbers; the page shows the file."""
+    found, path = outputs["prediction"], folder / "predicted.png"
+    plots.predicted(found, dataset.label, setup.data.spec.targets, path, caption)
+    return {}
+
+
+def _draw_segments(
+    setup: Setup,
+    outputs: dict[str, np.ndarray],
+    dataset: Dataset,
+    folder: pathlib.Path,
+    caption: str,
+) -> dict[str, Any]:
+    """Writes a picture of predicted masks, and returns it for the page."""
+    figure = _segments(setup, outputs["prediction"], dataset)
+    (folder / "segments.png").write_bytes(plots.png(figure))
+    return {"segments": for_page(figure, f"Of {caption}")}
+
+
+def _draw_confusion(
+    setup: Setup,
+    outputs: dict[str, np.ndarray],
+    dataset: Dataset,
+    folder: pathlib.Path,
+    caption: str,
+) -> dict[str, Any]:
+    """Writes the confusion matrix, and returns it and a sample of predictions."""
+    if "logits" not in outputs:
+        return {}
+    names, path = setup.data.spec.class_names, folder / "confusion_matrix.png"
+    # A model may have more logits than the data has classes.
+    outputs["logits"] = outputs["logits"][:, : len(names)]
+    counts = confusion_matrix(outputs["logits"], dataset.label)
+    plots.confusion_matrix(counts, names, path, caption)
+    right, wrong = _predictions(setup, outputs, dataset)
+    return {"confusion": (counts, names, caption), "right": right, "wrong": wrong}
+
+
+# By the kind of labels; predictions of all others have no figure.
+FIGURES = {
+    "classes": _draw_confusion,
+    "numbers": _draw_predicted,
+    "masks": _draw_segments,
+}
 
 
 def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
@@ -152,7 +190,8 @@ def _predictions(
     setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
 ) -> tuple[list[Prediction], list[Prediction]]:
     """Returns a sample of the correct predictions, and the most certain wrong ones."""
-    if len(dataset.shape) != 3 or dataset.shape[2] not in (1, 3):
+    pictures = kind_named(setup.data.spec.kind).thumbnails
+    if pictures(dataset.take(np.arange(1))["inputs"]) is None:
         return [], []
     records = setup.task.records(outputs, {})
     certain = np.array([record["top"][0]["probability"] for record in records])
@@ -164,7 +203,8 @@ def _predictions(
     def shown(positions: np.ndarray) -> list[Prediction]:
         if not len(positions):
             return []
-        images = _as_bytes(dataset.take(positions)["inputs"])
+        images = pictures(dataset.take(positions)["inputs"])
+        assert images is not None
         return [
             Prediction(
                 image=image,
@@ -186,18 +226,13 @@ def _segments(setup: Setup, predicted: np.ndarray, dataset: Dataset) -> Figure:
     count = min(SHOWN_MASKS, len(dataset))
     positions = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     taken = dataset.take(positions)
+    images = kind_named(setup.data.spec.kind).thumbnails(taken["inputs"])
+    assert images is not None
     names = ["/".join(pathlib.PurePath(dataset.name(p)).parts[-2:]) for p in positions]
     return segments_figure(
-        _as_bytes(taken["inputs"]),
+        images,
         taken["mask"],
         predicted[positions],
         names,
         setup.data.spec.pixel_classes,
     )
-
-
-def _as_bytes(images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
-    low, high = images.min(), images.max()
-    return ((images - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)

@@ -13,7 +13,6 @@ from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import make_data
 from finetune_jax.data.images.decoding import Geometry, read_image
-from finetune_jax.features.cache_keys import of_examples
 
 # Grey levels, mean over the image. What differs is the filter: the decoder's averages
 # blocks of pixels, that of resizing is a triangle twice as wide. 1.3 to 4.3 were measured
@@ -164,8 +163,8 @@ def test_tables_of_photos_decoded_otherwise_are_others(tmp_path):
     for config.decode in ("fast", "exact"):
         data = make_data(config, seed=0)
         found[config.decode] = (
-            of_examples(data.train),
-            of_examples(data.held_out["test"]),
+            data.train.about,
+            data.held_out["test"].about,
         )
     assert found["fast"][0] != found["exact"][0]
     assert found["fast"][1] == found["exact"][1]

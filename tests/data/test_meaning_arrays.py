@@ -1,6 +1,7 @@
 """Image arrays mean the same whatever numbers, channels and axes they are saved with."""
 
 import gzip
+import pathlib
 import struct
 import types
 
@@ -11,13 +12,15 @@ from PIL import Image
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.dataset import make_data
 from finetune_jax.data.images.decoding import Geometry, fit, read_image
 from finetune_jax.data.images.pixels import Pixels, axes_problem, read_images
+from finetune_jax.data.kind import kind_named
+from finetune_jax.data.loading import load_source
+from finetune_jax.data.preprocessing import ArraySpec
 from finetune_jax.data.source import array_source
 from finetune_jax.data.sources import tfds
 from finetune_jax.data.spec import DataSpec, check_reads_alike, spec_from_json
-from finetune_jax.inference.predictor import checked, read_array
 
 COUNT, SIZE = 20, (6, 5)
 LABELS = np.arange(COUNT) % 2
@@ -235,7 +238,10 @@ def test_mean_and_deviation_in_bytes_are_refused(tmp_path):
             assert f"config.data.{key}: " in str(told.value)
         assert "divide it by 255" in str(told.value)
     np.savez(tmp_path / "a.npz", x=RGB * 1.0 - 120, y=LABELS)
-    assert data_of(tmp_path / "a.npz", std=(58.4,)).spec.pixels.scale == "as they are"
+    assert (
+        data_of(tmp_path / "a.npz", std=(58.4,)).spec.inputs.pixels.scale
+        == "as they are"
+    )
 
 
 def idx_file(path, values, code):
@@ -314,12 +320,25 @@ def test_prepared_data_sets_that_do_not_fit_are_refused():
 
 def spec(pixels=None, dtype="uint8", shape=(*SIZE, 3)):
     return DataSpec(
+        kind="images",
+        inputs=ArraySpec(pixels=pixels),
         shape=shape,
         train_shape=shape,
         dtype=dtype,
         class_names=("0", "1"),
-        pixels=pixels,
     )
+
+
+def reader(spec):
+    return kind_named(spec.kind).reader(spec, {}, pathlib.Path())
+
+
+def checked(array, spec, name, alone=False):
+    return reader(spec).check(array, name, alone)
+
+
+def read_array(path, spec):
+    return reader(spec).read_file(path)
 
 
 def of_run(values):
@@ -436,7 +455,8 @@ def test_negative_values_that_are_not_standardised_are_refused(values, tmp_path)
     middle, spread = float(values.mean()), float(values.std())
     data = data_of(tmp_path / "a.npz", mean=(middle,), std=(spread,))
     assert (
-        data.spec.pixels.scale == "as they are" and "standardised" in data.warnings[0]
+        data.spec.inputs.pixels.scale == "as they are"
+        and "standardised" in data.warnings[0]
     )
 
 
@@ -455,10 +475,10 @@ def test_conversions_of_inputs_are_told(tmp_path):
 
 def test_the_range_is_kept_with_the_run():
     run, data = of_run(UNIT), configs.default().data
-    assert spec_from_json(run.to_json(), data).pixels == run.pixels
-    assert run.pixels == Pixels(scale="unit", low=0, high=1)
+    assert spec_from_json(run.to_json(), data).inputs.pixels == run.inputs.pixels
+    assert run.inputs.pixels == Pixels(scale="unit", low=0, high=1)
     plain = of_run(RGB).to_json()
-    assert "pixels" not in plain and spec_from_json(plain, data).pixels is None
+    assert "pixels" not in plain and spec_from_json(plain, data).inputs.pixels is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Odd image files and folders: the same numbers as clean ones, a line, or a refusal."""
 
 import os
-import types
+import pathlib
 
 import jax
 import meaning
@@ -13,14 +13,15 @@ from PIL import Image, ImageOps
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.dataset import load_source
 from finetune_jax.data.files import is_litter
 from finetune_jax.data.images import depth
 from finetune_jax.data.images.decoding import Geometry, oriented_size, read_image
 from finetune_jax.data.images.image_formats import image_suffixes, why_no_image
 from finetune_jax.data.images.mask_files import MaskFiles, read_mask
-from finetune_jax.data.loading import opened
-from finetune_jax.data.spec import DataSpec, preprocessing_of
+from finetune_jax.data.kind import Resources, kind_named, kind_of
+from finetune_jax.data.loading import load_source
+from finetune_jax.data.preprocessing import ArraySpec, array_spec
+from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import make_model
 from finetune_jax.models.layers.sizes import TooSmall, least_side
 from finetune_jax.modes import predict
@@ -221,9 +222,11 @@ def test_ordinary_names_are_no_litter(name):
 # --- Inputs of predictions ---
 
 
-def image_run(**spec):
-    given = {"text": None, "table": None, "dtype": "uint8", "shape": (8, 8, 3)}
-    return predict._kind(configs.default(), types.SimpleNamespace(**given | spec))
+def rule(kind="images", shape=(8, 8, 3), dtype="uint8"):
+    spec = DataSpec(
+        kind=kind, shape=shape, train_shape=shape, dtype=dtype, inputs=ArraySpec()
+    )
+    return kind_named(kind).reader(spec, {}, pathlib.Path()).files
 
 
 def test_a_folder_of_inputs_is_used_or_told(tmp_path):
@@ -237,11 +240,11 @@ def test_a_folder_of_inputs_is_used_or_told(tmp_path):
     Image.fromarray(RED).save(folder / "Thumbs.db", "PNG")
     (folder / "a.heic").write_bytes(HEIC)
     (folder / "notes.txt").write_text("x")
-    found, lines = predict.find_inputs([str(folder)], image_run())
+    found, lines = predict.find_inputs([str(folder)], rule())
     assert len(found) == len(FORMS) + 3
     told = "\n".join(lines)
     assert "2 files not used" in told and "1 hidden or system entry" in told
-    found, lines = predict.find_inputs([str(folder / "PNG_a")], image_run())
+    found, lines = predict.find_inputs([str(folder / "PNG_a")], rule())
     assert len(found) == 1 and not lines
 
 
@@ -249,16 +252,16 @@ def test_inputs_that_are_no_images_are_refused(tmp_path):
     for name in ("a.heic", "b.txt", "c"):
         (tmp_path / name).write_bytes(HEIC)
     with pytest.raises(UserError) as error:
-        predict.find_inputs([str(tmp_path / n) for n in ("a.heic", "c")], image_run())
+        predict.find_inputs([str(tmp_path / n) for n in ("a.heic", "c")], rule())
     assert "a.heic: no image" in str(error.value) and "c: no image" in str(error.value)
     with pytest.raises(UserError, match="(?s)no images in.*3 files not used"):
-        predict.find_inputs([str(tmp_path)], image_run())
+        predict.find_inputs([str(tmp_path)], rule())
 
 
 def test_a_model_of_vectors_takes_the_arrays_of_a_folder(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((1, 4)))
     Image.fromarray(RED).save(tmp_path / "b.png")
-    kind = image_run(shape=(4,), dtype="float32")
+    kind = rule("vectors", (4,), "float32")
     found, lines = predict.find_inputs([str(tmp_path)], kind)
     assert [path.name for path in found] == ["a.npy"] and "1 .png" in lines[0]
     with pytest.raises(UserError, match="b.png: no array"):
@@ -267,7 +270,7 @@ def test_a_model_of_vectors_takes_the_arrays_of_a_folder(tmp_path):
 
 def test_inputs_of_too_few_bits_are_told(tmp_path):
     Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "a.png")
-    _, lines = predict.find_inputs([str(tmp_path)], image_run())
+    _, lines = predict.find_inputs([str(tmp_path)], rule())
     assert "warning: --inputs: 1 image of 16 bits" in lines[0] and "by 16" in lines[0]
 
 
@@ -292,13 +295,18 @@ def test_files_beside_texts_and_tables_are_told(tmp_path, name):
         assert part in told
 
 
+def opened(config, tokenizer=None):
+    kind = kind_named(kind_of(config))
+    return kind.open(config, Resources(tokenizer=lambda: tokenizer))
+
+
 def _text_source(config):
     from tokenizers import Tokenizer, models
 
     tokens = ("[UNK]", "[PAD]", "[CLS]", "[SEP]")
     vocabulary = dict(zip(tokens, range(len(tokens))))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).to_str()
-    return opened(config, tokenizer)[0]
+    return opened(config, tokenizer).source
 
 
 def test_files_beside_tables_are_told(tmp_path):
@@ -312,8 +320,9 @@ def test_files_beside_tables_are_told(tmp_path):
         name="csv", dir=str(tmp_path), label="label", columns=(("a", "number"),)
     )
     config.cache_dir = str(tmp_path / "cache")
-    source, _, table = opened(config, None)
-    assert table is not None and set(source.splits) == {"train", "test"}
+    found = opened(config)
+    source = found.source
+    assert found.kind == "tables" and set(source.splits) == {"train", "test"}
     assert "1 .md (no files of a split)" in "\n".join(source.not_used)
 
 
@@ -383,15 +392,17 @@ def test_formats_that_change_size_when_they_are_decoded(tmp_path):
 def test_predicted_masks_are_as_large_as_their_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    writer = predict.MaskWriter(tmp_path / "masks", _scene_spec())
+    spec = _scene_spec()
+    write = kind_named("images").record_writer(spec, tmp_path / "masks")
     names = (os.fsdecode(b"caf\xe9.tif"), "no suffix", "a.TGA", "b.jp2")
     for name, kind in zip(names, ("TIFF", "PNG", "TGA", "JPEG2000")):
         Image.fromarray(CORNER).save(tmp_path / name, kind, exif=exif)
-        written = writer.write(np.ones((16, 16), np.uint8), str(tmp_path / name))
+        record = {"mask": np.ones((16, 16), np.uint8)}
+        written = write(record, str(tmp_path / name))["mask"]
         with Image.open(written) as mask:
             assert mask.size == oriented_size(tmp_path / name)
             assert mask.size == ((48, 64) if kind in ("TIFF", "PNG") else (64, 48))
-    written = writer.write(np.ones((16, 16), np.uint8), "x.npy#3")
+    written = write({"mask": np.ones((16, 16), np.uint8)}, "x.npy#3")["mask"]
     with Image.open(written) as mask:
         assert mask.size == (16, 16) and written.endswith("x.npy_3.png")
 
@@ -399,8 +410,8 @@ def test_predicted_masks_are_as_large_as_their_images(tmp_path):
 def _scene_spec():
     config = configs.default().data
     return DataSpec(
-        shape=(16, 16, 3), train_shape=(16, 16, 3), dtype="uint8", class_names=(),
-        pixel_classes=("sky", "road"), train_counts=(1,), **preprocessing_of(config),
+        kind="images", shape=(16, 16, 3), train_shape=(16, 16, 3), dtype="uint8",
+        inputs=array_spec(config), pixel_classes=("sky", "road"), train_counts=(1,),
     )  # fmt: skip
 
 
@@ -561,8 +572,9 @@ def _small_config(name, **task):
 
 def _spec(config, side):
     return DataSpec(
-        shape=(side, side, 1), train_shape=(side, side, 1), dtype="uint8",
-        class_names=("a", "b"), train_counts=(1, 1), **preprocessing_of(config.data),
+        kind="images", shape=(side, side, 1), train_shape=(side, side, 1),
+        dtype="uint8", inputs=array_spec(config.data), class_names=("a", "b"),
+        train_counts=(1, 1),
     )  # fmt: skip
 
 

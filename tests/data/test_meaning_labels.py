@@ -14,8 +14,8 @@ import texts
 from PIL import Image
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.dataset import load_source
 from finetune_jax.data.labels import class_name, classes_of, in_order, near_twins
+from finetune_jax.data.loading import load_source
 from finetune_jax.data.source import array_source, check_classes, check_labelled
 from finetune_jax.data.tables.schema import TableOptions
 from finetune_jax.data.tables.source import format_of, load_table

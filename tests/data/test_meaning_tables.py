@@ -16,6 +16,7 @@ from table_data import data_of, in_order, section, taken
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import make_data
+from finetune_jax.data.kind import Resources
 from finetune_jax.data.tables.encoding import read_fitted, write_fitted
 from finetune_jax.data.tables.number_forms import Form, form_of
 from finetune_jax.data.tables.schema import MISSING
@@ -427,7 +428,7 @@ def test_signs_of_nothing_in_numbers_of_parquet_are_missing(tmp_path):
 
     path = parquet(weights, "weight")(tmp_path)
     for sign in ("-999", "-999.0"):
-        assert data_of(path, "parquet", missing=(sign,)).spec.table.marks == (1,)
+        assert data_of(path, "parquet", missing=(sign,)).spec.inputs.marks == (1,)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_rules_in_messages_match_their_columns(tmp_path):
     (warning,) = read(path)[1]
     rule = warning.partition("config.data.columns=")[2].partition(" leaves")[0]
     found = data_of(path, "csv", columns=eval(rule))
-    assert not found.warnings and found.spec.table.schema.numbers == ("weight",)
+    assert not found.warnings and found.spec.inputs.schema.numbers == ("weight",)
 
 
 @pytest.mark.parametrize("factor", [1, 1000, 10**6])
@@ -681,13 +682,13 @@ def test_runs_of_before_read_cells_as_they_did(tmp_path):
     )
     data = data_of(path, "csv", columns=(("weight", "number"), ("city", "category")))
     schema = dataclasses.replace(
-        data.spec.table.schema, version=1, numbers=("power", " weight")
+        data.spec.inputs.schema, version=1, numbers=("power", " weight")
     )
     numbers = [
         dataclasses.replace(n, name=s)
-        for n, s in zip(data.spec.table.numbers, schema.numbers)
+        for n, s in zip(data.spec.inputs.numbers, schema.numbers)
     ]
-    spec = dataclasses.replace(data.spec.table, schema=schema, numbers=tuple(numbers))
+    spec = dataclasses.replace(data.spec.inputs, schema=schema, numbers=tuple(numbers))
     plain = dataclasses.asdict(spec)
     for key in ("forms", "missing", "version"):
         plain["schema"].pop(key)
@@ -703,7 +704,7 @@ def test_runs_of_before_read_cells_as_they_did(tmp_path):
     )
     # Blanks are of the values, which this vocabulary has without, and '?' is one.
     assert (found[1::2, -1] == 1).all() and found[4, -1] == 0 and found[2, -1] == 1
-    again = make_data(section(path, "csv"), seed=0, fitted=fitted)
+    again = make_data(section(path, "csv"), seed=0, resources=Resources(fitted=fitted))
     np.testing.assert_array_equal(taken(again.train)[in_order(again)], found)
 
 

@@ -11,6 +11,7 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation import mixup
+from finetune_jax.plans.micro_batches import check_pairs
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.task import EVALUATION, Mode
 
@@ -269,11 +270,11 @@ def test_batches_that_tear_pairs_are_refused():
         Phase(name="odd", steps=1, accumulate_steps=4),
         Phase(name="three", steps=1, accumulate_steps=3),
     )
-    mixup.check_pairs(BOTH, 24, plan, 1)
-    mixup.check_pairs((), 12, plan, 4)
+    check_pairs(BOTH, 24, plan, 1)
+    check_pairs((), 12, plan, 4)
     with pytest.raises(UserError, match=r"^config\.data\.batch_size: ") as found:
-        mixup.check_pairs(BOTH, 12, plan, 1)
+        check_pairs(BOTH, 12, plan, 1)
     assert "'odd': 12 examples in 4 micro-batches over 1 devices" in str(found.value)
     assert "'one'" not in str(found.value) and "'three'" not in str(found.value)
     with pytest.raises(UserError, match="over 4 devices"):
-        mixup.check_pairs(BOTH, 12, plan[:1], 4)
+        check_pairs(BOTH, 12, plan[:1], 4)

@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def parts(data, dataset=None):
-    found, count = taken(dataset or data.train), len(data.spec.table.features)
+    found, count = taken(dataset or data.train), len(data.spec.inputs.features)
     return found[:, :count].view(np.float32), found[:, count:]
 
 
@@ -47,7 +47,7 @@ def test_numbers_and_categories_are_what_another_reader_reads(tmp_path):
         np.testing.assert_allclose(
             numbers[order, at], np.nan_to_num(wanted), rtol=1e-5, atol=1e-6
         )
-        mark = data.spec.table.features.index(f"{name} is missing")
+        mark = data.spec.inputs.features.index(f"{name} is missing")
         assert (numbers[order, mark] == np.isnan(raw)).all()
     for at, name in enumerate(clicks.CATEGORIES):
         known = ["", None, *data.fitted.known[name].to_pylist()]
@@ -57,12 +57,12 @@ def test_numbers_and_categories_are_what_another_reader_reads(tmp_path):
 
 def test_a_schema_is_inferred_and_rules_go_before(tmp_path):
     path = clicks.write(tmp_path / "t.csv", ROWS, HEADER, ",")
-    table = data_of(path, "csv").spec.table
+    table = data_of(path, "csv").spec.inputs
     assert table.schema.numbers == ("age",)
     assert table.schema.categories == ("city", "zip")  # Zeros lead no number.
     assert [line.split(":")[0].strip() for line in table.lines()[1:]] == HEADER[:3]
     table = data_of(path, "csv", columns=(("zip", "ignore"), (".*", "category")))
-    assert table.spec.table.schema.inputs == ("age", "city")
+    assert table.spec.inputs.schema.inputs == ("age", "city")
     with pytest.raises(UserError, match="'tip' matches no column.*'zip'"):
         data_of(path, "csv", columns=(("tip", "number"),))
 
@@ -90,7 +90,7 @@ def test_parquet_gives_what_csv_gives(tmp_path):
     parquet.write_table(table, tmp_path / "t.parquet")
     one, other = data_of(path, "csv"), data_of(tmp_path / "t.parquet", "parquet")
     assert (taken(one.train) == taken(other.train)).all()
-    assert one.spec.table.lines() == other.spec.table.lines()
+    assert one.spec.inputs.lines() == other.spec.inputs.lines()
     (tmp_path / "t.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a Parquet file"):
         data_of(tmp_path / "t.parquet", "parquet")
@@ -106,7 +106,7 @@ def test_what_is_fitted_is_of_training_rows_alone(tmp_path):
     clicks.write(folder / "test.txt", lines[30:])
     data = data_of(folder, train="train", test="test")
     own = np.array([float(row[1]) for row in lines[:30] if row[1]])
-    number = data.spec.table.numbers[0]
+    number = data.spec.inputs.numbers[0]
     assert number.mean == pytest.approx(own.mean(), rel=1e-12)
     assert number.std == pytest.approx(own.std(), rel=1e-12)
     assert "onlyheld" not in data.fitted.known["C1"].to_pylist()
@@ -121,7 +121,7 @@ def test_rare_values_share_a_row_and_missing_ones_have_their_own(tmp_path):
     data = data_of(path, "csv", min_count=2, columns=(("zip", "ignore"),))
     _, places = parts(data)
     assert places[in_order(data), 0].tolist() == [2, 2, 1, 0, 1, 2]
-    category = data.spec.table.categories[0]
+    category = data.spec.inputs.categories[0]
     assert (category.rows, category.missing, category.unseen) == (3, 1 / 6, 2 / 6)
 
 
@@ -131,7 +131,7 @@ def test_hashed_values_need_no_vocabulary(tmp_path):
     _, places = parts(data)
     assert not data.fitted.known
     assert {0} < set(np.unique(places).tolist()) <= {0, 2, 3, 4}
-    assert all(rows == 5 for _, rows in data.spec.table.fields)
+    assert all(rows == 5 for _, rows in data.spec.inputs.fields)
 
 
 def test_files_are_converted_once_and_damage_is_seen(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_predictions_encode_rows_as_training_did_to_the_bit(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"data": data.spec.to_json()}))
     fitted = read_fitted(tmp_path, "--workdir")
     plain = json.loads(json.dumps(data.spec.to_json()))
-    assert spec_from_json(plain, section(tmp_path)).table == data.spec.table
+    assert spec_from_json(plain, section(tmp_path)).inputs == data.spec.inputs
     kind = format_of("criteo")
     for name, cut in (("with.txt", 0), ("without.txt", 1)):  # A label, or none.
         path = clicks.write(tmp_path / name, [row[cut:] for row in lines])
@@ -230,10 +230,10 @@ def test_what_was_fitted_before_is_continued(tmp_path):
     write_fitted(tmp_path, before.fitted)
     (tmp_path / "manifest.json").write_text(json.dumps({"data": before.spec.to_json()}))
     after = data_of(clicks.write(tmp_path / "b.txt", second), fitted=None)
-    assert after.spec.table.numbers != before.spec.table.numbers
+    assert after.spec.inputs.numbers != before.spec.inputs.numbers
     config = section(tmp_path / "b.txt", fitted=str(tmp_path))
     after = make_data(config, seed=0)
-    assert after.spec.table.numbers == before.spec.table.numbers
+    assert after.spec.inputs.numbers == before.spec.inputs.numbers
     known = before.fitted.known["C1"].to_pylist()
     assert after.fitted.known["C1"].to_pylist() == [*known, "newvalue"]
     with pytest.raises(UserError, match="'C1' is not hashed there"):
@@ -289,7 +289,9 @@ def test_columns_that_differ_between_files_are_named(tmp_path):
     ):
         data_of(tmp_path, "csv", train="train")
     clicks.write(tmp_path / "test.csv", [["x", *row[1:]] for row in ROWS], HEADER, ",")
-    assert "age" in data_of(tmp_path, "csv", train="train").spec.table.schema.categories
+    assert (
+        "age" in data_of(tmp_path, "csv", train="train").spec.inputs.schema.categories
+    )
 
 
 def test_columns_that_say_nothing_or_are_odd_are_named(tmp_path):

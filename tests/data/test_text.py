@@ -10,8 +10,8 @@ from text_configs import TINY, config, tag_config
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.batches import Shortened, by_length, training_batches
-from finetune_jax.data.text.tokens import make_encoder, shortened
+from finetune_jax.data.batches import shortened, training_batches
+from finetune_jax.data.text.tokens import TextLengths, make_encoder
 from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
 from finetune_jax.pipeline import pipeline
@@ -81,13 +81,13 @@ def test_two_sentences_have_types_and_the_longer_is_cut(tmp_path):
 
 def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it(folder):
     data = run_data(config(folder))
-    options = data.spec.text.options
+    options = data.spec.inputs.options
     assert options.lengths() == (4, 8, 12)
     whole = data.train.take(np.arange(40))["inputs"]
     tokens = (whole[:, 1] != 0).sum(axis=-1)
     seen = set()
     for batch in training_batches(
-        Shortened(dataset=data.train, options=options),
+        shortened(data.train),
         seed=0, batch_size=2, micro_batches=1, start=0, stop=60,
     ):  # fmt: skip
         inputs = batch["inputs"][0]
@@ -96,8 +96,9 @@ def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it(folder):
         assert inputs.shape[-1] == wanted
         seen.add(wanted)
     assert seen >= {8, 12}
-    assert shortened(whole[tokens == 3], options).shape[-1] == 4
-    assert (np.diff(tokens[by_length(data.train)]) >= 0).all()
+    few = TextLengths(options=options).shortened({"inputs": whole[tokens == 3]})
+    assert few["inputs"].shape[-1] == 4
+    assert (np.diff(tokens[shortened(data.train, by_length=True).order]) >= 0).all()
 
 
 @pytest.mark.slow
@@ -202,7 +203,10 @@ def test_texts_and_images_are_not_taken_for_one_another(folder):
         with given.unlocked():
             given.model = {**bare, "name": "resnet20"}
         make_setup(given)
-    with pytest.raises(UserError, match="the data is text: use 'text'"):
+    with pytest.raises(
+        UserError,
+        match="'classify' takes.*data is text with classes; such data is for 'text'",
+    ):
         make_setup(config(folder, overrides=[("task.name", "classify")]))
     with pytest.raises(UserError, match="'digits' holds no texts"):
         run_data(config(folder, name="digits"))

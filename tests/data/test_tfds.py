@@ -12,8 +12,9 @@ from PIL import Image
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import DataMissing, UserError
-from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.dataset import make_data
 from finetune_jax.data.images.decoding import Geometry, fit
+from finetune_jax.data.loading import load_source
 from finetune_jax.data.sources.tfds import TfdsExamples
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -115,7 +115,7 @@ def test_the_card_says_how_texts_become_inputs_of_the_artifact(exported, tmp_pat
 def test_the_tokenizer_config_of_the_source_is_kept_but_for_the_length():
     class Given:
         class spec:
-            class text:
+            class inputs:
                 class options:
                     max_tokens = 11
 

@@ -18,8 +18,8 @@ from predictions import predict, trained
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
+from finetune_jax.data import array_inputs
 from finetune_jax.models import make_model, resnet
-from finetune_jax.modes import predict as predict_mode
 from finetune_jax.training.run import run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_arrays_are_predicted_too(finished, tmp_path):
 def test_chunks_and_arrays_of_any_length_share_a_program(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(predict_mode, "CHUNK", 5)
+    monkeypatch.setattr(array_inputs, "CHUNK", 5)
     new = pictures.make_folder(tmp_path / "new", examples=6)
     assert len(predict(finished, new)) == 18
     for rows in (20, 3):
@@ -178,7 +178,7 @@ def test_a_damaged_manifest_is_told(finished):
     whole = json.loads(path.read_text())
     for key, value in (("shape", "abc"), ("dtype", "uint77"), ("class_names", None)):
         path.write_text(json.dumps({**whole, "data": {**whole["data"], key: value}}))
-        with pytest.raises(UserError, match="manifest.json does not say"):
+        with pytest.raises(UserError, match="manifest.json does not describe"):
             predict(finished, finished)
     path.write_text(json.dumps(whole))
 

@@ -1,5 +1,7 @@
 """Domain adaptation: what each method adds, and that it does its job without labels."""
 
+import dataclasses
+
 import devices
 import jax
 import mixtures
@@ -9,7 +11,6 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
-from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks import make_task
@@ -32,10 +33,10 @@ def specs(classes=(10, 10), shapes=((8, 8, 1),) * 2, labelled=(True, False)):
         name: small.spec(shape, count, share=8, labelled=is_labelled)
         for name, count, shape, is_labelled in zip(SIZES, classes, shapes, labelled)
     }
-    return DataSpec(
-        shape=(8, 8, 1), train_shape=(8, 8, 1), dtype="uint8", class_names=(),
-        train_counts=(100,), domains=domains,
-    )  # fmt: skip
+    first = small.spec((8, 8, 1))
+    return dataclasses.replace(
+        first, class_names=(), train_counts=(100,), domains=domains
+    )
 
 
 def task(spec=None, *, model="cnn", precision="float32", **arguments):

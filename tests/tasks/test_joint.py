@@ -1,5 +1,6 @@
 """Joint learning: what is shared is one, what is not is as if it were alone."""
 
+import dataclasses
 import json
 
 import devices
@@ -11,7 +12,6 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.data.spec import DataSpec
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
@@ -34,10 +34,10 @@ def specs(classes=(10, 10), shapes=((8, 8, 1), (8, 8, 1)), share=8):
         name: small.spec(shape, count, share=share)
         for name, count, shape in zip(("one", "two", "three"), classes, shapes)
     }
-    return DataSpec(
-        shape=(8, 8, 1), train_shape=(8, 8, 1), dtype="uint8", class_names=(),
-        train_counts=(100,), domains=domains,
-    )  # fmt: skip
+    first = small.spec((8, 8, 1))
+    return dataclasses.replace(
+        first, class_names=(), train_counts=(100,), domains=domains
+    )
 
 
 def task(spec=None, *, model="cnn", precision="float32", **arguments):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import questions
+import small
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
@@ -21,9 +22,10 @@ from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
 from finetune_jax.pipeline import pipeline
 from finetune_jax.plans.phase import Phase, as_config
+from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.text_inputs import questions as as_encoders_take
 from finetune_jax.tasks.objectives.squad import match_scores, normalised
-from finetune_jax.tasks.qa import best_spans, make
+from finetune_jax.tasks.qa import best_spans
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup, metric_names
@@ -265,8 +267,8 @@ def test_the_best_window_answers_and_none_only_if_no_window_has_one(folder):
     windows = encoded(rows, max_tokens=14, overlap=2)
     assert windows.sizes.tolist() == [2, 1]
     task = make_setup(config(folder)).task
-    text = dataclasses.replace(task.data.text, unanswerable=True)
-    other = dataclasses.replace(task, data=dataclasses.replace(task.data, text=text))
+    text = dataclasses.replace(task.data.inputs, unanswerable=True)
+    other = dataclasses.replace(task, data=dataclasses.replace(task.data, inputs=text))
     for asking, may in ((task, False), (other, True)):
         outputs = [(6, 6, -3.0, -0.5), (8, 8, -1.0, -2.0), (5, 5, -2.0, -1.0)]
         red, none = answered(asking, outputs, windows)
@@ -286,7 +288,7 @@ def test_squads_own_files_give_the_same(folder, tmp_path):
         (tmp_path / f"{split}-v2.0.json").write_text(content)
     same = run_data(config(tmp_path, name="squad", tokenizer=f"file:{folder}"))
     assert same.fingerprint() == ours.fingerprint()
-    assert not same.spec.text.unanswerable
+    assert not same.spec.inputs.unanswerable
     bad = {"data": [{"paragraphs": [{"context": "x"}, 3]}, {"title": ""}]}
     (tmp_path / "train-v2.0.json").write_text(json.dumps(bad))
     with pytest.raises(UserError) as error:
@@ -370,9 +372,10 @@ def test_a_question_that_leaves_no_room_and_options_that_do_not_fit(folder, tmp_
         UserError, match="data.labels, for the task 'text': no 'answers'"
     ):
         metric_names(config(folder, overrides=[("task.name", "text")]))
-    bare = dataclasses.replace(run_data(config(folder)).spec, text=None)
-    with pytest.raises(UserError, match="'qa' needs questions, passages and answers"):
-        make(data=bare, model={}, precision="float32")
+    with pytest.raises(
+        UserError, match="'qa' takes text with answers, but the data is"
+    ):
+        make_task(config(folder), small.spec())
 
 
 def test_no_split_has_a_part_of_a_question_of_another(tmp_path):

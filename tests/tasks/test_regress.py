@@ -12,7 +12,8 @@ from sklearn.linear_model import LinearRegression
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.dataset import make_data
+from finetune_jax.data.loading import load_source
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup, make_task
@@ -104,7 +105,7 @@ def test_splits_with_classes_and_with_numbers_are_refused(tmp_path):
         ("data.sampling", "balanced", "config.data.sampling: 'balanced' needs classes"),
         ("data.mix", "(('mixup', 0.2),)", "config.data.mix: .* needs classes"),
         ("task.class_weights", "balanced", "class_weights: 'balanced', but"),
-        ("task.name", "classify", "use task.name='regress'"),
+        ("task.name", "classify", "vectors with numbers; such data is for 'regress'"),
         ("task.loss", "focal", "regression has mse, mae, huber"),
         ("task.loss_args", "{'delta': 1.0}", "loss_args.delta: unknown"),
         ("task.metrics", "('accuracy',)", "'accuracy', a metric of classification"),
@@ -120,7 +121,9 @@ def test_what_numbers_cannot_have_is_refused(tmp_path, key, text, message):
 
 
 def test_classes_are_no_targets():
-    with pytest.raises(UserError, match="use task.name='classify'"):
+    with pytest.raises(
+        UserError, match="'regress' takes.*data is images with classes; .*'classify'"
+    ):
         make_task(small.config(overrides=[("task.name", "regress")]), small.spec())
 
 

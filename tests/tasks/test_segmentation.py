@@ -18,9 +18,11 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.augmentation.masks import IGNORED, make_mask_augment
 from finetune_jax.data.augmentation.steps import make_augment, random_box
-from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.dataset import make_data
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.images.mask_files import fit_mask, unfitted
+from finetune_jax.data.loading import load_source
+from finetune_jax.data.preprocessing import array_spec
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.models.fully_convolutional import as_maps, enlarged
@@ -47,8 +49,9 @@ def task(*overrides, model="cnn", size=8, channels=1, classes=CLASSES, **argumen
     assert not problems, problems
     shape = size, size, channels
     spec = DataSpec(
-        shape=shape, train_shape=shape, dtype="uint8", class_names=(),
-        pixel_classes=classes, train_counts=(9,), augment=resolved.data.augment,
+        kind="images", shape=shape, train_shape=shape, dtype="uint8",
+        inputs=array_spec(resolved.data), pixel_classes=classes,
+        train_counts=(9,), augment=resolved.data.augment,
     )  # fmt: skip
     return make_task(resolved, spec)
 
@@ -376,11 +379,13 @@ def test_what_segmentation_does_not_know_is_refused(key, text, message):
 def test_a_model_without_maps_and_data_without_masks_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"neither maps \[B, H, W, C\]"):
         jax.eval_shape(task(model="mlp").init, jax.random.key(0))
-    with pytest.raises(UserError, match="the data has no masks"):
+    with pytest.raises(
+        UserError, match="takes images with masks, but the data is images with classes"
+    ):
         make_task(small.config(overrides=[("task.name", "segmentation")]), small.spec())
     write_folder(tmp_path, 5)
     for key, text, message in (
-        ("task.name", "classify", "use task.name='segmentation'"),
+        ("task.name", "classify", "images with masks; such data is for 'segmentation'"),
         ("data.mix", "(('mixup', 0.2),)", "are masks"),
     ):
         with pytest.raises(UserError, match=message):

@@ -93,9 +93,13 @@ def test_what_does_not_go_together_is_named(tmp_path):
     path = clicks.write(tmp_path / "t.txt", clicks.rows(60))
     with pytest.raises(UserError, match="'mlp' takes no tables; table_mlp"):
         make_setup(config_of(path, overrides=[("model.name", "mlp")]))
-    with pytest.raises(UserError, match="data is a table: use 'tabular'"):
+    with pytest.raises(
+        UserError, match="data is tables with classes; such data is for 'tabular'"
+    ):
         make_setup(config_of(path, overrides=[("task.name", "classify")]))
-    with pytest.raises(UserError, match="data is no table"):
+    with pytest.raises(
+        UserError, match="'tabular' takes tables with classes.*data is images"
+    ):
         config = [
             ("data.name", "digits"),
             ("data.dir", "None"),

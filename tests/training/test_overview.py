@@ -112,7 +112,9 @@ def test_an_unwritable_file_is_named(tmp_path, monkeypatch):
 
 def test_tags_are_told_with_the_words_that_have_them():
     text = TextSpec(options=TextOptions(labels="tags"), vocabulary=9)
-    spec = dataclasses.replace(small.spec(shape=(2, 3), classes=2), text=text)
+    spec = dataclasses.replace(
+        small.spec(shape=(2, 3), classes=2), kind="text", inputs=text
+    )
     spec = dataclasses.replace(spec, class_names=("O", "B-LOC"), train_counts=(2,))
     data = no_data(spec)
     label = np.array([[0, 1, -1], [0, 0, -1]], np.int32)

@@ -107,7 +107,7 @@ def test_without_weights_or_files_the_data_are_as_they_are(tmp_path):
         config, lines = filled(given(address))
         assert not lines and config.data.mean is None
         assert config.data.image_size is None
-    spec = make_data(small.config().data, seed=0).spec
+    spec = make_data(small.config().data, seed=0).spec.inputs
     assert (spec.mean, spec.std, spec.interpolation) == ((0.0,), (1.0,), "bilinear")
 
 

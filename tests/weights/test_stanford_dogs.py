@@ -13,7 +13,8 @@ from weight_files import REPOSITORY, empty_hub, published, renamed, shapes, writ
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.pytrees import named
-from finetune_jax.data.dataset import load_source, make_data
+from finetune_jax.data.dataset import make_data
+from finetune_jax.data.loading import load_source
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.merge import load_weights

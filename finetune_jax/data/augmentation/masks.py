@@ -1,4 +1,4 @@
-"""Masks: images whose pixels are class indices. What is done to both is done here.
+"""Augmentation of masks: images whose pixels are class indices.
 
 `MOVES` lists what the steps of `config.data.augment` do to the mask of an image, from the
 same key: what moves pixels moves those of the mask, what changes colours does not.
@@ -57,7 +57,7 @@ def _same(mask_HxWx1: jax.Array, rng: jax.Array, *arguments: Any) -> jax.Array:
     return mask_HxWx1
 
 
-# An erased part keeps its classes: it can be told from what is around it.
+# An erased part keeps its classes: its surroundings show them.
 MOVES: dict[str, Callable[..., jax.Array]] = {
     "flip": augment.flip,
     "pad_crop": augment.pad_crop,
@@ -73,10 +73,10 @@ def make_mask_augment(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (masks [B, H, W], keys [B]), the other half of `make_augment`.
 
-    What comes in from outside of an image is ignored.
+    Pixels from outside of an image are ignored.
 
     Args:
-        steps: That `augment.make_augment` takes.
+        steps: Steps, as for `make_augment`.
         size: Height and width that the model takes.
 
     Raises:

@@ -31,7 +31,7 @@ def mixup(
 
     Args:
         rng: A key.
-        shape: Of the inputs of an example.
+        shape: Shape of the inputs of an example.
         alpha: The share is distributed as Beta(alpha, alpha).
     """
     share = symmetric_beta(rng, alpha)
@@ -81,10 +81,10 @@ class Mixture:
     """A way of mixing that `config.data.mix` can name.
 
     Attributes:
-        function: Of the key, the shape of the inputs and at most alpha; what it returns
+        function: Function of the key, the input shape and at most alpha; its result
             has as many axes as the inputs, and no axis.
-        arguments: What the user may give.
-        check: Nothing can be wrong with one argument and its like.
+        arguments: Arguments that the user may give.
+        check: Always None; one argument cannot contradict itself.
         needs_images: Whether the inputs must be images.
     """
 
@@ -114,7 +114,7 @@ def mixed(
 
     Args:
         inputs: [B, ...], B being even.
-        target_BxK: Their classes, rows that sum to 1.
+        target_BxK: Class probabilities, rows that sum to 1.
         position_B: The place of each example in the update; the first one is even.
         rng: Key of the update.
         entries: (name, *arguments) each, such as `("cutmix", 1.0)`.

@@ -47,7 +47,7 @@ def operate(
 ) -> jax.Array:
     """Returns the image after one operation.
 
-    Blends are of floats, where torchvision cuts off what is below a level of bytes.
+    Blends are of floats; torchvision rounds them down to bytes.
 
     Args:
         image_HxWxC: The image.
@@ -64,7 +64,7 @@ def operate(
     )
     first += len(BLENDS)
     mapped_HxWxC = _look_up(image_HxWxC, operation - first, magnitude)
-    # Of no operation the resampling is exact.
+    # Without an operation the resampling is exact.
     coloured_HxWxC = jnp.where(operation < first, blended_HxWxC, mapped_HxWxC)
     return jnp.where(operation <= len(MOVES), moved_HxWxC, coloured_HxWxC)
 

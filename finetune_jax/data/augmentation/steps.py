@@ -108,7 +108,7 @@ def inside_box(
     Args:
         stored: Height and width of the image.
         corner: Top and left of the box.
-        sides: Its height and width.
+        sides: Height and width of the box.
     """
     rows, columns = (
         (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
@@ -130,7 +130,7 @@ def resized_crop(
         image_HxWxC: The image.
         corner: Top and left of the part, in pixels; may be traced.
         sides: Its height and width, in pixels; may be traced.
-        size: Height and width of what is returned.
+        size: Height and width of the result.
     """
     corner, sides = jnp.asarray(corner), jnp.asarray(sides)
     mask_HxW = inside_box(image_HxWxC.shape[:2], corner, sides)
@@ -201,7 +201,7 @@ class Argument:
     """A number that a step takes.
 
     Attributes:
-        name: That of the function's argument.
+        name: Name of the function's argument.
         low: The smallest that is allowed, unless `above`.
         high: The largest that is allowed.
         above: Whether it must be larger than `low`.
@@ -222,7 +222,7 @@ class Argument:
         return enough and value <= self.high and math.isfinite(value)
 
     def __str__(self) -> str:
-        """Returns what is allowed.
+        """Returns the allowed range.
 
         >>> str(Argument(name="min_scale", high=1, above=True))
         'a number above 0, up to 1'
@@ -238,11 +238,11 @@ class Augmentation:
     """A step that `config.data.augment` can name.
 
     Attributes:
-        function: Of the image, the key and at most the arguments.
-        arguments: What the user may give, in this order; all have defaults.
+        function: Function of the image, the key and at most the arguments.
+        arguments: Arguments that the user may give, in this order; all have defaults.
         resizes: Whether `function` takes `size` and returns images of that size.
-        fills: Whether it takes `fill`, the value of what it blots out.
-        check: Of the arguments: what is wrong with them together, or None.
+        fills: Whether it takes `fill`, the value of erased pixels.
+        check: Returns the problem of the arguments together, or None.
     """
 
     function: Callable[..., jax.Array]
@@ -304,7 +304,7 @@ def make_augment(
         steps: (name, *arguments) each, such as `("pad_crop", 2)`.
         size: Height and width that the model takes; None keeps that of the images.
         stored: Height and width of the images, to be checked; None checks nothing.
-        fill: The value, one or a channel's, of what is blotted out.
+        fill: Value of erased pixels, one or one for each channel.
 
     Raises:
         UserError: No such augmentation, or arguments that it does not take; names all.
@@ -340,13 +340,13 @@ def make_augment(
 def step_problems(
     where: str, step: Any, known: Mapping[str, Any], example: tuple
 ) -> list[str]:
-    """Returns what is wrong with one step, nothing if it can be run.
+    """Returns the problems of one step.
 
     Args:
         where: The config key.
         step: (name, *arguments), as the user wrote it.
-        known: What has `arguments` and `check`, by name.
-        example: A right one.
+        known: Objects with `arguments` and `check`, by name.
+        example: A valid step.
     """
     if not isinstance(step, tuple) or not step or not isinstance(step[0], str):
         return [f"{where}: {step!r} is not a step such as {example}"]

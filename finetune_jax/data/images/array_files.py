@@ -15,7 +15,7 @@ def read_arrays(path: pathlib.Path, only: str | None = None) -> dict[str, np.nda
         only: Name of the array that is wanted; the others are read where it is absent.
 
     Raises:
-        UserError: Names the file, and what is wrong with it.
+        UserError: Names the file and its problem.
     """
     try:
         with path.open("rb") as opened:

@@ -22,7 +22,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 # could fill the memory.
 _THIN = 100
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-# What makes an image upright, by its EXIF orientation.
+# Operations that make an image upright, by its EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,7 +46,7 @@ class Geometry:
 
     Attributes:
         shape: (H, W, C) wanted; C is 1 or 3.
-        resize: Of the shorter side, before the centre is cut out; None stretches the
+        resize: Length of the shorter side before the centre is cut out; None stretches the
             whole image to the shape.
         interpolation: 'bilinear' or 'bicubic', both antialiased.
         decode: 'exact' gives torchvision's bits. 'fast' decodes a JPEG at a half, a
@@ -59,6 +59,10 @@ class Geometry:
     interpolation: str = "bilinear"
     decode: str = "exact"
 
+    def changes(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether an image of such a shape is changed."""
+        return shape != self.shape or self.resize is not None
+
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """Returns (width, height) to which an image is resized.
 
@@ -70,7 +74,7 @@ class Geometry:
         return (self.resize, long) if width < height else (long, self.resize)
 
     def cut_of(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Returns (left, top, right, bottom) of what is cut out of a resized image.
+        """Returns (left, top, right, bottom) of the part cut out of a resized image.
 
         Source: torchvision/transforms/functional.py, `center_crop`.
         """
@@ -110,12 +114,12 @@ def read_sized(
 
     Args:
         file: Where it is, its bytes, or what Pillow opened already.
-        geometry: What the image is to fit, as by `fit`; None keeps its size and channels.
+        geometry: Geometry to fit the image to; None keeps its size and channels.
         name: For messages; by default the path.
         upright: Whether the EXIF orientation counts.
 
     Raises:
-        UserError: Names the file, and what is wrong with it.
+        UserError: Names the file and its problem.
     """
     name = name or str(file)
     try:
@@ -167,7 +171,7 @@ def _read_fitted(
     """Returns an opened image in the shape wanted, and its size before that."""
     _check_not_thin(*image.size, geometry, name)
     whole, drafted, is_fast = image.size, None, geometry.decode == "fast"
-    if is_fast:  # Which way up is not known yet; a square is large enough either way.
+    if is_fast:  # The orientation is unknown yet; a square is large enough either way.
         side = max(geometry.shape[:2])
         stretched = geometry.resize is None
         least = (side, side) if stretched else geometry.size_of(*whole)
@@ -217,7 +221,7 @@ def _plain(image: Image.Image, name: str) -> Image.Image:
     """Returns an image in mode RGB or L.
 
     Raises:
-        UserError: Its values have no known range.
+        UserError: The range of its values is unknown.
     """
     if image.mode == "I" and image.format == "TIFF":
         raise UserError(f"{name}: grey levels of 32 bits; save it with 8 or 16")
@@ -257,7 +261,7 @@ def fit(image: np.ndarray, geometry: Geometry) -> np.ndarray:
 
     Args:
         image: Bytes or float32, [H, W, C]; bytes of 2 or 4 channels have alpha.
-        geometry: What is wanted.
+        geometry: Geometry to fit the image to.
     """
     if image.dtype == np.uint8 and image.shape[-1] in (2, 4):
         image = on_white(image)
@@ -277,7 +281,7 @@ def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def fit_named(image: np.ndarray, geometry: Geometry, name: str) -> np.ndarray:
-    """Returns what `fit` does.
+    """Returns an image fitted to a geometry, as `fit` does.
 
     Raises:
         UserError: Names the image, whose shape cannot be fitted.

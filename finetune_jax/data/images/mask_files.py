@@ -28,12 +28,12 @@ def read_mask(
     """Returns the mask of a file, class indices uint8 [H, W].
 
     Args:
-        path: Of a PNG file.
+        path: A PNG file.
         classes: How many there are; `IGNORED` is allowed besides.
         colours: The index of each colour; empty where masks hold indices themselves.
 
     Raises:
-        UserError: Names the file, and what is wrong with it.
+        UserError: Names the file and its problem.
     """
     try:
         with Image.open(path) as image:
@@ -104,9 +104,9 @@ def unfitted(
     """Returns a mask in the size of the image that was fitted; ignored where it was cut.
 
     Args:
-        mask_HxW: Of the shape wanted.
-        geometry: By which the image was fitted.
-        size: The image's width and height.
+        mask_HxW: Mask of the fitted shape.
+        geometry: Geometry that the image was fitted to.
+        size: Width and height of the image.
     """
     resized = geometry.size_of(*size)
     canvas = Image.new("L", resized, IGNORED)
@@ -129,7 +129,7 @@ class MaskFiles:
         images: Files.
         masks: Files, one for each.
         classes: How many there are.
-        colours: As `read_mask` takes them.
+        colours: Class index of each colour, as for `read_mask`.
     """
 
     images: tuple[pathlib.Path, ...]

@@ -16,7 +16,7 @@ from finetune_jax.data.images.decoding import on_white
 _LEAST_FLOAT_BYTES, _LEAST_16_BITS = 128, 2**15
 # Bytes that end here are nearly black.
 _DARK = 32
-# White, by the scale of what is read. Standardised values have no white.
+# White, by the scale of the values. Standardised values have no white.
 _WHITES = {"bytes": 255, "whole": 255, "255": 255, "16 bits": 0xFFFF, "unit": 1}
 # Images that are looked at, or converted, at a time.
 _PART = 256
@@ -109,7 +109,7 @@ def decided(extent: Extent) -> tuple[Pixels | None, str]:
 
 
 def _darkness(extent: Extent, scale: str) -> str:
-    """Returns what to do with values that are almost black; '' if they are brighter."""
+    """Returns advice for values that are almost black; '' if they are brighter."""
     white, high = _WHITES.get(scale), extent.high
     if white is None or extent.dtype == "bool" or high >= white * _DARK / 256:
         return ""
@@ -218,7 +218,7 @@ class Images:
     Attributes:
         values: Images [N, H, W, 1 or 3] by split, bytes or float32.
         pixels: How their values were read; None for bytes, or if there are problems.
-        warnings: Lines about what was converted or assumed.
+        warnings: Lines about conversions and assumptions.
         problems: Lines that say why the arrays cannot be used.
     """
 
@@ -359,7 +359,7 @@ def to_predict(
 
 
 def _misfit(extent: Extent, pixels: Pixels | None) -> str | None:
-    """Returns what to do with values whose range is not the run's; None if it is."""
+    """Returns advice for values out of the run's range; None if they are in it."""
     is_float, low, high = extent.kind == "floats", extent.low, extent.high
     is_bright = high > 1 or high == 0
     if pixels is None:

@@ -7,6 +7,7 @@ each split; files of other names are splits of theirs, such as day_0 to day_23.
 
 from finetune_jax.data.tables.schema import Format
 
+KINDS = ("tables",)
 NUMBERS = tuple(f"I{index + 1}" for index in range(13))
 CATEGORIES = tuple(f"C{index + 1}" for index in range(26))
 TABLE = Format(

@@ -12,6 +12,7 @@ from finetune_jax.data.tables.schema import Format
 from finetune_jax.data.text.files import read_separated, read_splits
 from finetune_jax.data.text.tokens import Rows
 
+KINDS = ("text", "tables")
 TABLE = Format(suffixes=(".csv",), delimiter=",", quotes=True)
 READ = functools.partial(read_separated, delimiter=",", quotes=True)
 
@@ -22,7 +23,7 @@ def load_rows(
     """Returns the rows of each split.
 
     Raises:
-        UserError: No such files, or what of them cannot be read, all at once.
+        UserError: No such files; or lists all that cannot be read.
     """
     del argument
     return read_splits(directory, ".csv", header, READ)

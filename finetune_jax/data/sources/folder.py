@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune_jax.core.errors import DataMissing, UserError, problems_error
 from finetune_jax.core.paths import user_path
-from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.files import SPLITS, Unused, files_below, visible
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import images_of, why_no_image
@@ -22,15 +22,6 @@ from finetune_jax.data.labels import Classes, classes_of
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
-
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
 
 
 class ImageFiles:
@@ -89,7 +80,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             f"config.data.dir: {directory} cannot be used:", problems, told
         )
     splits = {split: _image_files(folders, classes) for split, folders in found.items()}
-    if "all" not in splits:  # Which is put in such an order where it is cut.
+    if "all" not in splits:  # 'all' is put in such an order where it is cut.
         splits = {split: _mixed(files) for split, files in splits.items()}
     return Source(
         name=f"folder {directory}",

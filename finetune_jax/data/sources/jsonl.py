@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from finetune_jax.data.text.files import read_json_lines, read_splits
 from finetune_jax.data.text.tokens import Rows
 
+KINDS = ("text",)
 READ = read_json_lines
 
 
@@ -17,7 +18,7 @@ def load_rows(
     """Returns the rows of each split.
 
     Raises:
-        UserError: No such files, or what of them cannot be read, all at once.
+        UserError: No such files; or lists all that cannot be read.
     """
     del argument
     return read_splits(directory, ".jsonl", header, READ)

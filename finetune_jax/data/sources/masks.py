@@ -21,16 +21,16 @@ from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.text_lines import lines_of
 from finetune_jax.data.augmentation.masks import IGNORED
-from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.files import SPLITS, Unused, files_below, visible
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import image_suffixes, images_of
 from finetune_jax.data.images.mask_files import Colour, MaskFiles
 from finetune_jax.data.labels import class_name, near_twins
 from finetune_jax.data.source import Source
-from finetune_jax.data.sources.folder import SPLITS
 from finetune_jax.data.splits import stratified_order
 from finetune_jax.data.threads import in_threads
 
+MASKS = True
 _IGNORED_NAME = "ignored"
 _SHOWN = 50
 _PNG = (".png", ".apng")
@@ -42,7 +42,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
 
     Raises:
         UserError: Lists images without masks, masks without images, masks that are no
-            PNG files, and what is wrong with classes.csv.
+            PNG files, and problems of classes.csv.
     """
     del argument
     if directory is None:
@@ -67,7 +67,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     splits = {}
     for split, found in pairs.items():
         names = list(found)
-        if split != "all":  # Which is put in such an order where it is cut.
+        if split != "all":  # 'all' is put in such an order where it is cut.
             order = stratified_order(np.zeros(len(names)), seed=0)
             names = [names[index] for index in order]
         splits[split] = MaskFiles(

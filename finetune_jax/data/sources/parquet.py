@@ -5,4 +5,5 @@
 
 from finetune_jax.data.tables.schema import Format
 
+KINDS = ("tables",)
 TABLE = Format(suffixes=(".parquet",), delimiter=None)

@@ -2,7 +2,7 @@
 
 `scenes:digits` has handwritten digits, `scenes:idx` what lies in the folder
 `config.data.dir`. They are made here, so that segmentation can be shown and tested
-without a download; what is measured on them says nothing of photos.
+without a download; results on them say nothing about photos.
 
 An image is three times as large as those it is composed of. One to four objects, each
 from an example drawn at random, lie on noise and do not overlap. A pixel has an object's
@@ -25,7 +25,8 @@ from finetune_jax.data.images.mask_files import fit_with_mask, with_mask
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.splits import named_splits
 
-SIDE = 3  # Of the image, in objects.
+MASKS = True
+SIDE = 3  # Side of the image, in objects.
 MOST_OBJECTS = 4
 TRIES = 20
 NOISE = 64  # Grey levels, uniform from 0.
@@ -37,7 +38,7 @@ class Scenes:
     """The images of one split, composed when asked for.
 
     Attributes:
-        split: Its name; with the number of an image, it decides all that is drawn.
+        split: Name of the split; with the number of an image, it is the random seed.
         objects: Bytes [N, H, W, C], as they are in the source.
         kinds: Class index of each.
     """

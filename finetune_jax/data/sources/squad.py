@@ -15,6 +15,7 @@ from finetune_jax.core.text_lines import decoded
 from finetune_jax.data.text.files import read_splits
 from finetune_jax.data.text.tokens import Rows
 
+KINDS = ("text",)
 COLUMNS = ("id", "title", "question", "context", "answers")
 _SHOWN = 20
 
@@ -23,7 +24,7 @@ def read(path: pathlib.Path, header: Sequence[str]) -> Rows:
     """Returns the questions of a file, numbered from 1 on.
 
     Raises:
-        UserError: Not UTF-8, not JSON, or lists what is not as in SQuAD.
+        UserError: Not UTF-8, not JSON; or lists deviations from SQuAD's form.
     """
     if header:
         raise UserError("config.data.header: the files of SQuAD name their values")
@@ -60,7 +61,7 @@ def read(path: pathlib.Path, header: Sequence[str]) -> Rows:
 def _entries(
     holder: Mapping[str, Any], key: str, place: str, problems: list[str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the objects of a list and where they are; adds what is none to problems."""
+    """Yields the objects of a list and where they are; adds other entries to problems."""
     found = holder.get(key) if isinstance(holder, Mapping) else None
     if not isinstance(found, list):
         problems.append(
@@ -84,7 +85,7 @@ def load_rows(
     """Returns the questions of each split.
 
     Raises:
-        UserError: No such files, or what of them cannot be read, all at once.
+        UserError: No such files; or lists all that cannot be read.
     """
     del argument
     return read_splits(directory, ".json", header, READ)

@@ -27,6 +27,7 @@ from finetune_jax.data.labels import classes_of
 from finetune_jax.data.source import Source
 from finetune_jax.data.text.tokens import Rows
 
+KINDS = ("text", "images")
 _JPEG = b"\xff\xd8\xff"
 
 
@@ -59,7 +60,7 @@ class TfdsExamples:
     def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
         """Returns the inputs of one example, [H, W, C] or [F], fitted if that is asked.
 
-        What is a JPEG is decoded here, so that it can be at reduced scale; an orientation
+        A JPEG is decoded here, so that it can be at reduced scale; an orientation
         in it counts for nothing, as with TFDS.
         """
         name, content = self.name(index), self._records[index][self._inputs_key]

@@ -10,6 +10,7 @@ from finetune_jax.data.tables.schema import Format
 from finetune_jax.data.text.files import read_separated, read_splits
 from finetune_jax.data.text.tokens import Rows
 
+KINDS = ("text", "tables")
 TABLE = Format(suffixes=(".tsv",), delimiter="\t")
 READ = functools.partial(read_separated, delimiter="\t", quotes=False)
 
@@ -20,7 +21,7 @@ def load_rows(
     """Returns the rows of each split.
 
     Raises:
-        UserError: No such files, or what of them cannot be read, all at once.
+        UserError: No such files; or lists all that cannot be read.
     """
     del argument
     return read_splits(directory, ".tsv", header, READ)

@@ -1,4 +1,4 @@
-"""Tables as memory-mapped columns: converted once, kept by what is in the file.
+"""Tables as memory-mapped columns: converted once, cached by the file's content.
 
 A row has its numbers, float64, NaN where they are missing, and a code for each category,
 int32, -1 where it is missing. The values of the codes lie beside them, in Arrow's own
@@ -29,7 +29,7 @@ from finetune_jax.data.tables.schema import Format, Schema
 
 # Blocks whose values are given codes at once, while the next are read.
 GROUP = 32
-# Of what is written; to be raised when that changes.
+# Version of the format; to be raised when it changes.
 VERSION = 3
 MISSING = -1
 # Numbers, codes of categories, labels, and the values of codes.
@@ -41,11 +41,11 @@ class Columns:
     """One file's rows.
 
     Attributes:
-        path: Of the file.
+        path: The file.
         numbers: float64 [N, F], mapped; see above.
         codes: int32 [N, C], mapped.
         label: int32 [N]: a code, or the bits of a number; zeros where there is none.
-        values: What the codes of each category, and of the label, stand for: Arrow's
+        values: Values of the codes of each category, and of the label: Arrow's
             arrays of strings.
         sha256: Of the file.
     """
@@ -68,9 +68,9 @@ def open_columns(
     """Returns a file's columns, converted if they were not before.
 
     Args:
-        path: Of the file.
+        path: The file.
         kind: How it is written.
-        schema: Its columns.
+        schema: Columns of the file.
         cache_dir: `config.data.cache_dir`.
 
     Raises:
@@ -112,11 +112,11 @@ def open_columns(
                     f"config.data.cache_dir: the columns of {path} cannot be kept in "
                     f"{folder}: {error}"
                 ) from error
-            # Those written just now are not read for their digests once more.
+            # Columns that were just written are not digested again.
             verify = not is_ours
             found = _found(path, place, schema, digest.result(), verify=verify)
             if found is None:
-                raise UserError(f"{place}: what was written there cannot be read again")
+                raise UserError(f"{place}: the columns written there cannot be read")
     if not len(found):
         raise UserError(f"{path}: no rows")
     return found
@@ -168,9 +168,9 @@ def _found(
     """Returns columns that are there and whole; others are taken away.
 
     Args:
-        path: Of the file.
-        place: Of its columns.
-        schema: Of the file.
+        path: The file.
+        place: Place of its columns.
+        schema: Schema of the file.
         sha256: Of the file.
         verify: Whether their digests are looked at.
     """
@@ -268,7 +268,7 @@ def cells_of(
     """Returns the numbers of a batch, float64 [n, F], and its codes, int32 [n, C].
 
     Args:
-        batch: Has the numbers.
+        batch: Batch of rows.
         schema: The columns.
         codes: Codes of the categories.
     """
@@ -282,7 +282,7 @@ def cells_of(
 
 
 def _numbers(column: Any) -> np.ndarray:
-    """Returns numbers, NaN for what is missing, float64 [n]."""
+    """Returns numbers, NaN for missing ones, float64 [n]."""
     return column.to_numpy(zero_copy_only=False)
 
 
@@ -298,17 +298,17 @@ def codes_of(column: Any) -> np.ndarray:
 
 
 def _coded(columns: Sequence[Any], known: Any) -> tuple[list[np.ndarray], Any]:
-    """Returns the codes of stretches of a column, and what they stand for.
+    """Returns the codes of stretches of a column, and the values of the codes.
 
     Args:
         columns: Dictionary-encoded, one stretch after the other.
-        known: What the codes so far stand for; new values follow. None is nothing.
+        known: Values of the codes so far; new values follow. None is no value.
     """
     import pyarrow as pa
 
     if known is None:
         known = columns[0].dictionary
-    # What is known comes first, and keeps its codes.
+    # Known values come first and keep their codes.
     nothing = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), known)
     both = pa.chunked_array([nothing, *columns]).unify_dictionaries()
     codes = [codes_of(chunk) for chunk in both.chunks[1:]]

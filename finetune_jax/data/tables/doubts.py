@@ -204,7 +204,7 @@ def _number_doubt(
 
 
 def _others(files: Mapping[pathlib.Path, Any]) -> str:
-    """Returns what files have besides plain numbers."""
+    """Returns a description of numbers that are not plain."""
     found = []
     for path, values in files.items():
         texts = values.to_pylist()

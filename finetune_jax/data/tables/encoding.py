@@ -1,7 +1,6 @@
-"""What training rows say of a table's columns, and rows encoded accordingly.
+"""Statistics and vocabularies of a table, and rows encoded with them.
 
-What is fitted is kept with the run, so that whatever is measured or predicted later is
-encoded the same, to the bit.
+A run keeps both, so that later rows are encoded the same, to the bit.
 """
 
 import dataclasses
@@ -37,10 +36,10 @@ CHUNK = 2**16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What a run keeps of a table.
+    """Statistics and vocabularies of a table.
 
     Attributes:
-        spec: Its columns.
+        spec: Columns of the table.
         known: The values of each category that is not hashed, Arrow's arrays of strings,
             in the order of their rows.
     """
@@ -49,10 +48,10 @@ class Fitted:
     known: Mapping[str, Any]
 
     def encoder(self, values: Mapping[str, Any]) -> "Encoder":
-        """Returns what encodes cells.
+        """Returns the encoder of cells.
 
         Args:
-            values: What the codes of each category stand for.
+            values: Values of the codes of each category.
         """
         tables = [
             np.concatenate([[ROW_MISSING], self.rows_of(at, values[one.name])])
@@ -70,7 +69,7 @@ class Fitted:
         """Returns the rows of some values in the embedding of a category.
 
         Args:
-            place: Of the category.
+            place: Place of the category.
             values: Arrow's array of strings.
         """
         import pyarrow as pa
@@ -98,7 +97,7 @@ def _whole_found(values: Any, known: Any, found: Any) -> Any:
 
     Args:
         values: Arrow's array of strings.
-        known: Likewise, the known values.
+        known: The known values, also an Arrow array of strings.
         found: Place of each value in the known ones, null where it is unknown.
     """
     import pyarrow as pa
@@ -123,11 +122,11 @@ def _whole_found(values: Any, known: Any, found: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """From cells as columns have them to rows as a model takes them.
+    """Encoder of cells as columns have them to rows as a model takes them.
 
     Attributes:
-        spec: Of the table.
-        rows: In their embeddings, of the codes of all categories, one after the other.
+        spec: Spec of the table.
+        rows: Embedding rows of the codes of all categories, one after the other.
         begin: Where those of each category begin; -1 stands before them.
     """
 
@@ -139,11 +138,11 @@ class Encoder:
         """Returns rows, int32 [n, N + M + C].
 
         Args:
-            numbers: As columns have them, float64 [n, N].
-            codes: Likewise, int32 [n, C].
+            numbers: Numbers of the columns, float64 [n, N].
+            codes: Codes of the columns, int32 [n, C].
         """
         spec, count = self.spec, len(self.spec.numbers)
-        if spec.schema.version == 1:  # Runs before had them so.
+        if spec.schema.version == 1:  # As former versions did.
             numbers = numbers.astype(np.float32)
         found = np.empty((len(numbers), spec.width), np.int32)
         for begin in range(0, len(numbers), CHUNK):
@@ -168,8 +167,8 @@ def standardised(
     """Returns numbers as a model takes them, float32 [n, N], and which are missing.
 
     Args:
-        values: As files have them, NaN where they are missing; 0 then, the mean.
-        numbers: Their columns.
+        values: Numbers of the files; a missing one, NaN, becomes 0, the mean.
+        numbers: Columns of the numbers.
     """
     wide = values.astype(np.float64)
     logs = [at for at, one in enumerate(numbers) if one.log]
@@ -185,8 +184,8 @@ class Encoded:
     """Rows of a file as a model takes them, encoded when they are taken.
 
     Attributes:
-        columns: Of the file.
-        encoder: Of these.
+        columns: Columns of the file.
+        encoder: Encoder of the columns.
     """
 
     columns: Columns
@@ -215,7 +214,7 @@ class Encoded:
 
 
 def digest_of(known: Mapping[str, Any]) -> str:
-    """Returns what changes when known values do."""
+    """Returns a digest of the known values."""
     digester = hashlib.sha256()
     for name, values in known.items():
         listed = [name, len(values)]
@@ -236,14 +235,14 @@ def write_fitted(workdir: pathlib.Path, fitted: Fitted | None) -> None:
 
 
 def read_fitted(workdir: pathlib.Path, where: str) -> Fitted:
-    """Returns what a run has kept of its table.
+    """Returns the statistics and vocabularies that a run has kept.
 
     Args:
-        workdir: Of the run.
-        where: Who names it, for messages.
+        workdir: Workdir of the run.
+        where: Config key of the workdir, for messages.
 
     Raises:
-        UserError: It is no run of a table, or damaged.
+        UserError: The workdir is no run of a table, or is damaged.
     """
     try:
         plain = json.loads((workdir / "manifest.json").read_text())["data"]["table"]

@@ -267,9 +267,9 @@ def batches(
     Numbers are float64, all others dictionaries of strings.
 
     Args:
-        path: Of the file.
+        path: The file.
         kind: How it is written.
-        schema: Its columns.
+        schema: Columns of the file.
         block: Bytes that are read at once.
 
     Raises:
@@ -424,14 +424,14 @@ def _separated_texts(
 
 
 def _blocks(file: Any, size: int) -> Iterator[memoryview]:
-    """Yields what a file without quotes holds, cut where lines end.
+    """Yields the content of a file without quotes in blocks of whole lines.
 
     All but the first begin with the end of the line before, which means nothing there,
     so that no text of theirs is taken for the mark that a file may begin with.
 
     Args:
         file: Whose `read` gives bytes.
-        size: Of the blocks, at most; an empty file has one, which is empty.
+        size: Most bytes of a block; an empty file has one empty block.
 
     Raises:
         ArrowInvalid: A line is longer.

@@ -27,12 +27,12 @@ class Format:
     """How the files of a kind are written.
 
     Attributes:
-        suffixes: Of files that are looked for in a folder.
+        suffixes: Suffixes of the files in a folder.
         delimiter: Between cells; None is Parquet.
         quotes: Whether cells may be quoted.
         header: Names of the columns, where files never begin with them.
-        kinds: Of these columns.
-        label: Which of them the label is.
+        kinds: Kind of each of these columns.
+        label: Name of the label column, where it is fixed.
         missing: Signs of cells without a value.
         classes: The labels that there may be; empty is any.
     """
@@ -53,7 +53,7 @@ class TableOptions:
 
     Attributes:
         label: Name of the column that is to be predicted.
-        labels: What it holds: 'classes' or 'numbers'.
+        labels: Kind of labels: 'classes' or 'numbers'.
         header: Names of the columns of files that do not begin with them.
         columns: (regex, kind) pairs, the first that matches counts; the kinds of all
             others are inferred.
@@ -83,8 +83,8 @@ class Schema:
     Attributes:
         names: All columns of a file without a header line, in order; empty where files
             begin with them.
-        numbers: Those that are numbers.
-        categories: Those that are categories.
+        numbers: Columns of numbers.
+        categories: Columns of categories.
         label: The one to be predicted; None where it is not there.
         labels: 'classes' or 'numbers'.
         forms: How numbers are written that are not plain, from `number_forms.as_entries`.
@@ -104,7 +104,7 @@ class Schema:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What is predicted from, in the order of a row's cells."""
+        """Input columns, in the order of a row's cells."""
         return (*self.numbers, *self.categories)
 
     @property
@@ -139,30 +139,19 @@ def rule(name: str, kind: str) -> str:
     return f"config.data.columns=(({pattern!r}, {kind!r}),)"
 
 
-def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOptions:
-    """Returns what `config.data` says of tables.
+def table_options_of(config: Mapping[str, Any], found: Format) -> TableOptions:
+    """Returns the table options of `config.data`.
 
     Args:
         config: The section.
-        found: How the files are written; None where the data is no table.
+        found: How the files are written.
 
     Raises:
-        UserError: Lists what does not fit, among it what is said of tables where there
-            are none.
+        UserError: Lists the options that do not fit.
     """
     names = [field.name for field in dataclasses.fields(TableOptions)]
-    options, plain = TableOptions(**{name: config[name] for name in names}), None
-    plain, problems = TableOptions(), []
-    if found is None:
-        own = [name for name in names if name not in ("label", "labels", "header")]
-        problems = [
-            f"config.data.{name}: {config[name]!r}, but {config['name']!r} is no table"
-            for name in own
-            if config[name] != getattr(plain, name)
-        ]
-        if problems:
-            raise problems_error("config.data does not fit:", problems)
-        return plain
+    options = TableOptions(**{name: config[name] for name in names})
+    problems = []
     plainly = {"mean": (0.0,), "std": (1.0,), "augment": (), "mix": ()}
     for name, default in plainly.items():
         if config[name] not in (None, default):
@@ -192,7 +181,7 @@ def table_options_of(config: Mapping[str, Any], found: Format | None) -> TableOp
     if problems:
         raise problems_error("config.data does not fit:", problems)
     label = options.label
-    if found.label is not None and label == plain.label:
+    if found.label is not None and label == TableOptions().label:
         label = found.label
     # Names have no blanks around them, whatever a file or an older config has.
     return dataclasses.replace(
@@ -222,7 +211,7 @@ class Number:
     """A column of numbers.
 
     Attributes:
-        name: Of the column.
+        name: Name of the column.
         log: Whether x becomes sign(x) log(1 + |x|) before anything else.
         mean: Subtracted then; that of the training rows.
         std: Divided by.
@@ -242,9 +231,9 @@ class Category:
     """A column of categories.
 
     Attributes:
-        name: Of the column.
+        name: Name of the column.
         field: The same as names of parameters have it, without '/'.
-        rows: Of its embedding: missing, unseen, and one for each value that is known, or
+        rows: Rows of its embedding: missing, unseen, and one for each known value, or
             into which values are hashed.
         hashed: Whether values are hashed.
         missing: Share of training rows that have none.
@@ -261,16 +250,16 @@ class Category:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """A table as a model takes it.
+    """The part of a spec that tables have: a table as a model takes it.
 
     A row is int32 [N + M + C]: the bits of N numbers and of M marks of missing ones as
     float32, then the row in each of C embeddings.
 
     Attributes:
-        schema: Of its files.
+        schema: Schema of its files.
         numbers: Transformed and standardised.
         categories: Encoded.
-        digest: Of all that values are known as.
+        digest: Digest of the known values.
     """
 
     schema: Schema
@@ -291,7 +280,7 @@ class TableSpec:
 
     @property
     def marks(self) -> tuple[int, ...]:
-        """Places of the numbers of which models are told whether they are missing."""
+        """Places of the numbers with a mark that says whether they are missing."""
         return tuple(at for at, one in enumerate(self.numbers) if one.missing)
 
     @property
@@ -311,7 +300,7 @@ class TableSpec:
         return len(self.features) + len(self.categories)
 
     def lines(self) -> list[str]:
-        """Returns what a person wants to know of the columns, a line each."""
+        """Returns a description of the columns, a line each."""
         found = [
             f"{self.schema.label!r} is predicted from columns, {len(self.numbers)} of "
             f"numbers, {len(self.categories)} of categories:"

@@ -22,7 +22,7 @@ def sign_doubts(
     Args:
         paths: The files.
         kind: How they are written.
-        schema: Their columns, with the signs.
+        schema: Columns of the files, with the signs.
     """
     left = {sign for sign in schema.missing if sign not in kind.missing}
     # Cells with the signs would be null otherwise.

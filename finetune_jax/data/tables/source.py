@@ -14,7 +14,8 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import DataMissing, UserError, problems_error
 from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
-from finetune_jax.data.files import visible
+from finetune_jax.data.files import SPLITS, not_used, visible
+from finetune_jax.data.kind import Prepared
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.rounding import may_lose, rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
@@ -37,7 +38,6 @@ from finetune_jax.data.tables.schema import Format, Schema, TableOptions
 from finetune_jax.data.tables.signs import sign_doubts
 from finetune_jax.data.tables.statistics import fit
 from finetune_jax.data.tables.unknown import held_out_unknown
-from finetune_jax.data.text.files import SPLITS, not_used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class Table:
     Attributes:
         name: For messages.
         splits: Columns by split.
-        schema: Of them.
-        options: Of the data.
-        source: Its labels; the inputs are not encoded yet.
+        schema: Schema of the columns.
+        options: Options of the data.
+        source: Source of the labels; the inputs are not encoded yet.
     """
 
     name: str
@@ -58,33 +58,30 @@ class Table:
     options: TableOptions
     source: Source
 
-    def fitted(
-        self, train: np.ndarray, saved: Fitted | None, warnings: list[str]
-    ) -> tuple[Source, Fitted]:
-        """Returns the source of encoded rows, and what was fitted.
+    def prepared(self, train: np.ndarray, saved: Fitted | None) -> Prepared:
+        """Returns the encoded rows.
 
         Args:
             train: The training rows, indices in the concatenation of the splits.
-            saved: What a run has kept; None fits.
-            warnings: What is odd about the columns is added.
+            saved: Statistics and vocabularies of a run; None fits them.
 
         Raises:
-            UserError: What was fitted earlier does not fit these columns.
+            UserError: `saved` is for other columns.
         """
+        warnings: list[str] = []
         if saved is None:
             former, where = None, "config.data.fitted"
             if self.options.fitted is not None:
                 folder = user_path(self.options.fitted, where)
                 former = read_fitted(folder, where)
             columns = list(self.splits.values())
-            saved, odd = fit(columns, train, self.schema, self.options, former)
-            warnings += odd
+            saved, warnings = fit(columns, train, self.schema, self.options, former)
         elif saved.spec.schema != self.schema:
             raise UserError(
                 f"{self.name}: the columns are not those that the run was trained on "
                 f"({', '.join(saved.spec.schema.inputs)})"
             )
-        warnings += held_out_unknown(self.splits.values(), train, saved)
+        unknown = held_out_unknown(self.splits.values(), train, saved)
         splits = {
             split: ArrayExamples(
                 values=_encoded(columns, saved),
@@ -95,24 +92,31 @@ class Table:
         spec = json.dumps(saved.spec.to_json(), sort_keys=True)
         content = f"{self.source.fingerprint()} {spec}"
         digest = hashlib.sha256(content.encode()).hexdigest()
-        source = dataclasses.replace(
-            self.source, splits=splits, fingerprint=lambda: digest
+        shape = (saved.spec.width,)
+        return Prepared(
+            source=dataclasses.replace(
+                self.source, splits=splits, fingerprint=lambda: digest
+            ),
+            shape=shape,
+            train_shape=shape,
+            inputs=saved.spec,
+            fitted=saved,
+            warnings=(*warnings, *unknown),
         )
-        return source, saved
 
 
 def _encoded(columns: Columns, fitted: Fitted) -> Any:
     return Encoded(columns=columns, encoder=fitted.encoder(columns.values))
 
 
-def format_of(name: str) -> Format | None:
-    """Returns how the files of a table are written; None where the data is no table.
+def format_of(name: str) -> Format:
+    """Returns how the files of a source of tables are written.
 
     Args:
         name: `config.data.name`.
     """
     module = registry.module(sources, name.partition(":")[0], "config.data.name")
-    return getattr(module, "TABLE", None)
+    return module.TABLE
 
 
 def load_table(
@@ -129,9 +133,9 @@ def load_table(
         name: `config.data.name`.
         directory: `config.data.dir`: a file, or a folder with one for each split.
         kind: How they are written.
-        options: Of the data.
+        options: Options of the data.
         cache_dir: `config.data.cache_dir`.
-        saved: What a run has kept, whose columns are read as they were; None infers them.
+        saved: Statistics of a run, whose columns are read as before; None infers them.
 
     Raises:
         UserError: No such files, columns that do not fit, rows that cannot be read, all
@@ -172,7 +176,7 @@ def load_table(
 
 
 def _warnings(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
-    """Returns what is odd about how a file is written."""
+    """Returns warnings about how a file is written."""
     if kind.delimiter is None:
         return []
     return table_head(path, kind, schema.names).warnings(path)
@@ -313,9 +317,9 @@ def rows_to_predict(
     """Yields rows as a model takes them, of a file with or without labels, by blocks.
 
     Args:
-        path: Of the file.
+        path: The file.
         kind: How it is written.
-        fitted: What the run has kept.
+        fitted: Statistics and vocabularies of the run.
 
     Raises:
         UserError: Lists columns that are missing, and rows that cannot be read or have
@@ -342,7 +346,7 @@ def rows_to_predict(
         encoder = fitted.encoder({n: c.dictionary for n, c in columns.items()})
         numbers, places = cells_of(batch, schema, codes)
         problems = infinite(numbers, schema, row)
-        with np.errstate(over="ignore"):  # Of numbers that are refused.
+        with np.errstate(over="ignore"):  # Refused below.
             encoded = encoder(numbers, places)
         problems = problems or _overflown(encoded, schema, row)
         if problems:

@@ -1,4 +1,4 @@
-"""What the training rows of a table say of its columns: statistics and known values."""
+"""Statistics and known values of the columns of a table, from its training rows."""
 
 import dataclasses
 import re
@@ -31,14 +31,14 @@ def fit(
     options: TableOptions,
     former: Fitted | None,
 ) -> tuple[Fitted, list[str]]:
-    """Returns what training rows say of columns, and what a person should know.
+    """Returns the statistics and known values of columns, and warnings.
 
     Args:
-        columns: Of all files.
+        columns: Columns of all files.
         train: The training rows, indices in the concatenation of all rows.
         schema: The columns.
-        options: Of the data.
-        former: Of a run whose statistics and known values are continued; None begins.
+        options: Options of the data.
+        former: Statistics and known values of a run to continue; None begins anew.
 
     Raises:
         UserError: A column is another in the former run.
@@ -89,7 +89,7 @@ def _numbers(
     options: TableOptions,
     is_told: Callable[[str], bool],
 ) -> tuple[tuple[Number, ...], list[str]]:
-    """Returns the statistics of the numbers, and what is odd about them."""
+    """Returns the statistics of the numbers, and warnings."""
     names = schema.numbers
     logs = [
         any(re.fullmatch(pattern, name) for pattern in options.log_columns)
@@ -163,7 +163,7 @@ def _categories(
     options: TableOptions,
     is_told: Callable[[str], bool],
 ) -> tuple[tuple[Category, ...], dict[str, Any], list[str]]:
-    """Returns the categories, their known values, and what is odd about them."""
+    """Returns the categories, their known values, and warnings."""
     import pyarrow as pa
     from pyarrow import compute
 

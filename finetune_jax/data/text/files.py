@@ -5,7 +5,7 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core import registry
@@ -13,7 +13,7 @@ from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.text_lines import decoded, lines_of
 from finetune_jax.data import sources
-from finetune_jax.data.files import Unused, files_below, visible
+from finetune_jax.data.files import SPLITS, not_used, visible
 from finetune_jax.data.separated import (
     begin_of,
     first_cells,
@@ -22,16 +22,10 @@ from finetune_jax.data.separated import (
     without_sign,
 )
 from finetune_jax.data.source import Source
-from finetune_jax.data.text.source import text_source
-from finetune_jax.data.text.tags import word_problems
-from finetune_jax.data.text.tokens import Rows, TextOptions, TextSpec, text_problems
+from finetune_jax.data.text.source import check_texts, text_source
+from finetune_jax.data.text.tokens import Rows, TextOptions, TextSpec
 
-# What files are called that hold a split.
-SPLITS = {
-    "train": "train", "training": "train", "dev": "validation", "val": "validation",
-    "valid": "validation", "validation": "validation", "test": "test",
-}  # fmt: skip
-# What files are read whose texts are to be predicted; '.txt' has a text a line.
+# Sources by the suffix of files of texts to predict; '.txt' has a text a line.
 INPUTS = {".txt": None, ".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
 # Questions have passages, so that they take several columns.
 QUESTIONS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
@@ -46,18 +40,14 @@ def load_texts(
     Args:
         name: `config.data.name`.
         directory: `config.data.dir`.
-        options: Of the texts.
-        tokenizer: What a tokenizer.json holds.
+        options: Options of the texts.
+        tokenizer: Text of a tokenizer.json.
 
     Raises:
         UserError: No such source, or its data cannot be read or used.
     """
     module, _, argument = name.partition(":")
     found = registry.module(sources, module, "config.data.name")
-    if not hasattr(found, "load_rows"):
-        raise UserError(
-            f"config.data.text: {options.text}, but {name!r} holds no texts; leave it empty"
-        )
     rows = found.load_rows(directory, argument or None, options.header)
     source, spec = text_source(
         f"{name} {directory or ''}".strip(), rows, options, tokenizer
@@ -77,12 +67,12 @@ def read_splits(
 
     Args:
         directory: The folder, or the file.
-        suffix: Of the files.
+        suffix: Suffix of the files.
         header: Names of the columns; empty where files begin with them.
         read: Reads one file.
 
     Raises:
-        UserError: No such files, or what of them cannot be read, all at once.
+        UserError: No such files; or lists all that cannot be read.
     """
     if directory is None:
         raise DataMissing(
@@ -122,26 +112,6 @@ def read_splits(
     if problems:
         raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
     return found
-
-
-def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str, ...]:
-    """Returns lines about the files in `config.data.dir` that no split is read from.
-
-    Args:
-        directory: The folder; None, a file or a missing folder gives no lines.
-        used: Files that are read.
-    """
-    place = None if directory is None else user_path(directory, "config.data.dir")
-    if place is None or not place.is_dir():
-        return ()
-    unused = Unused()
-    for path in visible(place, [], unused):
-        if path.is_dir():
-            for file in files_below(path, None, unused):
-                unused.add(file, "in subfolders")
-        elif path not in used:
-            unused.add(path, "no files of a split")
-    return unused.lines(str(directory))
 
 
 def read_separated(
@@ -234,12 +204,12 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> Rows:
     """Returns the rows of a file, which have texts and need no labels.
 
     Args:
-        path: Its suffix, one of `inputs_of`, says how it is read.
-        options: Of the data that were trained on; a file of separated values may have
+        path: The file; its suffix, one of `inputs_of`, says how it is read.
+        options: Options of the training data; a file of separated values may have
             all its columns, or those of the texts alone.
 
     Raises:
-        UserError: It cannot be read, or lists columns that are missing and empty texts.
+        UserError: The file cannot be read; or lists missing columns and empty texts.
     """
     kind = inputs_of(options)[path.suffix.lower()]
     if kind is None:
@@ -259,17 +229,6 @@ def read_texts(path: pathlib.Path, options: TextOptions) -> Rows:
         rows = read(path, header)
     check_texts(rows, options)
     return rows
-
-
-def check_texts(rows: Rows, options: TextOptions) -> None:
-    """Checks that rows have texts; labels they need not have.
-
-    Raises:
-        UserError: Lists columns that are missing and empty texts.
-    """
-    find = word_problems if options.labels == "tags" else text_problems
-    if problems := find(rows, options):
-        raise UserError("\n  ".join(first_of(problems)))
 
 
 def _has_texts_alone(path: pathlib.Path, kind: str, options: TextOptions) -> bool:

@@ -24,10 +24,10 @@ class Asked:
     """A question as it is read.
 
     Attributes:
-        where: It stands, for messages.
-        name: What its row says it is called; None where it says nothing.
-        question: Its text.
-        passage: Likewise.
+        where: Place in its file, for messages.
+        name: Identifier in its row; None if there is none.
+        question: Text of the question.
+        passage: Text of the passage.
         answers: Texts that are right, and the character at which each begins.
     """
 
@@ -44,7 +44,8 @@ class Passage:
 
     Attributes:
         text: The text.
-        characters: Of each token the first, and the one after the last, int32 [P, 2].
+        characters: First character of each token, and the one after its last, int32
+            [P, 2].
     """
 
     text: str
@@ -53,12 +54,12 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """What metrics and predictions need to know of a question.
+    """A question, for metrics and predictions.
 
     Attributes:
-        name: As `Asked` has it.
-        passage: That may answer it.
-        answers: Texts that are right; none where the passage does not answer it.
+        name: Identifier in its row; None if there is none.
+        passage: Passage that may answer it.
+        answers: Right answers; empty if the passage does not answer it.
     """
 
     name: str | None
@@ -68,10 +69,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
-    """The note of an example.
+    """A window of a passage: the note of an example.
 
     Attributes:
-        question: Of the window.
+        question: Question of the window.
         first: Place of the first of the passage's tokens that it has.
         skipped: How many tokens of the passage come before.
     """
@@ -99,7 +100,7 @@ class Windows:
     Attributes:
         tokens: Ids and sentences, from 1 on, of each window.
         label: Places of the first and the last token of each answer, int32 [N, 2].
-        notes: Of each window, [N].
+        notes: Note of each window, [N].
         sizes: How many windows each question has.
     """
 
@@ -129,7 +130,7 @@ def answers_of(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def answer_problems(rows: Rows, options: TextOptions) -> list[str]:
-    """Returns what of a file of questions cannot be used."""
+    """Returns what cannot be used in a file of questions."""
     problems = text_problems(rows, options, (options.label,))
     if options.label not in rows.columns:
         return problems
@@ -152,7 +153,7 @@ def answer_problems(rows: Rows, options: TextOptions) -> list[str]:
 
 
 def _misplaced(text: Any, begin: Any, passage: str) -> str | None:
-    """Returns what is wrong with an answer, if anything is."""
+    """Returns the problem of an answer; None if it is right."""
     if not isinstance(text, str) or not text.strip():
         return f"the answer {_shown(text)} is no text"
     if type(begin) is not int or begin < 0:
@@ -174,8 +175,8 @@ def asked_in(rows: Rows, options: TextOptions, *, answered: bool) -> list[Asked]
     """Returns the questions of a file that has no problems.
 
     Args:
-        rows: Of the file.
-        options: Have the columns.
+        rows: Rows of the file.
+        options: Options with the columns.
         answered: Whether answers are read, too.
     """
     column_of_question, column_of_passage = options.text
@@ -199,7 +200,7 @@ def encode_questions(
     Args:
         encoder: From `make_encoder`.
         asked: The questions, one at least.
-        options: Of the data.
+        options: Options of the data.
 
     Raises:
         UserError: Lists the questions that leave no room for a passage, or tells that the

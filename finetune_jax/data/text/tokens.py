@@ -18,18 +18,18 @@ from finetune_jax.data.text.token_counts import TokenCounts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """What `config.data` says of texts.
+    """Options of texts in `config.data`.
 
     Attributes:
-        text: Names of the columns of one or two sentences; empty where there are none.
-        label: Name of the column of what is to be predicted.
-        labels: What that holds: 'classes', 'numbers', 'tags', one for each word, or
+        text: Names of the columns of one or two sentences.
+        label: Name of the label column.
+        labels: Kind of labels: 'classes', 'numbers', 'tags', one for each word, or
             'answers' in the second text, a passage, to the first, a question.
         header: Names of the columns where files do not begin with them.
-        max_tokens: Of a text, special ones too; what is longer is cut, passages into
-            windows.
+        max_tokens: Most tokens of a text, with special ones; longer texts are cut, passages
+            into windows.
         overlap: Tokens that two windows of a passage share; None is a third of
-            `max_tokens`. They never share more than half of what is in them.
+            `max_tokens`. They never share more than half of their tokens.
         buckets: Lengths to which texts are padded; `max_tokens` is one, too.
     """
 
@@ -53,17 +53,25 @@ class TextOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSpec:
-    """What the rest of the program knows of texts.
+    """The part of a spec that texts have.
 
     Attributes:
-        options: Of the data.
-        vocabulary: Tokens that the tokenizer knows.
-        unanswerable: Whether there are questions that their passage does not answer.
+        options: Options of the data.
+        vocabulary: Number of tokens that the tokenizer knows.
+        unanswerable: Whether some questions are not answered by their passage.
     """
 
     options: TextOptions
     vocabulary: int
     unanswerable: bool = False
+
+    predicted = "answers in the passage"
+
+    @property
+    def labels(self) -> str | None:
+        """Kind of the labels that texts alone have: 'tags' or 'answers'."""
+        labels = self.options.labels
+        return labels if labels in ("tags", "answers") else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,8 @@ class Rows:
         columns: Names, in order.
         cells: A list of values by column for each row.
         lines: Where each row is, for messages.
-        unit: What `lines` count.
-        warnings: Lines about what is odd in how the file is written.
+        unit: Unit of `lines`.
+        warnings: Lines about how the file is written.
     """
 
     where: str
@@ -87,44 +95,22 @@ class Rows:
     warnings: tuple[str, ...] = ()
 
 
-def options_of(config: Mapping[str, Any], *, table: bool = False) -> TextOptions:
-    """Returns what `config.data` says of texts.
-
-    Args:
-        config: The section.
-        table: Whether the data is a table, which has a label and a header too.
+def options_of(config: Mapping[str, Any]) -> TextOptions:
+    """Returns the text options of `config.data`, which names columns of texts.
 
     Raises:
-        UserError: Lists what does not fit, among it what is said of texts where there
-            are none.
+        UserError: Lists the options that do not fit.
     """
     names = [field.name for field in dataclasses.fields(TextOptions)]
-    given = {name: config[name] for name in names}
-    options, plain, problems = TextOptions(**given), TextOptions(), []
-    if not options.text:
-        problems = [
-            f"config.data.{name}: {given[name]!r}, but config.data.text names no columns"
-            for name in names
-            if given[name] != getattr(plain, name)
-            and not (table and name in ("label", "labels", "header"))
-        ]
-    else:
-        if options.labels == "tags" and len(options.text) > 1:
-            problems.append(f"config.data.text: {options.text}; tags need one column")
-        problems += _window_problems(options)
-        if len(options.text) > 2:
-            problems.append(
-                f"config.data.text: {options.text}; one or two are possible"
-            )
-        for name in ("image_size", "channels", "train_size", "resize"):
-            if config[name] is not None:
-                problems.append(f"config.data.{name}: the data has no images")
-        for name in ("augment", "mix"):
-            if config[name]:
-                problems.append(f"config.data.{name}: texts are not augmented")
+    options = TextOptions(**{name: config[name] for name in names})
+    problems = _window_problems(options)
+    if options.labels == "tags" and len(options.text) > 1:
+        problems.append(f"config.data.text: {options.text}; tags need one column")
+    if len(options.text) > 2:
+        problems.append(f"config.data.text: {options.text}; one or two are possible")
     for name in ("text", "header"):
-        if not all(isinstance(column, str) for column in given[name]):
-            problems.append(f"config.data.{name}: {given[name]!r} are not names")
+        if not all(isinstance(column, str) for column in config[name]):
+            problems.append(f"config.data.{name}: {config[name]!r} are not names")
     if not all(type(n) is int and n > 0 for n in options.buckets):
         problems.append(f"config.data.buckets: {options.buckets!r}; lengths are needed")
     if problems:
@@ -133,7 +119,7 @@ def options_of(config: Mapping[str, Any], *, table: bool = False) -> TextOptions
 
 
 def _window_problems(options: TextOptions) -> list[str]:
-    """Returns what does not fit about windows of passages."""
+    """Returns problems of the options of windows of passages."""
     problems, overlap = [], options.overlap
     if options.labels == "answers" and len(options.text) != 2:
         problems.append(
@@ -165,12 +151,12 @@ def missing_columns(rows: Rows, wanted: Sequence[str]) -> list[str]:
 def text_problems(
     rows: Rows, options: TextOptions, wanted: tuple[str, ...] = ()
 ) -> list[str]:
-    """Returns columns that a file lacks, and texts in it that are none.
+    """Returns missing columns of a file, and its invalid texts.
 
     Args:
-        rows: Of the file.
-        options: Have the columns of texts.
-        wanted: Other columns that are needed.
+        rows: Rows of the file.
+        options: Options with the columns of texts.
+        wanted: Other columns that are required.
     """
     missing = missing_columns(rows, (*options.text, *wanted))
     if missing or not rows.cells:
@@ -201,11 +187,12 @@ def make_encoder(tokenizer: str, max_tokens: int) -> Any:
     """Returns a tokenizer that cuts texts, and pads none.
 
     Args:
-        tokenizer: What a tokenizer.json holds.
-        max_tokens: Of a text, special ones too. Of two sentences the longer is cut.
+        tokenizer: Text of a tokenizer.json.
+        max_tokens: Most tokens of a text, with special ones. Of two sentences the longer
+            is cut.
 
     Raises:
-        UserError: It is no tokenizer, or leaves no room for a text.
+        UserError: The tokenizer is invalid, or leaves no room for a text.
     """
     from tokenizers import Tokenizer
 
@@ -258,8 +245,27 @@ def packed(rows: Sequence[tuple[Any, Any]], length: int) -> np.ndarray:
     return values
 
 
-def shortened(values: np.ndarray, options: TextOptions) -> np.ndarray:
-    """Returns texts [..., 2, T] without the places that none of them needs."""
-    is_used = (values[..., 1, :] != 0).reshape(-1, values.shape[-1]).any(axis=0)
-    tokens = int(np.flatnonzero(is_used)[-1]) + 1 if is_used.any() else 1
-    return values[..., : min(options.padded(tokens), values.shape[-1])]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLengths:
+    """Batching of texts: a batch is padded to the smallest bucket that holds it.
+
+    Attributes:
+        options: Options with the buckets.
+    """
+
+    options: TextOptions
+
+    def of(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the number of tokens of each text, int [n]."""
+        return (batch["inputs"][:, 1] != 0).sum(axis=-1)
+
+    def shortened(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the batch without the positions that no text needs."""
+        inputs = batch["inputs"]
+        is_used = (inputs[..., 1, :] != 0).reshape(-1, inputs.shape[-1]).any(axis=0)
+        tokens = int(np.flatnonzero(is_used)[-1]) + 1 if is_used.any() else 1
+        length = min(self.options.padded(tokens), inputs.shape[-1])
+        found = {**batch, "inputs": inputs[..., :length]}
+        if self.options.labels == "tags":
+            found["label"] = batch["label"][:, :length]
+        return found

@@ -1,1 +1,1 @@
-"""Exports: what is written of a run for programs that do not have this one."""
+"""A trained model for other programs: jax program, weights, ONNX, model card."""

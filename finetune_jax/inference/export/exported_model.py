@@ -1,4 +1,4 @@
-"""What of a run is exported: its best checkpoint, without what only training needs."""
+"""The exported part of a run: its best checkpoint, without training state."""
 
 import dataclasses
 import json
@@ -13,14 +13,12 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
+from finetune_jax.data.kind import kind_named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.inference.predictor import Predictor
 from finetune_jax.models.peft.lora import LoRA, merge
 from finetune_jax.tasks.task import EVALUATION, Task
 from finetune_jax.weights.metadata.architecture import effective
-
-# How images of the run became what the model takes.
-_PREPROCESSING = ("resize", "interpolation", "mean", "std")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,18 +26,18 @@ class Trained:
     """The best checkpoint of a run; low-rank updates are merged into their kernels.
 
     Attributes:
-        task: Has the model.
-        spec: What its inputs look like.
+        task: Task with the model.
+        spec: Description of its inputs.
         variables: 'params' and 'batch_stats', on the host.
-        fixed: What the task reads besides.
-        step: Of the checkpoint.
+        fixed: Other arrays that the task reads.
+        step: Step of the checkpoint.
         model: The section `config.model` of the run.
-        config: Of the run, resolved; as JSON.
+        config: Resolved config of the run, as JSON.
         pretrained: The address of the weights that the run began with, if any.
-        weights_sha256: Of the files there, by path.
-        came_in: The layout of these weights.
-        layout: The layout that is asked for, if any.
-        tokenizer: Its files as the run has kept them, by name; empty of what is no text.
+        weights_sha256: Digests of the files there, by path.
+        came_in: Layout of these weights.
+        layout: Layout that the user asked for, if any.
+        tokenizer: Texts of the tokenizer's files in the workdir, by name; may be empty.
     """
 
     task: Task
@@ -61,16 +59,16 @@ class Trained:
         return self.task.batch_spec["inputs"]
 
     def answer(self, variables: Any, inputs: Any) -> dict[str, jax.Array]:
-        """Returns what the model says of a batch, as evaluation computes it.
+        """Returns the model's outputs for a batch, as evaluation computes them.
 
         Args:
-            variables: As the attribute.
+            variables: 'params' and 'batch_stats'.
             inputs: [B, ...], as a file has them: images in bytes, not normalised.
         """
         return answer(self.task, variables, self.fixed, inputs)
 
     def about(self) -> dict[str, Any]:
-        """Returns what a program that uses the model needs to know, ready for JSON."""
+        """Returns the description of the model for other programs, ready for JSON."""
         spec, inputs = self.spec, self.inputs
         found: dict[str, Any] = {
             "model": {"name": self.model["name"], **(effective(self.model) or {})},
@@ -80,24 +78,13 @@ class Trained:
                 for name, answer in self.answer_shapes().items()
             },
         }
-        if spec.class_names:
-            found["labels"] = list(spec.class_names)
-        if spec.targets:
-            found["targets"] = list(spec.targets)
-        looks = dataclasses.asdict(spec)
-        if spec.text is not None:
-            options = spec.text.options
-            found["text"] = {
-                "sentences": len(options.text),
-                "max_tokens": options.max_tokens,
-                "tokenizer": "tokenizer.json",
-            }
-        if len(spec.shape) == 3:
-            found["preprocessing"] = {key: looks[key] for key in _PREPROCESSING}
+        names = {"labels": spec.class_names, "targets": spec.targets}
+        found |= {key: list(values) for key, values in names.items() if values}
+        found |= kind_named(spec.kind).serving_inputs(spec)
         return json.loads(json.dumps(found))
 
     def answer_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns what `answer` gives for one example."""
+        """Returns the shapes of `answer` for one example."""
         one = jax.ShapeDtypeStruct((1, *self.inputs.shape), self.inputs.dtype)
         return jax.eval_shape(self.answer, self.variables, one)
 
@@ -108,16 +95,16 @@ def trained_from(
     layout: str | None,
     tokenizer: Mapping[str, str],
 ) -> Trained:
-    """Returns what is exported of an opened run.
+    """Returns the exported part of an opened run.
 
     Args:
         predictor: The run.
         manifest: `manifest.json` of the run.
-        layout: That weights are asked for in; None is the one they came in.
-        tokenizer: Its files in the workdir, by name.
+        layout: Layout of the exported weights; None is the one they came in.
+        tokenizer: Texts of the tokenizer's files in the workdir, by name.
 
     Raises:
-        UserError: Its task has several models.
+        UserError: The task of the run has several models.
     """
     setup, state = predictor.setup, predictor.state
     config, task = setup.config, setup.task.served()
@@ -133,13 +120,10 @@ def trained_from(
     if isinstance(module, LoRA):
         params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
         module = module.module
-    spec, changes = predictor.spec, dict[str, Any](models={"": module})
-    if spec.text is not None:  # Others may be longer than those of the run.
-        shape = (spec.shape[0], spec.text.options.max_tokens)
-        spec = dataclasses.replace(spec, shape=shape, train_shape=shape)
-        changes["data"] = spec
+    spec = kind_named(predictor.spec.kind).serving_spec(predictor.spec)
+    served: Any = task
     return Trained(
-        task=dataclasses.replace(task, **changes),  # type: ignore[arg-type]
+        task=dataclasses.replace(served, models={"": module}, data=spec),
         spec=spec,
         variables={"params": params, "batch_stats": batch_stats},
         fixed=setup.devices.to_host(state.evaluator.fixed["task"]),
@@ -177,20 +161,19 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 def answer(
     task: Task, variables: Mapping[str, Any], fixed: Any, inputs: Any
 ) -> dict[str, jax.Array]:
-    """Returns what a model says of a batch, as evaluation computes it.
+    """Returns the outputs of a model for a batch, as evaluation computes them.
 
     Args:
-        task: Has the model.
+        task: Task with the model.
         variables: 'params' and 'batch_stats'.
-        fixed: What the task reads besides.
+        fixed: Other arrays that the task reads.
         inputs: [B, ...], as a file has them: images in bytes, not normalised; of
             texts [B, 2, T], ids and sentences.
     """
-    data = getattr(task, "data", None)
-    if data is not None and data.text is not None:
-        # Texts may have another length than those of the run.
-        data = dataclasses.replace(data, shape=inputs.shape[1:])
-        task = dataclasses.replace(task, data=data)  # type: ignore[call-arg]
+    # Inputs may have another length than those of the run.
+    served: Any = task
+    shape = dataclasses.replace(served.data, shape=inputs.shape[1:])
+    task = dataclasses.replace(served, data=shape)
     # Outputs may have a part that compares with labels, which is left out of answers.
     batch = {
         name: jnp.zeros((inputs.shape[0], *leaf.shape), leaf.dtype)

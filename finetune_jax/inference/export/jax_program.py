@@ -7,6 +7,7 @@ import jax
 from jax import export
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.data.kind import kind_named
 from finetune_jax.inference.export.exported_model import Trained, for_any_platform
 
 PLATFORMS = ("cpu", "cuda")
@@ -41,9 +42,12 @@ def write(trained: Trained, folder: pathlib.Path) -> None:
 
 
 def _sizes(trained: Trained) -> tuple[Any, ...]:
-    """Returns the shape of a batch: of any size, and of texts of any length, too."""
-    if trained.spec.text is None:
-        return *export.symbolic_shape("b"), *trained.inputs.shape
-    rows, longest = trained.inputs.shape
-    batch, tokens = export.symbolic_shape("b, t", constraints=[f"t <= {longest}"])
-    return batch, rows, tokens
+    """Returns the shape of a batch of any size, and of any length where inputs have one."""
+    sizes = kind_named(trained.spec.kind).serving_shape(trained.spec)
+    limits = [
+        f"{size} <= {most}"
+        for size, most in zip(sizes, trained.inputs.shape)
+        if isinstance(size, str)
+    ]
+    names = ", ".join(map(str, ("b", *sizes)))
+    return tuple(export.symbolic_shape(names, constraints=limits))

@@ -118,7 +118,7 @@ def _classes(trained: Trained) -> int:
 
 
 def _names(trained: Trained) -> list[str]:
-    names = [*(trained.spec.class_names or trained.spec.targets)]
+    names = [*trained.spec.names]
     return names + [f"LABEL_{n}" for n in range(len(names), _classes(trained))]
 
 
@@ -129,7 +129,7 @@ def _labels(trained: Trained) -> dict[str, Any]:
         "label2id": {name: n for n, name in enumerate(names)},
         "num_labels": len(names),
         "problem_type": "regression"
-        if trained.spec.targets
+        if trained.spec.labels == "numbers"
         else "single_label_classification",
         "dtype": str(trained.variables["params"]["head"]["logits"]["bias"].dtype),
     }
@@ -144,19 +144,19 @@ def _preprocessor(trained: Trained) -> dict[str, Any]:
     spec = trained.spec
     height, width, channels = spec.shape
     cut = {"height": height, "width": width}
-    crops = spec.resize is not None
+    crops = spec.inputs.resize is not None
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": spec.resize} if crops else cut,
-        "resample": _RESAMPLE[spec.interpolation],
+        "size": {"shortest_edge": spec.inputs.resize} if crops else cut,
+        "resample": _RESAMPLE[spec.inputs.interpolation],
         "do_center_crop": crops,
         "crop_size": cut,
         "do_rescale": spec.dtype == "uint8",
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _per_channel(spec.mean, channels),
-        "image_std": _per_channel(spec.std, channels),
+        "image_mean": _per_channel(spec.inputs.mean, channels),
+        "image_std": _per_channel(spec.inputs.std, channels),
         "do_convert_rgb": channels == 3,
     }
 
@@ -175,11 +175,11 @@ def _timm_config(
         height, width, channels = spec.shape
         config["pretrained_cfg"] = {
             "input_size": [channels, height, width],
-            "interpolation": spec.interpolation,
-            "crop_pct": height / spec.resize if spec.resize else 1.0,
-            "crop_mode": "center" if spec.resize else "squash",
-            "mean": _per_channel(spec.mean, channels),
-            "std": _per_channel(spec.std, channels),
+            "interpolation": spec.inputs.interpolation,
+            "crop_pct": height / spec.inputs.resize if spec.inputs.resize else 1.0,
+            "crop_mode": "center" if spec.inputs.resize else "squash",
+            "mean": _per_channel(spec.inputs.mean, channels),
+            "std": _per_channel(spec.inputs.std, channels),
             "num_classes": _classes(trained),
             "label_names": _names(trained),
         }

@@ -1,4 +1,4 @@
-"""`README.md` of an export: what the model is, how good, and how each file is loaded."""
+"""`README.md` of an export: the model, its results, and how each file is loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -84,10 +84,10 @@ def make_card(
     Args:
         manifest: `manifest.json` of the run.
         result: `result.json`; None while the run is not finished.
-        about: What `model.json` says.
-        step: Of the checkpoint.
+        about: Content of `model.json`.
+        step: Step of the checkpoint.
         advice: How to load what depends on the model, by format.
-        formats: That were written.
+        formats: Formats that were written.
     """
     config = manifest["config"]
     name, task = config["model"]["name"], config["task"]["name"]

@@ -1,7 +1,7 @@
 """`model.onnx`: written by jax2onnx, in an environment of its own.
 
 Its pins clash with ours (it wants an older orbax), so a process of that environment makes
-the model again from what is handed to it, converts it and compares what onnxruntime gives.
+the model from files, converts it, and compares onnxruntime's outputs with jax's.
 """
 
 import json

@@ -6,6 +6,7 @@ HANDED has `config.json`, `spec.json` and `weights.safetensors`, in our own name
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -18,12 +19,13 @@ from safetensors.numpy import load_file
 
 from finetune_jax import config as configs
 from finetune_jax.core.backend import traced_for
-from finetune_jax.data.spec import spec_from_json
+from finetune_jax.data.kind import kind_named
+from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.inference.export.exported_model import answer
 from finetune_jax.models.peft.lora import LoRA
 from finetune_jax.tasks import make_task
 
-# What onnxruntime may differ by, of the largest output.
+# Allowed difference of onnxruntime from jax, as a share of the largest output.
 TOLERANCE = 1e-4
 # A file of protocol buffers ends at 2 GB; beyond this, weights lie beside it.
 LARGEST = 1.5e9
@@ -31,8 +33,8 @@ LARGEST = 1.5e9
 
 def read_model(
     handed: pathlib.Path,
-) -> tuple[Callable, jax.ShapeDtypeStruct, int | None]:
-    """Returns a function of inputs, what one example looks like, and tokens of texts."""
+) -> tuple[Callable, jax.ShapeDtypeStruct, DataSpec]:
+    """Returns a function of inputs, the shape of one example, and the data's spec."""
     config = configs.from_json((handed / "config.json").read_text(), "config.json")
     # onnxruntime has no bfloat16 on CPU.
     config.precision = "float32"
@@ -50,11 +52,11 @@ def read_model(
         place[last] = leaf.astype(np.float32)
 
     def answered(inputs):
-        # As on other backends, convolutions are told as such, and not as products.
+        # As on other backends, convolutions are written as such, not as products.
         with traced_for("gpu"):
             return answer(task, variables, {}, inputs)
 
-    return answered, task.batch_spec["inputs"], spec.text and spec.text.vocabulary
+    return answered, task.batch_spec["inputs"], spec
 
 
 def convert(answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
@@ -83,24 +85,21 @@ def convert(answered: Callable, one: jax.ShapeDtypeStruct, path: pathlib.Path) -
 
 
 def difference(
-    answered: Callable,
-    one: jax.ShapeDtypeStruct,
-    path: pathlib.Path,
-    vocabulary: int | None = None,
+    answered: Callable, path: pathlib.Path, inputs_of: Callable[[int], np.ndarray]
 ) -> float:
-    """Returns how far onnxruntime is from jax, of the largest output, at two sizes."""
+    """Returns how far onnxruntime is from jax, of the largest output, at two sizes.
+
+    Args:
+        answered: Function of inputs.
+        path: The ONNX model.
+        inputs_of: Returns so many inputs.
+    """
     import onnxruntime  # type: ignore
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    rng, largest = np.random.default_rng(0), 0.0
+    largest = 0.0
     for size in (1, 3):
-        inputs = rng.normal(size=(size, *one.shape)).astype(np.float32)
-        if np.issubdtype(one.dtype, np.integer):
-            inputs = rng.integers(0, 256, (size, *one.shape)).astype(one.dtype)
-        if vocabulary is not None:  # Ids of tokens, all of the first sentence.
-            inputs = np.stack(
-                [inputs[:, 0] % vocabulary, np.ones_like(inputs[:, 1])], 1
-            )
+        inputs = inputs_of(size)
         found = session.run(None, {"inputs": inputs})
         for ours, theirs in zip(jax.jit(answered)(inputs).values(), found):
             scale = np.abs(ours).max() or 1.0
@@ -111,10 +110,11 @@ def difference(
 def main() -> None:
     """Converts, compares, and prints the difference as JSON."""
     handed, folder = map(pathlib.Path, sys.argv[1:])
-    answered, one, vocabulary = read_model(handed)
+    answered, one, spec = read_model(handed)
+    inputs_of = functools.partial(kind_named(spec.kind).random_inputs, spec)
     path = folder / "model.onnx"
     convert(answered, one, path)
-    found = difference(answered, one, path, vocabulary)
+    found = difference(answered, path, inputs_of)
     if not found <= TOLERANCE:
         sys.exit(
             f"onnxruntime differs from jax by {found:.1e} of the largest output; at most "

@@ -39,14 +39,13 @@ def sentence_files(
     Returns:
         Files of JSON by name, and the tensors of the last of its modules.
     """
-    assert trained.spec.text is not None
     classes, width = tensors["weight"].shape
     kinds = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", DENSE))
     modules = [
         {"idx": at, "name": str(at), "path": path, "type": f"{_SENTENCE}.{kind}"}
         for at, (kind, path) in enumerate(kinds)
     ]
-    length = trained.spec.text.options.max_tokens
+    length = trained.spec.inputs.options.max_tokens
     files = {
         "modules.json": modules,
         "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
@@ -71,8 +70,8 @@ def tokenizer_files(trained: Trained) -> dict[str, str]:
     What is longer than `config.data.max_tokens` is cut there as in the run; where the
     source had no `tokenizer_config.json`, transformers reads `tokenizer.json` as it is.
     """
-    kept, text = dict(trained.tokenizer), trained.spec.text
-    if FILE not in kept or text is None:
+    kept = dict(trained.tokenizer)
+    if FILE not in kept:
         return {}
     config: dict[str, Any] = json.loads(kept.get(CONFIG, "{}"))
     if not config:
@@ -86,5 +85,5 @@ def tokenizer_files(trained: Trained) -> dict[str, str]:
         module: Any = trained.task.models[""]
         types = ["token_type_ids"] if getattr(module, "types", 0) else []
         config["model_input_names"] = ["input_ids", *types, "attention_mask"]
-    config["model_max_length"] = text.options.max_tokens
+    config["model_max_length"] = trained.spec.inputs.options.max_tokens
     return {**kept, CONFIG: json.dumps(config, indent=2) + "\n"}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation.mixup import check_mix, mixed
 from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
@@ -59,11 +58,11 @@ class Normalised(Task):
         inputs = inputs.astype(kind)
         if mode != EVALUATION and data.augment:
             keys = jax.vmap(lambda place: jax.random.fold_in(rng, place))
-            augment = make_augment(data.augment, data.shape[:2], fill=data.mean)
+            augment = make_augment(data.augment, data.shape[:2], fill=data.inputs.mean)
             inputs = augment(inputs, keys(batch["position"]))
         last = (1,) * (inputs.ndim - 1) + (-1,)
-        mean = jnp.asarray(data.mean, kind).reshape(last)
-        std = jnp.asarray(data.std, kind).reshape(last)
+        mean = jnp.asarray(data.inputs.mean, kind).reshape(last)
+        std = jnp.asarray(data.inputs.std, kind).reshape(last)
         return {**batch, "inputs": (inputs - mean) / std}
 
 
@@ -114,34 +113,11 @@ def random_variables(
     return params, batch_stats
 
 
-def check_classified(data: DataSpec, task: str) -> None:
-    """Checks that labels are classes of whole examples, which are changed as they can be.
-
-    Args:
-        data: What the examples look like.
-        task: `config.task.name`, for the message.
+def check_classified(data: DataSpec) -> None:
+    """Checks that augmentation and mixing fit the examples.
 
     Raises:
-        UserError: They are numbers or masks, the examples are texts or tables, or
-            augmentation or mixing does not fit them.
+        UserError: An unknown step, or one that does not fit.
     """
-    where = f"config.task.name: {task!r}, but the data"
-    if data.targets:
-        raise UserError(
-            f"{where}'s labels are not classes but numbers "
-            f"({', '.join(data.targets[:20])}): use task.name='regress', or save classes "
-            "as integers"
-        )
-    if data.pixel_classes:
-        raise UserError(
-            f"{where} has a mask for each image: use task.name='segmentation'"
-        )
-    if data.table is not None:
-        raise UserError(
-            f"config.task.name: {task!r}, but the data is a table: use 'tabular'; or, if "
-            "it is texts, name their columns in config.data.text, such as ('sentence',)"
-        )
-    if data.text is not None:
-        raise UserError(f"{where} is text: use 'text'")
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     check_mix(data.mix, data.shape)

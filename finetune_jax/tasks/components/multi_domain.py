@@ -13,6 +13,7 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.tasks.components.accepts import check_accepts
 from finetune_jax.tasks.task import Mode, Task
 
 # From parameters and batch statistics of all to those of one domain.
@@ -50,6 +51,8 @@ def make_parts(
             "config.data.domains, each with a `domain`, its name"
         )
     given = {"model": model, "precision": precision}
+    for spec in data.domains.values():
+        check_accepts(module, module.__name__.rpartition(".")[2], spec)
     return {
         name: registry.call(module.make, arguments, "config.task", data=spec, **given)
         for name, spec in data.domains.items()

@@ -111,13 +111,13 @@ def make_answer(
     Raises:
         UserError: Something unknown or out of range.
     """
-    kind = "numbers" if data.targets else "classes"
+    kind = data.labels
     shared: dict[str, Any] = {
         "loss": loss or LOSSES[kind],
         "loss_args": loss_args,
         "class_weights": class_weights,
         "metrics": defaults[kind] if metrics is None else metrics,
     }
-    if data.targets:
+    if kind == "numbers":
         return make_numbers(data, **shared)
     return make_classes(data, label_smoothing=label_smoothing, top_k=top_k, **shared)

@@ -77,14 +77,9 @@ def check_encoder(module: Any, name: str, data: DataSpec) -> None:
         UserError: It is no encoder, has another vocabulary, or too few positions.
     """
     encoder = module.module if isinstance(module, LoRA) else module
-    if data.text is None:
-        raise UserError(
-            "config.task.name: this task is for texts; name their columns in "
-            "config.data.text, such as ('sentence',)"
-        )
     if not hasattr(encoder, "vocabulary"):
         raise UserError(f"config.model.name: {name!r} takes no texts; 'minilm_l6' does")
-    known, tokens = data.text.vocabulary, data.text.options.max_tokens
+    known, tokens = data.inputs.vocabulary, data.inputs.options.max_tokens
     problems = []
     if not known <= encoder.vocabulary < known + PADDED_TO:
         problems.append(
@@ -96,7 +91,7 @@ def check_encoder(module: Any, name: str, data: DataSpec) -> None:
             f"config.data.max_tokens: {tokens}, but {name!r} has {encoder.positions} "
             "positions; longer texts are cut to max_tokens"
         )
-    if len(data.text.options.text) > max(encoder.types, 1) and encoder.types:
+    if len(data.inputs.options.text) > max(encoder.types, 1) and encoder.types:
         problems.append(
             f"config.model.types: {encoder.types}, but there are 2 sentences"
         )

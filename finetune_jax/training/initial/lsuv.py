@@ -19,6 +19,7 @@ from finetune_jax.core.pytrees import like, named, part
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.batches import training_batches
 from finetune_jax.data.dataset import Data
+from finetune_jax.data.kind import kind_named
 from finetune_jax.tasks.task import EVALUATION, Task, apply
 
 
@@ -112,9 +113,9 @@ def first_examples(data: Data, config: Config) -> dict[str, np.ndarray]:
     Raises:
         UserError: Lists the examples that cannot be read.
     """
-    geometry, shape = data.spec.geometry(False), data.spec.shape
+    geometry = kind_named(data.spec.kind).geometry(data.spec, training=False)
     train = dataclasses.replace(
-        data.train, geometry=geometry, shape=shape, decoded=None
+        data.train, geometry=geometry, shape=data.spec.shape, decoded=None
     )
     batches = training_batches(
         train,

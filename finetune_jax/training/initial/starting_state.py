@@ -14,8 +14,8 @@ from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.domains import make_mixture
+from finetune_jax.data.kind import Resources
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.tables.encoding import Fitted
 from finetune_jax.tasks.components.multi_domain import Several
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.embeddings import is_matched, matched, with_vectors
@@ -27,19 +27,17 @@ from finetune_jax.weights.layout import recognise
 from finetune_jax.weights.merge import fresh_in, load_weights, taken_line
 from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.metadata.labels import check_labels, is_output
-from finetune_jax.weights.metadata.tokenizer import FILE as TOKENIZER
 from finetune_jax.weights.metadata.tokenizer import files_beside, find_tokenizer
 from finetune_jax.weights.numbers import told_of_accepted, told_of_numbers
 from finetune_jax.weights.prefixes import without_prefix
 
 
-def run_data(config: Config, fitted: Fitted | None = None) -> Data:
+def run_data(config: Config, fitted: Any = None) -> Data:
     """Returns the data that a config describes.
 
     Args:
         config: Resolved config.
-        fitted: Column statistics of an earlier run; None computes them from the training
-            rows.
+        fitted: State that a run has kept; None fits it to the training examples.
 
     Raises:
         UserError: The data cannot be read, or do not fit the config.
@@ -51,22 +49,13 @@ def run_data(config: Config, fitted: Fitted | None = None) -> Data:
     if any(mixed):
         key = "mixing" if mixed[0] else "mixing_temperature"
         raise UserError(f"config.data.{key}: config.data.domains has nothing to mix")
-    address, tokenizer = config.data.tokenizer, None
-    if config.data.text:
-        tokenizer = find_tokenizer(address, config.init.pretrained)
-    elif address is not None:
-        raise UserError(
-            f"config.data.tokenizer: {address!r}, but config.data.text names no columns"
-        )
-    return make_data(config.data, seed=seed, tokenizer=tokenizer, fitted=fitted)
-
-
-def tokenizer_of(data: Data, config: Config) -> dict[str, str]:
-    """Returns the files of a run's tokenizer, by name; none if inputs are not texts."""
-    if data.tokenizer is None:
-        return {}
-    beside = files_beside(config.data.tokenizer, config.init.pretrained)
-    return {TOKENIZER: data.tokenizer, **beside}
+    addresses = config.data.tokenizer, config.init.pretrained
+    resources = Resources(
+        fitted=fitted,
+        tokenizer=functools.partial(find_tokenizer, *addresses),
+        tokenizer_files=functools.partial(files_beside, *addresses),
+    )
+    return make_data(config.data, seed=seed, resources=resources)
 
 
 def layout_of(shapes: TrainState, weights: Weights) -> str | None:
@@ -283,8 +272,7 @@ def _with_classes(
     kept_heads = [stage for stage in heads if not all(map(is_fresh, outputs[stage]))]
     if not kept_heads:
         return loaded, []
-    names = spec.class_names or spec.targets or spec.pixel_classes
-    kept = check_labels(weights.address, names, weights.class_names, init.accept)
+    kept = check_labels(weights.address, spec.names, weights.class_names, init.accept)
     for stage in kept_heads:
         loaded = kept.placed(loaded, stage)
     return loaded, [kept.told] if kept.told else []

@@ -17,9 +17,9 @@ import numpy as np
 
 from finetune_jax.core.flops import inner_programs
 from finetune_jax.core.pytrees import nbytes
-from finetune_jax.data.batches import Examples, Shortened, Views, places_of, rows_of
+from finetune_jax.data.batches import BatchSource, Shortened, Views, places_of, rows_of
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.data.domains import Mixture
+from finetune_jax.data.domains import DomainMixture
 from finetune_jax.data.order import Order
 from finetune_jax.features.cache import Features, TeacherOutputs
 from finetune_jax.parallel.devices import Devices
@@ -109,7 +109,7 @@ class Scanned:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: BatchSource,
         order: Order,
         placed: Any,
         *,
@@ -223,7 +223,7 @@ def many_steps(
     return jax.lax.fori_loop(0, updates, update, (state, kept))
 
 
-def resident(examples: Examples) -> Dataset | Features | TeacherOutputs:
+def resident(examples: BatchSource) -> Dataset | Features | TeacherOutputs:
     """Returns the split without repetitions, as it is placed on the device."""
     whole = examples.dataset if isinstance(examples, Views) else examples
     assert isinstance(whole, Dataset | Features | TeacherOutputs)
@@ -246,7 +246,7 @@ def everything(whole: Dataset | Features | TeacherOutputs) -> dict[str, Any]:
 
 
 def why_not_resident(
-    examples: Examples | Mixture, devices: Devices, limit: float
+    examples: BatchSource | DomainMixture, devices: Devices, limit: float
 ) -> str | None:
     """Returns why a split cannot be placed on the device, or None if it can.
 
@@ -257,7 +257,7 @@ def why_not_resident(
     """
     if devices.count > 1:
         return f"there are {devices.count} devices"
-    if isinstance(examples, Mixture):
+    if isinstance(examples, DomainMixture):
         return "there are several domains"
     if isinstance(examples, Shortened):
         return "batches of texts differ in length (config.data.buckets)"

@@ -18,7 +18,7 @@ from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.batches import training_positions
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.data.domains import Mixture
+from finetune_jax.data.domains import DomainMixture
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.training.progress import Progress
@@ -43,7 +43,7 @@ class Guard:
     policy: str
     limit: int
     config: Config
-    dataset: Dataset | Mixture
+    dataset: Dataset | DomainMixture
     log: MetricsLog
     terminal: Terminal
     folder: pathlib.Path
@@ -107,7 +107,7 @@ class Guard:
         """Returns the names of the examples of an update."""
         config, dataset = self.config, self.dataset
         seed = configs.seeds(config)["order"]
-        if isinstance(dataset, Mixture):
+        if isinstance(dataset, DomainMixture):
             return dataset.examples_of(update, dataset.orders(seed))
         positions = training_positions(
             dataset.label,

@@ -10,8 +10,8 @@ import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.batches import Examples, training_batches
-from finetune_jax.data.domains import Mixture, mixed_batches
+from finetune_jax.data.batches import BatchSource, training_batches
+from finetune_jax.data.domains import DomainMixture, mixed_batches
 from finetune_jax.data.order import training_order
 from finetune_jax.features.frozen_prefix import at_a_time
 from finetune_jax.parallel.devices import stable_batch
@@ -50,7 +50,7 @@ class Updates:
     def feed(
         self,
         phase: PhaseSetup,
-        examples: Examples | Mixture,
+        examples: BatchSource | DomainMixture,
         state: TrainState,
         first: int,
         end: int,
@@ -73,7 +73,7 @@ class Updates:
         }
         why = self._why_stepwise(phase, examples, state)
         if why is None:
-            assert not isinstance(examples, Mixture)
+            assert not isinstance(examples, DomainMixture)
             whole = resident(examples)
             return Scanned(
                 examples,
@@ -93,7 +93,7 @@ class Updates:
             "start": first if fixed else start,
             "stop": first + 1 if fixed else end,
         }
-        if isinstance(examples, Mixture):
+        if isinstance(examples, DomainMixture):
             parts = phase.phase.accumulate_steps
             batches = mixed_batches(examples, seed=seed, micro_batches=parts, **updates)
         else:
@@ -103,7 +103,10 @@ class Updates:
         return Stepwise(batches, self.setup.devices, repeats=fixed)
 
     def _why_stepwise(
-        self, phase: PhaseSetup, examples: Examples | Mixture, state: TrainState
+        self,
+        phase: PhaseSetup,
+        examples: BatchSource | DomainMixture,
+        state: TrainState,
     ) -> str | None:
         """Returns why a call must make one update only; None if it may make more."""
         config = self.setup.config
@@ -116,7 +119,7 @@ class Updates:
         limit = config.data.memory_gb * 1e9
         if why := why_not_resident(examples, self.setup.devices, limit):
             return why
-        assert not isinstance(examples, Mixture)
+        assert not isinstance(examples, DomainMixture)
         if jax.default_backend() != "cpu":
             return None
         kinds = type(examples), type(getattr(examples, "examples", None))
@@ -132,7 +135,7 @@ class Updates:
         return None
 
     def _stock_gradients(
-        self, phase: PhaseSetup, examples: Examples, state: TrainState
+        self, phase: PhaseSetup, examples: BatchSource, state: TrainState
     ) -> int:
         """Returns the number of convolution gradients that an update leaves to jax."""
         size = self.setup.config.data.batch_size
@@ -182,7 +185,7 @@ class Updates:
         """Returns an update of the phase as a function of its arguments."""
         config, views = self.setup.config, self.setup.views
         # The frozen prefix has the same bits whether its outputs are cached or not.
-        is_cacheable = self.setup.data.spec.why_always_others(views) is None
+        is_cacheable = self.setup.data.spec.why_not_repeated(views) is None
         rows = stable_batch(self.setup.devices)
         micro = config.data.batch_size // phase.phase.accumulate_steps
         if is_cacheable:

@@ -46,7 +46,7 @@ def filled(config: Config) -> tuple[Config, list[str]]:
 
 def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
     found, where = {}, None
-    if config.init.pretrained is not None and not config.data.text:
+    if config.init.pretrained is not None:
         found, where = beside(config.init.pretrained)
     if not found:
         return config, []

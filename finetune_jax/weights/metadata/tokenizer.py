@@ -76,11 +76,9 @@ def files_beside(address: str | None, weights: str | None) -> dict[str, str]:
 
 
 def kept_files(folder: pathlib.Path) -> dict[str, str]:
-    """Returns what the files of a tokenizer in a workdir hold, by name.
-
-    Raises:
-        UserError: It is gone.
-    """
+    """Returns the texts of a tokenizer's files in a workdir, by name; {} without one."""
+    if not (folder / FILE).is_file():
+        return {}
     address = f"file:{folder}"
     found = find_tokenizer(address, None)
     assert found is not None

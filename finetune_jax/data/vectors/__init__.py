@@ -1,0 +1,1 @@
+"""Feature vectors: rows of numbers without names."""
