@@ -29,8 +29,9 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
 from finetune_jax.parallel.compiling import CPU_OPTIONS, run_once
 from finetune_jax.plans.phase import Phase
+from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))

@@ -24,8 +24,9 @@ from finetune_jax.modes.plan import data_of
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.plans.strategies import EVERYTHING, HEAD_ONLY
+from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import make_task, phase_setup
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import train_step
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"

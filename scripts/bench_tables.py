@@ -164,7 +164,7 @@ def our_steps(config: Any, data: Any) -> Any:
     from finetune_jax.plans.phase import plan_from_config
     from finetune_jax.tasks import make_task
     from finetune_jax.tasks.components.random_state import random_state
-    from finetune_jax.training.setup import phase_setup
+    from finetune_jax.training.phases import phase_setup
     from finetune_jax.training.step import train_step
 
     task = make_task(config, data.spec)

@@ -12,7 +12,7 @@ from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.parallel.compiling import compiled, run_once
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import phase_setup
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import NORMS, train_step
 
 KINDS = {

@@ -16,7 +16,8 @@ from finetune_jax.parallel.compiling import run_once
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import make_setup, phase_setup
+from finetune_jax.training.phases import phase_setup
+from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
 
 SGD = Phase(name="all", steps=3, optimizer="sgd", optimizer_args={"momentum": 0.9})

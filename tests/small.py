@@ -13,12 +13,13 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
+from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.training.loop import Preempted
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.run import run
-from finetune_jax.training.setup import make_task, phase_setup
 from finetune_jax.training.step import train_step
 from finetune_jax.training.updates.phase_run import PhaseRun
 

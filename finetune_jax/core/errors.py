@@ -1,7 +1,10 @@
-"""What a user did wrong, told in one message: found, where, what to do."""
+"""Errors of users and of runs, and their messages: key, what was found, what to do."""
 
+import contextlib
+import dataclasses
 import errno
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 _RESUME = "and the same command goes on from the last checkpoint"
 # Errors of a disk that takes no more, with what to do.
@@ -21,8 +24,110 @@ _IN_WORDS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One mistake and the key to blame.
+
+    Attributes:
+        key: Config key, relative to the section that is checked or from its root, such as
+            'config.data.dir'; '' if no key is to blame.
+        text: What was found, and what to do.
+    """
+
+    key: str
+    text: str
+
+    def __str__(self):
+        return f"{self.key}: {self.text}" if self.key else self.text
+
+    @classmethod
+    def of(cls, message: "Problem | str") -> "Problem":
+        """Returns a message as a problem; one that begins with a config key blames it.
+
+        >>> Problem.of("config.data.dir: no folder").key
+        'config.data.dir'
+        """
+        if isinstance(message, Problem):
+            return message
+        found = re.match(r"(config[\w.\[\]]*): ", message)
+        return cls(found[1], message[found.end() :]) if found else cls("", message)
+
+    def under(self, place: str, instead_of: str = "") -> "Problem":
+        """Returns the problem with its key, and keys in its text, at another place.
+
+        >>> str(Problem("steps", "0").under("config.plan[1]"))
+        'config.plan[1].steps: 0'
+        >>> moved = Problem("config.data.dir", "no folder")
+        >>> str(moved.under("config.data.domains[0]", "config.data"))
+        'config.data.domains[0].dir: no folder'
+        """
+        if not instead_of:
+            inside = f"{place}.{self.key}" if self.key else place
+            return self if self.key.startswith("config") else Problem(inside, self.text)
+        pattern = rf"\b{re.escape(instead_of)}(?![\w\[])"
+        return Problem(
+            re.sub(pattern, lambda _: place, self.key),
+            re.sub(pattern, lambda _: place, self.text),
+        )
+
+
 class UserError(ValueError):
-    """A mistake of the user's; the program ends with status 2 and without traceback."""
+    """A mistake of the user's; the program ends with status 2 and without traceback.
+
+    Attributes:
+        problems: All mistakes of one kind, in order.
+        header: First line of the message; '' begins with the first problem.
+        advice: Last line of the message; '' for none.
+    """
+
+    def __init__(self, *problems: Problem | str, header: str = "", advice: str = ""):
+        super().__init__(*problems)
+        self.problems = tuple(map(Problem.of, problems))
+        self.header, self.advice = header, advice
+
+    def __str__(self):
+        lines = [str(problem) for problem in self.problems]
+        if self.header:
+            lines = [self.header, *(f"  {line}" for line in lines)]
+        return "\n".join([*lines, self.advice] if self.advice else lines)
+
+
+@contextlib.contextmanager
+def under(place: str, instead_of: str = "") -> Iterator[None]:
+    """Has the user errors of a block blame keys at another place.
+
+    Args:
+        place: Key to put before relative keys, such as 'config.plan[0]'.
+        instead_of: Key to be replaced by `place`; '' prefixes relative keys only.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.problems = tuple(p.under(place, instead_of) for p in error.problems)
+        if instead_of:
+            error.header = Problem("", error.header).under(place, instead_of).text
+            error.advice = Problem("", error.advice).under(place, instead_of).text
+        raise
+
+
+@contextlib.contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Appends the problems of a block's user error to a list instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        # The problems of an error with a header do not make sense without it.
+        problems += [Problem.of(str(error))] if error.header else error.problems
+
+
+def raise_if(problems: Iterable[Problem | str], header: str = "") -> None:
+    """Raises one user error if there are problems.
+
+    Raises:
+        UserError: Lists all of them.
+    """
+    if problems := tuple(problems):
+        raise UserError(*problems, header=header)
 
 
 class DataMissing(UserError):
@@ -73,7 +178,8 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     return ", ".join(first_of([*map(str, names)], most))
 
 
-def problems_error(header: str, problems: Iterable[str], advice: str = "") -> UserError:
+def problems_error(
+    header: str, problems: Iterable[Problem | str], advice: str = ""
+) -> UserError:
     """Returns one error that lists every problem, in order, each on its own line."""
-    lines = [header, *(f"  {problem}" for problem in problems)]
-    return UserError("\n".join([*lines, advice] if advice else lines))
+    return UserError(*problems, header=header, advice=advice)

@@ -1,4 +1,4 @@
-"""Finds things by name, and answers a wrong name with the closest right one."""
+"""Functions and modules by name, their arguments checked; wrong names get a hint."""
 
 import difflib
 import importlib
@@ -6,12 +6,13 @@ import inspect
 import math
 import pathlib
 import pkgutil
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import Problem, UserError, raise_if
 
 
 def closest(name: str, names: Iterable[str]) -> str:
@@ -28,12 +29,12 @@ def choose(table: Mapping[str, Any], name: str, where: str) -> Any:
     """Returns `table[name]`.
 
     Raises:
-        UserError: `name` is not in the table; lists what is.
+        UserError: `name` is not in the table; lists the names that are.
     """
     if name not in table:
         known = ", ".join(sorted(table))
         raise UserError(
-            f"{where}: no {name!r}{closest(name, table)} There are: {known}."
+            Problem(where, f"no {name!r}{closest(name, table)} There are: {known}.")
         )
     return table[name]
 
@@ -55,6 +56,19 @@ def open_path(name: str, path: Iterable[str]) -> list[str]:
 
 def _is_namespace(folder: pathlib.Path) -> bool:
     return folder.is_dir() and not (folder / "__init__.py").exists()
+
+
+def check_regex(pattern: Any, where: str) -> None:
+    """Checks that a pattern is a regular expression.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        text = f"{pattern!r} is not a regular expression: {error}"
+        raise UserError(Problem(where, text)) from error
 
 
 def modules(package: ModuleType) -> dict[str, ModuleType]:
@@ -95,38 +109,76 @@ def module(package: ModuleType, name: str, where: str) -> ModuleType:
     return importlib.import_module(f"{package.__name__}.{found}")
 
 
-def call(function: Callable, arguments: Mapping[str, Any], where: str, **given) -> Any:
-    """Returns `function(**arguments, **given)`, its names checked first.
+class OutOfRange(ValueError):
+    """An argument of the user that is out of its range."""
+
+
+def call(
+    function: Callable,
+    arguments: Mapping[str, Any] | Sequence[Any],
+    where: str,
+    **given: Any,
+) -> Any:
+    """Returns `function(**arguments, **given)`, the arguments checked first.
+
+    Names and kinds are checked by the signature, ranges by the function itself: see `need`.
 
     Args:
-        function: Takes keyword arguments.
-        arguments: What the user wrote, by name.
-        where: The config section that they come from, for the message.
-        **given: What the program adds.
+        function: Function whose other arguments show their kinds by their defaults.
+        arguments: Arguments of the user, by name or in the order of the signature.
+        where: Config key of the arguments, for the message.
+        **given: Arguments of the program.
 
     Raises:
-        UserError: `arguments` has names that the function does not take, or lacks some.
+        UserError: Lists unknown, missing and unsuitable arguments.
     """
     parameters = inspect.signature(function).parameters
-    taken = {name for name in parameters if name not in given}
+    names = [name for name in parameters if name not in given]
+    if not isinstance(arguments, Mapping):
+        if len(arguments) > len(names):
+            takes = f"({', '.join(names)})" if names else "no arguments"
+            raise UserError(Problem(where, f"takes {takes}, not {tuple(arguments)!r}"))
+        arguments = dict(zip(names, arguments))
     problems = [
-        f"{where}.{name}: unknown{closest(name, taken)}"
+        Problem(f"{where}.{name}", f"unknown{closest(name, names)}")
         for name in arguments
-        if name not in taken
+        if name not in names
     ]
     problems += [
-        f"{where}.{name}: missing"
-        for name in sorted(taken - set(arguments))
+        Problem(f"{where}.{name}", "missing")
+        for name in sorted(set(names) - set(arguments))
         if parameters[name].default is inspect.Parameter.empty
     ]
     problems += [
-        f"{where}.{name}: {value!r}; {parameters[name].default!r} is such a value"
+        Problem(f"{where}.{name}", f"{value!r}; {example!r} is such a value")
         for name, value in arguments.items()
-        if name in taken and not _is_like(value, parameters[name].default)
+        if name in names and not _is_like(value, example := _example(parameters[name]))
     ]
-    if problems:
-        raise problems_error(f"{where} does not fit:", problems)
-    return function(**arguments, **given)
+    raise_if(problems)
+    try:
+        return function(**arguments, **given)
+    except OutOfRange as error:
+        raise UserError(Problem(where, str(error))) from error
+
+
+def need(*rules: tuple[bool, str]) -> None:
+    """Checks the ranges of a function's arguments.
+
+    Args:
+        *rules: Pairs of whether a rule is kept, and the range that is needed.
+
+    Raises:
+        OutOfRange: Lists the rules that are not kept.
+    """
+    if broken := [f"{text} is needed" for is_kept, text in rules if not is_kept]:
+        raise OutOfRange("; ".join(broken))
+
+
+def _example(parameter: inspect.Parameter) -> Any:
+    """Returns a value of an argument's kind: its default, or one of its annotation."""
+    if parameter.default is not inspect.Parameter.empty:
+        return parameter.default
+    return {int: 1, float: 1.0}.get(parameter.annotation)
 
 
 def _is_like(value: Any, default: Any) -> bool:

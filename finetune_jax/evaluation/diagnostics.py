@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, Dataset
@@ -39,8 +39,7 @@ def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
                 f"{where}; {split} has {len(held_out[split])} examples, and 2 is the "
                 "least to compare"
             )
-    if problems:
-        raise problems_error("config.evaluate cannot be used:", problems)
+    raise_if(problems)
     return domains
 
 

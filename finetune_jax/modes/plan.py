@@ -32,7 +32,8 @@ from finetune_jax.plans.phase import Phase, scales
 from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.starting_state import run_data
-from finetune_jax.training.setup import PhaseSetup, make_setup
+from finetune_jax.training.phases import PhaseSetup
+from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
 from finetune_jax.weights.metadata.preprocessing import filled
 

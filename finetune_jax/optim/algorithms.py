@@ -1,66 +1,38 @@
-"""Optimization algorithms by name: what becomes of a gradient.
+"""Optimization algorithms by name: transformations of the gradient, all of optax.
 
-All of it is optax. Each function takes the links that every algorithm needs somewhere in
-its chain, `decay` and `rate`, puts them where its paper does, and returns the
-transformation of one rate group. `rate` multiplies by minus the learning rate, which is
-an argument of `update`; `decay` adds the weight decay. Before the algorithm's own
-statistics that is L2 regularisation, after them it is decoupled (Loshchilov & Hutter
-2019). To add one, write such a function and name it in `OPTIMIZERS`.
+An algorithm is a core transformation with the weight decay before it (L2 regularisation)
+or after it (decoupled, Loshchilov & Hutter 2019), and the learning rate at the end. One
+with another order has a function of `decay` and `rate`, which returns the whole chain.
+`rate` multiplies by minus the learning rate, an argument of `update`. To add an
+algorithm, give it a row in `OPTIMIZERS`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core import registry
+from finetune_jax.core.errors import Problem, raise_if
+from finetune_jax.core.registry import need
 
 Link = Any  # An optax transformation; those with extra arguments are of another type.
-
-
-def _check(*, shares: dict[str, float] | None = None, **positive: float) -> None:
-    """Raises a UserError unless shares are in [0, 1) and the others above 0."""
-    problems = [
-        f"optimizer_args: {name} {value}; 0 or more and less than 1 is needed"
-        for name, value in (shares or {}).items()
-        if not 0 <= value < 1
-    ]
-    problems += [
-        f"optimizer_args: {name} {value}; more than 0 is needed"
-        for name, value in positive.items()
-        if not value > 0
-    ]
-    if problems:
-        raise problems_error("The optimizer cannot be run:", problems)
 
 
 def _sgd(
     decay: Link, rate: Link, *, momentum: float = 0.0, nesterov: bool = False
 ) -> Link:
     """Source: Sutskever et al. 2013, with torch's momentum: the rate comes after it."""
-    _check(shares={"momentum": momentum})
-    if nesterov and not momentum:
-        raise UserError("optimizer_args: nesterov=True needs a momentum above 0")
+    need((not nesterov or momentum > 0, "nesterov=True: a momentum above 0"))
     core = optax.trace(momentum, nesterov) if momentum else optax.identity()
     return optax.chain(decay, core, rate)
 
 
-def _adagrad(
-    decay: Link, rate: Link, *, initial: float = 0.0, eps: float = 1e-10
-) -> Link:
-    """Source: Duchi et al. 2011. `eps` is added under the root, in torch after it."""
-    _check(eps=eps)
-    if not 0 <= initial < float("inf"):
-        raise UserError(f"optimizer_args: initial {initial}; at least 0 is needed")
-    return optax.chain(decay, optax.scale_by_rss(initial, eps), rate)
-
-
-def _adadelta(decay: Link, rate: Link, *, rho: float = 0.9, eps: float = 1e-6) -> Link:
-    """Source: Zeiler 2012."""
-    _check(shares={"rho": rho}, eps=eps)
-    return optax.chain(decay, optax.scale_by_adadelta(rho, eps), rate)
+def _adagrad(*, initial: float = 0.0, eps: float = 1e-10) -> Link:
+    need((initial >= 0, f"initial {initial}; at least 0"))
+    return optax.scale_by_rss(initial, eps)
 
 
 def _rmsprop(
@@ -73,64 +45,11 @@ def _rmsprop(
     centered: bool = False,
 ) -> Link:
     """Source: Tieleman & Hinton 2012, lecture 6e, with torch's defaults and momentum."""
-    _check(shares={"alpha": alpha, "momentum": momentum}, eps=eps)
     scale = optax.scale_by_stddev if centered else optax.scale_by_rms
     core: Link = scale(alpha, eps, eps_in_sqrt=False)
     if momentum:
         core = optax.chain(core, optax.trace(momentum))
     return optax.chain(decay, core, rate)
-
-
-def _adam(
-    decay: Link,
-    rate: Link,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> Link:
-    """Source: Kingma & Ba 2015."""
-    _check(shares={"b1": b1, "b2": b2}, eps=eps)
-    return optax.chain(decay, optax.scale_by_adam(b1, b2, eps), rate)
-
-
-def _amsgrad(
-    decay: Link,
-    rate: Link,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> Link:
-    """Source: Reddi et al. 2018; the maximum is of bias-corrected moments."""
-    _check(shares={"b1": b1, "b2": b2}, eps=eps)
-    return optax.chain(decay, optax.scale_by_amsgrad(b1, b2, eps), rate)
-
-
-def _nadam(
-    decay: Link,
-    rate: Link,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> Link:
-    """Source: Dozat 2016, with a constant b1; torch's follows a schedule of its own."""
-    _check(shares={"b1": b1, "b2": b2}, eps=eps)
-    return optax.chain(decay, optax.scale_by_adam(b1, b2, eps, nesterov=True), rate)
-
-
-def _adamw(
-    decay: Link,
-    rate: Link,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-) -> Link:
-    """Source: Loshchilov & Hutter 2019."""
-    _check(shares={"b1": b1, "b2": b2}, eps=eps)
-    return optax.chain(optax.scale_by_adam(b1, b2, eps), decay, rate)
 
 
 def _adafactor(
@@ -143,11 +62,6 @@ def _adafactor(
     scale_by_parameter: bool = True,
 ) -> Link:
     """Source: Shazeer & Stern 2018; torch's has other defaults and step sizes."""
-    _check(
-        shares={"decay_rate": decay_rate},
-        min_dim_size_to_factor=min_dim_size_to_factor,
-        clipping_threshold=clipping_threshold,
-    )
     scaled = optax.scale_by_param_block_rms() if scale_by_parameter else None
     return optax.chain(
         optax.scale_by_factored_rms(
@@ -157,21 +71,6 @@ def _adafactor(
         scaled or optax.identity(),
         decay,
         rate,
-    )
-
-
-def _lamb(
-    decay: Link,
-    rate: Link,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-) -> Link:
-    """Source: You et al. 2020."""
-    _check(shares={"b1": b1, "b2": b2}, eps=eps)
-    return optax.chain(
-        optax.scale_by_adam(b1, b2, eps), decay, optax.scale_by_trust_ratio(), rate
     )
 
 
@@ -187,15 +86,8 @@ def _lars(
 
     The momentum is that of updates, the rate in them. A parameter at zero has ratio 1.
     """
-    _check(shares={"momentum": momentum}, trust_coefficient=trust_coefficient)
     trusted = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
     return optax.chain(decay, trusted, rate, optax.trace(momentum, nesterov))
-
-
-def _lion(decay: Link, rate: Link, *, b1: float = 0.9, b2: float = 0.99) -> Link:
-    """Source: Chen et al. 2023."""
-    _check(shares={"b1": b1, "b2": b2})
-    return optax.chain(optax.scale_by_lion(b1, b2), decay, rate)
 
 
 def _muon(
@@ -210,10 +102,9 @@ def _muon(
 ) -> Link:
     """Source: Jordan et al. 2024. Kernels of convolutions count as [H W I, O] matrices.
 
-    What has fewer than two dimensions is left to Adam with `b1` and `b2`, or to NAdam with
-    Nesterov's momentum, which unlike Jordan's is corrected for its start.
+    Leaves of fewer than two dimensions are left to Adam with `b1` and `b2`, or to NAdam if
+    `nesterov`, which unlike Jordan's momentum is corrected for its start.
     """
-    _check(shares={"beta": beta, "b1": b1, "b2": b2}, ns_steps=ns_steps)
 
     def as_matrices(leaves):
         return jax.tree.map(
@@ -251,10 +142,9 @@ def _schedule_free_adamw(
 ) -> Link:
     """Source: the code of Defazio et al. 2024, not their algorithm 1.
 
-    That has the correction of the second moment in the rate, this in the denominator.
-    What is evaluated is `state.eval_params`.
+    The paper corrects the second moment in the rate, the code in the denominator. Metrics
+    are those of the averaged parameters, `train_state.eval_params`.
     """
-    _check(shares={"b1": b1, "b2": b2}, eps=eps, b1=b1)
     base = optax.chain(optax.scale_by_adam(0.0, b2, eps), decay, rate)
 
     def averaged(learning_rate):
@@ -280,7 +170,6 @@ def _lbfgs(
 ) -> Link:
     """Source: Liu & Nocedal 1989; the step obeys the strong Wolfe conditions."""
     del decay, rate  # Neither is part of the function that the line search sees.
-    _check(memory=memory, max_linesearch_steps=max_linesearch_steps)
     search = optax.lbfgs(
         memory_size=memory,
         linesearch=optax.scale_by_zoom_linesearch(
@@ -300,7 +189,6 @@ def _lbfgs(
 
 def _around_sam(inner: Link, *, rho: float = 0.05) -> Link:
     """Source: Foret et al. 2021, equation 2; unlike torch, optax has one."""
-    _check(rho=rho)
 
     def ascent(updates, params=None):
         del params
@@ -329,36 +217,138 @@ def _around_sam(inner: Link, *, rho: float = 0.05) -> Link:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """An algorithm that `Phase.optimizer` can name.
+    """An algorithm that `Phase.optimizer` can name, by `core` or by `make`.
 
     Attributes:
-        make: Of (decay, rate, **arguments); the transformation of one rate group.
-        around: Of (transformation of all groups, **arguments), where there is more.
-        evaluates: What of the objective is computed at other points within an update:
-            'nothing', 'gradient', or 'value' (which line searches need).
+        core: Function (**arguments) to the transformation before the rate is applied.
+        decoupled: Whether weight decay comes after the core instead of before it.
+        make: Function (decay, rate, **arguments) to the transformation of a rate group.
+        around: Function (transformation of all groups, **arguments) to the whole one.
+        evaluates: Part of the objective that is computed at other points in an update:
+            'nothing', 'gradient', or 'value' (line searches).
+        shares: Names of arguments in [0, 1).
+        positive: Names of arguments above 0.
     """
 
-    make: Callable[..., Link]
+    core: Callable[..., Link] = optax.identity
+    decoupled: bool = False
+    make: Callable[..., Link] | None = None
     around: Callable[..., Link] | None = None
     evaluates: str = "nothing"
+    shares: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Checks the ranges of arguments.
+
+        Raises:
+            UserError: Lists the arguments that are out of range.
+        """
+        wrong = {name: "above 0" for name in self.positive}
+        wrong |= {name: "0 or more and less than 1" for name in self.shares}
+        both = set(self.shares) & set(self.positive)
+        wrong |= {name: "above 0 and less than 1" for name in both}
+        raise_if(
+            Problem(f"optimizer_args.{name}", f"{value!r}; {wrong[name]} is needed")
+            for name, value in arguments.items()
+            if type(value) in (int, float)  # Else `transformation` refuses it.
+            and (
+                (name in self.shares and not 0 <= value < 1)
+                or (name in self.positive and not value > 0)
+            )
+        )
+
+    def transformation(
+        self, decay: Link, rate: Link, arguments: Mapping[str, Any]
+    ) -> Link:
+        """Returns the transformation of a rate group.
+
+        Raises:
+            UserError: Unknown or unsuitable arguments.
+        """
+        where = "optimizer_args"
+        if self.make is not None:
+            return registry.call(self.make, arguments, where, decay=decay, rate=rate)
+        core = registry.call(self.core, arguments, where)
+        links = (core, decay) if self.decoupled else (decay, core)
+        return optax.chain(*links, rate)
 
 
+def _adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Link:
+    return optax.scale_by_adam(b1, b2, eps)
+
+
+_BETAS = {"shares": ("b1", "b2"), "positive": ("eps",)}
 OPTIMIZERS = {
-    "sgd": Algorithm(make=_sgd),
-    "adagrad": Algorithm(make=_adagrad),
-    "adadelta": Algorithm(make=_adadelta),
-    "rmsprop": Algorithm(make=_rmsprop),
-    "adam": Algorithm(make=_adam),
-    "amsgrad": Algorithm(make=_amsgrad),
-    "nadam": Algorithm(make=_nadam),
-    "adamw": Algorithm(make=_adamw),
-    "adafactor": Algorithm(make=_adafactor),
-    "lamb": Algorithm(make=_lamb),
-    "lars": Algorithm(make=_lars),
-    "lion": Algorithm(make=_lion),
-    "muon": Algorithm(make=_muon),
-    "schedule_free_adamw": Algorithm(make=_schedule_free_adamw),
-    "sam": Algorithm(make=_sgd, around=_around_sam, evaluates="gradient"),
-    "sam_adamw": Algorithm(make=_adamw, around=_around_sam, evaluates="gradient"),
-    "lbfgs": Algorithm(make=_lbfgs, evaluates="value"),
+    "sgd": Algorithm(make=_sgd, shares=("momentum",)),
+    # Duchi et al. 2011. `eps` is added under the root, in torch after it.
+    "adagrad": Algorithm(core=_adagrad, positive=("eps",)),
+    # Zeiler 2012.
+    "adadelta": Algorithm(
+        core=lambda *, rho=0.9, eps=1e-6: optax.scale_by_adadelta(rho, eps),
+        shares=("rho",),
+        positive=("eps",),
+    ),
+    "rmsprop": Algorithm(
+        make=_rmsprop, shares=("alpha", "momentum"), positive=("eps",)
+    ),
+    # Kingma & Ba 2015.
+    "adam": Algorithm(core=_adam, **_BETAS),
+    # Reddi et al. 2018; the maximum is of bias-corrected moments.
+    "amsgrad": Algorithm(
+        core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_amsgrad(b1, b2, eps),
+        **_BETAS,
+    ),
+    # Dozat 2016, with a constant b1; torch's follows a schedule of its own.
+    "nadam": Algorithm(
+        core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_adam(
+            b1, b2, eps, nesterov=True
+        ),
+        **_BETAS,
+    ),
+    # Loshchilov & Hutter 2019.
+    "adamw": Algorithm(core=_adam, decoupled=True, **_BETAS),
+    "adafactor": Algorithm(
+        make=_adafactor,
+        shares=("decay_rate",),
+        positive=("min_dim_size_to_factor", "clipping_threshold"),
+    ),
+    # You et al. 2020.
+    "lamb": Algorithm(
+        make=lambda decay, rate, *, b1=0.9, b2=0.999, eps=1e-6: optax.chain(
+            optax.scale_by_adam(b1, b2, eps), decay, optax.scale_by_trust_ratio(), rate
+        ),
+        **_BETAS,
+    ),
+    "lars": Algorithm(
+        make=_lars, shares=("momentum",), positive=("trust_coefficient",)
+    ),
+    # Chen et al. 2023.
+    "lion": Algorithm(
+        core=lambda *, b1=0.9, b2=0.99: optax.scale_by_lion(b1, b2),
+        decoupled=True,
+        shares=("b1", "b2"),
+    ),
+    "muon": Algorithm(make=_muon, shares=("beta", "b1", "b2"), positive=("ns_steps",)),
+    "schedule_free_adamw": Algorithm(
+        make=_schedule_free_adamw, shares=("b1", "b2"), positive=("b1", "eps")
+    ),
+    "sam": Algorithm(
+        make=_sgd,
+        around=_around_sam,
+        evaluates="gradient",
+        shares=("momentum",),
+        positive=("rho",),
+    ),
+    "sam_adamw": Algorithm(
+        core=_adam,
+        decoupled=True,
+        around=_around_sam,
+        evaluates="gradient",
+        shares=("b1", "b2"),
+        positive=("eps", "rho"),
+    ),
+    "lbfgs": Algorithm(
+        make=_lbfgs, evaluates="value", positive=("memory", "max_linesearch_steps")
+    ),
 }

@@ -1,22 +1,26 @@
-"""Optimizers by name, and the one transformation of a phase.
+"""The optimizer of a phase: one optax transformation, and its learning rates.
 
-All of it is optax. The learning rate is an argument of `update`, not of the factory, so
-that phases which differ in rate, schedule or length share one compiled step.
+The learning rate is an argument of `update`, not of the factory, so that phases which
+differ in rate, schedule or length share one compiled step.
 """
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from finetune_jax.core import registry
+from finetune_jax.core.errors import Problem, UserError, collected, raise_if
 from finetune_jax.core.pytrees import like, name_of, named
 from finetune_jax.optim.algorithms import OPTIMIZERS, Algorithm
 from finetune_jax.optim.regularisers import PROXIMAL, proximal
+from finetune_jax.optim.schedules import Plateau, make_schedule
 from finetune_jax.plans.phase import Group, Phase
 
 
@@ -74,80 +78,9 @@ def _accumulated(tx: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(multi.init, multi.update)  # type: ignore
 
 
-def _algorithm(phase: Phase) -> Algorithm:
-    where = f"config.plan, phase {phase.name!r}, optimizer"
-    return registry.choose(OPTIMIZERS, phase.optimizer, where)
-
-
-def _arguments(phase: Phase) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the phase's arguments for the algorithm's groups, and for what is around."""
-    outer = _algorithm(phase).around
-    names = inspect.signature(outer).parameters if outer else ()
-    inside = {k: v for k, v in phase.optimizer_args.items() if k not in names}
-    return inside, {k: v for k, v in phase.optimizer_args.items() if k in names}
-
-
-def _group_transformation(phase: Phase, scale: float):
-    def decaying(leaves: Any) -> dict[str, bool]:
-        return {name: decays(phase, name) for name in leaves}
-
-    # Always the same links: state is carried between phases by its place in the chain.
-    decay: Any = optax.identity()
-    if phase.weight_decay:
-        decay = optax.add_decayed_weights(phase.weight_decay, mask=decaying)
-    core = registry.call(
-        _algorithm(phase).make,
-        _arguments(phase)[0],
-        f"config.plan, phase {phase.name!r}, optimizer_args",
-        decay=decay,
-        rate=_scale_by_rate(scale),
-    )
-    return by_name(optax.chain(core, proximal(phase.regularise, scale)))
-
-
 def decays(phase: Phase, name: str) -> bool:
     """Returns whether the phase's weight decay applies to a parameter."""
     return any(re.fullmatch(pattern, name) for pattern in phase.decay)
-
-
-def make_optimizer(
-    phase: Phase, groups: Mapping[str, Group]
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation of a phase over the whole tree of parameters.
-
-    Its `update` takes `learning_rate` besides. The nesting is what keeps frozen
-    parameters out of the norm that is clipped, out of the accumulator, and their backward
-    pass out of the program.
-
-    Args:
-        phase: Says optimizer, clipping, accumulation and decay.
-        groups: Rate group of each parameter that learns; all others are frozen.
-
-    Raises:
-        UserError: No such optimizer, or arguments that it does not take.
-    """
-    inner: Any = optax.multi_transform(
-        {
-            group.label: _group_transformation(phase, group.scale)
-            for group in sorted(set(groups.values()))
-        },
-        lambda leaves: {name: groups[name].label for name in leaves},
-    )
-    inner = optax.chain(_clip(phase), inner)
-    if around := _algorithm(phase).around:
-        where = f"config.plan, phase {phase.name!r}, optimizer_args"
-        inner = registry.call(around, _arguments(phase)[1], where, inner=inner)
-    if accumulates(phase):
-        inner = _accumulated(inner, phase.accumulate_steps)
-
-    def labels(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "trained" if name_of(path) in groups else "frozen", tree
-        )
-
-    return optax.multi_transform(
-        {"frozen": optax.set_to_zero(), "trained": by_name(inner)}, labels
-    )
 
 
 def _clip(phase: Phase) -> Any:
@@ -162,69 +95,190 @@ def _clip(phase: Phase) -> Any:
     return optax.identity()
 
 
-def evaluates(phase: Phase) -> str:
-    """Returns what the optimizer computes at other points: see `Algorithm`."""
-    return _algorithm(phase).evaluates
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseOptimizer:
+    """Optimizer and schedule of a phase, their names and arguments resolved.
 
-
-def accumulates(phase: Phase) -> bool:
-    """Returns whether the optimizer takes one micro-batch after the other.
-
-    One that looks at other points takes the gradient of the whole update at once.
+    Attributes:
+        phase: The phase.
+        algorithm: Algorithm of its optimizer.
+        inner: Arguments of the algorithm for each rate group.
+        outer: Arguments of `algorithm.around`.
+        schedule: Function from the updates after the warm-up to the schedule over them.
     """
-    return phase.accumulate_steps > 1 and evaluates(phase) == "nothing"
 
+    phase: Phase
+    algorithm: Algorithm
+    inner: Mapping[str, Any]
+    outer: Mapping[str, Any]
+    schedule: Callable[[int], Callable]
 
-def check_optimizer(phase: Phase) -> list[str]:
-    """Returns what is wrong with a phase's optimizer and schedule, a line each."""
-    try:
-        make_optimizer(phase, {"": Group(1.0, 0)})
-    except ValueError as error:
-        return [str(error)]
-    proximal = any(name == PROXIMAL for name, *_ in phase.regularise)
-    if proximal and phase.optimizer == "schedule_free_adamw":
-        return [
-            f"phase {phase.name!r}: l1 makes zeros of what is trained, but "
-            "schedule_free_adamw evaluates an average of it; choose another optimizer"
+    @property
+    def plateau(self) -> Plateau | None:
+        """The schedule that follows a metric, if it is such a one."""
+        found = self.schedule(1)
+        return found if isinstance(found, Plateau) else None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the optimizer takes one micro-batch after the other.
+
+        One that evaluates other points takes the gradient of the whole update at once.
+        """
+        return self.phase.accumulate_steps > 1 and self.algorithm.evaluates == "nothing"
+
+    def learning_rates(self) -> np.ndarray:
+        """Returns the learning rate of every update of the phase, float32 [steps].
+
+        The warm-up rises from `peak_lr / warmup_steps` to `peak_lr`, then the schedule
+        runs over the remaining updates. A plateau's rates are without its drops.
+        """
+        phase = self.phase
+        assert phase.steps is not None
+        warmup = phase.warmup_steps
+        rest = self.schedule(phase.steps - warmup)
+        if warmup:
+            start = phase.peak_lr / warmup
+            rise = optax.linear_schedule(start, phase.peak_lr, warmup - 1)
+            rest = optax.join_schedules([rise, rest], [warmup])
+        rates = jax.vmap(lambda step: jnp.asarray(rest(step), jnp.float32))
+        return np.asarray(rates(jnp.arange(phase.steps)))
+
+    def transformation(
+        self, groups: Mapping[str, Group]
+    ) -> optax.GradientTransformationExtraArgs:
+        """Returns the transformation of the phase over the whole tree of parameters.
+
+        Its `update` also takes `learning_rate`. The nesting keeps frozen parameters out
+        of the clipped norm, out of the accumulator, and their backward pass out of the
+        program.
+
+        Args:
+            groups: Rate group of each trained parameter; all others are frozen.
+        """
+        inner: Any = optax.multi_transform(
+            {
+                group.label: self._group(group.scale)
+                for group in sorted(set(groups.values()))
+            },
+            lambda leaves: {name: groups[name].label for name in leaves},
+        )
+        inner = optax.chain(_clip(self.phase), inner)
+        if self.algorithm.around is not None:
+            inner = registry.call(
+                self.algorithm.around, self.outer, "optimizer_args", inner=inner
+            )
+        if self.accumulates:
+            inner = _accumulated(inner, self.phase.accumulate_steps)
+
+        def labels(tree):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: "trained" if name_of(path) in groups else "frozen",
+                tree,
+            )
+
+        return optax.multi_transform(
+            {"frozen": optax.set_to_zero(), "trained": by_name(inner)}, labels
+        )
+
+    def _group(self, scale: float) -> Any:
+        """Returns the transformation of a rate group."""
+        phase = self.phase
+
+        def decaying(leaves: Any) -> dict[str, bool]:
+            return {name: decays(phase, name) for name in leaves}
+
+        # Always the same links: state is carried between phases by its place in the chain.
+        decay: Any = optax.identity()
+        if phase.weight_decay:
+            decay = optax.add_decayed_weights(phase.weight_decay, mask=decaying)
+        core = self.algorithm.transformation(decay, _scale_by_rate(scale), self.inner)
+        return by_name(optax.chain(core, proximal(phase.regularise, scale)))
+
+    def problems(self) -> list[Problem]:
+        """Returns the fields of the phase that the algorithm cannot work with."""
+        phase = self.phase
+        has_proximal = any(name == PROXIMAL for name, *_ in phase.regularise)
+        if has_proximal and phase.optimizer == "schedule_free_adamw":
+            text = (
+                "l1 makes trained parameters zero, but schedule_free_adamw evaluates an "
+                "average of them; choose another optimizer"
+            )
+            return [Problem("regularise", text)]
+        if self.algorithm.evaluates != "value":
+            return []
+        searches = f"{phase.optimizer} searches along a line"
+        problems = [
+            Problem(
+                name,
+                f"{getattr(phase, name)!r}, but {searches} and needs {value!r}: {why}",
+            )
+            for name, (value, why) in _OF_LINE_SEARCH.items()
+            if getattr(phase, name) != value
         ]
-    if evaluates(phase) != "value":
-        return []
-    searches = f"phase {phase.name!r}: {phase.optimizer} searches along a line"
-    wanted = {
-        "peak_lr": (1.0, "the length of a step is its own"),
-        "schedule": ("constant", "the length of a step is its own"),
-        "warmup_steps": (0, "the length of a step is its own"),
-        "weight_decay": (
-            0.0,
-            "regularise=(('l2', strength, '.*kernel'),) is in the loss",
-        ),
-        "clip_norm": (None, "a clipped gradient is not that of the loss"),
-        "clip_value": (None, "a clipped gradient is not that of the loss"),
-        "clip_adaptive": (None, "a clipped gradient is not that of the loss"),
-        "fixed_batch": (True, "the loss must not change from step to step"),
-    }
-    problems = [
-        f"{searches}, and needs {name}={value!r}: {reason}"
-        for name, (value, reason) in wanted.items()
-        if getattr(phase, name) != value
-    ]
-    if proximal:
-        problems.append(f"{searches}, and a proximal step (l1) would leave it")
-    return problems
+        if has_proximal:
+            text = f"{searches}, and a proximal step (l1) would leave it; use 'l2'"
+            problems.append(Problem("regularise", text))
+        return problems
 
-
-def check_groups(phase: Phase, groups: Mapping[str, Group]) -> list[str]:
-    """Returns what is wrong with a phase's rate groups for its optimizer, a line each."""
-    found = set(groups.values())
-    if evaluates(phase) == "value" and found != {Group(1.0, 0)}:
+    def group_problems(self, groups: Mapping[str, Group]) -> list[Problem]:
+        """Returns whether the algorithm cannot work with the phase's rate groups."""
+        found = set(groups.values())
+        if self.algorithm.evaluates != "value" or found == {Group(1.0, 0)}:
+            return []
         rates = sorted({group.scale for group in found})
-        return [
-            f"phase {phase.name!r}: {phase.optimizer} searches along one line for all "
-            f"that learns, but its rules give {rates} and its state is of "
+        text = (
+            f"{self.phase.optimizer} searches along one line for all trained parameters, "
+            f"but the rules give {rates} and the state is of "
             f"{len({g.cohort for g in found})} ages; scales of 1.0 and "
             "optimizer_state='reset' are needed"
-        ]
-    return []
+        )
+        return [Problem("rules", text)]
+
+
+# Fields of a phase as a line search needs them, and why.
+_OF_LINE_SEARCH: dict[str, tuple[Any, str]] = {
+    "peak_lr": (1.0, "it finds the length of a step itself"),
+    "schedule": ("constant", "it finds the length of a step itself"),
+    "warmup_steps": (0, "it finds the length of a step itself"),
+    "weight_decay": (0.0, "regularise=(('l2', strength, '.*kernel'),) is in the loss"),
+    "clip_norm": (None, "a clipped gradient is not that of the loss"),
+    "clip_value": (None, "a clipped gradient is not that of the loss"),
+    "clip_adaptive": (None, "a clipped gradient is not that of the loss"),
+    "fixed_batch": (True, "the loss must not change from step to step"),
+}
+
+
+def compile_phase(phase: Phase) -> PhaseOptimizer:
+    """Returns the optimizer and the schedule that a phase names.
+
+    Raises:
+        UserError: Lists unknown names and unsuitable arguments; keys are relative to the
+            phase.
+    """
+    problems: list[Problem] = []
+    schedule: Any = None
+    with collected(problems):
+        schedule = make_schedule(phase)
+    with collected(problems):
+        algorithm = registry.choose(OPTIMIZERS, phase.optimizer, "optimizer")
+        takes = (
+            inspect.signature(algorithm.around).parameters if algorithm.around else ()
+        )
+        outer = {k: v for k, v in phase.optimizer_args.items() if k in takes}
+        compiled = PhaseOptimizer(
+            phase=phase,
+            algorithm=algorithm,
+            inner={k: v for k, v in phase.optimizer_args.items() if k not in outer},
+            outer=outer,
+            schedule=schedule,
+        )
+        algorithm.check(phase.optimizer_args)
+        compiled.transformation({"": Group(1.0, 0)})  # Checks names and kinds.
+        raise_if(compiled.problems())
+        if not problems:
+            return compiled
+    raise UserError(*problems)
 
 
 def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:

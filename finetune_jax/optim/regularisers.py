@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import Problem, collected
 from finetune_jax.core.pytrees import named
 
 
@@ -43,38 +43,38 @@ READS_START = ("l2_sp", "ewc")
 READS_FISHER = ("ewc",)
 
 
-def entry_problems(entries: Sequence[Any], where: str) -> list[str]:
-    """Returns what is wrong with (name, strength, regex) entries, a line each."""
+def entry_problems(entries: Sequence[Any]) -> list[Problem]:
+    """Returns the problems of (name, strength, regex) entries; keys are relative."""
     problems = []
     for index, entry in enumerate(entries):
-        place = f"{where}[{index}]"
+        key = f"regularise[{index}]"
         if not (isinstance(entry, tuple | list) and len(entry) == 3):
-            problems.append(f"{place}: {entry!r}; (name, strength, regex) is needed")
+            text = f"{entry!r}; (name, strength, regex) is needed"
+            problems.append(Problem(key, text))
             continue
         name, strength, pattern = entry
-        try:
-            registry.choose({**PENALTIES, PROXIMAL: None}, name, place)
-            re.compile(pattern)
-        except UserError as error:
-            problems.append(str(error))
-        except (re.error, TypeError) as error:
-            problems.append(f"{place}: {pattern!r} is no regex: {error}")
+        with collected(problems):
+            registry.choose({**PENALTIES, PROXIMAL: None}, name, key)
+        with collected(problems):
+            registry.check_regex(pattern, key)
         if type(strength) not in (int, float) or not 0 <= strength < math.inf:
-            problems.append(
-                f"{place}: strength {strength!r}; a number from 0 is needed"
-            )
+            text = f"strength {strength!r}; a number from 0 is needed"
+            problems.append(Problem(key, text))
     return problems
 
 
 def match_problems(
-    entries: Sequence[tuple[str, float, str]], trained: Iterable[str], where: str
-) -> list[str]:
-    """Returns the entries whose regex matches nothing that learns, a line each."""
+    entries: Sequence[tuple[str, float, str]], trained: Iterable[str]
+) -> list[Problem]:
+    """Returns the entries whose regex matches no trained parameter."""
     trained = tuple(trained)
     return [
-        f"{where}: {name!r} over {pattern!r} matches no parameter that learns"
-        f"{registry.closest(pattern, trained)}"
-        for name, _, pattern in entries
+        Problem(
+            f"regularise[{index}]",
+            f"{name!r} over {pattern!r} matches no trained parameter"
+            f"{registry.closest(pattern, trained)}",
+        )
+        for index, (name, _, pattern) in enumerate(entries)
         if not any(re.fullmatch(pattern, parameter) for parameter in trained)
     ]
 

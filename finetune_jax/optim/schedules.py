@@ -11,20 +11,13 @@ import inspect
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import Problem, UserError
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.plans.phase import Phase
-
-
-def _need(*rules: tuple[bool, str]) -> None:
-    if wrong := [f"{text} is needed" for right, text in rules if not right]:
-        raise ValueError("; ".join(wrong))
 
 
 def _constant(*, peak: float):
@@ -50,7 +43,7 @@ def _step(
 
     They are shares of what follows the warm-up. torch's MultiStepLR counts calls.
     """
-    _need(
+    registry.need(
         (all(0 < b < 1 for b in boundaries), f"boundaries {boundaries}; 0 < share < 1"),
         (0 < factor < 1, f"factor {factor}; more than 0 and less than 1"),
     )
@@ -70,7 +63,7 @@ def _exponential(
     is all that follows the warm-up. torch's ExponentialLR multiplies at each call, which
     by custom is once an epoch: that is its `every_steps`, with the same gamma.
     """
-    _need(
+    registry.need(
         (0 < gamma < 1, f"gamma {gamma}; more than 0 and less than 1"),
         (every_steps >= 0, f"every_steps {every_steps}; 0 or more"),
     )
@@ -83,7 +76,7 @@ def _polynomial(*, peak: float, steps: int, end: float, power: float = 1.0):
 
     torch's PolynomialLR always ends at 0.
     """
-    _need((power > 0, f"power {power}; more than 0"))
+    registry.need((power > 0, f"power {power}; more than 0"))
     return optax.polynomial_schedule(peak, peak * end, power, steps)
 
 
@@ -105,7 +98,7 @@ def _one_cycle(
 
     Source: Smith & Topin 2018; the cosines are fastai's.
     """
-    _need(
+    registry.need(
         (warmup == 0, f"warmup_steps {warmup}: one_cycle rises by itself; 0"),
         (0 < pct_start < 1, f"pct_start {pct_start}; more than 0 and less than 1"),
         (div_factor >= 1, f"div_factor {div_factor}; 1 or more"),
@@ -124,7 +117,7 @@ def _inverse_sqrt(*, peak: float, warmup: int, timescale: int = 0):
     Source: Vaswani et al. 2017, equation 3, whose peak is lr_scale / sqrt(d * warmup).
     """
     wide = timescale or warmup
-    _need(
+    registry.need(
         (wide > 0, f"timescale {timescale} without warmup_steps; one of them above 0")
     )
     return lambda step: peak * jnp.sqrt(wide / (step + wide))
@@ -146,7 +139,7 @@ def _warm_restarts(
 
     Source: Loshchilov & Hutter 2017 (SGDR).
     """
-    _need(
+    registry.need(
         (first_steps > 0, f"first_steps {first_steps}; 1 or more"),
         (multiplier > 0, f"multiplier {multiplier}; 1 or more"),
     )
@@ -166,7 +159,7 @@ def _warm_restarts(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plateau:
+class Plateau:
     """A rate that falls by `factor` when a metric stops improving.
 
     torch's ReduceLROnPlateau waits for one evaluation more than its patience; its
@@ -189,7 +182,7 @@ class _Plateau:
     metric: str = "validation/loss"
 
     def __post_init__(self):
-        _need(
+        registry.need(
             (0 < self.factor < 1, f"factor {self.factor}; more than 0, less than 1"),
             (self.patience > 0, f"patience {self.patience}; 1 or more"),
             (self.min_change >= 0, f"min_change {self.min_change}; 0 or more"),
@@ -197,8 +190,30 @@ class _Plateau:
         )
 
     def __call__(self, step):
-        """Returns the rate before any drop: those depend on what a run measures."""
+        """Returns the rate before any drop: drops depend on the measured metric."""
         return self.peak
+
+    def after(
+        self, value: float, best: float | None, bad: int, drops: int
+    ) -> tuple[float | None, int, int]:
+        """Returns (best, bad, drops) after an evaluation of the metric.
+
+        Args:
+            value: Measured value; NaN is no improvement.
+            best: Best value so far, None before the first.
+            bad: Evaluations without improvement since the best or the last drop.
+            drops: Drops of the learning rate so far.
+        """
+        better = is_better(self.metric, value, best, self.min_change)
+        if not math.isnan(value) and better:
+            return value, 0, drops
+        if bad + 1 < self.patience:
+            return best, bad + 1, drops
+        return best, 0, drops + 1
+
+    def scale(self, drops: int) -> float:
+        """Returns the factor of the learning rate after some drops."""
+        return max(self.factor**drops, self.end)
 
 
 SCHEDULES: dict[str, Callable] = {
@@ -211,105 +226,38 @@ SCHEDULES: dict[str, Callable] = {
     "one_cycle": _one_cycle,
     "inverse_sqrt": _inverse_sqrt,
     "warm_restarts": _warm_restarts,
-    "plateau": _Plateau,
+    "plateau": Plateau,
 }
 
 
-def _after_warmup(phase: Phase, steps: int):
-    """Returns the schedule of a phase over its `steps` updates after the warm-up.
+def make_schedule(phase: Phase) -> Callable[[int], Callable]:
+    """Returns a function from the updates after the warm-up to the schedule over them.
 
     Raises:
-        UserError: No such schedule, or arguments that it does not take.
+        UserError: No such schedule, or unsuitable arguments.
     """
-    where = f"config.plan, phase {phase.name!r}"
-    factory = registry.choose(SCHEDULES, phase.schedule, f"{where}, schedule")
+    factory = registry.choose(SCHEDULES, phase.schedule, "schedule")
+    takes = inspect.signature(factory).parameters
+    if phase.end_lr_scale and "end" not in takes:
+        raise UserError(
+            Problem(
+                "end_lr_scale",
+                f"{phase.end_lr_scale}, but the schedule {phase.schedule!r} has no end; "
+                "leave it at 0.0",
+            )
+        )
     given = {
         "peak": phase.peak_lr,
-        "steps": steps,
         "end": phase.end_lr_scale,
         "warmup": phase.warmup_steps,
     }
-    taken = inspect.signature(factory).parameters
-    if phase.end_lr_scale and "end" not in taken:
-        raise UserError(
-            f"{where}, schedule: {phase.schedule!r} has no end; leave end_lr_scale "
-            f"({phase.end_lr_scale}) at 0.0"
+    given = {name: value for name, value in given.items() if name in takes}
+
+    def schedule(steps: int) -> Callable:
+        own = {"steps": steps} if "steps" in takes else {}
+        return registry.call(
+            factory, phase.schedule_args, "schedule_args", **given, **own
         )
-    given = {name: value for name, value in given.items() if name in taken}
-    args = f"{where}, schedule_args"
-    try:
-        return registry.call(factory, phase.schedule_args, args, **given)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{args}: {error}") from error
 
-
-def learning_rates(phase: Phase) -> np.ndarray:
-    """Returns the learning rate of every update of a phase, float32 [steps].
-
-    The warm-up rises from `peak_lr / warmup_steps` to `peak_lr`, then the schedule runs
-    over the rest. That of a plateau is without its drops.
-    """
-    assert phase.steps is not None
-    warmup = phase.warmup_steps
-    rest = _after_warmup(phase, phase.steps - warmup)
-    if warmup:
-        start = phase.peak_lr / warmup
-        rise = optax.linear_schedule(start, phase.peak_lr, warmup - 1)
-        rest = optax.join_schedules([rise, rest], [warmup])
-    rates = jax.vmap(lambda step: jnp.asarray(rest(step), jnp.float32))
-    return np.asarray(rates(jnp.arange(phase.steps)))
-
-
-def check_schedule(phase: Phase) -> list[str]:
-    """Returns what is wrong with a phase's schedule and its arguments, a line each."""
-    try:
-        # A phase in epochs has no steps yet; no argument is wrong for its length.
-        _after_warmup(phase, 1)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def plateau_metric(phase: Phase) -> str | None:
-    """Returns the metric whose plateaus lower the rate, if the schedule has such."""
-    return _plateau(phase).metric if phase.schedule == "plateau" else None
-
-
-def plateau_step(
-    phase: Phase, best: float | None, bad: int, drops: int, value: float
-) -> tuple[float | None, int, int]:
-    """Returns (best, bad, drops) after an evaluation of the metric of a plateau.
-
-    Args:
-        phase: Its schedule is 'plateau'.
-        best: Best value so far, None before the first.
-        bad: Evaluations since without improvement.
-        drops: Of the learning rate so far.
-        value: What was measured; NaN is no improvement.
-    """
-    plateau = _plateau(phase)
-    change = plateau.min_change
-    if not math.isnan(value) and is_better(plateau.metric, value, best, change):
-        return value, 0, drops
-    if bad + 1 < plateau.patience:
-        return best, bad + 1, drops
-    return best, 0, drops + 1
-
-
-def plateau_scale(phase: Phase, drops: int) -> float:
-    """Returns what the learning rate is multiplied with after so many drops.
-
-    It is 1 for every schedule but 'plateau'.
-    """
-    if phase.schedule != "plateau":
-        return 1.0
-    plateau = _plateau(phase)
-    return max(plateau.factor**drops, plateau.end)
-
-
-def _plateau(phase: Phase) -> _Plateau:
-    return _Plateau(
-        peak=phase.peak_lr, end=phase.end_lr_scale, **dict(phase.schedule_args)
-    )
+    schedule(1)  # No argument is wrong only for some number of steps.
+    return schedule

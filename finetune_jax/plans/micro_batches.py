@@ -3,63 +3,69 @@
 from collections.abc import Sequence
 from typing import Any
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import Problem, raise_if
 from finetune_jax.plans.phase import Phase
 
-
-def check_pairs(
-    entries: Sequence[Any], batch_size: int, plan: Sequence[Phase], devices: int
-) -> None:
-    """Checks that every device gets whole pairs in every micro-batch.
-
-    Args:
-        entries: `config.data.mix`.
-        batch_size: Divided by micro-batches and devices.
-        plan: All phases.
-        devices: Of the run.
-
-    Raises:
-        UserError: Lists every phase in which a pair would be torn.
-    """
-    problems = [
-        f"phase {phase.name!r}: {batch_size} examples in {phase.accumulate_steps} "
-        f"micro-batches over {devices} devices"
-        for phase in plan
-        if entries and batch_size // (phase.accumulate_steps * devices) % 2
-    ]
-    if problems:
-        raise problems_error(
-            "config.data.batch_size: data.mix needs an even number of examples on every "
-            "device in every micro-batch:",
-            problems,
-        )
+BATCH_SIZE = "config.data.batch_size"
 
 
 def check_batch(
-    batch_size: int,
-    plan: tuple[Phase, ...],
-    devices: int,
-    whose: str = "config.data.batch_size",
+    batch_size: int, plan: Sequence[Phase], devices: int, key: str = BATCH_SIZE
 ) -> None:
-    """Checks that devices and accumulation divide the batch.
+    """Checks that accumulation and devices divide the examples of an update.
 
     Args:
-        batch_size: Number of examples in one update.
+        batch_size: Examples in one update.
         plan: Phases of the run.
-        devices: Number of devices that a batch is divided among.
-        whose: What the message blames.
+        devices: Devices that share a batch.
+        key: Config key that the number of examples comes from.
 
     Raises:
         UserError: Lists every phase in which they do not.
     """
-    problems = [
-        f"phase {phase.name!r}: {batch_size} examples in {phase.accumulate_steps} "
-        f"micro-batches over {devices} devices"
+    raise_if(
+        Problem(
+            key,
+            f"{_divided(batch_size, phase, devices)}; the examples must be divisible by "
+            "accumulate_steps * devices",
+        )
         for phase in plan
         if batch_size % (phase.accumulate_steps * devices)
-    ]
-    if problems:
-        raise problems_error(
-            f"{whose} must be divided by accumulate_steps * devices:",
-            problems,
+    )
+
+
+def check_pairs(
+    mix: Sequence[Any],
+    batch_size: int,
+    plan: Sequence[Phase],
+    devices: int,
+    key: str = BATCH_SIZE,
+) -> None:
+    """Checks that every device gets whole pairs of examples in every micro-batch.
+
+    Args:
+        mix: `config.data.mix`, which mixes pairs; empty needs none.
+        batch_size: Examples in one update.
+        plan: Phases of the run.
+        devices: Devices that share a batch.
+        key: Config key that the number of examples comes from.
+
+    Raises:
+        UserError: Lists every phase in which a pair would be divided.
+    """
+    raise_if(
+        Problem(
+            key,
+            f"{_divided(batch_size, phase, devices)}; config.data.mix needs an even "
+            "number of examples on every device in every micro-batch",
         )
+        for phase in plan
+        if mix and batch_size // (phase.accumulate_steps * devices) % 2
+    )
+
+
+def _divided(batch_size: int, phase: Phase, devices: int) -> str:
+    return (
+        f"{batch_size} examples in {phase.accumulate_steps} micro-batches over "
+        f"{devices} devices in phase {phase.name!r}"
+    )

@@ -10,12 +10,23 @@ from finetune_jax.config import Config
 from finetune_jax.config.loading import entry_of
 from finetune_jax.config.schema import PHASE
 from finetune_jax.core import registry
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import (
+    Problem,
+    UserError,
+    collected,
+    listed,
+    raise_if,
+    under,
+)
 
 # Of float32, in which updates compute.
 LARGEST = 3.4e38
 BATCH_STATS = ("hold", "update", "update_all")
 OPTIMIZER_STATE = ("reset", "carry")
+
+
+def _not_static(name: str) -> Any:
+    return dataclasses.field(default=PHASE[name], metadata={"static": False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,16 +67,18 @@ class Phase:
             optimizer state of its best evaluation of `plateau_metric` behind.
     """
 
-    name: str = PHASE["name"]
-    steps: int | None = PHASE["steps"]
-    epochs: float | None = PHASE["epochs"]
+    name: str = _not_static("name")
+    steps: int | None = _not_static("steps")
+    epochs: float | None = _not_static("epochs")
     optimizer: str = PHASE["optimizer"]
     optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    peak_lr: float = PHASE["peak_lr"]
-    schedule: str = PHASE["schedule"]
-    schedule_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    warmup_steps: int = PHASE["warmup_steps"]
-    end_lr_scale: float = PHASE["end_lr_scale"]
+    peak_lr: float = _not_static("peak_lr")
+    schedule: str = _not_static("schedule")
+    schedule_args: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"static": False}
+    )
+    warmup_steps: int = _not_static("warmup_steps")
+    end_lr_scale: float = _not_static("end_lr_scale")
     clip_norm: float | None = PHASE["clip_norm"]
     clip_value: float | None = PHASE["clip_value"]
     clip_adaptive: float | None = PHASE["clip_adaptive"]
@@ -74,13 +87,26 @@ class Phase:
     weight_decay: float = PHASE["weight_decay"]
     decay: tuple[str, ...] = PHASE["decay"]
     regularise: tuple[tuple[Any, ...], ...] = PHASE["regularise"]
-    rules: tuple[tuple[str, float], ...] = PHASE["rules"]
-    batch_stats: str = PHASE["batch_stats"]
-    optimizer_state: str = PHASE["optimizer_state"]
-    plateau_metric: str | None = PHASE["plateau_metric"]
-    plateau_patience: int = PHASE["plateau_patience"]
-    plateau_min_change: float = PHASE["plateau_min_change"]
-    plateau_restore: bool = PHASE["plateau_restore"]
+    rules: tuple[tuple[str, float], ...] = _not_static("rules")
+    batch_stats: str = _not_static("batch_stats")
+    optimizer_state: str = _not_static("optimizer_state")
+    plateau_metric: str | None = _not_static("plateau_metric")
+    plateau_patience: int = _not_static("plateau_patience")
+    plateau_min_change: float = _not_static("plateau_min_change")
+    plateau_restore: bool = _not_static("plateau_restore")
+
+    @property
+    def static(self) -> tuple[tuple[str, Any], ...]:
+        """The fields that decide a compiled step, by themselves, as a hashable value.
+
+        All are but those marked `static: False`: they are arguments of the step, of the
+        loop alone, or known by what they give (`rules` by the groups of parameters).
+        """
+        return tuple(
+            (field.name, _hashable(getattr(self, field.name)))
+            for field in dataclasses.fields(self)
+            if field.metadata.get("static", True)
+        )
 
     def problems(self) -> list[str]:
         """Returns what is wrong with this phase by itself, a line each."""
@@ -123,6 +149,10 @@ class Phase:
                 hint = registry.closest(value, allowed)
                 found.append(f"{name}: {value!r} is not one of {allowed}{hint}")
         return found + _rule_problems(self.rules, self.decay)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
 def _rule_problems(rules: Any, decay: Any) -> list[str]:
@@ -173,7 +203,7 @@ def plan_from_config(entries: Iterable[Mapping[str, Any]]) -> tuple[Phase, ...]:
     """
     entries = tuple(entries)
     if problems := plan_problems(entries):
-        raise problems_error("The plan cannot be run:", problems)
+        raise UserError(*problems)
     return tuple(_phase(entry) for entry in entries)
 
 
@@ -229,24 +259,26 @@ def durations(
     """
     phases = []
     problems = []
-    for phase in plan:
+    for index, phase in enumerate(plan):
         if phase.steps is None:
             assert phase.epochs is not None
             updates = phase.epochs * examples / batch_size
             steps = math.ceil(updates) if updates < 2**31 else 2**31
             if steps >= 2**31:
-                problems.append(
-                    f"phase {phase.name!r}: {phase.epochs} epochs are too many"
+                text = (
+                    f"{phase.epochs} are too many; at most 2**31 updates are possible"
                 )
+                problems.append(Problem(f"config.plan[{index}].epochs", text))
             phase = dataclasses.replace(phase, steps=steps)
             if phase.warmup_steps > steps:
-                problems.append(
-                    f"phase {phase.name!r}: warmup_steps {phase.warmup_steps} is more "
-                    f"than its {steps} steps ({phase.epochs} epochs of {examples})"
+                text = (
+                    f"{phase.warmup_steps} is more than the {steps} steps of phase "
+                    f"{phase.name!r} ({phase.epochs} epochs of {examples} examples)"
                 )
+                problems.append(Problem(f"config.plan[{index}].warmup_steps", text))
         phases.append(phase)
     if problems:
-        raise problems_error("The plan cannot be run:", problems)
+        raise UserError(*problems)
     return tuple(phases)
 
 
@@ -286,20 +318,22 @@ def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
                 break
         else:
             unmatched.append(name)
-    problems = [f"parameter {name}: no rule matches" for name in unmatched]
+    advice = (
+        "; every parameter must match a rule and every rule a parameter, and ('.*', 0.0) "
+        "as the last rule freezes the rest"
+    )
+    problems = []
+    if unmatched:
+        text = f"no rule matches {listed(unmatched)}{advice}"
+        problems.append(Problem("rules", text))
     for index, (pattern, _) in enumerate(phase.rules):
         if index not in taken:
             shadowed = any(re.fullmatch(pattern, name) for name in names)
             reason = "earlier rules take all it matches" if shadowed else "no parameter"
             hint = "" if shadowed else registry.closest(pattern, names)
-            problems.append(f"rule {pattern!r}: matches nothing ({reason}){hint}")
-    if problems:
-        raise problems_error(
-            f"The rules of phase {phase.name!r} do not fit the model:",
-            problems,
-            "Every parameter must match a rule and every rule a parameter; "
-            "('.*', 0.0) as the last rule freezes the rest.",
-        )
+            text = f"{pattern!r} matches nothing ({reason}){hint}"
+            problems.append(Problem(f"rules[{index}]", text))
+    raise_if(problems)
     return found
 
 
@@ -361,28 +395,32 @@ def check_plan(plan: Sequence[Phase], names: Iterable[str]) -> None:
             running average moves, state carried between different optimizers.
     """
     names = tuple(names)
-    problems = []
+    problems: list[Problem] = []
     for index, phase in enumerate(plan):
-        try:
+        place = f"config.plan[{index}]"
+        before_problems = len(problems)
+        with collected(problems), under(place):
             learns = any(scales(phase, names).values())
-        except ValueError as error:
-            problems += str(error).split("\n")
-            continue
-        if not learns and phase.batch_stats != "update_all":
-            problems.append(
-                f"phase {phase.name!r} trains nothing: give a rule a scale above 0, or "
-                "set batch_stats='update_all' to move running averages only"
-            )
-        if phase.optimizer_state == "carry":
-            before = plan[index - 1]
-            kind = ("optimizer", "optimizer_args")
-            if index == 0:
-                problems.append(f"phase {phase.name!r} is the first: nothing to carry")
-            elif any(getattr(phase, k) != getattr(before, k) for k in kind):
-                problems.append(
-                    f"phase {phase.name!r} carries the state of {before.optimizer!r} "
-                    f"into {phase.optimizer!r}: use one optimizer with the same "
-                    "arguments, or optimizer_state='reset'"
+            if not learns and phase.batch_stats != "update_all":
+                text = (
+                    f"phase {phase.name!r} trains nothing; give a rule a scale above 0, "
+                    "or set batch_stats='update_all' to move running averages only"
                 )
+                raise UserError(Problem("rules", text))
+        if len(problems) > before_problems or phase.optimizer_state != "carry":
+            continue
+        before = plan[index - 1]
+        fields = ("optimizer", "optimizer_args")
+        if index == 0:
+            text = "'carry', but phase 0 has no phase before it; use 'reset'"
+        elif any(getattr(phase, name) != getattr(before, name) for name in fields):
+            text = (
+                f"'carry' takes the state of {before.optimizer!r} into "
+                f"{phase.optimizer!r}; use one optimizer with the same arguments, or "
+                "'reset'"
+            )
+        else:
+            continue
+        problems.append(Problem(f"{place}.optimizer_state", text))
     if problems:
-        raise problems_error("The plan cannot be run:", problems)
+        raise UserError(*problems)

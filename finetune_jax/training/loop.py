@@ -19,7 +19,6 @@ from finetune_jax.features.cache import (
     frozen_prefix,
 )
 from finetune_jax.optim.optimizer import carried
-from finetune_jax.optim.schedules import learning_rates, plateau_scale
 from finetune_jax.parallel.executor import LONGEST
 from finetune_jax.plans.phase import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.report.metrics_log import MetricsLog
@@ -27,9 +26,10 @@ from finetune_jax.report.terminal import Terminal
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training import plateau
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Clock, Progress
-from finetune_jax.training.setup import PhaseSetup, Setup
+from finetune_jax.training.setup import Setup
 from finetune_jax.training.updates.nonfinite import Guard
 from finetune_jax.training.updates.phase_run import PhaseRun
 from finetune_jax.training.updates.programs import Updates
@@ -153,7 +153,7 @@ class Loop:
             first=first,
             end=end,
             step=start,
-            rates=learning_rates(phase.phase),
+            rates=phase.compiled.learning_rates(),
             feed=self.updates.feed(phase, examples, state, first, end),
             updates=self.updates,
             stop=self.stop,
@@ -164,8 +164,9 @@ class Loop:
         # A second copy would take as much of a CPU's memory as the model.
         placed = self.setup.devices.place(state, own=True)
         del state
+        lowered = phase.compiled.plateau
         while True:
-            scale = plateau_scale(phase.phase, self.progress.rate_drops)
+            scale = lowered.scale(self.progress.rate_drops) if lowered else 1.0
             stop = self._next_stop(updates.step, end)
             placed = updates.call(placed, stop, rate_scale=scale)
             examples_per_s = self.clock.updates * self.setup.config.data.batch_size
@@ -277,7 +278,7 @@ class Loop:
         if over or due:
             splits = tuple(data.held_out) if all_splits else ("validation",)
             self._measure(placed, prefix, name, step, splits)
-            plateau.lower_rate(phase.phase, self.progress, self.measured)
+            plateau.lower_rate(phase.compiled, self.progress, self.measured)
             ends = plateau.is_reached(phase.phase, self.progress, self.measured, step)
             over = ends or over
         state = self.setup.devices.to_host(placed)

@@ -3,24 +3,26 @@
 from collections.abc import Mapping
 
 from finetune_jax.core.metric_names import is_better
-from finetune_jax.optim.schedules import plateau_metric, plateau_step
+from finetune_jax.optim import PhaseOptimizer
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training.progress import Progress
 
 
-def lower_rate(phase: Phase, progress: Progress, measured: Mapping[str, float]) -> None:
+def lower_rate(
+    optimizer: PhaseOptimizer, progress: Progress, measured: Mapping[str, float]
+) -> None:
     """Updates the state of a 'plateau' schedule after a measurement.
 
     Args:
-        phase: The phase.
+        optimizer: Optimizer of the phase.
         progress: Progress of the run, which is changed.
         measured: Latest value of each metric.
     """
-    name = plateau_metric(phase)
-    if name is not None and name in measured:
+    plateau = optimizer.plateau
+    if plateau is not None and plateau.metric in measured:
         before = progress.rate_best, progress.rate_bad, progress.rate_drops
-        after = plateau_step(phase, *before, measured[name])
+        after = plateau.after(measured[plateau.metric], *before)
         progress.rate_best, progress.rate_bad, progress.rate_drops = after
 
 

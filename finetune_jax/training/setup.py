@@ -11,34 +11,21 @@ import numpy as np
 from finetune_jax.config import Config
 from finetune_jax.config.members import weights_addresses
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
-from finetune_jax.core.pytrees import named, stage_of
+from finetune_jax.core.errors import Problem, UserError, collected, raise_if, under
+from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data
-from finetune_jax.optim.optimizer import (
-    check_groups,
-    check_optimizer,
-    evaluates,
-    make_optimizer,
-)
+from finetune_jax.optim import PhaseOptimizer, compile_phase
 from finetune_jax.optim.regularisers import (
     READS_FISHER,
     READS_START,
     entry_problems,
     match_problems,
 )
-from finetune_jax.optim.schedules import check_schedule, plateau_metric
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.micro_batches import check_batch, check_pairs
-from finetune_jax.plans.phase import (
-    Group,
-    Phase,
-    check_plan,
-    durations,
-    groups,
-    plan_from_config,
-)
+from finetune_jax.plans.phase import Phase, check_plan, durations, plan_from_config
 from finetune_jax.tasks import check_members, make_task, task_module
 from finetune_jax.tasks.components.multi_domain import (
     chosen_by,
@@ -46,7 +33,7 @@ from finetune_jax.tasks.components.multi_domain import (
     split_problems,
 )
 from finetune_jax.tasks.components.random_state import shapes_of
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.random_states import RandomStates
 from finetune_jax.training.initial.schemes import check_rules, make_rules
 from finetune_jax.training.initial.starting_state import (
@@ -54,113 +41,8 @@ from finetune_jax.training.initial.starting_state import (
     run_data,
     starting_state,
 )
+from finetune_jax.training.phases import PhaseSetup, phase_setup
 from finetune_jax.training.progress import Progress
-from finetune_jax.training.step import Update
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseSetup:
-    """What is static about a phase once model and plan are known.
-
-    Attributes:
-        phase: The phase.
-        groups: Rate group of each parameter that learns.
-        mode: How the stages run in it.
-        prefixes: Of the models.
-    """
-
-    phase: Phase
-    groups: Mapping[str, Group]
-    mode: Mode
-    prefixes: tuple[str, ...]
-
-    @property
-    def program(self) -> tuple:
-        """What a compiled step depends on; phases with equal ones share it."""
-        phase = self.phase
-        return (
-            tuple(sorted(self.groups.items())),
-            self.mode,
-            phase.optimizer,
-            tuple(sorted(phase.optimizer_args.items())),
-            phase.clip_norm,
-            phase.clip_value,
-            phase.clip_adaptive,
-            phase.regularise,
-            phase.accumulate_steps,
-            phase.fixed_batch,
-            phase.weight_decay,
-            phase.decay,
-        )
-
-    def optimizer(self) -> Any:
-        """Returns the transformation of the phase."""
-        return make_optimizer(self.phase, self.groups)
-
-    def update(
-        self,
-        task: Task,
-        ema_decay: float | None = None,
-        *,
-        guarded: bool = False,
-        views: int | None = None,
-        rows: int = 1,
-        at_a_time: int | None = None,
-    ) -> Update:
-        """Returns what is static about an update of the phase."""
-        return Update(
-            task=task,
-            optimizer=self.optimizer(),
-            trained=frozenset(self.groups),
-            mode=self.mode,
-            evaluates=evaluates(self.phase),
-            repeats=self.phase.fixed_batch,
-            regularise=self.phase.regularise,
-            ema_decay=ema_decay,
-            guarded=guarded,
-            views=views,
-            rows=rows,
-            at_a_time=at_a_time,
-        )
-
-    def frozen(self, state: TrainState) -> dict[str, Any]:
-        """Returns what the phase must leave as it is, to the bit."""
-        kept = {
-            f"params/{name}": leaf
-            for name, leaf in named(state.params).items()
-            if name not in self.groups
-        }
-        return kept | {
-            f"batch_stats/{name}": leaf
-            for name, leaf in named(state.batch_stats).items()
-            if not self.mode.moves(stage_of(name, self.prefixes))
-        }
-
-
-def phase_setup(
-    plan: tuple[Phase, ...], index: int, task: Task, names: tuple[str, ...],
-    axis_name: str | None = None,
-) -> PhaseSetup:  # fmt: skip
-    """Returns the static part of phase `index`.
-
-    Args:
-        plan: Checked against the model.
-        index: Of the phase.
-        task: Has the models.
-        names: Of all parameters.
-        axis_name: The device axis under pmap.
-    """
-    learns = groups(plan, index, names)
-    mode = Mode(
-        learning=task.learning(
-            frozenset(stage_of(name, task.prefixes) for name in learns)
-        ),
-        batch_stats=plan[index].batch_stats,
-        axis_name=axis_name,
-    )
-    return PhaseSetup(
-        phase=plan[index], groups=learns, mode=mode, prefixes=task.prefixes
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,14 +68,22 @@ class Setup:
     random_states: RandomStates
 
     @functools.cached_property
+    def phases(self) -> tuple[PhaseSetup, ...]:
+        """All phases for the models of the run."""
+        axis_name = self.devices.axis_name
+        return tuple(
+            phase_setup(self.plan, index, self.task, self.names, axis_name)
+            for index in range(len(self.plan))
+        )
+
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all parameters."""
         return tuple(named(self.shapes.params))
 
     def phase(self, index: int) -> PhaseSetup:
-        """Returns the static part of phase `index`."""
-        axis_name = self.devices.axis_name
-        return phase_setup(self.plan, index, self.task, self.names, axis_name)
+        """Returns phase `index` for the models of the run."""
+        return self.phases[index]
 
     def target(self, progress: Progress) -> TrainState:
         """Returns a state of zeros with the structure that some progress implies."""
@@ -224,8 +114,7 @@ class Setup:
         """Returns a state whose averaged weights, where the config wants any, begin."""
         if self.config.evaluate.ema_decay is None:
             return state
-        indices = range(len(self.plan))
-        learns = {name for index in indices for name in self.phase(index).groups}
+        learns = {name for phase in self.phases for name in phase.groups}
         leaves = named(state.params)
         return state.replace(ema={name: leaves[name] for name in sorted(learns)})
 
@@ -303,14 +192,12 @@ def make_setup(
     if data is None:
         data = run_data(config)
     task = make_task(config, data.spec)
-    if problems := [*split_problems(task, data), *domain_problems(config, data)]:
-        raise problems_error("What is to be measured cannot be:", problems)
-    for name, domain in data.spec.domains.items():
-        whose = f"The share of domain {name!r} in config.data.batch_size"
-        check_batch(domain.share, plan, devices.count, whose)
-        check_pairs(domain.mix, domain.share, plan, devices.count)
-    if problems := task.check_fixed():
-        raise problems_error("What is to be learned cannot be:", problems)
+    raise_if([*split_problems(task, data), *domain_problems(config, data)])
+    for index, domain in enumerate(data.spec.domains.values()):
+        key = f"config.data.domains[{index}].weight"
+        check_batch(domain.share, plan, devices.count, key)
+        check_pairs(domain.mix, domain.share, plan, devices.count, key)
+    raise_if(task.check_fixed())
     if like is None:
         shapes = shapes_of(task, config.model.name)
         random_states = RandomStates(task, shapes)
@@ -320,7 +207,6 @@ def make_setup(
         plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     names = tuple(named(shapes.params))
     check_plan(plan, names)
-    check_groups_of(plan, names)
     check_rules(
         rules,
         named(shapes.params),
@@ -328,7 +214,7 @@ def make_setup(
         spec=data.spec,
         fresh=config.init.fresh,
     )
-    return Setup(
+    setup = Setup(
         config=config,
         devices=devices,
         data=data,
@@ -337,51 +223,44 @@ def make_setup(
         shapes=shapes,
         random_states=random_states,
     )
+    _check_trained(setup.phases)
+    return setup
 
 
-def check_groups_of(plan: tuple[Phase, ...], names: tuple[str, ...]) -> None:
-    """Checks what the phases do with the parameters that learn in them.
+def _check_trained(phases: tuple[PhaseSetup, ...]) -> None:
+    """Checks the phases against the parameters that are trained in them.
 
     Raises:
-        UserError: Regularisers of what does not learn, a line search along many lines.
+        UserError: Regularisers of frozen parameters, a line search with several rates.
     """
-    problems = []
-    for index, phase in enumerate(plan):
-        learns = groups(plan, index, names)
-        where = f"phase {phase.name!r}, regularise"
-        problems += match_problems(phase.regularise, learns, where)
-        problems += check_groups(phase, learns)
-    if problems:
-        raise problems_error("The plan cannot be run:", problems)
+    problems: list[Problem] = []
+    for index, phase in enumerate(phases):
+        with collected(problems), under(f"config.plan[{index}]"):
+            raise_if(
+                [
+                    *match_problems(phase.phase.regularise, phase.groups),
+                    *phase.compiled.group_problems(phase.groups),
+                ]
+            )
+    raise_if(problems)
 
 
 def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
-    """Checks what can be checked of a plan before the data is opened.
+    """Checks all of a plan that can be checked before the data is opened.
 
     Raises:
-        UserError: Optimizers, schedules or metrics that there are not; a batch that does
-            not divide.
+        UserError: Unknown optimizer, schedule or metric; a batch size that is not
+            divisible.
     """
-    problems = check_members(config)
-    problems += [text for phase in plan for text in check_schedule(phase)]
-    for phase in plan:
-        where = f"phase {phase.name!r}, regularise"
-        if wrong := entry_problems(phase.regularise, where):
-            problems += wrong
-            continue
-        problems += check_optimizer(phase)
-        asked = {name for name, *_ in phase.regularise if isinstance(name, str)}
-        if asked & set(READS_FISHER) and config.init.fisher is None:
-            problems.append(
-                f"{where}: ewc needs config.init.fisher, the label of a domain in "
-                "config.evaluate.also whose `train` split gives the Fisher information"
-            )
+    problems = [Problem.of(text) for text in check_members(config)]
     metrics = [("config.evaluate.best", config.evaluate.best)]
-    for phase in plan:
-        where = f"phase {phase.name!r}"
-        metrics.append((f"{where}, plateau_metric", phase.plateau_metric))
-        if phase.schedule == "plateau" and not check_schedule(phase):
-            metrics.append((f"{where}, schedule_args.metric", plateau_metric(phase)))
+    for index, phase in enumerate(plan):
+        place = f"config.plan[{index}]"
+        metrics.append((f"{place}.plateau_metric", phase.plateau_metric))
+        with collected(problems), under(place):
+            raise_if(entry_problems(phase.regularise))
+            if (plateau := _compiled(phase, config).plateau) is not None:
+                metrics.append((f"{place}.schedule_args.metric", plateau.metric))
     known = [
         f"{split}/{name}"
         for split in ("validation",)  # The test split chooses nothing.
@@ -389,19 +268,40 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         for name in metric_names(config)
     ]
     problems += [
-        f"{where}: {name!r} cannot choose{registry.closest(name, known)} "
-        f"There are {', '.join(known) or 'none: config.data.validation is None'}."
-        for where, name in metrics
+        Problem(
+            key,
+            f"{name!r} cannot choose{registry.closest(name, known)} "
+            f"There are {', '.join(known) or 'none: config.data.validation is None'}.",
+        )
+        for key, name in metrics
         if name is not None and name not in known
     ]
-    often = config.evaluate.every_steps or config.evaluate.every_epochs
-    plateaus = any(p.plateau_metric or p.schedule == "plateau" for p in plan)
-    if plateaus and not often:
-        problems.append(
-            "config.evaluate: a plateau needs every_steps or every_epochs to be seen"
-        )
-    if problems:
-        raise problems_error("The plan cannot be run:", problems)
+    is_measured = config.evaluate.every_steps or config.evaluate.every_epochs
+    if len([name for _, name in metrics[1:] if name]) and not is_measured:
+        text = "None, but a plateau needs every_steps or every_epochs to be seen"
+        problems.append(Problem("config.evaluate.every_steps", text))
+    raise_if(problems)
     check_batch(config.data.batch_size, plan, devices)
     if not config.data.domains:
         check_pairs(config.data.mix, config.data.batch_size, plan, devices)
+
+
+def _compiled(phase: Phase, config: Config) -> PhaseOptimizer:
+    """Returns the optimizer of a phase whose regularisers are checked.
+
+    Raises:
+        UserError: Keys are relative to the phase.
+    """
+    problems: list[Problem] = []
+    names = {name for name, *_ in phase.regularise}
+    if names & set(READS_FISHER) and config.init.fisher is None:
+        text = (
+            "ewc needs config.init.fisher, the label of a domain in config.evaluate.also "
+            "whose `train` split gives the Fisher information"
+        )
+        problems.append(Problem("regularise", text))
+    with collected(problems):
+        compiled = compile_phase(phase)
+        if not problems:
+            return compiled
+    raise UserError(*problems)

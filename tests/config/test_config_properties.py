@@ -15,7 +15,9 @@ import pytest
 from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import TrainingError, UserError
+from finetune_jax.modes import plan as plan_mode
 from finetune_jax.plans.phase import plan_problems
+from finetune_jax.training.setup import Setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 VALUES = (
@@ -41,6 +43,7 @@ CONFIGS = {
     "efficientnet_flowers": ("data.channels=3", "model.classes=5"),
 }  # fmt: skip
 ALWAYS = ("parallel.devices=1",)
+MESSAGES = []  # Of the last refusal.
 # A number too large for float32 is told so by numpy; the run may go on.
 pytestmark = pytest.mark.filterwarnings("default::RuntimeWarning")
 
@@ -68,12 +71,16 @@ def cases():
 
 def outcome(name, key, value, mode="plan", *more):
     """Returns 'ran' or 'refused'; another exception is a defect."""
-    given = [*CONFIGS[name], *ALWAYS, f"{key}={value}"]
+    MESSAGES.clear()
+    also = [text for text in more if not text.startswith("--")]
+    more = [text for text in more if text.startswith("--")]
+    given = [*CONFIGS.get(name, ()), *ALWAYS, f"{key}={value}", *also]
     arguments = [f"--config={ROOT / 'configs' / name}.py", f"--mode={mode}", *more]
     try:
         status = program.run([*arguments, *(f"--config.{text}" for text in given)])
     except UserError as error:
         assert str(error)
+        MESSAGES.append(str(error))
         return "refused"
     assert status == 0
     return "ran"
@@ -98,6 +105,56 @@ def test_iris_is_planned_or_refused_with_any_value_of_any_key(part):
     chosen = [case for case in cases() if case[0] == "iris_mlp"]
     found = Counter(outcome(*case) for case in chosen[part * 20 : part * 20 + 20])
     assert found["refused"]
+
+
+class Reached(Exception):
+    """The setup of a training run is complete."""
+
+
+def refusal(case, mode, patch, workdir):
+    """Returns the message that refuses a case, or None; training stops after its setup."""
+
+    def reached(*arguments, **keywords):
+        raise Reached
+
+    with patch.context() as inner:
+        inner.setattr(Setup, "start", reached)
+        for name in ("forward_flops", "step_flops"):
+            inner.setattr(plan_mode, name, lambda *arguments: 1.0)
+        try:
+            name, key, value, *more = case
+            outcome(name, key, value, mode, f"--workdir={workdir}", *more)
+        except Reached:
+            return None
+    return MESSAGES.pop() if MESSAGES else None
+
+
+# Changes that the checks of several sections refuse together.
+TOGETHER = [
+    ("adapt_digits", "data.batch_size", "6", "plan[0].accumulate_steps=2"),
+    ("resnet_head", "evaluate.cka", "1"),
+    ("resnet_head", "init.fisher", "a"),
+    ("iris_mlp", "task.metrics", "('auroc',)", "data.validation=train[:9]"),
+    ("joint_digits_fashion", "evaluate.cka", "10"),
+]
+
+
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 4))]
+)
+def test_plan_and_train_refuse_the_same_configs(part, monkeypatch, tmp_path):
+    here = [case for case in cases() if case[0] in ("iris_mlp", "resnet_head")]
+    chosen = here[part * 30 : part * 30 + 30] + (TOGETHER if part == 0 else [])
+    refused = 0
+    for number, case in enumerate(chosen):
+        ways = [
+            refusal(case, mode, monkeypatch, tmp_path / f"{number}")
+            for mode in ("plan", "train")
+        ]
+        assert ways[0] == ways[1], case
+        assert ways[0] or case not in TOGETHER, case
+        refused += ways[0] is not None
+    assert 5 < refused < len(chosen)
 
 
 @pytest.mark.slow

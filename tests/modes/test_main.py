@@ -9,6 +9,7 @@ import jax
 import pytest
 from command_line import IRIS, ROOT, refused
 
+from finetune_jax import config as configs
 from finetune_jax import main
 from finetune_jax.modes import startup
 
@@ -30,9 +31,9 @@ HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
          "31 examples in 1 micro-batches over 8 devices"),
         ([IRIS, "--config.plan[0].accumulate_steps=7"], "in 7 micro-batches"),
         ([IRIS, "--config.plan[0].rules=(('haed/.*', 1.0), ('.*', 0.0))"],
-         "rule 'haed/.*': matches nothing"),
+         "config.plan[0].rules[0]: 'haed/.*' matches nothing"),
         ([IRIS, "--config.plan[0].rules=(('head/.*', 1.0),)"],
-         "parameter stage1/dense/bias: no rule matches"),
+         "config.plan[0].rules: no rule matches stage1/dense/bias"),
         ([IRIS, "--config.plan[0].optimizer=adamm"], "did you mean 'adam"),
         ([IRIS, "--config.evaluate.best=validation/acuracy"],
          "did you mean 'validation/accuracy'"),
@@ -52,7 +53,7 @@ HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
         ([IRIS, "--config.plan[0].optimizer=schedule_free_adamw",
           "--config.plan[0].optimizer_args.b1=1.5"], "less than 1"),
         ([IRIS, "--config.plan[0].optimizer=sgd",
-          "--config.plan[0].optimizer_args.nesterov=True"], "needs a momentum"),
+          "--config.plan[0].optimizer_args.nesterov=True"], "a momentum above 0"),
         ([IRIS, "--config.plan[0].optimizer=adagrad",
           "--config.plan[0].optimizer_args.initial=-1.0"], "initial -1.0"),
         ([IRIS, "--config.plan[0].end_lr_scale=2.0"], "at most 1"),
@@ -100,7 +101,7 @@ def test_a_broken_file_in_a_workdir_is_named(tmp_path, name, text, message):
     workdir = tmp_path / "run"
     workdir.mkdir()
     config = startup.resolved_config(IRIS.partition("=")[2], None, [])
-    (workdir / "config.json").write_text(main.configs.to_json(config))
+    (workdir / "config.json").write_text(configs.to_json(config))
     (workdir / name).write_bytes(text.encode("latin-1"))
     assert message in refused(IRIS, f"--workdir={workdir}")
 
@@ -211,6 +212,6 @@ def test_flags_of_xla_are_those_of_the_manifest_and_deterministic_ones(
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_foo=1"
     startup.pin_environment(tmp_path, True)
     flags = os.environ["XLA_FLAGS"].split()
-    assert flags == ["--xla_cpu_foo=1", *main.DETERMINISTIC]
+    assert flags == ["--xla_cpu_foo=1", *startup.DETERMINISTIC]
     startup.pin_environment(tmp_path, True)
     assert os.environ["XLA_FLAGS"].split() == flags

@@ -8,10 +8,11 @@ import pytest
 import small
 from sklearn.linear_model import LogisticRegression
 
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import eval_params
+from finetune_jax.optim import compile_phase
 from finetune_jax.optim.algorithms import OPTIMIZERS
-from finetune_jax.optim.optimizer import check_groups, check_optimizer, evaluates
 from finetune_jax.plans.phase import Group, Phase
 
 LINE = dict(optimizer="lbfgs", schedule="constant", peak_lr=1.0, fixed_batch=True)
@@ -30,7 +31,7 @@ def params_of(trainer):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss_and_leaves_the_frozen_to_the_bit(name):
-    line = LINE if evaluates(Phase(optimizer=name)) == "value" else {}
+    line = LINE if OPTIMIZERS[name].evaluates == "value" else {}
     found = trainer(
         rules=small.HEAD, batch_stats="hold", clip_norm=None if line else 1.0,
         weight_decay=0.0 if line else 1e-3, **({"optimizer": name} | line),
@@ -154,16 +155,30 @@ def test_a_line_search_refuses_what_would_change_its_function():
         steps=9, optimizer="lbfgs", clip_norm=1.0, weight_decay=0.1,
         regularise=(("l1", 1.0, ".*"),),
     )  # fmt: skip
-    found = "\n".join(check_optimizer(phase))
-    for word in ("peak_lr=1.0", "constant", "clip_norm", "weight_decay", "l1", "fixed"):
-        assert word in found
+    with pytest.raises(UserError) as found:
+        compile_phase(phase)
+    keys = {problem.key for problem in found.value.problems}
+    assert keys == {
+        "peak_lr", "schedule", "clip_norm", "weight_decay", "regularise", "fixed_batch"
+    }  # fmt: skip
+    compiled = compile_phase(Phase(steps=9, **LINE))
     groups = {"a": Group(1.0, 0), "b": Group(0.1, 0)}
-    assert "one line" in check_groups(Phase(steps=9, **LINE), groups)[0]
-    assert not check_groups(Phase(steps=9, **LINE), {"a": Group(1.0, 0)})
+    assert "one line" in str(compiled.group_problems(groups)[0])
+    assert not compiled.group_problems({"a": Group(1.0, 0)})
 
 
-def test_arguments_of_what_is_around_an_optimizer_are_checked():
-    wrong = Phase(steps=1, optimizer="sam", optimizer_args={"rho": 0.0})
-    assert "rho" in check_optimizer(wrong)[0]
-    wrong = Phase(steps=1, optimizer="sam", optimizer_args={"rhoo": 0.1})
-    assert "rhoo: unknown" in check_optimizer(wrong)[0]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rho": 0.0}, "optimizer_args.rho: 0.0; above 0 is needed"),
+        ({"rhoo": 0.1}, "optimizer_args.rhoo: unknown"),
+        ({"momentum": 1.0}, "optimizer_args.momentum: 1.0; 0 or more and less than 1"),
+        ({"nesterov": True}, "optimizer_args: nesterov=True: a momentum above 0"),
+    ],
+)
+def test_arguments_of_an_optimizer_and_of_what_is_around_it_are_checked(
+    arguments, message
+):
+    with pytest.raises(UserError) as found:
+        compile_phase(Phase(steps=1, optimizer="sam", optimizer_args=arguments))
+    assert str(found.value).startswith(message)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune_jax.core.train_state import TrainState, eval_params
-from finetune_jax.optim.optimizer import make_optimizer
+from finetune_jax.optim import compile_phase
 from finetune_jax.plans.phase import Group, Phase
 
 SHAPES = {
@@ -63,7 +63,7 @@ def ours(optimizer, args, decay):
     _, slopes, offsets = problem()
     found = []
     with jax.enable_x64(True):
-        transformation = make_optimizer(phase, groups)
+        transformation = compile_phase(phase).transformation(groups)
 
         @jax.jit
         def update(params, state, slope, offset, rate):
@@ -388,7 +388,9 @@ def test_lbfgs_steps_along_the_direction_of_its_paper_and_obeys_strong_wolfe():
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
     with jax.enable_x64(True):
-        transformation = make_optimizer(phase, {n: Group(1.0, 0) for n in SHAPES})
+        transformation = compile_phase(phase).transformation(
+            {n: Group(1.0, 0) for n in SHAPES}
+        )
 
         @jax.jit
         def update(params, state):

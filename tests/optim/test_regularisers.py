@@ -8,7 +8,7 @@ import small
 from sklearn.linear_model import Lasso
 
 from finetune_jax.core.pytrees import named
-from finetune_jax.optim.optimizer import make_optimizer
+from finetune_jax.optim import compile_phase
 from finetune_jax.optim.regularisers import entry_problems, match_problems, penalty
 from finetune_jax.plans.phase import Group, Phase
 
@@ -89,7 +89,7 @@ def test_l1_reaches_the_zeros_and_values_of_scikit_learn_s_lasso():
     y = x[:, :4] @ np.array([2.0, -1.5, 1.0, 0.05]) + 0.1 * rng.normal(size=60)
     lasso = Lasso(alpha=0.2, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(x, y)
     phase = Phase(steps=1, optimizer="sgd", regularise=(("l1", 0.2, "w"),))
-    optimizer = make_optimizer(phase, {"w": Group(1.0, 0)})
+    optimizer = compile_phase(phase).transformation({"w": Group(1.0, 0)})
     with jax.enable_x64(True):
 
         def update(carry, _):
@@ -123,8 +123,8 @@ def test_l1_gives_zeros_behind_any_optimizer_and_leaves_the_frozen(optimizer):
 
 def test_wrong_entries_are_told_all_at_once():
     entries = (("l2sp", 1.0, ".*"), ("l2", -1.0, ".*"), ("l2", 1.0, "("), ("l2", 1.0))
-    found = entry_problems(entries, "phase 'all', regularise")
-    assert len(found) == 4
-    assert "did you mean" in found[0] and "from 0" in found[1] and "regex" in found[2]
-    found = match_problems((("l2", 1.0, "heed/.*"),), ["head/bias"], "here")
-    assert "matches no parameter" in found[0]
+    found = [*map(str, entry_problems(entries))]
+    assert len(found) == 4 and found[3].startswith("regularise[3]: ")
+    assert "did you mean" in found[0] and "from 0" in found[1] and "regular" in found[2]
+    found = match_problems((("l2", 1.0, "heed/.*"),), ["head/bias"])
+    assert "matches no trained parameter" in str(found[0])

@@ -3,14 +3,9 @@ import numpy as np
 import optax
 import pytest
 
-from finetune_jax.optim.schedules import (
-    SCHEDULES,
-    check_schedule,
-    learning_rates,
-    plateau_metric,
-    plateau_scale,
-    plateau_step,
-)
+from finetune_jax.core.errors import UserError
+from finetune_jax.optim import compile_phase
+from finetune_jax.optim.schedules import SCHEDULES, Plateau
 from finetune_jax.plans.phase import Phase
 
 PEAK = 0.3
@@ -20,6 +15,24 @@ ARGS = {"warm_restarts": {"first_steps": 5}, "inverse_sqrt": {"timescale": 20}}
 def phase_of(schedule="cosine", *, steps=50, args=None, **fields):
     fields = {"peak_lr": PEAK, "schedule_args": args or {}, **fields}
     return Phase(steps=steps, schedule=schedule, **fields)
+
+
+def learning_rates(phase):
+    return compile_phase(phase).learning_rates()
+
+
+def plateau_of(phase):
+    plateau = compile_phase(phase).plateau
+    assert isinstance(plateau, Plateau)
+    return plateau
+
+
+def problems_of(phase):
+    try:
+        compile_phase(phase)
+    except UserError as error:
+        return [str(problem) for problem in error.problems]
+    return []
 
 
 def rates_of(schedule, **fields):
@@ -58,7 +71,7 @@ def test_float32_differs_from_float64_by_rounding_only(name):
 def test_only_a_schedule_that_has_an_end_takes_end_lr_scale(name):
     args = {"first_steps": 50} if name == "warm_restarts" else ARGS.get(name)
     phase = phase_of(name, args=args, end_lr_scale=0.1)
-    problems = check_schedule(phase)
+    problems = problems_of(phase)
     if name in ("constant", "step", "one_cycle", "inverse_sqrt"):
         assert f"{name!r} has no end" in problems[0]
     else:
@@ -116,8 +129,8 @@ def test_warm_restarts_are_the_cycles_of_optax(multiplier):
 
 def test_wrong_names_and_arguments_of_schedules_are_refused_where_they_stand():
     phase = phase_of("cosin", name="head")
-    assert "config.plan, phase 'head', schedule: no" in check_schedule(phase)[0]
-    assert "did you mean 'cosine'" in check_schedule(phase)[0]
+    assert "schedule: no 'cosin'" in problems_of(phase)[0]
+    assert "did you mean 'cosine'" in problems_of(phase)[0]
     for name, args, text in [
         ("step", {"boundary": (0.5,)}, "boundary: unknown; did you mean 'boundaries'"),
         ("step", {"steps": 3}, "schedule_args.steps: unknown"),
@@ -136,12 +149,12 @@ def test_wrong_names_and_arguments_of_schedules_are_refused_where_they_stand():
         ("plateau", {"factor": 1.0, "patience": 0}, "patience 0"),
         ("plateau", {"threshold": 0.1}, "threshold: unknown"),
     ]:
-        (problem,) = check_schedule(phase_of(name, args=args, name="head"))
-        assert "phase 'head', schedule_args" in problem and text in problem, problem
-    problem = check_schedule(phase_of("one_cycle", warmup_steps=3))[0]
+        (problem,) = problems_of(phase_of(name, args=args, name="head"))
+        assert problem.startswith("schedule_args") and text in problem, problem
+    problem = problems_of(phase_of("one_cycle", warmup_steps=3))[0]
     assert "warmup_steps 3" in problem
     # A phase in epochs has no length yet.
-    assert not check_schedule(Phase(epochs=3, warmup_steps=9, schedule="step"))
+    assert not problems_of(Phase(epochs=3, warmup_steps=9, schedule="step"))
 
 
 def test_a_plateau_lowers_the_rate_after_its_patience_and_never_below_the_end():
@@ -149,12 +162,12 @@ def test_a_plateau_lowers_the_rate_after_its_patience_and_never_below_the_end():
     phase = phase_of("plateau", args=args | {"min_change": 0.1}, end_lr_scale=0.2)
     seen, drops = (None, 0, 0), []
     for value in (0.1, 0.3, 0.35, 0.3, 0.5, float("nan"), 0.5, 0.5, 0.5, 0.5, 0.5):
-        seen = plateau_step(phase, *seen, value)
+        seen = plateau_of(phase).after(value, *seen)
         drops.append(seen[2])
     assert drops == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4]
-    assert [plateau_scale(phase, n) for n in range(5)] == [1, 0.5, 0.25, 0.2, 0.2]
-    assert plateau_metric(phase) == "validation/accuracy"
-    assert plateau_metric(phase_of()) is None and plateau_scale(phase_of(), 3) == 1
+    assert [plateau_of(phase).scale(n) for n in range(5)] == [1, 0.5, 0.25, 0.2, 0.2]
+    assert plateau_of(phase).metric == "validation/accuracy"
+    assert compile_phase(phase_of()).plateau is None
 
 
 def torch_rates(steps, make, after=None):
@@ -232,8 +245,8 @@ def test_plateaus_are_those_of_torch_with_one_evaluation_less_of_patience(metric
     values[rng.random(60) < 0.1] = np.nan
     seen = (None, 0, 0)
     for value in values:
-        seen = plateau_step(phase, *seen, float(value))
+        seen = plateau_of(phase).after(float(value), *seen)
         oracle.step(float(value))
-        rate = PEAK * plateau_scale(phase, seen[2])
+        rate = PEAK * plateau_of(phase).scale(seen[2])
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
     assert seen[2] > 0

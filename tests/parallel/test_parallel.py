@@ -22,7 +22,7 @@ from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import phase_setup
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import train_step
 
 

@@ -32,7 +32,7 @@ def test_the_first_rule_that_matches_wins():
 
 
 def test_rules_match_the_full_name():
-    with pytest.raises(UserError, match="rule 'head': matches nothing"):
+    with pytest.raises(UserError, match=r"rules\[0\]: 'head' matches nothing"):
         scales(rules(("head", 1.0), (".*", 0.0)), NAMES)
 
 
@@ -41,10 +41,9 @@ def test_all_misfits_of_rules_are_told_at_once():
     with pytest.raises(UserError) as found:
         scales(phase, NAMES)
     for part in (
-        "parameter stem/kernel: no rule matches",
-        "parameter stage1/kernel: no rule matches",
-        "rule 'haed/.*': matches nothing (no parameter)",
-        "rule 'head/bias': matches nothing (earlier rules take all it matches)",
+        "rules: no rule matches stem/kernel, stage1/kernel;",
+        "rules[1]: 'haed/.*' matches nothing (no parameter)",
+        "rules[2]: 'head/bias' matches nothing (earlier rules take all it matches)",
     ):
         assert part in str(found.value)
 
@@ -55,7 +54,7 @@ def test_epochs_become_updates_rounded_up():
 
 
 def test_a_warm_up_longer_than_its_phase_is_refused():
-    with pytest.raises(UserError, match="warmup_steps 5 is more than its 4 steps"):
+    with pytest.raises(UserError, match="warmup_steps: 5 is more than the 4 steps"):
         durations((Phase(epochs=1, warmup_steps=5),), examples=100, batch_size=32)
     assert "warmup_steps" in Phase(steps=2, warmup_steps=3).problems()[0]
 
@@ -98,7 +97,7 @@ def test_every_field_of_a_phase_has_its_default_in_the_config():
     ],
 )
 def test_a_wrong_phase_is_refused(fields, message):
-    with pytest.raises(UserError, match="The plan cannot be run") as found:
+    with pytest.raises(UserError, match=r"^config\.plan\[0\]\.") as found:
         plan_from_config(as_config((Phase(**fields),)))
     assert message in str(found.value)
 
@@ -120,9 +119,9 @@ def test_a_plan_that_trains_nothing_is_refused_unless_it_moves_statistics():
 def test_state_is_not_carried_between_different_optimizers():
     first = rules((".*", 1.0), name="first", optimizer="adam")
     second = rules((".*", 1.0), optimizer="sgd", optimizer_state="carry")
-    with pytest.raises(UserError, match="carries the state of 'adam' into 'sgd'"):
+    with pytest.raises(UserError, match="takes the state of 'adam' into 'sgd'"):
         check_plan((first, second), NAMES)
-    with pytest.raises(UserError, match="nothing to carry"):
+    with pytest.raises(UserError, match="no phase before it"):
         check_plan((dataclasses.replace(first, optimizer_state="carry"),), NAMES)
 
 

@@ -18,14 +18,15 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.models.tabular import ANY_FIELDS, Tabular
+from finetune_jax.optim import compile_phase
 from finetune_jax.optim.optimizer import carried
-from finetune_jax.optim.schedules import learning_rates
 from finetune_jax.plans import strategies
 from finetune_jax.plans.phase import carried_cohorts, check_plan, scales
+from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.components.text_inputs import tokens
+from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.run import run
-from finetune_jax.training.setup import make_task, phase_setup
 from finetune_jax.training.updates.programs import Updates
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -147,6 +148,7 @@ def test_the_table_has_every_strategy():
         for name, function in inspect.getmembers(strategies, inspect.isfunction)
         if function.__module__ == strategies.__name__ and not name.startswith("_")
     }
+    public.remove("together")  # It joins plans.
     assert public == {row.partition(" ")[0] for row in TABLE}
 
 
@@ -224,7 +226,7 @@ def test_the_rate_of_progressive_grows_back_by_equal_factors():
 def test_gradual_rates_are_slanted_triangles():
     """Compared with the formula of Howard & Ruder 2018, sec. 3.2."""
     (phase, *_) = strategies.gradual(STAGES, steps=1000, peak_lr=0.01)
-    rates, cut, ratio = learning_rates(phase), 100, 32
+    rates, cut, ratio = compile_phase(phase).learning_rates(), 100, 32
     for step in (100, 101, 500, 999):
         p = 1 - (step - cut) / (cut * (1 / 0.1 - 1))
         assert rates[step] == pytest.approx(0.01 * (1 + p * (ratio - 1)) / ratio)

@@ -9,10 +9,10 @@ import small
 from finetune_jax.core.pytrees import digest, named, nbytes
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.plan import forward_flops, step_flops
-from finetune_jax.optim.optimizer import make_optimizer
+from finetune_jax.optim import compile_phase
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.setup import phase_setup
+from finetune_jax.training.phases import phase_setup
 
 pytestmark = pytest.mark.bits
 
@@ -211,7 +211,7 @@ def test_a_wrong_nesting_would_be_seen():
     batch = small.batch(32, (28, 28, 1))
     phase = Phase(name="head", steps=1, rules=small.HEAD, batch_stats="hold")
     trainer = small.Trainer(task, phase)
-    inner = make_optimizer(trainer.phase.phase, trainer.phase.groups)
+    inner = compile_phase(trainer.phase.phase).transformation(trainer.phase.groups)
     outside = optax.chain(optax.clip_by_global_norm(1.0), inner)
     state = trainer.state.replace(opt_state=outside.init(trainer.state.params))
     rate = np.float32(0.1)

@@ -1,8 +1,8 @@
-"""Where parameters start: a scheme for every name that a rule matches.
+"""Initialisation schemes: how the parameters start that a rule matches.
 
 `config.init.schemes` is a tuple of rules (regex over the full parameter name, scheme,
 *arguments), of which the first match wins. They are applied after the pretrained weights
-are loaded; a name that no rule matches keeps what it has.
+are loaded; a parameter that no rule matches keeps its value.
 
     init.schemes = (
         ("stage3/.*", "initial"),
@@ -12,18 +12,17 @@ are loaded; a name that no rule matches keeps what it has.
 
 Three things hold for all of them:
 
-- Schemes for kernels (xavier, kaiming, lecun, orthogonal, lsuv) give what has fewer than
+- Schemes for kernels (xavier, kaiming, lecun, orthogonal, lsuv) give leaves of fewer than
   two dimensions, such as biases and scales of BatchNorm, the model's own initial value.
 - A BatchNorm's running averages go with its scale (its bias, if it has no scale). A rule
   that starts the scale anew, by any scheme but `pretrained` and `constant`, gives the
-  averages their initial values too: they were those of features that are gone. So a stage
-  matched as a whole starts as if there had been no weights, and one that no rule matches
-  as the weights left it.
-- What is drawn depends on the seed and the parameter's name, not on the other rules.
+  averages their initial values too, because the features that they described are gone. A
+  stage matched as a whole starts as without weights; a stage that no rule matches starts
+  as the weights have it.
+- Drawn values depend on the seed and the parameter's name, not on the other rules.
 """
 
 import dataclasses
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,9 +32,10 @@ import jax
 import numpy as np
 from jax.nn import initializers
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core import registry
+from finetune_jax.core.errors import Problem, UserError, collected, raise_if
 from finetune_jax.core.pytrees import like, named, stage_of
-from finetune_jax.core.registry import closest
+from finetune_jax.core.registry import closest, need
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.peft.lora import is_lora
@@ -51,28 +51,57 @@ class Scheme:
     """One way to start a parameter.
 
     Attributes:
-        draw: Returns, of the scheme's arguments, an initialiser of (key, shape, dtype);
-            None where nothing is drawn.
-        needed: Names of the arguments.
-        optional: Names of those that may be left out.
+        draw: Function from the scheme's arguments to an initialiser (key, shape, dtype);
+            None if nothing is drawn.
         kernels_only: Whether it is for leaves of two dimensions or more.
         reads_weights: Whether it starts from the pretrained values.
-        renews: Whether nothing of the pretrained values' place in the model is left.
+        renews: Whether it gives running averages their initial values too.
     """
 
     draw: Callable | None = None
-    needed: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
     kernels_only: bool = False
     reads_weights: bool = False
     renews: bool = True
 
 
+def _normal(std: float) -> Callable:
+    need((std > 0, f"std {std}; more than 0"))
+    return initializers.normal(std)
+
+
+def _truncated_normal(std: float) -> Callable:
+    need((std > 0, f"std {std}; more than 0"))
+    return initializers.truncated_normal(std)
+
+
 def _uniform(limit: float) -> Callable:
+    need((limit > 0, f"limit {limit}; more than 0"))
+
     def draw(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
     return draw
+
+
+def _orthogonal(gain: float = 1.0) -> Callable:
+    need((gain > 0, f"gain {gain}; more than 0"))
+    return initializers.orthogonal(gain)
+
+
+def _constant(value: float) -> Callable:
+    return initializers.constant(value)
+
+
+def _lsuv(tolerance: float = 0.1, rounds: int = 10) -> Callable:
+    need(
+        (tolerance > 0, f"tolerance {tolerance}; more than 0"),
+        (rounds > 0, f"rounds {rounds}; 1 or more"),
+    )
+    return initializers.orthogonal()
+
+
+def _lsuv_bounds(tolerance: float = 0.1, rounds: float = 10) -> tuple[float, float]:
+    return tolerance, rounds
 
 
 def _order(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -81,33 +110,31 @@ def _order(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.bits(key, shape)
 
 
-def _lsuv(tolerance: float = 0.1, rounds: float = 10) -> tuple[float, float]:
-    return tolerance, rounds
+def _kernels(make: Callable) -> Scheme:
+    return Scheme(lambda: make(), kernels_only=True)
 
 
 # Fans are those of `jax.nn.initializers`: of a kernel [H, W, I, O], H W I and H W O. Its
-# normal ones are cut at two standard deviations, those named after people widened so that
-# what is left has the right one.
+# normal ones are truncated at two standard deviations; xavier, kaiming and lecun are
+# widened first, so that the truncated distribution has the right standard deviation.
 SCHEMES = {
     "pretrained": Scheme(reads_weights=True, renews=False),
     "initial": Scheme(),
-    "normal": Scheme(initializers.normal, ("std",)),
-    "truncated_normal": Scheme(initializers.truncated_normal, ("std",)),
-    "uniform": Scheme(_uniform, ("limit",)),
-    "xavier_uniform": Scheme(initializers.glorot_uniform, kernels_only=True),
-    "xavier_normal": Scheme(initializers.glorot_normal, kernels_only=True),
-    "kaiming_uniform": Scheme(initializers.he_uniform, kernels_only=True),
-    "kaiming_normal": Scheme(initializers.he_normal, kernels_only=True),
-    "lecun_uniform": Scheme(initializers.lecun_uniform, kernels_only=True),
-    "lecun_normal": Scheme(initializers.lecun_normal, kernels_only=True),
-    "orthogonal": Scheme(initializers.orthogonal, (), ("gain",), kernels_only=True),
-    "constant": Scheme(initializers.constant, ("value",), renews=False),
-    # Raghu et al. 2019, section 5, "Mean Var": the scale of the features, not they.
+    "normal": Scheme(_normal),
+    "truncated_normal": Scheme(_truncated_normal),
+    "uniform": Scheme(_uniform),
+    "xavier_uniform": _kernels(initializers.glorot_uniform),
+    "xavier_normal": _kernels(initializers.glorot_normal),
+    "kaiming_uniform": _kernels(initializers.he_uniform),
+    "kaiming_normal": _kernels(initializers.he_normal),
+    "lecun_uniform": _kernels(initializers.lecun_uniform),
+    "lecun_normal": _kernels(initializers.lecun_normal),
+    "orthogonal": Scheme(_orthogonal, kernels_only=True),
+    "constant": Scheme(_constant, renews=False),
+    # Raghu et al. 2019, section 5, "Mean Var": mean and scale of the weights alone.
     "matched": Scheme(lambda: initializers.normal(1.0), reads_weights=True),
     "shuffled": Scheme(lambda: _order, reads_weights=True),
-    "lsuv": Scheme(
-        lambda *_: initializers.orthogonal(), (), ("tolerance", "rounds"), True
-    ),
+    "lsuv": Scheme(_lsuv, kernels_only=True),
     "class_frequencies": Scheme(renews=False),
 }
 
@@ -135,10 +162,10 @@ def cut(
     (('(stage2|head)/.*', 'initial'),)
 
     Args:
-        stages: Of the model, in order.
+        stages: Stages of the model, in order.
         at: The first stage to start anew.
         scheme: A name in `SCHEMES`.
-        *arguments: Of the scheme.
+        *arguments: Arguments of the scheme.
 
     Raises:
         UserError: There is no such stage.
@@ -151,58 +178,37 @@ def cut(
 
 
 def make_rules(schemes: Sequence[Any], *pretrained: str | None) -> tuple[Rule, ...]:
-    """Returns the rules of `config.init.schemes`, checked as far as they can be alone.
+    """Returns the rules of `config.init.schemes`, checked without model and data.
 
     Args:
-        schemes: From the config.
+        schemes: Entries of the config.
         *pretrained: Addresses of the weights that models begin with, if any.
 
     Raises:
-        UserError: Lists what is no rule, unknown schemes and arguments that do not fit.
+        UserError: Lists invalid rules, unknown schemes and unsuitable arguments.
     """
-    rules, problems = [], []
+    rules, problems = [], list[Problem]()
     for index, entry in enumerate(schemes):
         where = f"{_WHERE}[{index}]"
         if not isinstance(entry, tuple) or len(entry) < 2 or type(entry[1]) is not str:
-            problems.append(f"{where}: {entry!r} is not (regex, scheme, *arguments)")
+            text = f"{entry!r} is not (regex, scheme, *arguments)"
+            problems.append(Problem(where, text))
             continue
         pattern, name, *arguments = entry
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            problems.append(f"{where}: {pattern!r} is no regex: {error}")
-        if name not in SCHEMES:
-            known = ", ".join(SCHEMES)
-            hint = closest(name, SCHEMES)
-            problems.append(f"{where}: no scheme {name!r}{hint} There are: {known}.")
-            continue
-        problems += [f"{where}: {text}" for text in _misfits(name, arguments)]
-        if SCHEMES[name].reads_weights and not any(pretrained):
-            problems.append(
-                f"{where}: {name!r} starts from pretrained values, but "
-                "config.init.pretrained is None"
-            )
-        rules.append(Rule(pattern, name, tuple(arguments)))
-    if problems:
-        raise problems_error("The initialisation cannot be done:", problems)
+        with collected(problems):
+            registry.check_regex(pattern, where)
+        with collected(problems):
+            scheme = registry.choose(SCHEMES, name, where)
+            registry.call(scheme.draw or (lambda: None), arguments, where)
+            if scheme.reads_weights and not any(pretrained):
+                text = (
+                    f"{name!r} starts from pretrained values, but config.init.pretrained "
+                    "is None"
+                )
+                raise UserError(Problem(where, text))
+            rules.append(Rule(pattern, name, tuple(arguments)))
+    raise_if(problems)
     return tuple(rules)
-
-
-def _misfits(name: str, arguments: Sequence[Any]) -> list[str]:
-    """Returns what is wrong with the arguments of a scheme."""
-    scheme = SCHEMES[name]
-    takes = (*scheme.needed, *scheme.optional)
-    if not len(scheme.needed) <= len(arguments) <= len(takes):
-        says = f"({', '.join(takes)})" if takes else "no arguments"
-        return [f"{name!r} takes {says}, not {tuple(arguments)!r}"]
-    problems = []
-    for key, value in zip(takes, arguments):
-        kinds = (int,) if key == "rounds" else (int, float)
-        if type(value) not in kinds or not math.isfinite(value):
-            problems.append(f"{key} of {name!r}: {value!r} is not a number for it")
-        elif key != "value" and value <= 0:
-            problems.append(f"{key} of {name!r}: {value}; more than 0 is needed")
-    return problems
 
 
 def assign(rules: Sequence[Rule], names: Iterable[str]) -> dict[str, Rule]:
@@ -225,48 +231,51 @@ def check_rules(
     """Checks the rules against a model and its data. Nothing is compiled or read.
 
     Args:
-        rules: From `make_rules`.
-        shapes: Of the parameters, by name.
-        task: Has the models.
-        spec: What the data look like.
-        fresh: `config.init.fresh`, which take nothing from the weights.
+        rules: Rules from `make_rules`.
+        shapes: Shapes of the parameters, by name.
+        task: Task of the run.
+        spec: Description of the data.
+        fresh: `config.init.fresh`, regexes of parameters that ignore the weights.
 
     Raises:
-        UserError: Lists rules that set nothing, or what they cannot set.
+        UserError: Lists rules that match nothing, or parameters that they cannot set.
     """
-    chosen, problems = assign(rules, shapes), []
-    for rule in rules:
+    chosen, problems = assign(rules, shapes), list[Problem]()
+    for index, rule in enumerate(rules):
         names = [name for name, its in chosen.items() if its is rule]
-        where = f"{_WHERE}: {rule.pattern!r}"
+
+        def add(text: str, where: str = f"{_WHERE}[{index}]") -> None:
+            problems.append(Problem(where, text))
+
         if not any(re.fullmatch(rule.pattern, name) for name in shapes):
-            problems.append(f"{where} matches nothing{closest(rule.pattern, shapes)}")
+            add(f"{rule.pattern!r} matches nothing{closest(rule.pattern, shapes)}")
         elif not names:
-            problems.append(f"{where}: earlier rules match all that it does")
+            add(f"{rule.pattern!r}: earlier rules match all parameters that it does")
         if rule.scheme.reads_weights:
-            problems += [
-                f"{where}, {rule.name!r}: {name} takes nothing from the weights, since "
-                "config.init.fresh names it"
-                for name in names
-                if any(re.fullmatch(pattern, name) for pattern in fresh)
-            ]
+            fixed = [n for n in names if any(re.fullmatch(p, n) for p in fresh)]
+            for name in fixed:
+                add(
+                    f"{rule.name!r} takes {name} from the weights, but config.init.fresh "
+                    "names it too"
+                )
         if rule.name in ("class_frequencies", "lsuv") and spec.domains:
-            problems.append(f"{where}, {rule.name!r}: not with config.data.domains")
-            continue
-        if rule.name == "class_frequencies":
+            add(f"{rule.name!r} does not work with config.data.domains")
+        elif rule.name == "class_frequencies":
             classes = len(spec.class_names)
             if not classes:
-                problems.append(f"{where}, {rule.name!r}: the data has no classes")
+                add(f"{rule.name!r}, but the data has no classes")
                 continue
-            problems += [
-                f"{where}, {rule.name!r}: {name} {shapes[name].shape} is not the last "
-                f"layer's bias, with a value for each of the {classes} classes"
-                for name in names
-                if stage_of(name, task.prefixes) not in task.heads
-                or name.rpartition("/")[2] != "bias"
-                or shapes[name].shape != (classes,)
-            ]
-    if problems:
-        raise problems_error("The initialisation does not fit the model:", problems)
+            for name in names:
+                if (
+                    stage_of(name, task.prefixes) not in task.heads
+                    or name.rpartition("/")[2] != "bias"
+                    or shapes[name].shape != (classes,)
+                ):
+                    add(
+                        f"{rule.name!r}: {name} {shapes[name].shape} is not the last "
+                        f"layer's bias, with a value for each of the {classes} classes"
+                    )
+    raise_if(problems)
 
 
 def initialise(
@@ -279,20 +288,20 @@ def initialise(
     seed: int,
     first_batch: Callable[[], dict] | None,
 ) -> TrainState:
-    """Returns a state with what the rules match started by their schemes, on the host.
+    """Returns a state whose matched parameters start by their schemes, on the host.
 
     Args:
-        own: The model's own initial values.
-        state: The same with the weights loaded.
-        rules: Checked.
-        task: Has the models.
-        spec: What the data look like.
-        seed: Of the run.
-        first_batch: Returns training examples, for `lsuv`; None leaves its kernels
-            orthonormal.
+        own: State with the model's own initial values.
+        state: The same state with the weights loaded.
+        rules: Checked rules.
+        task: Task of the run.
+        spec: Description of the data.
+        seed: Seed of the initialisation.
+        first_batch: Function that returns training examples, for `lsuv`; None leaves its
+            kernels orthonormal.
 
     Raises:
-        UserError: `lsuv` finds a layer without variance, or that never runs.
+        UserError: `lsuv` finds a layer without variance, or one that never runs.
     """
     initial, leaves = named(own.params), named(state.params)
     chosen = assign(rules, leaves)
@@ -316,7 +325,7 @@ def initialise(
         params=like(state.params, leaves), batch_stats=like(state.batch_stats, kept)
     )
     scaled = {
-        name: _lsuv(*rule.arguments)
+        name: _lsuv_bounds(*rule.arguments)
         for name, rule in chosen.items()
         # Low-rank updates start at zero, or the model would not start at its weights.
         if rule.name == "lsuv" and name in drawn
@@ -330,7 +339,7 @@ def initialise(
 def draw(
     chosen: Mapping[str, Rule], shapes: Mapping[str, Any], seed: int
 ) -> dict[str, np.ndarray]:
-    """Returns what the schemes draw at random for their leaves, by name."""
+    """Returns the random values of the leaves whose schemes draw them, by name."""
 
     def is_drawn(name: str, rule: Rule) -> bool:
         if rule.name == "lsuv" and not name.endswith("/kernel"):
@@ -354,7 +363,7 @@ def draw(
 
 
 def _finished(rule: Rule, drawn: np.ndarray, loaded: Any) -> np.ndarray:
-    """Returns the value of a leaf from what was drawn for it."""
+    """Returns the value of a leaf from the numbers drawn for it."""
     if rule.name == "shuffled":
         order = np.argsort(drawn, axis=None, kind="stable")
         return np.asarray(loaded).reshape(-1)[order].reshape(drawn.shape)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Clock
-from finetune_jax.training.setup import PhaseSetup
 from finetune_jax.training.updates.dispatch import Feed
 from finetune_jax.training.updates.programs import Updates
 from finetune_jax.training.updates.update_log import CallMetrics, UpdateLog

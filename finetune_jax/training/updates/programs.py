@@ -16,7 +16,8 @@ from finetune_jax.data.order import training_order
 from finetune_jax.features.frozen_prefix import at_a_time
 from finetune_jax.parallel.devices import stable_batch
 from finetune_jax.parallel.executor import Executor
-from finetune_jax.training.setup import PhaseSetup, Setup
+from finetune_jax.training.phases import PhaseSetup
+from finetune_jax.training.setup import Setup
 from finetune_jax.training.step import train_step
 from finetune_jax.training.updates.dispatch import (
     Call,
