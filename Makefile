@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
-# A module is compiled when it is first imported; most never are.
-PIP := -m pip install --quiet --no-compile
+
+# Both workers, all four passes and the processes that tests start share compiled modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: env demo test test-slow test-exhaustive test-3.12 oracles onnx check lock clean
 
@@ -12,8 +13,8 @@ env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --require-hashes -r requirements/py$(VERSION).txt
-	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/py$(VERSION).txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: env
@@ -40,15 +41,15 @@ test-exhaustive: env
 # torch, torchvision, timm and transformers, which some tests compare with; without them
 # those tests skip, saying so.
 oracles: env
-	$(BIN)/python $(PIP) torch==2.13.0 tokenizers regex typer
-	$(BIN)/python $(PIP) --no-deps -r requirements/oracles.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 tokenizers regex typer
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/oracles.txt
 
 # What `--formats=onnx` converts with; its pins clash with those of the main environment.
 onnx: .venv-onnx/.installed
 
 .venv-onnx/.installed: requirements/onnx.txt
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python $(PIP) -r requirements/onnx.txt
+	.venv-onnx/bin/python -m pip install --quiet -r requirements/onnx.txt
 	touch $@
 
 # The same on the other Python that is supported, in an environment of its own.

@@ -32,25 +32,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks the cases that `ci_runs` leaves out as exhaustive."""
-    cases = {}
-    for item in items:
-        if item.get_closest_marker("ci_runs"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    """Marks the cases that `fast_runs` and `ci_runs` leave out."""
     is_whole = not any("::" in argument for argument in config.args)
-    for name, found in cases.items():
-        marker = found[0].get_closest_marker("ci_runs")
-        ids = [item.callspec.id for item in found]
-        chosen = set(marker.args) | set(
-            ids[:: marker.kwargs.get("every", len(ids) + 1)]
-        )
-        if not marker.kwargs:
-            chosen = set(marker.args)
-        if is_whole and not chosen <= set(ids):
-            raise pytest.UsageError(f"{name}: ci_runs names {chosen - set(ids)}")
-        for item in found:
-            if item.callspec.id not in chosen:
-                item.add_marker("exhaustive")
+    for name, left_out in (("fast_runs", "slow"), ("ci_runs", "exhaustive")):
+        cases = {}
+        for item in items:
+            if item.get_closest_marker(name):
+                cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for test, found in cases.items():
+            marker = found[0].get_closest_marker(name)
+            ids = [item.callspec.id for item in found]
+            chosen = set(marker.args or ids[:: marker.kwargs["every"]])
+            if is_whole and not chosen <= set(ids):
+                raise pytest.UsageError(f"{test}: {name} has no {chosen - set(ids)}")
+            for item in found:
+                if item.callspec.id not in chosen:
+                    item.add_marker(left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,16 @@ import pytest
 _LIBRARIES = []  # An operator lives as long as its library.
 
 
+class Torch:
+    """The module torch, which its first use imports; skips the test without it."""
+
+    def __getattr__(self, name):
+        return getattr(pytest.importorskip("torch"), name)
+
+
+torch = Torch()
+
+
 @functools.cache
 def import_torchvision():
     """Returns the module; skips the test where torch or torchvision is not installed.

@@ -15,7 +15,7 @@ import texts
 from recording import Recording
 
 from finetune_jax import config as configs
-from finetune_jax.models import resnet_cifar, vgg, vit
+from finetune_jax.models import efficientnet_lite, resnet_cifar, vgg, vit
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -54,9 +54,13 @@ SMALLER = {
     "vit_tiny_patch16": (vit, {"shape": vit.Shape(16, 2, 2, 16)}),
     "vgg11_bn": (vgg, {"widths": (4, 4, 4, 4, 4)}),
     "resnet20": (resnet_cifar, {"blocks": 1}),
+    "efficientnet_lite0": (
+        efficientnet_lite,
+        {"rows": efficientnet_lite.scaled(0.25, 0.1)},
+    ),
 }
 AT_RANDOM = ("joint_digits_fashion.py:tiny", "pretrain_fashion_mnist.py:tiny")
-QUICK = ("resnet_head.py:tiny", "diabetes_mlp.py:tiny", "iris_mlp.py:tiny")
+QUICK = ("iris_mlp.py:tiny",)
 # Others run the same keys; `tabular_transfer.py:target` begins with a run of the source.
 REPEATED = (
     "distill_digits.py:teacher,tiny",
@@ -103,6 +107,8 @@ def resolved(variant, tmp_path):
     if config.data.name == "folder":
         folder = pictures.make_folder(tmp_path / "photos")
         overrides += [("data.dir", str(folder)), ("data.image_size", "32")]
+    if config.model.name == "efficientnet_lite0":  # Its weights are for all its blocks.
+        overrides += [("init.pretrained", "None"), ("init.fresh", "()")]
     if config.data.text:  # A small model that knows few words.
         folder = TEXTS[config.data.labels](tmp_path / "texts")
         overrides += [("data.dir", str(folder)), ("init.pretrained", "None")]

@@ -92,6 +92,7 @@ def test_a_step_of_a_network_is_counted_as_by_xla(index):
     ("strategy", "arguments", "programs"),
     [("layerwise", {}, 5), ("alternating", {"cycles": 20}, 2), ("progressive", {}, 5)],
 )
+@pytest.mark.fast_runs("alternating-arguments1-2")
 def test_plan_mode_traces_each_program_once_and_compiles_nothing(
     strategy, arguments, programs, monkeypatch, capsys
 ):

@@ -406,6 +406,7 @@ def test_each_strength_of_the_jitter_changes_what_it_names_alone(strengths):
     assert amount.min() < low + quarter and amount.max() > high - quarter
 
 
+@pytest.mark.bits
 def test_a_jitter_of_no_strength_changes_no_bit():
     image = images(4)
     assert (augmented(("color_jitter",), image) == image).all()

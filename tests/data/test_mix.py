@@ -88,6 +88,7 @@ def test_cutmix_pastes_one_box_of_the_partner_whose_share_is_in_the_target():
     assert len(np.unique(pasted.sum(axis=(1, 2)))) > 10
 
 
+@pytest.mark.slow
 def test_boxes_of_cutmix_are_those_of_the_paper_for_their_share_and_centre():
     height, width = 32, 48
     stored = jnp.array([height, width])
@@ -215,6 +216,7 @@ def test_images_are_mixed_after_each_was_augmented():
     np.testing.assert_allclose(found["target"], soft, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_partner_that_could_not_be_read_takes_the_weight_of_both():
     learner = task((("mixup", 0.2),))
     batch = {name: array[0] for name, array in small.batch(6).items()}

@@ -66,6 +66,7 @@ def alone(other, hidden=(8,), **overrides):
 
 
 @pytest.mark.parametrize("kind", ["one", "jit", "pmap"])
+@pytest.mark.fast_runs("one")
 def test_a_domain_is_measured_as_a_run_of_its_own_would_be(other, kind):
     mode = {"one": ("jit", 1), "jit": ("jit", 8), "pmap": ("pmap", 8)}[kind]
     devices = {"parallel__mode": mode[0], "parallel__devices": mode[1]}
@@ -149,6 +150,7 @@ def pretrained(path, classes, seed=1):
 FRESH = {"init__fresh": ("head/.*",)}
 
 
+@pytest.mark.slow
 def test_the_pretrained_head_may_have_other_classes_than_the_run(other, tmp_path):
     """Five classes there, ten here: the weights' head serves its own domain."""
     data = {"name": "arrays", "dir": other, "mean": (0.5,), "std": (0.25,)}

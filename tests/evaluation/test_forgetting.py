@@ -184,6 +184,7 @@ def test_a_run_tells_what_has_moved_and_what_has_not(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.slow
 def test_eight_devices_measure_what_one_does(kind):
     found = []
     for mode, devices in (("jit", 1), (kind, 8)):
@@ -269,6 +270,7 @@ def test_fisher_information_is_the_mean_of_squares_of_gradients(monkeypatch, exa
         np.testing.assert_allclose(leaf, named(found)[name], rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_fisher_information_of_the_head_is_that_of_softmax_regression():
     """In expectation: the mean of p (1 - p) h^2, h being the head's input.
 

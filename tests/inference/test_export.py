@@ -83,6 +83,7 @@ def test_the_artifact_alone_gives_the_logits_of_predictions(finished, tmp_path):
     assert len((folder / "load.py").read_text().splitlines()) <= 20
 
 
+@pytest.mark.slow
 def test_the_card_says_how_good_and_how_to_load(finished, tmp_path):
     folder = export(finished, tmp_path / "out")
     card = (folder / "README.md").read_text()
@@ -104,6 +105,7 @@ def test_the_card_says_how_good_and_how_to_load(finished, tmp_path):
     assert about["outputs"]["logits"] == [None, 10]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_overwritten(finished, tmp_path):
     folder = export(finished, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -118,6 +120,7 @@ def test_what_is_there_is_not_overwritten(finished, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_told(finished, tmp_path):
     with pytest.raises(UserError) as error:
         export(finished, tmp_path / "out", formats="jacx,onyx")

@@ -122,6 +122,7 @@ def test_what_it_does_not_take_is_named(finished, tmp_path):
         pipeline(tmp_path)
 
 
+@pytest.mark.slow
 def test_feature_vectors(tmp_path):
     given = configs.load("configs/iris_mlp.py:tiny")
     config, problems = configs.resolve(given, [("parallel.devices", "1")])

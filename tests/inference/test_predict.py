@@ -183,6 +183,7 @@ def test_a_damaged_manifest_is_told(finished):
     path.write_text(json.dumps(whole))
 
 
+@pytest.mark.slow
 def test_a_run_of_feature_vectors_predicts_arrays(tmp_path):
     config, problems = configs.resolve(
         configs.load(str(ROOT / "configs" / "iris_mlp.py:tiny")),

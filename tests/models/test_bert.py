@@ -188,6 +188,7 @@ def logits(model, variables, x):
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "none"])
+@pytest.mark.fast_runs("cls")
 def test_padding_changes_no_bit_of_anything_else(pool):
     model, variables, x = randomised_tiny(pool)
     run = jax.jit(lambda x: model.apply(variables, x, train=False))
@@ -204,6 +205,7 @@ def test_padding_changes_no_bit_of_anything_else(pool):
     np.testing.assert_array_equal(ours, again)
 
 
+@pytest.mark.slow
 def test_a_longer_padding_changes_rounding_only():
     model, variables, x = randomised_tiny()
     longer = {name: np.pad(array, ((0, 0), (0, 3))) for name, array in x.items()}
@@ -215,6 +217,7 @@ def test_a_longer_padding_changes_rounding_only():
     "pool",
     ["cls", *(pytest.param(p, marks=pytest.mark.slow) for p in ("mean", "none"))],
 )
+@pytest.mark.slow
 def test_the_model_can_be_cut_at_every_stage(pool):
     model, variables, x = randomised_tiny(pool)
     assert model.stages == ("embeddings", "block1", "block2") + (

@@ -74,6 +74,7 @@ def test_rank_0_is_the_model_itself():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.fast_runs("mlp", "cnn", "resnet20")
 def test_every_kernel_outside_the_head_gets_an_update_in_every_family(name):
     x = inputs((32, 32, 3))
     plain, model = made(name), made(name, lora_rank=2)

@@ -73,6 +73,7 @@ def outputs(module, keys, examples):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.fast_runs("basic")
 def test_an_example_has_the_shortcut_alone_or_with_the_residual_scaled(name):
     found, whole, shortcut = outputs(BLOCKS[name], keys=256, examples=8)
     residual = whole - shortcut
@@ -177,6 +178,7 @@ def test_rate_0_draws_nothing_and_any_rate_has_the_same_parameters(name):
     assert draws(plain) == 0 < draws(some)
 
 
+@pytest.mark.slow
 def test_a_stage_drops_where_something_learns_in_training_and_only_there():
     task = small.task("resnet20", stochastic_depth=0.9)
     x = np.random.default_rng(0).normal(size=(16, 6, 6, 1)).astype(np.float32)

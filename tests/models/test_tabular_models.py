@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import torch
 
 from finetune_jax.core.pytrees import named
 from finetune_jax.models import make_model, stages_of
 
-torch = pytest.importorskip("torch")
 FIELDS = (("C1", 5), ("C2", 3), ("city", 7))
 NUMBERS, BATCH = 4, 6
 HEAD = {

@@ -154,6 +154,7 @@ def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.bits
 def test_a_run_has_its_bits_after_one_in_double_precision(tmp_path):
     def digest_of(name, *more):
         workdir = f"--workdir={tmp_path / name}"
@@ -171,6 +172,7 @@ def test_a_run_has_its_bits_after_one_in_double_precision(tmp_path):
 @pytest.mark.parametrize(
     "config", ["resnet_head", "mnist_target", "pretrain_fashion_mnist"]
 )
+@pytest.mark.fast_runs("resnet_head")
 def test_the_plan_needs_no_data_and_compiles_nothing(config, capsys, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("something was compiled")

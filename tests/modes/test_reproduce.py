@@ -86,6 +86,7 @@ def test_a_rerun_has_the_same_bits(finished):
     assert after == sorted([*before, "reproduce"])
 
 
+@pytest.mark.slow
 def test_another_seed_differs_from_the_first_line_on(finished):
     status, found = reproduced(finished, "--config.seed=1")
     assert (status, found["verdict"], found["first"]["step"]) == (3, "different", 0)

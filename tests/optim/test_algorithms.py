@@ -30,6 +30,7 @@ def params_of(trainer):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.fast_runs("sgd", "adamw", "lbfgs")
 def test_every_optimizer_lowers_the_loss_and_leaves_the_frozen_to_the_bit(name):
     line = LINE if OPTIMIZERS[name].evaluates == "value" else {}
     found = trainer(

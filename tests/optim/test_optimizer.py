@@ -87,6 +87,7 @@ def test_decay_spares_biases_and_is_decoupled_for_adamw_only():
     np.testing.assert_allclose(updates["stem"]["kernel"], -0.1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_state_of_names_works_with_a_line_search():
     """L-BFGS wants the value of the whole function, and fails beside masked leaves."""
     target = jax.tree.map(lambda p: np.full_like(p, 2.0), PARAMS)

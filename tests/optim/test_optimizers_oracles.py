@@ -249,6 +249,9 @@ def sgd(p, g, state, *, t, lr, wd, momentum=0.0):
         ("sam_adamw", {"rho": 0.1}, adamw, {"rho": 0.1}),
     ],
 )
+@pytest.mark.fast_runs(
+    "nadam-args2-nadam-their_args2-0.1", "lion-args7-lion-their_args7-0.1"
+)
 def test_an_optimizer_is_that_of_its_paper(name, args, step, their_args, decay):
     close(ours(name, args, decay)[0], run_numpy(step, decay, **their_args)[0])
 

@@ -27,6 +27,7 @@ def after(trainer, updates=3, micro_batches=1):
     return named(jax.tree.map(np.asarray, trainer.state.params)), metrics
 
 
+@pytest.mark.slow
 def test_l2_moves_weights_as_coupled_weight_decay_does():
     one, metrics = after(trainer(regularise=(("l2", 0.3, ".*kernel"),)))
     other, _ = after(trainer(weight_decay=0.3))
@@ -107,6 +108,7 @@ def test_l1_reaches_the_zeros_and_values_of_scikit_learn_s_lasso():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "sam_adamw", "muon"])
+@pytest.mark.fast_runs("sgd")
 def test_l1_gives_zeros_behind_any_optimizer_and_leaves_the_frozen(optimizer):
     found = trainer(
         optimizer=optimizer, regularise=(("l1", 1.0, "head/.*kernel"),),

@@ -47,6 +47,7 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"one_cycle"}))
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (9, 9), (9, 4)])
+@pytest.mark.fast_runs("1-1-constant", "9-9-linear", "9-4-cosine")
 def test_a_warm_up_rises_to_the_peak_before_any_schedule(name, steps, warmup):
     args = ARGS.get(name)
     rates = learning_rates(phase_of(name, steps=steps, warmup_steps=warmup, args=args))
@@ -59,6 +60,7 @@ def test_a_warm_up_rises_to_the_peak_before_any_schedule(name, steps, warmup):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.fast_runs("cosine")
 def test_float32_differs_from_float64_by_rounding_only(name):
     args = ARGS.get(name)
     rounded = np.abs(

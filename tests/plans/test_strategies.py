@@ -152,16 +152,12 @@ def test_the_table_has_every_strategy():
     assert public == {row.partition(" ")[0] for row in TABLE}
 
 
-# All of them in the slow suite, these in the fast one.
-FAST = ("head_only",)
-EACH_ROW = pytest.mark.parametrize(
-    "row",
-    [pytest.param(r, marks=() if r in FAST else pytest.mark.slow) for r in TABLE],
-)
+EACH_ROW = pytest.mark.parametrize("row", TABLE)
 
 
 @EACH_ROW
 @pytest.mark.ci_runs("head_only", "gradual", "bias_only", "lora")
+@pytest.mark.slow
 def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
     task, state = task_of(row), state_of(row)
     plan = plan_of(row, optimizer="sgd")
@@ -184,6 +180,7 @@ def test_exactly_what_a_phase_trains_moves_and_all_else_keeps_its_bits(row):
 
 @EACH_ROW
 @pytest.mark.ci_runs("head_only", "gradual", "bias_only", "lora")
+@pytest.mark.fast_runs("head_only")
 def test_a_unit_gradient_moves_each_parameter_by_minus_its_rate_bit_for_bit(row):
     task, params = task_of(row), state_of(row).params
     names, plan = tuple(named(params)), plan_of(row, optimizer="sgd")

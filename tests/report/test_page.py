@@ -274,6 +274,7 @@ def test_a_regression_has_its_own_metrics_and_curves(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [2, 20, 21, 40, 41, 120])
+@pytest.mark.fast_runs("2", "41")
 def test_a_confusion_matrix_of_many_classes_names_the_confused(tmp_path, classes):
     page = a_page(classes=classes, lines=[], right=[], wrong=[])
     counts, names, caption = page.confusion

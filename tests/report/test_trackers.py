@@ -18,6 +18,8 @@ from finetune_jax.report.metrics_log import MetricsLog, read_metrics
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.training.run import run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def logged(workdir):
     """Returns (step, name, number) of everything in metrics.jsonl."""
@@ -69,12 +71,14 @@ def test_event_files_hold_exactly_the_numbers_of_the_log(tmp_path):
     assert {step for step, _, _ in found} == set(range(7))
 
 
+@pytest.mark.slow
 def test_without_the_key_nothing_is_written(tmp_path):
     run(config(), tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert not (tmp_path / "run" / "wandb_id").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_every_number_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(small.Killed):
         small.die_before(patch, 5)
@@ -221,6 +225,7 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(wandb, tmp_path, monkeypatc
     assert wandb.runs[2].id != first.id
 
 
+@pytest.mark.slow
 def test_both_trackers_may_be_on(wandb, tmp_path):
     run(config(wandb="flowers", tensorboard=True), tmp_path / "run")
     assert wandb.runs[0].told == shown(tmp_path / "run") == logged(tmp_path / "run")
@@ -233,6 +238,7 @@ def test_both_trackers_may_be_on(wandb, tmp_path):
         ("wandb", {"wandb": "flowers"}, "wandb"),
     ],
 )
+@pytest.mark.fast_runs("wandb-report1-wandb")
 def test_a_missing_package_is_named_with_its_extra(
     package, report, extra, tmp_path, monkeypatch
 ):

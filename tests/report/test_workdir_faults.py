@@ -136,6 +136,7 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
         read_image(path)
 
 
+@pytest.mark.slow
 def test_file_names_may_be_in_any_encoding(tmp_path):
     folder = pictures.make_folder(tmp_path / "photos")
     place = sorted(path for path in folder.rglob("*.*") if path.is_file())[0]

@@ -127,6 +127,7 @@ def assert_same(one, other, tolerance=1e-5):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_members_have_the_numbers_of_single_runs_in_fewer_calls(
     in_turn, tmp_path, calls, capsys
 ):

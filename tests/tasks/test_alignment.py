@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import torch
 
 from finetune_jax.tasks.objectives.domain_losses import (
     confident,
@@ -16,7 +17,6 @@ from finetune_jax.tasks.objectives.domain_losses import (
     uncertainty_weighted,
 )
 
-torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(0)
 SOURCE, TARGET = RNG.normal(size=(6, 4)), RNG.normal(0.5, 2.0, size=(5, 4))
 # An example that could not be read counts nothing.
@@ -117,18 +117,17 @@ def test_coral_is_torchs_and_leaves_out_what_has_no_weight():
     )
 
 
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, strength):
-        ctx.strength = strength
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return -ctx.strength * gradient, None
-
-
 def test_gradient_reversal_and_its_discriminator_are_torchs():
+    class Reversed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, strength):
+            ctx.strength = strength
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return -ctx.strength * gradient, None
+
     weights = RNG.normal(size=(4, 1))
 
     def ours(source, target, weights):

@@ -74,6 +74,7 @@ def test_devices_agree_in_float64(method):
 @pytest.mark.parametrize(
     "method", [pytest.param("mmd", marks=pytest.mark.slow), "coral"]
 )
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_source_and_a_distance(method):
     made = task(model="mlp", method=method, strength=2.0)
     state = run_once(lambda: random_state(made, 0))
@@ -124,6 +125,7 @@ def test_the_discriminator_learns_what_the_classifier_unlearns():
             assert np.any(once)
 
 
+@pytest.mark.slow
 def test_a_phase_that_trains_nothing_gives_the_target_its_running_averages():
     """AdaBN: no parameter moves, and no average is the source's."""
     adapt = Phase(
@@ -148,6 +150,7 @@ def test_a_phase_that_trains_nothing_gives_the_target_its_running_averages():
 
 
 @pytest.mark.slow
+@pytest.mark.bits
 def test_a_stopped_run_with_adabn_ends_in_the_same_bits(tmp_path):
     """And its second phase moves what is measured on the target, not its parameters."""
     source = Phase(name="source", steps=20, optimizer="adam", peak_lr=1e-2)

@@ -113,6 +113,7 @@ def test_heads_are_each_domains_own_and_the_rest_is_shared():
     assert named_stages.stages[:3] == ("stage1", "one/stage2", "one/head")
 
 
+@pytest.mark.slow
 def test_a_shared_stage_gets_the_gradient_of_both_domains():
     """And a head that of its own domain only."""
     made, phase = task(model="mlp"), Phase(name="all", steps=1, optimizer="sgd")
@@ -150,6 +151,7 @@ def test_running_averages_are_shared_or_each_domains_own():
         np.testing.assert_allclose(mean, (one + two) / 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_of_shared_stages_runs_as_in_evaluation():
     head = Phase(
         name="heads", steps=1, optimizer="sgd",
@@ -229,6 +231,7 @@ def test_devices_agree_in_float64():
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["weights", "round_robin"])
 @pytest.mark.ci_runs("weights")
+@pytest.mark.bits
 def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, mixing):
     config = mixtures.config(
         DIGITS, INVERTED, data={"test": "test", "validation": None, "mixing": mixing},

@@ -198,6 +198,7 @@ def test_the_mask_knows_the_passage_and_no_padding():
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])
+@pytest.mark.fast_runs("1")
 def test_the_best_span_is_the_one_that_trying_all_finds(longest):
     rng = np.random.default_rng(longest)
     share, inside = rng.normal(size=(20, 9, 2)), rng.random((20, 9)) < 0.7

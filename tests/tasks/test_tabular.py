@@ -68,6 +68,7 @@ def trained(config, phase, updates=3):
     return before, after
 
 
+@pytest.mark.slow
 def test_fields_are_frozen_by_rule(tmp_path):
     config = config_of(small(tmp_path), overrides=[("data.name", "csv")])
     rules = ((r"embeddings/(city|zip)/.*", 0.0), (".*", 1.0))
@@ -130,6 +131,7 @@ def test_a_run_is_evaluated_and_predicts_with_what_was_fitted(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.bits
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(tmp_path):
     config = config_of(clicks.write(tmp_path / "t.txt", clicks.rows(60)))
     whole = run(config, tmp_path / "whole")
@@ -184,6 +186,7 @@ def started(config):
 
 
 @pytest.mark.parametrize("kind", ["glove", "word2vec", "bin"])
+@pytest.mark.fast_runs("glove")
 def test_word_vectors_become_rows_of_the_words_that_there_are(kind, tmp_path):
     path, words = vectors_in(tmp_path, kind)
     given = [("data.name", "csv"), ("init.embeddings", f"(('city', 'file:{path}'),)")]

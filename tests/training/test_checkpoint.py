@@ -68,7 +68,9 @@ def flipped(path, position):
 
 
 @NOISE
-@pytest.mark.parametrize("each", [6, pytest.param(80, marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
+@pytest.mark.parametrize("each", [6, 80])
+@pytest.mark.ci_runs("6")
 def test_a_flipped_bit_is_found_or_harmless(setup, tmp_path, each):
     """Every file of a checkpoint, some places each; more than a thousand in all."""
     state, progress = some_state(setup, 0), Progress(phase=0)

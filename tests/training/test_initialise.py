@@ -98,6 +98,7 @@ STD = {
 
 
 @pytest.mark.parametrize("name", STD)
+@pytest.mark.fast_runs("kaiming_normal")
 def test_variances_are_those_of_the_papers_fans(name):
     values = drawn(name)
     # Five standard errors of the standard deviation of a normal sample.
@@ -203,6 +204,7 @@ def test_schemes_agree_with_those_of_torch(name, arguments, shape):
 # What the weights gave
 
 
+@pytest.mark.slow
 def test_shuffled_values_are_a_permutation_of_the_pretrained_ones():
     before, after = leaves(model()[2]), started(("stage.*", "shuffled"))
     for name in ("stage2/conv/kernel", "stage2/bn/scale", "stage3/dense/kernel"):
@@ -260,6 +262,7 @@ def test_a_cut_model_is_pretrained_below_and_as_new_above(at):
     "scheme",
     ["xavier_normal", "kaiming_uniform", "lecun_normal", "orthogonal", "lsuv"],
 )
+@pytest.mark.fast_runs("orthogonal")
 def test_schemes_for_kernels_start_all_else_as_the_model_does(scheme):
     _, own, loaded = model()
     found = started(("(stage2|head)/.*", scheme))
@@ -344,6 +347,7 @@ def test_lsuv_gives_every_layer_unit_variance_on_the_first_batch(arguments):
         np.testing.assert_allclose(gram / gram[0, 0], np.eye(len(gram)), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_lsuv_scales_what_it_matches_and_stops_after_its_rounds():
     scheme = ("stage3/dense/kernel", "lsuv", 0.01, 1)
     plain = make_setup(config()).start()[0]

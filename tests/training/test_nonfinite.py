@@ -74,6 +74,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_by_default_the_run_stops_and_keeps_what_the_update_got(data, tmp_path):
     with pytest.raises(TrainingError, match="norms of the gradient") as caught:
         run(config(data, "stop"), tmp_path / "run")
@@ -135,6 +136,7 @@ def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize("updates", [5, 1])
 @pytest.mark.ci_runs("5-rollback")
+@pytest.mark.bits
 def test_stopped_again_and_again_it_ends_in_the_same_bits(
     data, tmp_path, policy, updates
 ):

@@ -115,14 +115,9 @@ def test_a_finished_run_run_again_gives_the_same_bits(undisturbed, tmp_path):
     assert other["params_sha256"] != again["params_sha256"]
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(1, marks=pytest.mark.exhaustive),
-        6,
-        pytest.param(13, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 6, 13])
+@pytest.mark.ci_runs("6")
 def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     undisturbed, tmp_path, monkeypatch, step
 ):
@@ -136,6 +131,7 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.bits
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp_path):
     result, stops = small.run_with_stops(config(), tmp_path / "run")
     assert stops == 16
@@ -357,6 +353,7 @@ KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
     ids=["once", "each phase"],
 )
 @pytest.mark.ci_runs("once")
+@pytest.mark.bits
 def test_sigkill_and_sigterm_end_in_the_same_bits(tmp_path, signals):
     path = written_config(tmp_path)
     process = started(path, tmp_path / "whole")

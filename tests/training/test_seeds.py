@@ -38,6 +38,7 @@ def start(*overrides):
         ("order", (True, True, True)),
     ],
 )
+@pytest.mark.fast_runs("init-same0")
 def test_a_seed_moves_what_it_is_of_and_nothing_else(source, same):
     one, other = start(), start((f"seed.{source}", "1"))
     found = (

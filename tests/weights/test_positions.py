@@ -64,6 +64,7 @@ def values(shapes):
 
 
 @pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.fast_runs("True")
 def test_weights_for_images_of_another_size_are_resized_where_they_are_loaded(
     class_token,
 ):
