@@ -75,7 +75,7 @@ def program(name: str):
         kind="images", shape=shape, train_shape=shape, dtype="uint8", inputs=ArraySpec(),
         class_names=tuple("0123456789"), train_counts=(100,) * 10,
     )  # fmt: skip
-    task = make_task(config, spec)
+    task = make_task(config.task, config.model, config.precision, spec)
     state = run_once(lambda: random_state(task, 0))
     found = phase_setup((PHASE,), 0, task, tuple(named(state.params)))
     state = state.replace(opt_state=found.optimizer().init(state.params))

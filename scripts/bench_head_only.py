@@ -40,7 +40,9 @@ def programs(address: str, batch_size: int) -> dict:
     """Returns (compiled program, arguments) by what it does."""
     config, problems = configs.resolve(configs.load(address))
     assert not problems
-    task = make_task(config, data_of(config)[0].spec)
+    task = make_task(
+        config.task, config.model, config.precision, data_of(config)[0].spec
+    )
     state = run_once(lambda: random_state(task, 0))
     flat = _noise(task.batch_spec, batch_size)
     batch = _noise(task.train_batch_spec, batch_size)

@@ -167,7 +167,7 @@ def our_steps(config: Any, data: Any) -> Any:
     from finetune_jax.training.phases import phase_setup
     from finetune_jax.training.step import train_step
 
-    task = make_task(config, data.spec)
+    task = make_task(config.task, config.model, config.precision, data.spec)
     state = jax.jit(lambda: random_state(task, 0))()
     plan = plan_from_config(config.plan)
     phase = phase_setup(plan, 0, task, tuple(named(state.params)))

@@ -10,12 +10,12 @@ from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data import preprocessing
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.preemption import Stop
@@ -118,10 +118,18 @@ def spec(shape=(12, 12, 1), classes=10, **fields):
 
 
 def task(model="resnet8", shape=(12, 12, 1), overrides=(), fields=(), **arguments):
-    return make_task(
+    return task_of(
         config(model=model, overrides=overrides, **arguments),
         spec(shape, **dict(fields)),
     )
+
+
+def task_of(config, spec):
+    return make_task(config.task, config.model, config.precision, spec)
+
+
+def variables(params, batch_stats=None):
+    return {"params": params, "batch_stats": batch_stats or {}}
 
 
 def batch(examples=32, shape=(12, 12, 1), micro_batches=1, seed=0):
@@ -163,9 +171,7 @@ class Trainer:
         """Returns what the head sees of a batch [b, ...], as a numpy array [b, F]."""
         micro = self.task.prepare(micro, jax.random.key(0), EVALUATION)
         state = self.state
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        last = self.task.stages[-2]
-        maps, _ = apply(
-            self.task, "", variables, micro["inputs"], mode=EVALUATION, last=last
-        )
+        last = self.task.models.stages[-2]
+        of_state = variables(state.params, state.batch_stats)
+        maps, _ = self.task.models.apply(of_state, micro["inputs"], last=last)
         return np.asarray(maps).reshape(len(maps), -1)

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune_jax import config as configs
 from finetune_jax.data.dataset import Dataset
-from finetune_jax.tasks.task import EVALUATION, apply
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.training.setup import Setup, make_setup
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "efficientnet_flowers.py"
@@ -30,10 +30,7 @@ def features(setup: Setup, dataset: Dataset, variables: dict) -> np.ndarray:
     @jax.jit
     def run(variables, inputs):
         batch = setup.task.prepare({"inputs": inputs}, jax.random.key(0), EVALUATION)
-        found, _ = apply(
-            setup.task, "", variables, batch["inputs"], mode=EVALUATION, last="pool"
-        )
-        return found
+        return setup.task.models.apply(variables, batch["inputs"], last="pool")[0]
 
     rows = []
     for start in range(0, len(dataset), BATCH):

@@ -1,5 +1,6 @@
 """Functions and modules by name, their arguments checked; wrong names get a hint."""
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -124,7 +125,8 @@ def call(
     Names and kinds are checked by the signature, ranges by the function itself: see `need`.
 
     Args:
-        function: Function whose other arguments show their kinds by their defaults.
+        function: Function whose other arguments show their kinds by their defaults. An
+            argument whose default is a dataclass takes its fields as arguments instead.
         arguments: Arguments of the user, by name or in the order of the signature.
         where: Config key of the arguments, for the message.
         **given: Arguments of the program.
@@ -132,33 +134,54 @@ def call(
     Raises:
         UserError: Lists unknown, missing and unsuitable arguments.
     """
-    parameters = inspect.signature(function).parameters
-    names = [name for name in parameters if name not in given]
+    defaults, grouped = _defaults(function, given)
     if not isinstance(arguments, Mapping):
-        if len(arguments) > len(names):
-            takes = f"({', '.join(names)})" if names else "no arguments"
+        if len(arguments) > len(defaults):
+            takes = f"({', '.join(defaults)})" if defaults else "no arguments"
             raise UserError(Problem(where, f"takes {takes}, not {tuple(arguments)!r}"))
-        arguments = dict(zip(names, arguments))
+        arguments = dict(zip(defaults, arguments))
     problems = [
-        Problem(f"{where}.{name}", f"unknown{closest(name, names)}")
+        Problem(f"{where}.{name}", f"unknown{closest(name, defaults)}")
         for name in arguments
-        if name not in names
+        if name not in defaults
     ]
     problems += [
         Problem(f"{where}.{name}", "missing")
-        for name in sorted(set(names) - set(arguments))
-        if parameters[name].default is inspect.Parameter.empty
+        for name in sorted(defaults.keys() - set(arguments))
+        if defaults[name].default is inspect.Parameter.empty
     ]
     problems += [
         Problem(f"{where}.{name}", f"{value!r}; {example!r} is such a value")
         for name, value in arguments.items()
-        if name in names and not _is_like(value, example := _example(parameters[name]))
+        if name in defaults and not _is_like(value, example := _example(defaults[name]))
     ]
     raise_if(problems)
+    rest = dict(arguments)
+    for name, (default, fields) in grouped.items():
+        own = {field: rest.pop(field) for field in fields if field in rest}
+        given[name] = dataclasses.replace(default, **own)
     try:
-        return function(**arguments, **given)
+        return function(**rest, **given)
     except OutOfRange as error:
         raise UserError(Problem(where, str(error))) from error
+
+
+def _defaults(
+    function: Callable, given: Mapping[str, Any]
+) -> tuple[dict[str, inspect.Parameter], dict[str, tuple[Any, list[str]]]]:
+    """Returns the arguments of a user, and the dataclasses that group some of them."""
+    found, grouped = dict[str, inspect.Parameter](), {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        default: Any = parameter.default
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            fields = [field.name for field in dataclasses.fields(default)]
+            for field in fields:
+                value = getattr(default, field)
+                found[field] = parameter.replace(name=field, default=value)
+            grouped[name] = default, fields
+        elif name not in given:
+            found[name] = parameter
+    return found, grouped
 
 
 def need(*rules: tuple[bool, str]) -> None:

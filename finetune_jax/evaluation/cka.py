@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.pytrees import part
-from finetune_jax.tasks.task import EVALUATION, Task, apply
+from finetune_jax.models.modes import EVALUATION
+from finetune_jax.tasks.task import Task
 
 # Number of features whose products are computed at once: bounds memory; chosen by us.
 GRAM_COLUMNS = 2**14
@@ -18,13 +18,12 @@ def stage_features(
 ) -> dict[str, jax.Array]:
     """Returns the output of every stage in evaluation, [B, F] each."""
     batch = task.prepare(batch, jax.random.key(0), EVALUATION)
-    trees, found, x = {"params": params, "batch_stats": batch_stats}, {}, None
-    for stage in task.stages:
+    variables, found, x = {"params": params, "batch_stats": batch_stats}, {}, None
+    for stage in task.models.stages:
         prefix, _, name = stage.rpartition("/")
-        if name == task.models[prefix].stages[0]:  # type: ignore[attr-defined]
+        if name == task.models[prefix].stages[0]:
             x = batch["inputs"]
-        variables = {key: part(tree, prefix) for key, tree in trees.items()}
-        x, _ = apply(task, prefix, variables, x, mode=EVALUATION, first=name, last=name)
+        x, _ = task.models.apply(variables, x, prefix=prefix, first=name, last=name)
         found[stage] = jnp.concatenate(
             [
                 leaf.reshape(leaf.shape[0], -1)

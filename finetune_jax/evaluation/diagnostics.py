@@ -110,7 +110,7 @@ class _Distance:
 
     def __call__(self, evaluator: Evaluator, placed: TrainState) -> dict[str, float]:
         now = evaluator.devices.to_host(evaluator.chosen(placed))
-        found = distances(self._start, now, evaluator.task.prefixes)
+        found = distances(self._start, now, evaluator.task.models.prefixes)
         return {f"distance/{stage}": value for stage, value in found.items()}
 
 
@@ -168,7 +168,7 @@ class _Similarity:
         step = functools.partial(stage_features, task=evaluator.task)
         arguments = params, batch_stats
         features = evaluator.rows("features", step, arguments, self._dataset)
-        return {stage: gram(features[stage]) for stage in evaluator.task.stages}
+        return {stage: gram(features[stage]) for stage in evaluator.task.models.stages}
 
 
 def domain_named(domains: tuple[Domain, ...], label: str) -> Domain:

@@ -1,10 +1,11 @@
-"""The evaluation step: outputs of a batch, and its loss."""
+"""The evaluation step: outputs of a batch."""
 
 from typing import Any
 
 import jax
 
-from finetune_jax.tasks.task import EVALUATION, Task
+from finetune_jax.models.modes import EVALUATION
+from finetune_jax.tasks.task import Task
 
 
 def eval_step(
@@ -15,19 +16,28 @@ def eval_step(
     *,
     task: Task,
     first: str | None = None,
+    domain: str | None = None,
 ) -> dict:
-    """Returns the task's outputs for one batch, a row an example.
+    """Returns the task's outputs for one batch, one row per example.
 
     Args:
         params: From `eval_params`.
         batch_stats: Running averages.
-        fixed: Arrays that the task reads and nobody updates.
-        batch: Arrays [b, ...], with 'inputs', or with the 'features' that `first` gets.
+        fixed: Arrays of the loss; outputs do not read them.
+        batch: Arrays [b, ...], with 'inputs', or with 'features', the input of `first`.
         task: Has the outputs.
         first: The stage up to which the model is computed on its own.
+        domain: The domain of the batch, in a task of several.
     """
+    del fixed
+    variables = {"params": params, "batch_stats": batch_stats}
+    if domain is not None and task.domains is not None:
+        variables = task.domains.variables_of(domain, variables)
+        task = task.domains.tasks[domain]
     if "features" not in batch:
         batch = task.prepare(batch, jax.random.key(0), EVALUATION)
         if first is not None:
-            batch = task.with_features(params, batch_stats, batch, first=first)
-    return task.outputs(params, batch_stats, fixed, batch, first=first)
+            batch = task.models.with_features(variables, batch, first=first)
+    if "features" in batch:
+        batch = task.models.unpacked(batch)
+    return task.outputs(variables, batch, first=first)

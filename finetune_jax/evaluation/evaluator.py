@@ -97,10 +97,9 @@ class Evaluator:
                 computes the whole model in one program.
             ema: Whether to use averaged weights; None is `chosen_ema`.
         """
-        task = self.task if domain is None else self.task.of_domain(domain)
         ema = self.chosen_ema if ema is None else ema
         first = prefix and prefix.first
-        step = functools.partial(eval_step, task=task, first=first)
+        step = functools.partial(eval_step, task=self.task, first=first, domain=domain)
         params = eval_params(placed, ema=ema)
         arguments = params, placed.batch_stats, self.fixed["task"]
         examples: BatchSource = dataset
@@ -167,7 +166,9 @@ class Evaluator:
         def metrics_of(
             dataset: Dataset, ema: bool, domain: str | None = None
         ) -> dict[str, float]:
-            task = self.task if domain is None else self.task.of_domain(domain)
+            task = self.task
+            if domain is not None and task.domains is not None:
+                task = task.domains.tasks[domain]
             outputs = self.outputs(placed, dataset, domain, prefix=prefix, ema=ema)
             return task.metrics(outputs, dataset.kept().on_host())
 

@@ -12,7 +12,8 @@ from finetune_jax.core.pytrees import count, like, named, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.other_domains import Domain, with_head
-from finetune_jax.tasks.task import EVALUATION, Task
+from finetune_jax.models.modes import EVALUATION
+from finetune_jax.tasks.task import Task
 
 # Values of the gradients of single examples on the device at once, and the most examples:
 # bounds of memory, chosen by us.
@@ -42,10 +43,11 @@ def domain_fisher(
         )
     )
     if domain.head == "pretrained":
+        models = domain.task.models
         found |= {
             name: np.zeros_like(leaf)
             for name, leaf in named(start.params).items()
-            if stage_of(name, domain.task.prefixes) in domain.task.heads
+            if stage_of(name, models.prefixes) in models.heads
         }
     return like(start.params, found)
 
@@ -106,7 +108,8 @@ def _squared_gradients(
 
         def log_likelihood(params: Any) -> jax.Array:
             alone = jax.tree.map(lambda x: x[None], example)
-            logits_K = task.outputs(params, batch_stats, {}, alone)["logits"][0]
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits_K = task.outputs(variables, alone)["logits"][0]
             logits_K = logits_K.astype(jnp.promote_types(logits_K.dtype, jnp.float32))
             drawn = jax.random.categorical(rng, jax.lax.stop_gradient(logits_K))
             return jax.nn.log_softmax(logits_K)[drawn]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +83,7 @@ def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarr
     return {
         name: leaf
         for name, leaf in named({"params": params, "batch_stats": batch_stats}).items()
-        if stage_of(name.partition("/")[2], task.prefixes) in task.heads
+        if stage_of(name.partition("/")[2], task.models.prefixes) in task.models.heads
     }
 
 
@@ -315,12 +314,12 @@ def _task_and_head(
     classes = len(spec.class_names)
     logits = _logits(config, data)
     if entry.head != "pretrained":
-        return _task(config, data, spec, logits), {}
+        return _task(config, spec, logits), {}
     assert weights is not None
     problems = []
     # Such a head is the domain's own, or that of a model with the run's own logits.
     for count in dict.fromkeys((classes, max(logits, classes))):
-        task = _task(config, data, spec, count)
+        task = _task(config, spec, count)
         try:
             return task, _pretrained_head(task, weights, spec, config.init.accept)
         except UserError as error:
@@ -332,13 +331,9 @@ def _task_and_head(
     )
 
 
-def _task(config: Config, data: Data, spec: DataSpec, classes: int) -> Task:
-    described = types.SimpleNamespace(
-        task=config.task,
-        model={**dict(config.model), "classes": classes},
-        precision=config.precision,
-    )
-    return make_task(described, spec)
+def _task(config: Config, spec: DataSpec, classes: int) -> Task:
+    model = {**dict(config.model), "classes": classes}
+    return make_task(config.task, model, config.precision, spec)
 
 
 def _pretrained_head(
@@ -357,13 +352,14 @@ def _pretrained_head(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
         {"params": shapes.params, "batch_stats": shapes.batch_stats},
     )
-    others = (rf"(?!({'|'.join(map(re.escape, task.heads))})/).*",)
-    has_others = len(task.stages) > len(task.heads)
+    heads = task.models.heads
+    others = (rf"(?!({'|'.join(map(re.escape, heads))})/).*",)
+    has_others = len(task.models.stages) > len(heads)
     loaded = load_weights(
         zeros, weights, fresh=others if has_others else (), accept=accept
     )
     kept = check_labels(weights.address, spec.names, weights.class_names, accept)
-    for stage in task.heads:
+    for stage in heads:
         loaded = kept.placed(loaded, stage)
     return _last_stage(task, loaded["params"], loaded["batch_stats"])
 

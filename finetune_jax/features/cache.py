@@ -23,7 +23,8 @@ from finetune_jax.data.batches import BatchSource, Views, evaluation_batches
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.features import cache_keys
-from finetune_jax.features.frozen_prefix import at_a_time, features_step, taught_step
+from finetune_jax.features.frozen_prefix import at_a_time, features_step, teacher_step
+from finetune_jax.models.modes import EVALUATION, Mode
 from finetune_jax.parallel.devices import (
     Devices,
     concurrent_batch,
@@ -31,7 +32,7 @@ from finetune_jax.parallel.devices import (
     stable_batch,
 )
 from finetune_jax.parallel.executor import outputs
-from finetune_jax.tasks.task import EVALUATION, TAUGHT, Mode, Task
+from finetune_jax.tasks.task import TEACHER_OUTPUTS, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,10 +122,11 @@ def frozen_prefix(task: Task, state: TrainState, mode: Mode) -> FrozenPrefix | N
         state: State on the host.
         mode: Mode of the phase.
     """
-    first = task.first_learning(mode)
+    first = task.models.frozen_prefix_end(mode)
     if first is None:
         return None
-    before = task.stages[: task.stages.index(first)]
+    stages = task.models.stages
+    before = stages[: stages.index(first)]
     params, batch_stats = (
         {stage: tree[stage] for stage in before if stage in tree}
         for tree in (state.params, state.batch_stats)
@@ -163,7 +165,7 @@ class Teachers:
 
     def step(self, task: Task, mode: Mode, rows: int | None = None) -> Callable:
         """Returns the function of (*variables, rng, batch) that computes the outputs."""
-        return functools.partial(taught_step, task=task, mode=mode, rows=rows)
+        return functools.partial(teacher_step, task=task, mode=mode, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ class TeacherOutputs:
     def take(self, positions: np.ndarray) -> dict[str, Any]:
         """Returns arrays of the examples, and 'taught'."""
         outputs = self.outputs.take(positions)["features"]
-        return {**self.examples.take(positions), TAUGHT: outputs}
+        return {**self.examples.take(positions), TEACHER_OUTPUTS: outputs}
 
 
 # A function of examples whose outputs no update changes.

@@ -1,4 +1,4 @@
-"""What frozen stages and teachers make of a batch, in an update or to be kept."""
+"""Outputs of frozen stages and teachers for a batch, in the step or for the cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,42 +8,55 @@ import jax.numpy as jnp
 
 from finetune_jax.core.pytrees import nbytes
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.tasks.task import TAUGHT, Mode, Task, with_taught
+from finetune_jax.models.modes import Mode
+from finetune_jax.tasks.task import TEACHER_OUTPUTS, Task
 
 # Bytes of a large example; photos of 224 pixels have 150,000. Chosen by us.
 LARGE = 100_000
 
 
-def with_frozen(
+def with_teacher_outputs(task: Task, fixed: Any, batch: dict) -> dict:
+    """Returns a prepared batch with the outputs of the teachers, if there are any."""
+    if task.teachers is None or TEACHER_OUTPUTS in batch:
+        return batch
+    # The barriers keep XLA from fusing across them: the bits are those of the cache.
+    inputs = jax.lax.optimization_barrier(batch["inputs"])
+    outputs = task.teachers.outputs(fixed, inputs)
+    return {**batch, TEACHER_OUTPUTS: jax.lax.optimization_barrier(outputs)}
+
+
+def with_frozen_outputs(
     task: Task, state: TrainState, fixed: Any, first: str | None, batch: dict
 ) -> dict:
-    """Returns a prepared batch with what teachers say and what stage `first` gets.
+    """Returns a prepared batch with teacher outputs and the input of stage `first`.
 
     Args:
         task: Has the models.
-        state: Has the parameters of the stages before.
-        fixed: What the task reads and nobody updates.
-        first: From `Task.first_learning`.
+        state: Has the parameters of the stages before `first`.
+        fixed: Variables of the teachers.
+        first: From `ModelSet.frozen_prefix_end`.
         batch: Arrays [b, ...].
     """
-    batch = with_taught(task, fixed, batch)
+    batch = with_teacher_outputs(task, fixed, batch)
     if first is None:
         return batch
-    return task.with_features(state.params, state.batch_stats, batch, first=first)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return task.models.with_features(variables, batch, first=first)
 
 
 def is_large(task: Task) -> bool:
-    """Returns whether few examples take much memory, and keep a processor busy."""
+    """Returns whether a few examples fill the memory and keep the processor busy."""
     return nbytes(task.batch_spec) >= LARGE
 
 
 def at_a_time(task: Task, examples: int, rows: int) -> int | None:
-    """Returns how many examples of a batch frozen stages get at a time; None: all.
+    """Returns the chunk size of frozen stages for a batch; None: the whole batch.
 
     Args:
         task: Says how large an example is.
-        examples: Of the batch.
-        rows: Of a part, if it divides them; else it is the largest that does.
+        examples: Size of the batch.
+        rows: Wanted chunk size. If it does not divide the batch, the largest smaller
+            divisor is taken.
     """
     if rows == 1 or not is_large(task):
         return None
@@ -51,67 +64,67 @@ def at_a_time(task: Task, examples: int, rows: int) -> int | None:
     return fitting if fitting >= rows / 3 else None
 
 
-def part_by_part(make: Callable[[dict], Any], batch: dict, rows: int | None) -> Any:
-    """Returns what `make` does of a batch, in the memory that a part of it takes.
+def in_chunks(make: Callable[[dict], Any], batch: dict, rows: int | None) -> Any:
+    """Returns `make(batch)`, computed chunk by chunk to save memory.
 
     Args:
-        make: Makes a row of an example.
+        make: Returns one row per example.
         batch: Prepared.
-        rows: Examples in a part, by which a larger batch is divided; None: it is whole.
+        rows: Chunk size, a divisor of the batch; None: the whole batch.
     """
     count = len(batch["label"])
     if rows is None or count <= rows:
         return make(batch)
-    # Parts of a batch may be of size 0, of which -1 says nothing.
+    # A leaf may have size 0, for which reshape cannot infer a -1.
     number = count // rows
-    parts = jax.tree.map(lambda x: x.reshape(number, rows, *x.shape[1:]), batch)
-    made = jax.lax.map(make, parts)
+    chunks = jax.tree.map(lambda x: x.reshape(number, rows, *x.shape[1:]), batch)
+    made = jax.lax.map(make, chunks)
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), made)
 
 
-def as_kept(
+def as_cached(
     make: Callable[[dict], dict],
     batch: dict,
     state: TrainState,
     rows: int,
 ) -> dict:
-    """Returns what `make` does of a batch, to the bits of what is kept.
+    """Returns `make(batch)` with the bits of the cached features.
 
     Args:
-        make: From `with_frozen`, of all examples or part by part.
+        make: `with_frozen_outputs`, for the whole batch or in chunks.
         batch: Prepared.
-        state: Of the update.
-        rows: It is made of a multiple of so many examples, with zeros after the batch.
+        state: State of the update.
+        rows: The batch is padded with zeros to a multiple of this.
     """
     count = len(batch["label"])
     more = -count % rows
-    filled = jax.tree.map(
+    padded = jax.tree.map(
         lambda x: jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]), batch
     )
-    shapes = jax.eval_shape(make, filled)
-    # A branch that is always taken: XLA fuses nothing across it, not even what a barrier
-    # parts, so that what follows is computed as it is from kept features.
+    shapes = jax.eval_shape(make, padded)
+    # A branch that is always taken. XLA fuses nothing across it, not even operations that
+    # a barrier separates, so the rest is computed as it is from cached features.
     made = jax.lax.cond(
         state.step >= 0,
         make,
         lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-        filled,
+        padded,
     )
     return jax.tree.map(lambda leaf: leaf[:count], made)
 
 
 def augmentation_key(rng: Any, number: Any) -> jax.Array:
-    """Returns the key from which images are augmented.
+    """Returns the key for augmenting images.
 
     Args:
-        rng: Of the state.
-        number: Of the update.
+        rng: Keys of the state.
+        number: Number of the update.
     """
     for_images, _ = jax.random.wrap_key_data(rng)
     return jax.random.split(jax.random.fold_in(for_images, number))[0]
 
 
-def taught_step(
+def teacher_step(
     fixed: Any,
     rng: Any,
     batch: dict,
@@ -120,19 +133,21 @@ def taught_step(
     mode: Mode,
     rows: int | None = None,
 ) -> Any:
-    """Returns what `Task.taught` says of a batch, a row an example.
+    """Returns the outputs of the teachers for a batch, one row per example.
 
     Args:
-        fixed: What the task reads and nobody updates.
-        rng: Of the state; used where the mode augments.
-        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
+        fixed: Variables of the teachers.
+        rng: Keys of the state, for augmentation.
+        batch: Arrays [b, ...]; 'position' distinguishes the views of an example.
         task: Has the teachers.
         mode: EVALUATION augments nothing.
-        rows: Examples that are in work at a time; None: all.
+        rows: Chunk size; None: the whole batch.
     """
     batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return part_by_part(
-        lambda part: with_taught(task, fixed, part)[TAUGHT], batch, rows
+    return in_chunks(
+        lambda chunk: with_teacher_outputs(task, fixed, chunk)[TEACHER_OUTPUTS],
+        batch,
+        rows,
     )
 
 
@@ -147,21 +162,22 @@ def features_step(
     mode: Mode,
     rows: int | None = None,
 ) -> Any:
-    """Returns what stage `first` gets of a batch, a row an example.
+    """Returns the input of stage `first` for a batch, one row per example.
 
     Args:
-        params: Of the stages before it, at least.
-        batch_stats: Likewise.
-        rng: Of the state; used where the mode augments.
-        batch: Arrays [b, ...]; 'position' tells the views of an example apart.
+        params: Parameters of the stages before it, at least.
+        batch_stats: Batch statistics of the stages before it, at least.
+        rng: Keys of the state, for augmentation.
+        batch: Arrays [b, ...]; 'position' distinguishes the views of an example.
         task: Has the model.
-        first: A stage.
+        first: The stage.
         mode: EVALUATION augments nothing.
-        rows: Examples that are in work at a time; None: all.
+        rows: Chunk size; None: the whole batch.
     """
+    variables = {"params": params, "batch_stats": batch_stats}
 
-    def made(part: dict) -> Any:
-        return task.with_features(params, batch_stats, part, first=first)["features"]
+    def features(chunk: dict) -> Any:
+        return task.models.with_features(variables, chunk, first=first)["features"]
 
     batch = task.prepare(batch, augmentation_key(rng, 0), mode)
-    return part_by_part(made, batch, rows)
+    return in_chunks(features, batch, rows)

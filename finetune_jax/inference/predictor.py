@@ -11,7 +11,6 @@ from finetune_jax.data.kind import InputReader, kind_named
 from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.report.workdir import read_manifest
-from finetune_jax.tasks.components.multi_domain import Several
 from finetune_jax.training.restore import best_state
 from finetune_jax.training.setup import Setup, make_setup
 
@@ -48,11 +47,7 @@ class Predictor:
         size of the model's images.
         """
         outputs = self.state.outputs(dataset)
-        records = self.setup.task.records(outputs, dataset.on_host())
-        masks = self.setup.task.masks(outputs)
-        if masks is None:
-            return records
-        return [{"mask": mask, **record} for mask, record in zip(masks, records)]
+        return self.setup.task.records(outputs, dataset.on_host())
 
 
 def open_predictor(
@@ -75,12 +70,12 @@ def open_predictor(
     reader = reader or open_reader(config, workdir)
     setup = make_setup(config, no_data(spec))
     state, step = best_state(setup, workdir)
-    if isinstance(setup.task, Several):
-        domain = list(setup.task.parts)[-1]
-        task, own = setup.task.parts[domain], spec.domains[domain]
-        placed = state.placed
-        params, stats = setup.task.gather(domain, state.params, placed.batch_stats)
-        placed = placed.replace(params=params, batch_stats=stats, opt_state={}, ema={})
+    if (domains := setup.task.domains) is not None:
+        domain, task = list(domains.tasks.items())[-1]
+        own, placed = spec.domains[domain], state.placed
+        variables = {"params": state.params, "batch_stats": placed.batch_stats}
+        variables = domains.variables_of(domain, variables)
+        placed = placed.replace(**variables, opt_state={}, ema={})
         setup = dataclasses.replace(setup, task=task, data=no_data(own))
         evaluator = dataclasses.replace(
             state.evaluator, task=task, ema=False, chosen_ema=False

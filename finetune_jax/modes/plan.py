@@ -30,6 +30,7 @@ from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase, scales
 from finetune_jax.sweeps.population import member_configs, member_setups
+from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.phases import PhaseSetup
@@ -64,7 +65,7 @@ def main(config: Config, options: Options) -> int:
     console = Console(soft_wrap=True)
     console.print(
         f"{_learners(config, task)}: {count(state.params):,} parameters in "
-        f"{len(task.stages)} stages ({', '.join(task.stages)}); input "
+        f"{len(task.models.stages)} stages ({', '.join(task.models.stages)}); input "
         f"{inputs}, {outputs}; "
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
         highlight=False,
@@ -89,9 +90,10 @@ def main(config: Config, options: Options) -> int:
 
 def _learners(config: Config, task: Task) -> str:
     """Returns what the models are called that learn, and those that teach them."""
-    names = config.model.name if "" in task.prefixes else ", ".join(task.prefixes)
+    prefixes = task.models.prefixes
+    names = config.model.name if "" in prefixes else ", ".join(prefixes)
     teachers = ", ".join(labels_of(config.model))
-    return f"{names}, taught by {teachers}" if task.is_taught else names
+    return f"{names}, taught by {teachers}" if task.teachers is not None else names
 
 
 def _domains(spec: DataSpec) -> str:
@@ -130,9 +132,10 @@ def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) ->
     def leading(size: int) -> tuple[int, ...]:
         return (size,) if micro is None else (micro, size // micro)
 
-    if not task.shares:
+    by_domain = shares(task)
+    if not by_domain:
         return _batch(spec, leading(examples))
-    return {name: _batch(spec[name], leading(n)) for name, n in task.shares.items()}
+    return {name: _batch(spec[name], leading(n)) for name, n in by_domain.items()}
 
 
 def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
@@ -149,8 +152,7 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
     batch = _batches(task, task.batch_spec, batch_size)
-    fixed = task.fixed_shapes(state)
-    return _flops(step, state.params, state.batch_stats, fixed, batch)
+    return _flops(step, state.params, state.batch_stats, {}, batch)
 
 
 def _flops(function: Callable, *arguments: Any) -> float:
@@ -176,7 +178,7 @@ def step_flops(
         step,
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
         {
-            "task": task.fixed_shapes(state),
+            "task": {} if task.teachers is None else task.teachers.shapes(),
             **dict.fromkeys(("start", "fisher"), named(state.params)),
         },
         _batches(task, task.train_batch_spec, batch_size, micro),
@@ -195,16 +197,16 @@ def _row(
 ) -> list[str]:
     parts, params = phase.phase, named(state.params)
     trained = {name: params[name] for name in phase.groups}
-    learning = [stage for stage in task.stages if stage in phase.mode.learning]
+    learning = [stage for stage in task.models.stages if stage in phase.mode.learning]
     rates = sorted(set(scales(parts, params).values()) - {0.0}, reverse=True)
     by_rate = {
         rate: sorted(
             {
-                stage_of(n, task.prefixes)
+                stage_of(n, task.models.prefixes)
                 for n, g in phase.groups.items()
                 if g.scale == rate
             },
-            key=task.stages.index,
+            key=task.models.stages.index,
         )
         for rate in rates
     }

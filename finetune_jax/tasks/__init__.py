@@ -1,8 +1,8 @@
 """Tasks: `task.py` is the contract, every other file one task, found by its name."""
 
-import inspect
+import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.config import Config
@@ -12,51 +12,60 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.tasks.components.accepts import check_accepts
 from finetune_jax.tasks.task import Task
 
+# A folder `finetune_jax/tasks/` elsewhere on the module path adds its tasks.
+__path__ = pkgutil.extend_path(__path__, __name__)
 
-def make_task(config: Config, spec: DataSpec) -> Task:
+
+def make_task(
+    task: Mapping[str, Any], model: Mapping[str, Any], precision: str, spec: DataSpec
+) -> Task:
     """Returns the task that a config describes, for data that look like `spec`.
+
+    Args:
+        task: The section `config.task`.
+        model: The section `config.model`.
+        precision: 'float32', 'bfloat16' or 'float64'.
+        spec: Description of the data.
 
     Raises:
         UserError: Unknown names or arguments in `config.task` or `config.model`.
     """
-    arguments = dict(config.task)
+    arguments = dict(task)
     module = task_module(name := arguments.pop("name"))
     check_accepts(module, name, spec)
-    make = module.make
-    given = {"data": spec, "precision": config.precision}
-    given["model"] = {k: config.model[k] for k in config.model if k != "members"}
-    role = role_of_members(make)
+    given: dict[str, Any] = {"data": spec, "precision": precision}
+    given["model"] = {key: model[key] for key in model if key != "members"}
+    role = role_of_members(module)
     if role is not None:
-        given[role] = member_models(config.model)
+        given[role] = member_models(model)
     if role == "teachers":
-        for described, entry in zip(given[role].values(), config.model["members"]):
+        for described, entry in zip(given[role].values(), model["members"]):
             described["pretrained"] = entry["pretrained"]
             described["entry"] = entry["entry"]
-    return registry.call(make, arguments, "config.task", **given)
+    return registry.call(module.make, arguments, "config.task", **given)
 
 
-def role_of_members(make: Callable) -> str | None:
-    """Returns what a task takes `config.model.members` for.
+def role_of_members(module: Any) -> str | None:
+    """Returns the role of `config.model.members` in the task of a module.
 
-    They are 'members', which learn, or 'teachers', from which config.model learns; None
-    where a task has one model.
+    'members' are trained together, 'teachers' teach config.model; None if the task has
+    one model.
     """
-    names = inspect.signature(make).parameters
-    return next((role for role in ("members", "teachers") if role in names), None)
+    return getattr(module, "MEMBERS", None)
 
 
 def check_members(config: Config) -> list[str]:
-    """Returns what is wrong with `config.model.members`, before data is opened.
+    """Returns the problems of `config.model.members`, before data is opened.
 
     Raises:
         UserError: No such task.
     """
     name, members = config.task["name"], config.model.members
-    role = role_of_members(task_module(name).make)
+    role = role_of_members(task_module(name))
     if members and role is None:
         return [
             f"config.model.members: {len(members)} of them, but the task {name!r} has "
-            "one model, which config.model describes; leave them out, or choose a task "
+            "one model, which config.model describes; remove them, or choose a task "
             "of several models, such as 'mutual'"
         ]
     return member_problems(config, learn=role == "members")

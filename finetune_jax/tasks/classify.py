@@ -1,26 +1,22 @@
-"""Classification: one label an example."""
+"""Classification: one label per image or vector."""
 
-import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models import model_of
-from finetune_jax.tasks.components.image_inputs import Mixed, check_classified
-from finetune_jax.tasks.components.single_model import Answering
-from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
+from finetune_jax.tasks.components.image_inputs import ImageInputs, check_classified
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.targets import (
+    TargetOptions,
+    class_target,
+    model_for,
+)
 
 # Kinds of data and of labels.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 METRICS = ("accuracy", "loss")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Classify(Mixed, Answering):
-    """A classifier of images or feature vectors."""
-
-    answer: Classes
+OPTIONS = TargetOptions()
 
 
 def make(
@@ -28,40 +24,24 @@ def make(
     data: DataSpec,
     model: Mapping[str, Any],
     precision: str,
-    loss: str = "cross_entropy",
-    loss_args: Mapping[str, Any] = MappingProxyType({}),
-    label_smoothing: float = 0.0,
-    class_weights: str = "none",
-    top_k: int = 5,
-    metrics: tuple[str, ...] = METRICS,
-) -> Classify:
+    options: TargetOptions = OPTIONS,
+) -> SupervisedTask:
     """Returns the task that `config.task` describes.
 
     Args:
-        data: What the examples look like.
+        data: Description of the data.
         model: The section `config.model`.
         precision: 'float32', 'bfloat16' or 'float64'.
-        loss: A name in `losses.CLASSIFICATION`.
-        loss_args: Its arguments by name.
-        label_smoothing: Share of the target spread over all classes.
-        class_weights: 'none', or 'balanced': the loss of an example counts N / (K n), n
-            of the N training examples being of its class, one of K.
-        top_k: Classes that a prediction names.
-        metrics: Names in `metrics.CLASSIFICATION`, or top_K_accuracy with any number.
+        options: Loss and metrics.
 
     Raises:
         UserError: Something unknown or out of range, or too few logits for the data.
     """
     check_classified(data)
-    answer = make_classes(
-        data,
-        loss=loss,
-        loss_args=loss_args,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        top_k=top_k,
-        metrics=metrics,
+    target = class_target(data, options, METRICS)
+    module: Any = model_for(target, model, precision=precision)
+    return SupervisedTask(
+        models=ModelSet(modules={"": module}),
+        inputs=ImageInputs(data=data, dtype=module.param_dtype),
+        target=target,
     )
-    classes = logits_asked(model["classes"], answer)
-    module = model_of(model, classes=classes, precision=precision)
-    return Classify(models={"": module}, data=data, answer=answer)

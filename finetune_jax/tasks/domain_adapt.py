@@ -1,15 +1,15 @@
-"""Domain adaptation: labelled domains teach a model that shall work on one without.
+"""Domain adaptation: labelled source domains train a model for an unlabelled target.
 
-All domains have one model. In training a domain with `labelled=False` gives inputs and
-nothing else; its labels are read where the state is measured. Where a phase lets nothing
-learn, with `batch_stats='update_all'`, running averages become the target's alone: AdaBN
+All domains have one model. In training a domain with `labelled=False` gives inputs only;
+its labels are read where the state is measured. In a phase that trains nothing, with
+`batch_stats='update_all'`, the running averages become those of the target alone: AdaBN
 (Li et al. 2017).
 """
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,14 @@ from finetune_jax.core.errors import problems_error
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.layers.heads import Head, check_widths
+from finetune_jax.models.modes import Mode
 from finetune_jax.tasks import task_module
-from finetune_jax.tasks.components.multi_domain import Several, domain_key, make_parts
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.multi_domain import (
+    MultiDomainTask,
+    domain_key,
+    make_domain_tasks,
+)
 from finetune_jax.tasks.objectives.domain_losses import (
     confident,
     coral,
@@ -32,7 +38,7 @@ from finetune_jax.tasks.objectives.domain_losses import (
     ramp,
     reverse_gradient,
 )
-from finetune_jax.tasks.task import Mode, Task, apply
+from finetune_jax.tasks.task import LossOutput, StepContext, Task
 
 METRICS = ("accuracy", "loss")
 METHODS = ("none", "dann", "mmd", "coral", "self_training")
@@ -41,10 +47,11 @@ DISCRIMINATOR = "discriminator"
 
 
 class Discriminator(nn.Module):
-    """Tells the source from the target by features: one logit, positive for the source.
+    """Classifies features as source or target: one logit, positive for the source.
 
     Attributes:
         hidden: Widths of its hidden layers.
+        param_dtype: Dtype of its parameters.
     """
 
     hidden: tuple[int, ...]
@@ -52,7 +59,7 @@ class Discriminator(nn.Module):
     stages = ("layers",)
 
     def setup(self):
-        """Makes the only stage."""
+        """Creates the only stage."""
         self.layers = Head(classes=1, hidden=self.hidden, param_dtype=self.param_dtype)
 
     def __call__(self, x, *, first=None, last=None, train: bool):
@@ -61,24 +68,25 @@ class Discriminator(nn.Module):
         return self.layers(x, train=train)
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DomainAdapt(Several):
-    """One classifier for all domains, and what makes them alike to it.
+class AdaptedDomains:
+    """Source and target domains of one classifier, and an adaptation loss.
 
     Attributes:
+        specs: Description of each domain's data.
+        tasks: Task of each domain; all have the classifier.
         models: The classifier under '', and the discriminator of 'dann'.
-        data: What the examples of the domains look like.
-        parts: The task of each domain; all have the classifier.
         method: In `METHODS`.
-        strength: Of what the method adds to the loss.
-        schedule: 'ramp' lets that grow over a phase, from 0; 'constant'.
+        strength: Weight of the adaptation loss.
+        schedule: 'ramp' increases the weight over a phase, from 0; or 'constant'.
         features: The stage whose output the method compares.
         threshold: Probability from which 'self_training' takes a class for the label.
     """
 
-    models: Mapping[str, nn.Module]
-    data: DataSpec
-    parts: Mapping[str, Task]
+    specs: Mapping[str, DataSpec]
+    tasks: Mapping[str, Task]
+    models: ModelSet
     method: str
     strength: float
     schedule: str
@@ -87,107 +95,91 @@ class DomainAdapt(Several):
 
     @property
     def _sources(self) -> list[str]:
-        return [name for name, spec in self.data.domains.items() if spec.labelled]
+        return [name for name, spec in self.specs.items() if spec.labelled]
 
     @property
     def _targets(self) -> list[str]:
-        return [name for name, spec in self.data.domains.items() if not spec.labelled]
+        return [name for name, spec in self.specs.items() if not spec.labelled]
 
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics."""
-        part = self.parts[self._sources[0]]
-        params, batch_stats = part.init(rng)
-        if DISCRIMINATOR in self.models:
-            shape = jax.eval_shape(self._features_of_nothing, params, batch_stats).shape
-            variables = self.models[DISCRIMINATOR].init(
-                domain_key(rng, DISCRIMINATOR), jnp.zeros(shape), train=False
-            )
-            params = {**params, DISCRIMINATOR: variables["params"]}
-        return params, batch_stats
+        source = self.specs[self._sources[0]]
+        return self.models.init(rng, jnp.zeros((1, *source.shape), jnp.float32))
 
-    def _features_of_nothing(self, params: Any, batch_stats: Any) -> jax.Array:
-        shape = self.data.domains[self._sources[0]].shape
-        variables = {"params": params, "batch_stats": batch_stats}
-        x = jnp.zeros((1, *shape), named(params)[next(iter(named(params)))].dtype)
-        found, _ = apply(self, "", variables, x, mode=Mode(), last=self.features)
-        return flat(found)
-
-    def gather(self, domain: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
-        """Returns what the classifier has of parameters and batch statistics."""
+    def variables_of(self, domain: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables of the classifier."""
         del domain
-        own = {name: leaf for name, leaf in params.items() if name != DISCRIMINATOR}
-        return own, batch_stats
+        params = {k: v for k, v in variables["params"].items() if k != DISCRIMINATOR}
+        return {**variables, "params": params}
 
-    def own_mode(self, domain: str, mode: Mode) -> Mode:
-        """Returns how the stages of the classifier run; sources adapt nothing to them."""
+    def state_name(self, domain: str, name: str, *, of_stats: bool = False) -> str:
+        """Returns the name of a variable in the state, which is its own."""
+        del domain, of_stats
+        return name
+
+    def mode_of(self, domain: str, mode: Mode) -> Mode:
+        """Returns how the stages of the classifier run; AdaBN adapts to targets only."""
         if not mode.learning and domain not in self._targets:
             return Mode(axis_name=mode.axis_name)
         return mode
 
-    def whole(self, batch: dict) -> dict:
-        """Returns the weight of each domain, and how many micro-batches there are."""
+    def learning(self, stages: frozenset[str]) -> frozenset[str]:
+        """Returns the stages in training mode."""
+        return stages
+
+    def totals(self, batch: dict) -> dict:
+        """Returns the weight of each domain, and the number of micro-batches."""
         weights = {domain: jnp.sum(part["weight"]) for domain, part in batch.items()}
         for domain in self._sources:
-            task: Any = self.parts[domain]
             if domain in batch:
-                part = batch[domain]
-                logits_BxK = jnp.zeros((len(part["weight"]), task.answer.logits))
-                # What the loss is divided by, which no logits change.
-                weights[f"{domain}/loss"] = task.answer.loss(logits_BxK, part)[0][1]
-        return {"weights": weights, "parts": jnp.ones(())}
+                part, target = batch[domain], self._target(domain)
+                logits_BxK = jnp.zeros((len(part["weight"]), target.logits))
+                # The divisor of the loss does not depend on the logits.
+                weights[f"{domain}/loss"] = target.loss(logits_BxK, part).weight
+        return {"weights": weights, "micro_batches": jnp.ones(())}
+
+    def _target(self, domain: str) -> Any:
+        task: Any = self.tasks[domain]
+        return task.target
 
     def loss(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        rng: jax.Array,
-        progress: jax.Array,
-        mode: Mode,
-        first: str | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
-        """Returns the loss of the labelled domains and what the method adds to it."""
-        del fixed
-        assert first is None
-        batch, whole = dict(batch), batch["whole"]
-        del batch["whole"]
-        share = 1 / whole["parts"]
+        self, variables: Mapping[str, Any], batch: dict, context: StepContext
+    ) -> LossOutput:
+        """Returns the loss of the labelled domains plus the adaptation loss."""
+        batch, totals, mode = dict(batch), batch["totals"], context.mode
+        del batch["totals"]
+        share = 1 / totals["micro_batches"]
         total, metrics, found, moved = jnp.zeros(()), {}, {}, []
         for domain, part in batch.items():
-            *found[domain], stats = self._run(
-                domain, params, batch_stats, part, mode=mode, rng=rng
-            )
+            *found[domain], stats = self._run(domain, variables, part, context)
             if domain in self._movers(mode):
                 moved.append(stats)
             if domain in self._sources:
-                task: Any = self.parts[domain]
-                (sum_of, _), pairs = task.answer.loss(found[domain][1], part)
-                total += sum_of / whole["weights"][f"{domain}/loss"]
-                metrics |= {f"{domain}/{name}": pair for name, pair in pairs.items()}
+                labels = self._target(domain).loss(found[domain][1], part)
+                total += labels.total / totals["weights"][f"{domain}/loss"]
+                metrics |= {f"{domain}/{n}": pair for n, pair in labels.metrics.items()}
         total /= len([domain for domain in batch if domain in self._sources]) or 1
-        if self.method != "none" and len(batch) == len(self.data.domains):
+        if self.method != "none" and len(batch) == len(self.specs):
             strength = self.strength
             if self.schedule == "ramp":
-                strength = strength * ramp(progress)
-            added, more = self._added(params, batch, found, strength, whole, mode)
+                strength = strength * ramp(context.progress)
+            added, more = self._added(variables, batch, found, strength, totals, mode)
             total += added
             metrics |= more | {"alignment": (added, share)}
         metrics["loss"] = total, share
+        batch_stats = variables["batch_stats"]
         means = [sum(leaves) / len(leaves) for leaves in _leaves_of(moved)]
         stats = like(batch_stats, dict(zip(named(batch_stats), means)))
-        kept = self._moved(batch_stats, stats, mode)
-        return (total, share), (kept, metrics)
+        return LossOutput(total, share, metrics, self._moved(batch_stats, stats, mode))
 
     def _movers(self, mode: Mode) -> list[str]:
         """Returns the domains whose examples move running averages of BatchNorm."""
         if not mode.learning:
             return self._targets
-        return self._sources if self.method == "none" else list(self.parts)
+        return self._sources if self.method == "none" else list(self.tasks)
 
     def _moved(self, before: Any, after: Any, mode: Mode) -> Any:
-        """Returns batch statistics: only of stages that move them, to the bit."""
+        """Returns batch statistics in which only the stages of the mode have moved."""
         leaves = named(after)
         kept = {
             name: leaves[name] if mode.moves(name.partition("/")[0]) else leaf
@@ -196,35 +188,33 @@ class DomainAdapt(Several):
         return like(before, kept)
 
     def _run(
-        self, domain: str, params: Any, batch_stats: Any, part: dict, *, mode, rng
+        self,
+        domain: str,
+        variables: Mapping[str, Any],
+        part: dict,
+        context: StepContext,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Returns features [B, F], logits [B, K] and batch statistics of a domain."""
-        module: Any = self.models[""]
-        after = module.stages[module.stages.index(self.features) + 1]
-        options = {"mode": self.own_mode(domain, mode), "rng": domain_key(rng, domain)}
-        own, stats = self.gather(domain, params, batch_stats)
-        variables = {"params": own, "batch_stats": stats}
-        x, stats = apply(
-            self, "", variables, part["inputs"], last=self.features, **options
+        stages = self.models[""].stages
+        after = stages[stages.index(self.features) + 1]
+        mode, rng = self.mode_of(domain, context.mode), domain_key(context.rng, domain)
+        own = self.variables_of(domain, variables)
+        x, stats = self.models.apply(
+            own, part["inputs"], last=self.features, mode=mode, rng=rng
         )
-        variables = {"params": own, "batch_stats": stats}
-        logits, stats = apply(self, "", variables, x, first=after, **options)
+        own = {**own, "batch_stats": stats}
+        logits, stats = self.models.apply(own, x, first=after, mode=mode, rng=rng)
         return flat(x), logits, stats
 
     def _added(
-        self,
-        params: Any,
-        batch: dict,
-        found: Mapping[str, Any],
-        strength: Any,
-        whole: Mapping,
-        mode: Mode,
-    ) -> tuple[jax.Array, dict]:
-        """Returns a micro-batch's part of what the method adds, and metrics of it."""
+        self, variables: Any, batch: dict, found: Mapping[str, Any], strength: Any,
+        totals: Mapping, mode: Mode,
+    ) -> tuple[jax.Array, dict]:  # fmt: skip
+        """Returns a micro-batch's part of the adaptation loss, and its metrics."""
         if self.method == "self_training":
-            return self._self_training(batch, found, strength, whole)
+            return self._self_training(batch, found, strength, totals)
         if self.method == "dann":
-            return self._adversarial(params, batch, found, strength, whole, mode)
+            return self._adversarial(variables, batch, found, strength, totals, mode)
         one, other = (
             [
                 over_axis(jnp.concatenate(arrays), mode.axis_name)
@@ -236,49 +226,45 @@ class DomainAdapt(Several):
             for names in (self._sources, self._targets)
         )
         distance = {"mmd": mmd, "coral": coral}[self.method]
-        # Every device has all of it, and every micro-batch one of its own.
+        # Every device has the whole distance, and every micro-batch one of its own.
         value = distance(one[0], other[0], one[1], other[1])
-        return strength * value / whole["parts"], {}
+        return strength * value / totals["micro_batches"], {}
 
     def _self_training(
-        self, batch: dict, found: Mapping[str, Any], strength: Any, whole: Mapping
+        self, batch: dict, found: Mapping[str, Any], strength: Any, totals: Mapping
     ) -> tuple[jax.Array, dict]:
         added, metrics = jnp.zeros(()), {}
         for name in self._targets:
             weight_B = batch[name]["weight"]
             loss_B, is_certain_B = confident(found[name][1], threshold=self.threshold)
-            added += jnp.sum(loss_B * weight_B) / whole["weights"][name]
+            added += jnp.sum(loss_B * weight_B) / totals["weights"][name]
             pair = jnp.sum(is_certain_B * weight_B), jnp.sum(weight_B)
             metrics[f"{name}/certain"] = pair
         return strength * added / len(self._targets), metrics
 
     def _adversarial(
-        self,
-        params: Any,
-        batch: dict,
-        found: Mapping[str, Any],
-        strength: Any,
-        whole: Mapping,
-        mode: Mode,
-    ) -> tuple[jax.Array, dict]:
+        self, variables: Any, batch: dict, found: Mapping[str, Any], strength: Any,
+        totals: Mapping, mode: Mode,
+    ) -> tuple[jax.Array, dict]:  # fmt: skip
         """Source: Ganin et al. 2016, equation 9, each side a mean of its own."""
         added, right, counted = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
-        variables = {"params": params[DISCRIMINATOR]}
         for name, part in batch.items():
             is_source = name in self._sources
             sides = len(self._sources if is_source else self._targets)
             turned = reverse_gradient(found[name][0], jnp.asarray(strength))
-            logits_Bx1, _ = apply(self, DISCRIMINATOR, variables, turned, mode=mode)
+            logits_Bx1, _ = self.models.apply(
+                variables, turned, prefix=DISCRIMINATOR, mode=mode
+            )
             logit_B, weight_B = logits_Bx1[:, 0], part["weight"]
             loss_B = discrimination(logit_B, is_source=is_source)
-            added += jnp.sum(loss_B * weight_B) / whole["weights"][name] / (2 * sides)
+            added += jnp.sum(loss_B * weight_B) / totals["weights"][name] / (2 * sides)
             right += jnp.sum(((logit_B > 0) == is_source) * weight_B)
             counted += jnp.sum(weight_B)
         return added, {"discriminator/accuracy": (right, counted)}
 
 
 def _leaves_of(trees: list) -> list[tuple]:
-    """Returns the leaves of the same place in several trees."""
+    """Returns the leaves at the same path of several trees."""
     return list(zip(*(jax.tree.leaves(tree) for tree in trees)))
 
 
@@ -295,23 +281,23 @@ def make(
     threshold: float = 0.9,
     of_args: Mapping[str, Any] = MappingProxyType({}),
     metrics: tuple[str, ...] = METRICS,
-) -> DomainAdapt:
+) -> MultiDomainTask:
     """Returns the task that `config.task` describes.
 
     Args:
-        data: Has the domains; one at least is labelled, and one is not.
+        data: Has the domains; at least one is labelled, and at least one is not.
         model: The section `config.model`.
-        precision: As in the config.
-        method: 'dann' (gradient reversal), 'mmd', 'coral', 'self_training', or 'none':
-            what learns, learns from labelled domains alone.
-        strength: Of what it adds to the loss; of 'dann', of the reversed gradient.
-        schedule: 'ramp' lets the strength grow over a phase as Ganin et al. 2016 do, or
+        precision: 'float32', 'bfloat16' or 'float64'.
+        method: 'dann' (gradient reversal), 'mmd', 'coral', 'self_training', or 'none',
+            which trains on labelled domains alone.
+        strength: Weight of the adaptation loss; for 'dann', of the reversed gradient.
+        schedule: 'ramp' increases the strength over a phase as Ganin et al. 2016 do, or
             'constant'.
         features: The stage whose output is compared; '' is the last before the head.
         discriminator: Widths of the hidden layers of the discriminator of 'dann'.
         threshold: Probability from which 'self_training' takes a class for the label.
-        of_args: What `config.task` would say of 'classify', but for `metrics`.
-        metrics: Of each domain.
+        of_args: Options of 'classify' besides `metrics`.
+        metrics: Metrics of each domain.
 
     Raises:
         UserError: Something unknown or out of range, or domains that do not fit.
@@ -319,39 +305,60 @@ def make(
     registry.choose(dict.fromkeys(METHODS), method, "config.task.method")
     registry.choose(dict.fromkeys(SCHEDULES), schedule, "config.task.schedule")
     check_widths("config.task.discriminator", discriminator)
-    parts = make_parts(
+    tasks = make_domain_tasks(
         task_module("classify"),
         {**of_args, "metrics": metrics},
         data=data,
         model=model,
         precision=precision,
     )
-    module: Any = next(iter(parts.values())).models[""]
-    features = features or module.stages[-2]
-    _check(data, module, features, threshold, strength)
-    models: dict[str, nn.Module] = {"": module}
+    models = next(iter(tasks.values())).models
+    features = features or models.stages[-2]
+    _check(data, models[""], features, threshold, strength)
     if method == "dann":
         kind = jnp.dtype("float64" if precision == "float64" else "float32")
-        models[DISCRIMINATOR] = Discriminator(hidden=discriminator, param_dtype=kind)
-    return DomainAdapt(
+        models = ModelSet(
+            modules={
+                "": models[""],
+                DISCRIMINATOR: Discriminator(hidden=discriminator, param_dtype=kind),
+            },
+            auxiliary=frozenset({DISCRIMINATOR}),
+            examples={DISCRIMINATOR: _feature_shape(tasks, features)},
+        )
+    models = dataclasses.replace(models, cacheable=False)
+    domains = AdaptedDomains(
+        specs=data.domains,
+        tasks=tasks,
         models=models,
-        data=data,
-        parts=parts,
         method=method,
         strength=float(strength),
         schedule=schedule,
         features=features,
         threshold=float(threshold),
     )
+    return MultiDomainTask(models=models, domains=domains)
+
+
+def _feature_shape(tasks: Mapping[str, Task], features: str) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the flattened features [1, F] of the classifier."""
+    task: Any = next(iter(tasks.values()))
+
+    def features_of(rng: jax.Array) -> jax.Array:
+        params, batch_stats = task.init(rng)
+        variables = {"params": params, "batch_stats": batch_stats}
+        x = task.inputs.example().astype(task.inputs.dtype)
+        return flat(task.models.apply(variables, x, last=features)[0])
+
+    return jax.eval_shape(features_of, jax.random.key(0))
 
 
 def _check(
     data: DataSpec, module: Any, features: str, threshold: float, strength: float
 ) -> None:
-    """Checks what the task asks for against the domains and the model.
+    """Checks the options of the task against the domains and the model.
 
     Raises:
-        UserError: Lists all that does not fit.
+        UserError: Lists all problems.
     """
     specs, problems = data.domains, []
     for labelled in (True, False):

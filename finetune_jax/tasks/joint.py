@@ -1,9 +1,9 @@
 """Joint learning: several data sets, and models that share parameters.
 
-What is shared is a rule over names. A parameter that it matches is there once, under its
-own name ('stage1/conv/kernel'); any other is there once a domain, behind the domain's name
-('digits/head/logits/kernel'). Every domain has the model that `config.model` describes,
-with as many logits as it has classes.
+A rule over names says which parameters are shared. A shared parameter exists once, under
+its own name ('stage1/conv/kernel'); any other exists once per domain, behind the domain's
+name ('digits/head/logits/kernel'). Every domain has the model of `config.model`, with as
+many logits as it has classes.
 """
 
 import dataclasses
@@ -11,9 +11,8 @@ import functools
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -21,41 +20,45 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.models.modes import Mode
 from finetune_jax.tasks import task_module
-from finetune_jax.tasks.components.multi_domain import Several, domain_key, make_parts
-from finetune_jax.tasks.components.targets import Numbers
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.multi_domain import (
+    MultiDomainTask,
+    domain_key,
+    make_domain_tasks,
+)
 from finetune_jax.tasks.objectives.domain_losses import (
     pair_distance,
     uncertainty_weighted,
 )
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.task import LossOutput, StepContext, Task
 
 METRICS = ("accuracy", "loss")
 BALANCES = ("domains", "examples", "uncertainty")
 STATISTICS = ("shared", "domain")
-# Its last part is that of what weight decay leaves alone by default.
+# Weight decay leaves parameters of this last name alone by default.
 LOG_VARIANCE = "log_variance/bias"
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Joint(Several):
-    """Models of several domains.
+class JointDomains:
+    """Domains whose models share parameters, and the sum of their losses.
 
     Attributes:
-        models: By domain.
-        data: What the examples of the domains look like.
-        parts: The task of each domain, as if it were alone.
+        specs: Description of each domain's data.
+        tasks: Task of each domain, as if it were alone.
         shared: Regexes over the names that parameters have in a domain's model.
-        statistics: 'shared', or 'domain': running averages of BatchNorm are each domain's
-            own, also where its parameters are shared.
-        balance: 'domains', 'examples' or 'uncertainty': what losses are weighed by.
-        weights: Of the losses of the domains, by name.
+        statistics: 'shared', or 'domain': each domain has its own running averages of
+            BatchNorm, even where its parameters are shared.
+        balance: 'domains', 'examples' or 'uncertainty': how losses are weighted.
+        weights: Weight of each domain's loss, by name.
         soft: Strength of the penalty that pulls the models together.
     """
 
-    models: Mapping[str, nn.Module]
-    data: DataSpec
-    parts: Mapping[str, Task]
+    specs: Mapping[str, DataSpec]
+    tasks: Mapping[str, Task]
     shared: tuple[str, ...]
     statistics: str
     balance: str
@@ -63,17 +66,18 @@ class Joint(Several):
     soft: float
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[Any, Any]]:
+    def shapes(self) -> dict[str, tuple[Any, Any]]:
         """Shapes of the parameters and batch statistics of each domain's model."""
         key = jax.random.key(0)
-        return {name: jax.eval_shape(part.init, key) for name, part in self._all}
+        return {k: jax.eval_shape(task.init, key) for k, task in self.tasks.items()}
 
-    def _is_shared(self, name: str) -> bool:
+    def is_shared(self, name: str) -> bool:
+        """Returns whether the parameter of a name is shared."""
         return any(re.fullmatch(pattern, name) for pattern in self.shared)
 
-    def place(self, domain: str, name: str, *, of_stats: bool = False) -> str:
-        """Returns where the state has what a domain's model has by a name."""
-        is_shared = self._is_shared(name)
+    def state_name(self, domain: str, name: str, *, of_stats: bool = False) -> str:
+        """Returns the name in the state of a variable of one domain's model."""
+        is_shared = self.is_shared(name)
         if of_stats and self.statistics == "domain":
             is_shared = False
         return name if is_shared else f"{domain}/{name}"
@@ -81,161 +85,158 @@ class Joint(Several):
     def init(self, rng: jax.Array) -> tuple[Any, Any]:
         """Returns random parameters and batch statistics.
 
-        What is shared is that of the first domain that has it.
+        A shared parameter is sampled as in the first domain that has it.
         """
         places: tuple[dict, dict] = ({}, {})
-        for domain, part in self._all:
-            common = part.init(rng)
-            own = part.init(domain_key(rng, domain))
+        for domain, task in self.tasks.items():
+            common = task.init(rng)
+            own = task.init(domain_key(rng, domain))
             for kind in (0, 1):
                 shared, alone = named(common[kind]), named(own[kind])
                 for name in alone:
-                    place = self.place(domain, name, of_stats=kind == 1)
+                    place = self.state_name(domain, name, of_stats=kind == 1)
                     value = shared[name] if place == name else alone[name]
                     places[kind].setdefault(place, value)
         if self.balance == "uncertainty":
             kind = next(iter(places[0].values())).dtype
-            for domain in self.parts:
+            for domain in self.tasks:
                 places[0][f"{domain}/{LOG_VARIANCE}"] = jnp.zeros((), kind)
         return _nested(places[0]), _nested(places[1])
 
-    def gather(self, domain: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
-        """Returns what a domain's model has of parameters and batch statistics."""
-        found = []
-        for kind, tree in enumerate((params, batch_stats)):
-            leaves, shapes = named(tree), self._shapes[domain][kind]
+    def variables_of(self, domain: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables of one domain's model."""
+        found = {}
+        for kind, shapes in zip(("params", "batch_stats"), self.shapes[domain]):
+            leaves, of_stats = named(variables[kind]), kind == "batch_stats"
             own = {
-                name: leaves[self.place(domain, name, of_stats=kind == 1)]
+                name: leaves[self.state_name(domain, name, of_stats=of_stats)]
                 for name in named(shapes)
             }
-            found.append(like(shapes, own))
-        return found[0], found[1]
+            found[kind] = like(shapes, own)
+        return found
 
-    def own_mode(self, domain: str, mode: Mode) -> Mode:
-        """Returns how the stages of a domain's model run, by their own names."""
+    def mode_of(self, domain: str, mode: Mode) -> Mode:
+        """Returns how the stages of one domain's model run, by their own names."""
         begin = f"{domain}/"
         own = [s.removeprefix(begin) for s in mode.learning if s.startswith(begin)]
         return dataclasses.replace(mode, learning=frozenset(own))
 
     def learning(self, stages: frozenset[str]) -> frozenset[str]:
-        """Returns the stages that run as in training, those of each domain among them."""
+        """Returns the stages in training mode, also by the names that domains give them."""
         own = {
             f"{domain}/{stage}"
-            for domain, module in self.models.items()
-            for stage in module.stages  # type: ignore[attr-defined]
+            for domain, task in self.tasks.items()
+            for stage in task.models.stages
             if stage in stages
         }
         return stages | own
 
-    @property
     def stages(self) -> tuple[str, ...]:
-        """Those that domains share, then those of each; only what has parameters."""
+        """Returns the shared stages, then those of each domain; all have parameters."""
         found: dict[str, None] = {}
         owned: dict[str, None] = {}
-        for domain in self.parts:
-            for stage in self.models[domain].stages:  # type: ignore[attr-defined]
-                names = [n for n in named(self._shapes[domain][0]) if _is_in(n, stage)]
-                shared = [self._is_shared(name) for name in names]
+        for domain, task in self.tasks.items():
+            for stage in task.models.stages:
+                names = [n for n in named(self.shapes[domain][0]) if _is_in(n, stage)]
+                shared = [self.is_shared(name) for name in names]
                 found |= {stage: None} if any(shared) else {}
                 owned |= {f"{domain}/{stage}": None} if not all(shared) else {}
             if self.balance == "uncertainty":
                 owned[f"{domain}/{LOG_VARIANCE.partition('/')[0]}"] = None
         return (*found, *owned)
 
-    def whole(self, batch: dict) -> dict:
-        """Returns the weight of each domain, and how many micro-batches there are."""
+    def totals(self, batch: dict) -> dict:
+        """Returns the loss weight of each domain, and the number of micro-batches."""
         if self.balance == "examples":
             return {}
         weights = {domain: self._weight(domain, part) for domain, part in batch.items()}
-        return {"weights": weights, "parts": jnp.ones(())}
+        return {"weights": weights, "micro_batches": jnp.ones(())}
 
     def _weight(self, domain: str, batch: dict) -> jax.Array:
-        """Returns what the loss of a domain is divided by, which no logits change."""
-        task: Any = self.parts[domain]
-        logits_BxK = jnp.zeros((len(batch["weight"]), task.answer.logits))
-        return task.answer.loss(logits_BxK, batch)[0][1]
+        """Returns the divisor of a domain's loss, which does not depend on the logits."""
+        target = _target(self.tasks[domain])
+        logits_BxK = jnp.zeros((len(batch["weight"]), target.logits))
+        return target.loss(logits_BxK, batch).weight
 
     def loss(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        rng: jax.Array,
-        progress: jax.Array,
-        mode: Mode,
-        first: str | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
-        """Returns the weighed losses of all domains, and 'domain/name' of each."""
-        assert first is None
-        batch, whole = dict(batch), batch.get("whole")
-        batch.pop("whole", None)
+        self, variables: Mapping[str, Any], batch: dict, context: StepContext
+    ) -> LossOutput:
+        """Returns the weighted losses of all domains, and 'domain/name' of each."""
+        batch, totals = dict(batch), batch.get("totals")
+        batch.pop("totals", None)
         losses, moved, metrics = {}, {}, {}
         for domain, part in batch.items():
-            loss, (stats, found) = self.parts[domain].loss(
-                *self.gather(domain, params, batch_stats),
-                fixed,
-                part,
-                rng=domain_key(rng, domain),
-                progress=progress,
-                mode=self.own_mode(domain, mode),
+            own = dataclasses.replace(
+                context,
+                rng=domain_key(context.rng, domain),
+                mode=self.mode_of(domain, context.mode),
             )
-            losses[domain], moved[domain] = loss, stats
-            metrics |= {f"{domain}/{name}": pair for name, pair in found.items()}
+            found = self.tasks[domain].loss(
+                self.variables_of(domain, variables), part, own
+            )
+            losses[domain] = found.total, found.weight
+            moved[domain] = found.batch_stats
+            metrics |= {f"{domain}/{name}": p for name, p in found.metrics.items()}
+        params = variables["params"]
         total: Any
         weight: Any
-        if whole is None:
+        if totals is None:
             total, weight = (sum(pair) for pair in zip(*losses.values()))
         else:
-            weight = 1 / whole["parts"]
+            weight = 1 / totals["micro_batches"]
             total = sum(
-                self._weighed(domain, params, loss, whole["weights"][domain], weight)
+                self._weighted(domain, params, loss, totals["weights"][domain], weight)
                 for domain, (loss, _) in losses.items()
             )
         if self.soft:
             total += weight * self.soft * self._distance(params)
         metrics["loss"] = total, weight
-        return (total, weight), (self._scattered(batch_stats, moved, mode), metrics)
+        stats = self._scattered(variables["batch_stats"], moved, context.mode)
+        return LossOutput(total, weight, metrics, stats)
 
-    def _weighed(
+    def _weighted(
         self, domain: str, params: Any, total: Any, divisor: Any, share: Any
     ) -> jax.Array:
         """Returns a micro-batch's part of the loss of a domain."""
         if self.balance == "domains":
             return self.weights[domain] * total / divisor
         log_variance = named(params)[f"{domain}/{LOG_VARIANCE}"]
-        task: Any = self.parts[domain]
         # A sum over micro-batches: the term without a loss is divided among them.
-        of_classes = not isinstance(task.answer, Numbers)
-        weighed = uncertainty_weighted(
-            total / (divisor * share), log_variance, of_classes=of_classes
+        weighted = uncertainty_weighted(
+            total / (divisor * share),
+            log_variance,
+            of_classes=self.tasks[domain].head_kind != "numbers",
         )
-        return self.weights[domain] * share * weighed
+        return self.weights[domain] * share * weighted
 
     def _distance(self, params: Any) -> jax.Array:
-        """Returns how far apart the models are, but for their last stages."""
+        """Returns the distance between the models without their heads."""
         leaves, models = named(params), []
-        for domain, module in self.models.items():
-            head = module.stages[-1]  # type: ignore[attr-defined]
-            names = [n for n in named(self._shapes[domain][0]) if not _is_in(n, head)]
-            own = {n: leaves[f"{domain}/{n}"] for n in names if not self._is_shared(n)}
+        for domain, task in self.tasks.items():
+            head, names = task.models.stages[-1], named(self.shapes[domain][0])
+            names = [n for n in names if not _is_in(n, head)]
+            own = {n: leaves[f"{domain}/{n}"] for n in names if not self.is_shared(n)}
             models.append(own)
         return pair_distance(models)
 
     def _scattered(self, batch_stats: Any, moved: Mapping, mode: Mode) -> Any:
-        """Returns the batch statistics of all after those of some domains have moved.
+        """Returns the batch statistics of all after an update of some domains' own.
 
-        Where domains share them, they move by the mean of what each would move them.
+        Shared statistics become the mean of what the domains would make them.
         """
         found: dict[str, list] = {}
         for domain, stats in moved.items():
             for name, leaf in named(stats).items():
-                place = self.place(domain, name, of_stats=True)
-                if mode.moves(stage_of(place, self.prefixes)):
+                place = self.state_name(domain, name, of_stats=True)
+                if mode.moves(stage_of(place, tuple(self.tasks))):
                     found.setdefault(place, []).append(leaf)
         means = {place: sum(leaves) / len(leaves) for place, leaves in found.items()}
         return like(batch_stats, named(batch_stats) | means)
+
+
+def _target(task: Any) -> Any:
+    """Returns the target of a domain's task."""
+    return task.target
 
 
 def _is_in(name: str, stage: str) -> bool:
@@ -243,7 +244,7 @@ def _is_in(name: str, stage: str) -> bool:
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tree of named leaves."""
+    """Returns the nested dict of named leaves."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *path, last = name.split("/")
@@ -267,60 +268,61 @@ def make(
     weights: tuple[float, ...] = (),
     soft: float = 0.0,
     metrics: tuple[str, ...] = METRICS,
-) -> Joint:
+) -> MultiDomainTask:
     """Returns the task that `config.task` describes.
 
     Args:
         data: Has the domains.
         model: The section `config.model`.
-        precision: As in the config.
+        precision: 'float32', 'bfloat16' or 'float64'.
         of: The task of every domain, such as 'classify' or 'regress'.
-        of_args: What `config.task` would say of it, but for `metrics`.
-        shared: Regexes over parameter names, of what domains share; () is nothing. By
-            default it is all but the heads.
+        of_args: Options of that task besides `metrics`.
+        shared: Regexes over the names of shared parameters; () shares nothing. The
+            default shares all but the heads.
         statistics: 'shared': running averages of BatchNorm are shared where names match.
             'domain': each domain has its own.
         balance: 'domains': the loss is the sum over domains of their mean losses, each
             times its weight. 'examples': the mean over all examples. 'uncertainty': as
-            'domains', each mean weighed by a variance that learns (Kendall et al. 2018).
-        weights: Of the domains' losses, in the order of `config.data.domains`; () is 1
-            each.
+            'domains', each mean weighted by a trained variance (Kendall et al. 2018).
+        weights: Weights of the domains' losses, in the order of `config.data.domains`; ()
+            weighs each by 1.
         soft: Strength of soft sharing: |a - b|^2 / 2 is added for each pair of models,
-            over what they do not share, heads left out.
-        metrics: Of each domain.
+            over the parameters that they do not share, without the heads.
+        metrics: Metrics of each domain.
 
     Raises:
         UserError: Something unknown or out of range, or domains whose shapes clash.
     """
     registry.choose(dict.fromkeys(BALANCES), balance, "config.task.balance")
     registry.choose(dict.fromkeys(STATISTICS), statistics, "config.task.statistics")
-    parts = make_parts(
+    tasks = make_domain_tasks(
         task_module(of),
         {**of_args, "metrics": metrics},
         data=data,
         model=model,
         precision=precision,
     )
-    by_domain = dict(zip(parts, weights or (1.0,) * len(parts)))
+    by_domain = dict(zip(tasks, weights or (1.0,) * len(tasks)))
     _check(data, by_domain, weights, shared, balance, soft)
-    task = Joint(
-        models={name: part.models[""] for name, part in parts.items()},
-        data=data,
-        parts=parts,
+    domains = JointDomains(
+        specs=data.domains,
+        tasks=tasks,
         shared=shared,
         statistics=statistics,
         balance=balance,
         weights=by_domain,
         soft=soft,
     )
-    if clashes := _clashes(task):
+    if clashes := _clashes(domains):
         raise problems_error(
             "The domains cannot share these parameters, whose shapes differ:",
             clashes,
             "Give the domains one data.image_size and data.channels, or share less: "
             "config.task.shared.",
         )
-    return task
+    modules = {name: task.models[""] for name, task in tasks.items()}
+    models = ModelSet(modules=modules, stage_names=domains.stages(), cacheable=False)
+    return MultiDomainTask(models=models, domains=domains)
 
 
 def _check(
@@ -357,20 +359,24 @@ def _check(
         raise problems_error("The domains cannot be learned together:", problems)
 
 
-def _clashes(task: Joint) -> list[str]:
-    """Returns the shared parameters whose shapes differ, and rules that match nothing."""
+def _clashes(domains: JointDomains) -> list[str]:
+    """Returns the shared parameters whose shapes differ.
+
+    Raises:
+        UserError: Rules that match nothing.
+    """
     shapes: dict[str, dict[str, tuple]] = {}
-    for domain in task.parts:
-        for name, leaf in named(task._shapes[domain][0]).items():
+    for domain, (params, _) in domains.shapes.items():
+        for name, leaf in named(params).items():
             shapes.setdefault(name, {})[domain] = tuple(leaf.shape)
     problems = [
         f"{name}: " + ", ".join(f"{domain} {shape}" for domain, shape in found.items())
         for name, found in shapes.items()
-        if task._is_shared(name) and len(set(found.values())) > 1
+        if domains.is_shared(name) and len(set(found.values())) > 1
     ]
     unmatched = [
         pattern
-        for pattern in task.shared
+        for pattern in domains.shared
         if not any(re.fullmatch(pattern, name) for name in shapes)
     ]
     if unmatched and not problems:

@@ -1,17 +1,15 @@
-"""Mutual learning: models learn from labels and from what the others predict.
+"""Mutual learning: models are trained on labels and on each other's predictions.
 
-The parameters of a member begin with its label, `LABEL/stage/...`. Metrics are those of
-all members together, whose probabilities are averaged, and `LABEL/name` those of one.
+The parameters of a member begin with its label, `LABEL/stage/...`. Metrics without a
+label are those of the averaged probabilities, `LABEL/name` those of one member.
 
 Source: Zhang et al. 2018, "Deep mutual learning", equations 6 and 7.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,116 +18,118 @@ from finetune_jax.config import Config
 from finetune_jax.config.members import labels_of
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models import model_of
-from finetune_jax.tasks.components.image_inputs import Mixed, check_classified
-from finetune_jax.tasks.components.single_model import Answering
-from finetune_jax.tasks.components.targets import Classes, logits_asked, make_classes
+from finetune_jax.tasks.components.image_inputs import ImageInputs, check_classified
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.targets import (
+    ClassTarget,
+    TargetOptions,
+    class_target,
+    model_for,
+)
 from finetune_jax.tasks.objectives import losses
-from finetune_jax.tasks.task import Mode
+from finetune_jax.tasks.task import LossOutput
 
 # Kinds of data and of labels.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
+MEMBERS = "members"
 METRICS = ("accuracy", "loss")
+OPTIONS = TargetOptions()
 
 
 def measured(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns what is measured on a split: of all members together, and of each."""
+    """Returns the metrics of a split: of all members together, and of each."""
     labels = labels_of(config.model)
     return names + tuple(f"{label}/{name}" for label in labels for name in names)
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mutual(Mixed, Answering):
-    """Classifiers that teach one another.
+class MutualTarget:
+    """One class per example, predicted by several models that teach one another.
+
+    The output of the models is a dict of logits by label of the member.
 
     Attributes:
-        models: By label.
-        data: What the examples look like.
-        answer: Has the losses of labels, and metrics.
-        weight: Of what the others predict, beside that of labels, 1.
-        temperature: By which logits are divided where predictions are compared.
+        target: The target of each member.
+        weight: Weight of the other members' predictions in the loss; labels have 1.
+        temperature: Divisor of the logits where predictions are compared.
     """
 
-    answer: Classes
+    target: ClassTarget
     weight: float
     temperature: float
 
-    def loss(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        rng: jax.Array,
-        progress: jax.Array,
-        mode: Mode,
-        first: str | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
+    head_kind = "classes"
+
+    @property
+    def logits(self) -> int:
+        """Logits of each member."""
+        return self.target.logits
+
+    @property
+    def label(self) -> jax.ShapeDtypeStruct:
+        """A class index."""
+        return self.target.label
+
+    def loss(self, output: Mapping[str, jax.Array], batch: Mapping) -> LossOutput:
         """Returns the sum of the members' losses, and metrics of each.
 
-        A member's loss is that of the labels and `weight` times the mean over the others
-        of KL(other || member) T^2, T being the temperature; no gradient goes through the
-        other.
+        A member's loss is that of the labels plus `weight` times the mean over the others
+        of KL(other || member) T^2, where T is the temperature; no gradient flows through
+        the other.
         """
-        del fixed, progress, first
-        logits, total, count, found = {}, jnp.zeros(()), jnp.zeros(()), {}
-        for label in self.models:
-            logits[label], batch_stats = self.given(
-                params, batch_stats, batch, prefix=label, mode=mode, rng=rng
-            )
-        for label, logits_BxK in logits.items():
-            (of_labels, count), metrics = self.answer.loss(logits_BxK, batch)
-            weight_B = self.answer.weights(logits_BxK, batch)
+        total, count, found = jnp.zeros(()), jnp.zeros(()), {}
+        for label, logits_BxK in output.items():
+            labels = self.target.loss(logits_BxK, batch)
+            count, weight_B = labels.weight, self.target.weights(logits_BxK, batch)
             apart_B = sum(
                 losses.divergence(
                     jax.lax.stop_gradient(other_BxK),
                     logits_BxK,
                     temperature=self.temperature,
                 )
-                for other, other_BxK in logits.items()
+                for other, other_BxK in output.items()
                 if other != label
-            ) / (len(logits) - 1)
+            ) / (len(output) - 1)
             apart = jnp.sum(apart_B * weight_B)
-            total += of_labels + self.weight * apart
-            found |= {f"{label}/{name}": pair for name, pair in metrics.items()}
+            total += labels.total + self.weight * apart
+            found |= {f"{label}/{name}": pair for name, pair in labels.metrics.items()}
             found[f"{label}/divergence"] = apart, count
         found["loss"] = total, count
-        found["accuracy"] = self.answer.loss(_mean(logits), batch)[1]["accuracy"]
-        return (total, count), (batch_stats, found)
+        found["accuracy"] = self.target.loss(_mean(output), batch).metrics["accuracy"]
+        return LossOutput(total, count, found)
 
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns logits of all members together, and `LABEL/logits` of each."""
-        del fixed, first
-        logits = {
-            label: self.given(params, batch_stats, batch, prefix=label)[0]
-            for label in self.models
-        }
-        each = {f"{label}/logits": values for label, values in logits.items()}
-        return {**self.answer.outputs(_mean(logits)), **each}
+    def outputs(self, output: Mapping[str, jax.Array], batch: Mapping) -> dict:
+        """Returns the logits of the averaged probabilities, and `LABEL/logits` of each."""
+        each = {f"{label}/logits": values for label, values in output.items()}
+        return {**self.target.outputs(_mean(output), batch), **each}
 
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Returns what is to be measured, of all members together and of each."""
-        found = dict(self.answer.metrics(outputs, batch))
-        for label in self.models:
-            own = {"logits": outputs[f"{label}/logits"]}
-            metrics = self.answer.metrics(own, batch)
-            found |= {f"{label}/{name}": value for name, value in metrics.items()}
+    def serving_outputs(self, outputs: Mapping) -> dict:
+        """Returns logits and averaged probabilities."""
+        return self.target.serving_outputs(outputs)
+
+    def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
+        """Returns the metrics of all members together and of each."""
+        found = dict(self.target.metrics(outputs, batch))
+        for name in outputs:
+            label, _, kind = name.rpartition("/")
+            if label and kind == "logits":
+                own = self.target.metrics({"logits": outputs[name]}, batch)
+                found |= {f"{label}/{metric}": value for metric, value in own.items()}
         return found
+
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Returns the metrics that are undefined on some splits."""
+        return self.target.check_splits(labels)
+
+    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
+        """Returns the classes of the highest averaged probabilities."""
+        return self.target.records(outputs, batch)
 
 
 def _mean(logits: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns logarithms [B, K] of the members' mean probabilities."""
+    """Returns the log [B, K] of the members' mean probabilities."""
     each_MxBxK = jnp.stack([jax.nn.log_softmax(own) for own in logits.values()])
     return jax.nn.logsumexp(each_MxBxK, axis=0) - np.log(len(logits))
 
@@ -142,81 +142,60 @@ def make(
     precision: str,
     weight: float = 1.0,
     temperature: float = 1.0,
-    loss: str = "cross_entropy",
-    loss_args: Mapping[str, Any] = MappingProxyType({}),
-    label_smoothing: float = 0.0,
-    class_weights: str = "none",
-    top_k: int = 5,
-    metrics: tuple[str, ...] = METRICS,
-) -> Mutual:
+    options: TargetOptions = OPTIONS,
+) -> SupervisedTask:
     """Returns the task that `config.task` describes.
 
     Args:
-        data: What the examples look like.
-        members: What describes each model, by label.
-        model: What describes a model alone, which nobody asks for.
+        data: Description of the data.
+        members: Section of each model, by label.
+        model: The section `config.model`; not used beyond the members.
         precision: 'float32', 'bfloat16' or 'float64'.
-        weight: Of what the others predict, beside that of labels, 1.
-        temperature: By which logits are divided where predictions are compared.
-        loss: Of labels, a name in `losses.CLASSIFICATION`.
-        loss_args: Its arguments by name.
-        label_smoothing: As in `classify`.
-        class_weights: As in `classify`.
-        top_k: Classes that a prediction names.
-        metrics: As in `classify`.
+        weight: Weight of the other members' predictions in the loss; labels have 1.
+        temperature: Divisor of the logits where predictions are compared.
+        options: Loss of the labels, and metrics.
 
     Raises:
-        UserError: Fewer members than two, or members that have other classes.
+        UserError: Fewer than two members, or members with different classes.
     """
     del model
     check_classified(data)
-    answer = make_classes(
-        data,
-        loss=loss,
-        loss_args=loss_args,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        top_k=top_k,
-        metrics=metrics,
-    )
+    target = class_target(data, options, METRICS)
     if not weight >= 0 or not temperature > 0:
         raise UserError(
             f"config.task: weight={weight}, temperature={temperature}; weight is 0 or "
             "more, temperature above 0"
         )
-    return Mutual(
-        models=_modules(members, answer, precision),
-        data=data,
-        answer=answer,
-        weight=weight,
-        temperature=temperature,
+    modules = _modules(members, target, precision)
+    dtype = next(iter(modules.values())).param_dtype
+    return SupervisedTask(
+        models=ModelSet(modules=modules),
+        inputs=ImageInputs(data=data, dtype=dtype),
+        target=MutualTarget(target=target, weight=weight, temperature=temperature),
     )
 
 
 def _modules(
-    members: Mapping[str, Mapping[str, Any]], answer: Classes, precision: str
-) -> dict[str, nn.Module]:
+    members: Mapping[str, Mapping[str, Any]], target: ClassTarget, precision: str
+) -> dict[str, Any]:
     """Returns the models by label.
 
     Raises:
-        UserError: Fewer than two, or models that have other classes.
+        UserError: Fewer than two, or models with different classes.
     """
     if len(members) < 2:
         raise UserError(
             f"config.model.members: {len(members)} of them ({', '.join(members)}), and 2 "
             "at least learn from one another; task.name='classify' trains one model"
         )
-    classes = {
-        label: logits_asked(described["classes"], answer)
-        for label, described in members.items()
+    modules = {
+        label: model_for(target, section, precision=precision)
+        for label, section in members.items()
     }
+    classes = {k: of["classes"] or target.logits for k, of in members.items()}
     if len(set(classes.values())) > 1:
         raise UserError(
-            "config.model.members: they have other numbers of classes, so that they "
-            "cannot be compared: "
+            "config.model.members: different numbers of classes, which cannot be compared: "
             + ", ".join(f"{label} {count}" for label, count in classes.items())
         )
-    return {
-        label: model_of(described, classes=classes[label], precision=precision)
-        for label, described in members.items()
-    }
+    return modules

@@ -1,9 +1,8 @@
-"""Tables: numbers and categories in a row; one class, or one number, each."""
+"""Tables: rows of numbers and categories; one class or one number each."""
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +10,51 @@ import numpy as np
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models import ft_transformer, model_of, tabular
-from finetune_jax.tasks.components.single_model import Answering, make_answer
-from finetune_jax.tasks.components.targets import logits_asked
-from finetune_jax.tasks.task import Mode
+from finetune_jax.models import ft_transformer, tabular
+from finetune_jax.models.modes import Mode
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.targets import (
+    TargetOptions,
+    class_or_regression_target,
+    model_for,
+)
 
+# Default metrics for each value of `config.data.labels`.
 # Kinds of data and of labels.
 ACCEPTS = (("tables", "classes"), ("tables", "numbers"))
-# By what `config.data.labels` says.
 METRICS = {
     "classes": ("accuracy", "loss", "roc_auc", "normalised_entropy", "f1_macro"),
     "numbers": ("mse", "mae", "r2"),
 }
+OPTIONS = TargetOptions()
 MODELS = {**tabular.MODELS, **ft_transformer.MODELS}
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tabular(Answering):
-    """Answers rows of tables."""
+class TableInputs:
+    """Rows of a table.
 
-    @property
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Rows as `TableSpec` has them, and what the label is."""
-        return {
-            "inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(np.int32)),
-            "label": self.answer.label,
-        }
+    Attributes:
+        data: Description of the data.
+        dtype: Dtype of the parameters, which the models get numbers in.
+    """
 
-    def init(self, rng: jax.Array) -> tuple[Any, Any]:
-        """Returns random parameters, and no batch statistics."""
-        x = self._columns(jnp.zeros((1, *self.data.shape), jnp.int32))
-        return self.models[""].init(rng, x, train=False)["params"], {}
+    data: DataSpec
+    dtype: Any
+
+    def spec(self, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns rows as `TableSpec` has them."""
+        del training
+        return {"inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(np.int32))}
+
+    def example(self) -> dict[str, jax.Array]:
+        """Returns the columns of one row of zeros."""
+        return self._columns(jnp.zeros((1, *self.data.shape), jnp.int32))
 
     def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch with inputs as models of tables take them."""
+        """Returns the batch with the columns that the models take."""
         del rng, mode
         return {**batch, "inputs": self._columns(batch["inputs"])}
 
@@ -53,8 +63,10 @@ class Tabular(Answering):
         count = len(self.data.inputs.features)
         bits_BxF, categories_BxT = rows_BxF[:, :count], rows_BxF[:, count:]
         numbers_BxF = jax.lax.bitcast_convert_type(bits_BxF, jnp.float32)
-        dtype = self.models[""].param_dtype  # type: ignore[attr-defined]
-        return {"numbers": numbers_BxF.astype(dtype), "categories": categories_BxT}
+        return {
+            "numbers": numbers_BxF.astype(self.dtype),
+            "categories": categories_BxT,
+        }
 
 
 def make(
@@ -62,50 +74,34 @@ def make(
     data: DataSpec,
     model: Mapping[str, Any],
     precision: str,
-    loss: str | None = None,
-    loss_args: Mapping[str, Any] = MappingProxyType({}),
-    label_smoothing: float = 0.0,
-    class_weights: str = "none",
-    top_k: int = 5,
-    metrics: tuple[str, ...] | None = None,
-) -> Tabular:
+    options: TargetOptions = OPTIONS,
+) -> SupervisedTask:
     """Returns the task that `config.task` describes.
 
     Args:
-        data: What the examples look like.
+        data: Description of the data.
         model: The section `config.model`.
         precision: 'float32', 'bfloat16' or 'float64'.
-        loss: A name in `losses.CLASSIFICATION`, or in `losses.REGRESSION` where labels
-            are numbers; None is cross entropy, or the squared error.
-        loss_args: Its arguments by name.
-        label_smoothing: As `tasks.classify` has it.
-        class_weights: Likewise.
-        top_k: Likewise.
-        metrics: Names in `metrics.METRICS`; None is `METRICS`.
+        options: Loss and metrics.
 
     Raises:
-        UserError: Something unknown or out of range, or what is no table, or no model of
-            tables.
+        UserError: Something unknown or out of range, data that is no table, or a model
+            that takes no tables.
     """
     if model["name"] not in MODELS:
         raise UserError(
             f"config.model.name: {model['name']!r} takes no tables; {', '.join(MODELS)} do"
         )
-    answer = make_answer(
-        data,
-        loss=loss,
-        loss_args=loss_args,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        top_k=top_k,
-        metrics=metrics,
-        defaults=METRICS,
-    )
-    module = model_of(
+    target = class_or_regression_target(data, options, METRICS)
+    module: Any = model_for(
+        target,
         model,
-        classes=logits_asked(model["classes"], answer),
         precision=precision,
         numbers=len(data.inputs.features),
         fields=data.inputs.fields,
     )
-    return Tabular(models={"": module}, data=data, answer=answer)
+    return SupervisedTask(
+        models=ModelSet(modules={"": module}),
+        inputs=TableInputs(data=data, dtype=module.param_dtype),
+        target=target,
+    )

@@ -1,10 +1,9 @@
-"""A tag for every word of a text, as in the recognition of named entities."""
+"""Token classification: a tag for every word of a text, such as named entities."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,103 +13,73 @@ from finetune_jax.core.errors import problems_error
 from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.tags import NONE
-from finetune_jax.tasks.components.text_inputs import initial, token_model, tokens
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.text_inputs import TextInputs, token_model
 from finetune_jax.tasks.objectives.entities import entity_scores
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.task import LossOutput
 
 # Kinds of data and of labels.
 ACCEPTS = (("text", "tags"),)
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens(Task):
-    """Tags words.
+class TagTarget:
+    """A tag for every word.
 
     Attributes:
-        models: The one model, under ''.
-        data: What the examples look like.
-        metric_names: What is measured on a split; 'loss' always is.
+        names: Names of the tags.
+        tokens: Length of the longest text; tags are padded to it.
+        metric_names: Metrics of a split; 'loss' is always added.
     """
 
-    models: Mapping[str, nn.Module]
-    data: DataSpec
+    names: tuple[str, ...]
+    tokens: int
     metric_names: tuple[str, ...] = METRICS
 
+    head_kind = "tags"
+
     @property
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Ids and sentences [2, T], and tags [T]; places without have -1."""
-        kind = np.dtype(np.int32)
-        return {
-            "inputs": jax.ShapeDtypeStruct(self.data.shape, kind),
-            "label": jax.ShapeDtypeStruct(self.data.shape[1:], kind),
-        }
+    def logits(self) -> int:
+        """One logit for each tag."""
+        return len(self.names)
 
-    def init(self, rng: jax.Array) -> tuple[Any, Any]:
-        """Returns random parameters, and no batch statistics."""
-        return initial(self.models[""], rng)
+    @property
+    def label(self) -> jax.ShapeDtypeStruct:
+        """Tags [T]; -1 at tokens without a tag."""
+        return jax.ShapeDtypeStruct((self.tokens,), np.dtype(np.int32))
 
-    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch with inputs as encoders take them."""
-        del rng, mode
-        return {**batch, "inputs": tokens(batch["inputs"])}
-
-    def loss(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        rng: jax.Array,
-        progress: jax.Array,
-        mode: Mode,
-        first: str | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, dict]]:
-        """Returns cross entropy and accuracy over words as (total, weight) pairs."""
-        del fixed, progress
-        logits_BxTxK, batch_stats = self.given(
-            params, batch_stats, batch, mode=mode, first=first, rng=rng
-        )
+    def loss(self, output: jax.Array, batch: Mapping) -> LossOutput:
+        """Returns cross entropy and accuracy over words."""
         label_BxT = batch["label"]
         weight_BxT = (label_BxT != NONE) * batch["weight"][:, None]
-        loss_BxT = _cross_entropy(logits_BxTxK, label_BxT)
-        right_BxT = jnp.argmax(logits_BxTxK, axis=-1) == label_BxT
+        loss_BxT = _cross_entropy(output, label_BxT)
+        right_BxT = jnp.argmax(output, axis=-1) == label_BxT
         weight = jnp.sum(weight_BxT)
-        found = {
-            "loss": (jnp.sum(loss_BxT * weight_BxT), weight),
-            "accuracy": (jnp.sum(right_BxT * weight_BxT), weight),
-        }
-        return found["loss"], (batch_stats, found)
+        loss = jnp.sum(loss_BxT * weight_BxT), weight
+        accuracy = jnp.sum(right_BxT * weight_BxT), weight
+        return LossOutput(*loss, {"loss": loss, "accuracy": accuracy})
 
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns the tag of every place, and the summed loss of each text."""
-        del fixed
-        logits_BxTxK, _ = self.given(params, batch_stats, batch, first=first)
-        label_BxT = batch["label"]
-        loss_BxT = _cross_entropy(logits_BxTxK, label_BxT) * (label_BxT != NONE)
-        known_BxTxK = logits_BxTxK[..., : len(self.data.class_names)]
+    def outputs(self, output: jax.Array, batch: Mapping) -> dict:
+        """Returns the tag of every token and, with labels, the summed loss of a text."""
+        known_BxTxK = output[..., : len(self.names)]
         tag_BxT = jnp.argmax(known_BxTxK, axis=-1).astype(jnp.int32)
-        # Batches may be shorter than the longest text.
-        absent = max(self.data.shape[-1] - tag_BxT.shape[1], 0)
+        if "label" not in batch:
+            return {"tag": tag_BxT}
+        label_BxT = batch["label"]
+        loss_BxT = _cross_entropy(output, label_BxT) * (label_BxT != NONE)
+        # A batch may be shorter than the longest text.
+        absent = max(self.tokens - tag_BxT.shape[1], 0)
         tag_BxT = jnp.pad(tag_BxT, ((0, 0), (0, absent)))
         return {"tag": tag_BxT, "loss": loss_BxT.sum(axis=1)}
 
-    def answers(self, outputs: dict) -> dict:
-        """Returns the tags, as places in the list of their names."""
+    def serving_outputs(self, outputs: Mapping) -> dict:
+        """Returns the tags, as positions in the list of their names."""
         return {"tag": outputs["tag"]}
 
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
+    def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
         """Returns scores over entities, and accuracy and loss over words."""
         label, tag = batch["label"], outputs["tag"][:, : batch["label"].shape[1]]
         is_word = label != NONE
@@ -121,17 +90,20 @@ class Tokens(Task):
         names = dict.fromkeys((*self.metric_names, "loss"))
         return {name: found[name] for name in names}
 
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Returns nothing: every metric is defined on every split."""
+        del labels
+        return []
+
     def _tags(self, tag: np.ndarray, label: np.ndarray) -> list[list[str]]:
         """Returns the names of the tags of each text's words."""
-        names = self.data.class_names
         return [
-            [names[k] for k in row[there != NONE]] for row, there in zip(tag, label)
+            [self.names[k] for k in row[known != NONE]]
+            for row, known in zip(tag, label)
         ]
 
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Returns a tag for every word of a text that was not cut off."""
+    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
+        """Returns a tag for every word that was not truncated."""
         tag = outputs["tag"][:, : batch["label"].shape[1]]
         return [{"tags": tags} for tags in self._tags(tag, batch["label"])]
 
@@ -148,18 +120,18 @@ def make(
     model: Mapping[str, Any],
     precision: str,
     metrics: tuple[str, ...] = METRICS,
-) -> Tokens:
+) -> SupervisedTask:
     """Returns the task that `config.task` describes.
 
     Args:
-        data: What the examples look like.
+        data: Description of the data.
         model: The section `config.model`; its `pool` is 'none'.
         precision: 'float32', 'bfloat16' or 'float64'.
         metrics: Some of `METRICS`.
 
     Raises:
-        UserError: Labels that are no tags, a metric that there is not, or a model that
-            cannot read texts or makes one vector of a text.
+        UserError: Labels that are no tags, an unknown metric, or a model that cannot read
+            texts or pools a text to one vector.
     """
     problems = [
         f"config.task.metrics: no {name!r}{closest(str(name), METRICS)}"
@@ -177,4 +149,8 @@ def make(
     )
     if problems := problems + unfit:
         raise problems_error("The task does not fit:", problems)
-    return Tokens(models={"": module}, data=data, metric_names=metrics)
+    target = TagTarget(
+        names=data.class_names, tokens=data.shape[-1], metric_names=metrics
+    )
+    models = ModelSet(modules={"": module})
+    return SupervisedTask(models=models, inputs=TextInputs(data=data), target=target)

@@ -158,9 +158,10 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     if data.on_error == "skip":
         terminal.say("inputs of later stages are not kept: config.data.on_error=skip")
         return None
-    if setup.task.prefixes != ("",):
+    has_several = setup.task.models.prefixes != ("",)
+    if has_several:
         terminal.say("inputs of later stages are not kept: there are several models")
-    if setup.task.prefixes != ("",) and not setup.task.is_taught:
+    if has_several and setup.task.teachers is None:
         return None
     return FeatureStore(
         task=setup.task,

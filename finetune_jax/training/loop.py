@@ -200,7 +200,7 @@ class Loop:
     ) -> BatchSource:
         """Returns the training split, with cached features where they replace inputs."""
         data, batch_size = self.setup.data, self.setup.config.data.batch_size
-        store, is_taught = self.evaluator.store, self.setup.task.is_taught
+        store, is_taught = self.evaluator.store, self.setup.task.teachers is not None
         features = teachers = None
         if store is not None:
             cached = functools.partial(

@@ -7,9 +7,10 @@ from typing import Any
 
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.models.modes import Mode
 from finetune_jax.optim import PhaseOptimizer, compile_phase
 from finetune_jax.plans.phase import Group, Phase, groups
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.task import Task
 from finetune_jax.training.step import Update
 
 
@@ -97,13 +98,11 @@ def phase_setup(
         axis_name: Name of the device axis under pmap.
     """
     learns = groups(plan, index, names)
+    prefixes = task.models.prefixes
+    stages = frozenset(stage_of(name, prefixes) for name in learns)
     mode = Mode(
-        learning=task.learning(
-            frozenset(stage_of(name, task.prefixes) for name in learns)
-        ),
+        learning=stages if task.domains is None else task.domains.learning(stages),
         batch_stats=plan[index].batch_stats,
         axis_name=axis_name,
     )
-    return PhaseSetup(
-        phase=plan[index], groups=learns, mode=mode, prefixes=task.prefixes
-    )
+    return PhaseSetup(phase=plan[index], groups=learns, mode=mode, prefixes=prefixes)

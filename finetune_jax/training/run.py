@@ -162,7 +162,10 @@ def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
     return {
         "data_fingerprint": setup.data.fingerprint(),
         "also_fingerprint": {d.label: d.fingerprint() for d in domains},
-        "weights_sha256": {**loaded.sha256, **setup.task.fixed_sha256()},
+        "weights_sha256": {
+            **loaded.sha256,
+            **(setup.task.teachers.sha256() if setup.task.teachers else {}),
+        },
         "weights_layout": loaded.layout,
     }
 

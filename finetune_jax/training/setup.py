@@ -100,7 +100,10 @@ class Setup:
             start: The state before the first update.
             training: Whether there will be updates.
         """
-        found = {"task": self.task.fixed(start, training=training)}
+        teachers = self.task.teachers
+        found: dict[str, Any] = {"task": {}}
+        if teachers is not None and training:
+            found["task"] = teachers.variables(start)
         if self.regularisers & set(READS_START):
             found["start"] = dict(named(start.params))
         return found
@@ -191,13 +194,14 @@ def make_setup(
     check_phases(config, plan, devices.count)
     if data is None:
         data = run_data(config)
-    task = make_task(config, data.spec)
+    task = make_task(config.task, config.model, config.precision, data.spec)
     raise_if([*split_problems(task, data), *domain_problems(config, data)])
     for index, domain in enumerate(data.spec.domains.values()):
         key = f"config.data.domains[{index}].weight"
         check_batch(domain.share, plan, devices.count, key)
         check_pairs(domain.mix, domain.share, plan, devices.count, key)
-    raise_if(task.check_fixed())
+    if task.teachers is not None:
+        raise_if(task.teachers.problems())
     if like is None:
         shapes = shapes_of(task, config.model.name)
         random_states = RandomStates(task, shapes)

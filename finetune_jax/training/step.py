@@ -1,8 +1,8 @@
-"""One update and one evaluation: pure functions of (state, fixed, batch)."""
+"""The training step: one update, a pure function of (state, fixed, batch)."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +11,38 @@ import optax
 from finetune_jax.core.pytrees import like, name_of, named, stage_of
 from finetune_jax.core.train_state import TrainState, averaged
 from finetune_jax.features.frozen_prefix import (
-    as_kept,
+    as_cached,
     augmentation_key,
-    part_by_part,
-    with_frozen,
+    in_chunks,
+    with_frozen_outputs,
 )
+from finetune_jax.models.modes import Mode
 from finetune_jax.optim.regularisers import PENALTIES, penalty
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.task import LossOutput, StepContext, Task
 
-# Where the metrics of an update have norms of what learns, by stage; not logged.
+# Key of the norms by stage in the metrics of an update; they are not logged.
 NORMS = "norms"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """What is static about an update.
+    """The static description of an update.
 
     Attributes:
         task: Has the loss.
-        optimizer: Of the phase, from `make_optimizer`.
-        trained: Names of the parameters that learn.
+        optimizer: Transformation of the phase, from `make_optimizer`.
+        trained: Names of the trained parameters.
         mode: How the stages run.
         evaluates: What the optimizer computes at other points: see `Algorithm`.
-        repeats: Whether every update draws the same, so that the loss stays the same.
-        regularise: (name, strength, regex) of what is added to the loss.
-        ema_decay: Of the averaged weights; None has none.
-        guarded: Whether an update that is not finite leaves all but the step as it was.
-        views: How many ways there are to augment an example; None augments it anew in
-            every update. The places in a batch then are those of the views.
-        rows: Frozen stages and teachers get a multiple of so many examples.
-        at_a_time: How many they get at a time; None: all.
+        repeats: Whether every update uses the same random keys, so that the loss is the
+            same function.
+        regularise: (name, strength, regex) of the terms that are added to the loss.
+        ema_decay: Decay of the averaged weights; None keeps no averages.
+        guarded: Whether an update that is not finite changes nothing but the step.
+        views: Number of augmented versions of each example; None augments anew in every
+            update. Positions in a batch are then those of the versions.
+        rows: The batch of frozen stages and teachers is padded to a multiple of this.
+        at_a_time: Number of examples in a chunk of theirs; None: all.
     """
 
     task: Task
@@ -58,23 +60,24 @@ class Update:
 
     @property
     def first(self) -> str | None:
-        """The stage before which nothing depends on the update: see the task's."""
-        return self.task.first_learning(self.mode)
+        """The first stage that is not frozen: see `ModelSet.frozen_prefix_end`."""
+        return self.task.models.frozen_prefix_end(self.mode)
 
     def over_devices(self, tree: Any) -> Any:
-        """Returns the sum over devices, where it is not taken by itself."""
+        """Returns the sum over devices under pmap; jit with shardings needs none."""
         axis_name = self.mode.axis_name
         return jax.lax.psum(tree, axis_name) if axis_name else tree
 
     def norms_by_stage(self, tree: Any) -> dict[str, jax.Array]:
-        """Returns the norm of what learns, by stage."""
+        """Returns the norm of the trained leaves, by stage."""
         leaves: dict[str, list] = {}
+        prefixes = self.task.models.prefixes
         for name, leaf in named(tree).items():
             if name in self.trained:
-                leaves.setdefault(stage_of(name, self.task.prefixes), []).append(leaf)
+                leaves.setdefault(stage_of(name, prefixes), []).append(leaf)
         return {stage: optax.tree.norm(found) for stage, found in leaves.items()}
 
-    def learns(self, params: Any) -> Any:
+    def is_trained(self, params: Any) -> Any:
         """Returns a tree of bools shaped like the parameters."""
         return jax.tree_util.tree_map_with_path(
             lambda path, _: name_of(path) in self.trained, params
@@ -92,23 +95,23 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """Returns the state after one update and the metrics of the *old* parameters.
 
-    The k micro-batches are unrolled. Their gradients are weighed by the weight of the
+    The k micro-batches are unrolled. Their gradients are weighted by the weight of the
     whole update, over micro-batches and devices, so that the result is that of one batch.
 
     Args:
         state: Donated.
-        fixed: Arrays that the loss reads and nobody updates.
+        fixed: Arrays that the loss reads and no update changes.
         batch: Arrays [k, b, ...]: k micro-batches of b examples.
-        learning_rate: Of this update.
-        progress: Share of the phase that is over, in [0, 1).
-        static: The rest.
+        learning_rate: Learning rate of this update.
+        progress: Finished share of the phase, in [0, 1).
+        static: Static description of the update.
     """
-    over_devices, trained = static.over_devices, static.learns(state.params)
+    over_devices, trained = static.over_devices, static.is_trained(state.params)
     objective = _Objective(static, state, fixed, batch, progress)
-    gradients, parts = objective.gradients(state.params)
-    weight = over_devices(sum(part.weight for part in parts))
-    share = len(parts) / weight
-    # Only what learns is scaled and summed: the rest are zeros that nobody reads.
+    gradients, micro = objective.gradients(state.params)
+    weight = over_devices(sum(loss.weight for loss in micro))
+    share = len(micro) / weight
+    # Only trained leaves are scaled and summed: the gradients of others are unused zeros.
     gradients = [
         jax.tree.map(lambda g, t: over_devices(g) * share if t else g, g, trained)
         for g in gradients
@@ -119,7 +122,7 @@ def train_step(
         ),
         gradients,
     )
-    mean = jax.tree.map(lambda g, t: g / len(parts) if t else g, total, trained)
+    mean = jax.tree.map(lambda g, t: g / len(micro) if t else g, total, trained)
     updates, opt_state = None, state.opt_state
     if static.evaluates == "nothing":
         for gradient in gradients:
@@ -127,7 +130,7 @@ def train_step(
                 gradient, opt_state, state.params, learning_rate=learning_rate
             )
     else:
-        extra = objective.elsewhere(mean, parts, weight)
+        extra = objective.elsewhere(mean, micro, weight)
         updates, opt_state = static.optimizer.update(
             mean, opt_state, state.params, learning_rate=learning_rate, **extra
         )
@@ -135,11 +138,11 @@ def train_step(
     params = jax.tree.map(
         lambda p, u, t: p + u if t else p, state.params, updates, trained
     )
-    metrics = _metrics(static, state.params, parts, mean)
+    metrics = _metrics(static, state.params, micro, mean)
     new = state.replace(
         step=state.step + 1,
         params=params,
-        batch_stats=parts[-1].batch_stats,
+        batch_stats=micro[-1].batch_stats,
         opt_state=opt_state,
     )
     new = new.replace(ema=averaged(new, static.ema_decay))
@@ -153,7 +156,7 @@ def _if_finite(
 ) -> TrainState:
     """Returns the new state, or the old one if loss or gradient are not finite."""
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    # Computed as without the choice, not fused with it: so both are the same bits.
+    # Without the barrier XLA fuses the update with the choice, which changes its bits.
     new = jax.lax.optimization_barrier(new)
 
     def chosen(one: Any, other: Any) -> Any:
@@ -173,13 +176,13 @@ def _if_finite(
     )
 
 
-def _metrics(static: Update, params: Any, parts: list, gradient: Any) -> dict:
-    """Returns the metrics of an update, with the norms of what learns by stage."""
+def _metrics(static: Update, params: Any, micro: list, gradient: Any) -> dict:
+    """Returns the metrics of an update, with the norms of trained leaves by stage."""
     over_devices = static.over_devices
     found: dict[str, Any] = {
-        name: over_devices(sum(part.metrics[name][0] for part in parts))
-        / over_devices(sum(part.metrics[name][1] for part in parts))
-        for name in parts[0].metrics
+        name: over_devices(sum(loss.metrics[name][0] for loss in micro))
+        / over_devices(sum(loss.metrics[name][1] for loss in micro))
+        for name in micro[0].metrics
     }
     norms = static.norms_by_stage(gradient)
     squares = [jnp.square(norm) for norm in norms.values()]
@@ -188,29 +191,13 @@ def _metrics(static: Update, params: Any, parts: list, gradient: Any) -> dict:
     return found
 
 
-class _Part(NamedTuple):
-    """What one micro-batch gives besides a gradient; nothing is summed over devices.
-
-    Attributes:
-        total: The loss is the sum of totals / the sum of weights.
-        weight: See `total`.
-        metrics: (total, weight) pairs.
-        batch_stats: After the micro-batch.
-    """
-
-    total: jax.Array
-    weight: jax.Array
-    metrics: dict
-    batch_stats: Any
-
-
 class _Objective:
     """The loss of one update as a function of the parameters."""
 
     def __init__(
         self, static: Update, state: TrainState, fixed: Any, batch: dict, progress: Any
     ):
-        """Prepares the micro-batches; they are the same at whatever point."""
+        """Prepares the micro-batches, which are the same for all parameters."""
         self.static, self.state, self.fixed = static, state, fixed
         self.progress = progress
         number = 0 if static.repeats else state.step
@@ -225,76 +212,85 @@ class _Objective:
             )
             for index in range(jax.tree.leaves(batch)[0].shape[0])
         ]
-        sums = [static.task.whole(micro) for micro in self.micro_batches]
-        if sums[0]:
-            whole = jax.tree.map(lambda *parts: static.over_devices(sum(parts)), *sums)
-            self.micro_batches = [m | {"whole": whole} for m in self.micro_batches]
+        if static.task.domains is not None:
+            each = [static.task.domains.totals(micro) for micro in self.micro_batches]
+            if each[0]:
+                totals = jax.tree.map(
+                    lambda *values: static.over_devices(sum(values)), *each
+                )
+                self.micro_batches = [
+                    m | {"totals": totals} for m in self.micro_batches
+                ]
 
     def _prepared(self, batch: dict, rng: jax.Array) -> dict:
-        """Returns a micro-batch as the loss takes it."""
+        """Returns a micro-batch as the loss takes it, from the first trained stage on."""
+        static = self.static
+        if "features" not in batch:
+            batch = static.task.prepare(batch, rng, static.mode)
+            if static.first is not None or static.task.teachers is not None:
+                batch = self._with_frozen(batch)
+        return static.task.models.unpacked(batch) if "features" in batch else batch
+
+    def _with_frozen(self, batch: dict) -> dict:
+        """Returns a prepared micro-batch with the outputs of frozen stages and teachers."""
         static, state = self.static, self.state
-        if "features" in batch:
-            return batch
-        batch = static.task.prepare(batch, rng, static.mode)
-        if static.first is None and not static.task.is_taught:
-            return batch
         whole = functools.partial(
-            with_frozen, static.task, state, self.fixed["task"], static.first
+            with_frozen_outputs, static.task, state, self.fixed["task"], static.first
         )
-        make = functools.partial(part_by_part, whole, rows=static.at_a_time)
+        make = functools.partial(in_chunks, whole, rows=static.at_a_time)
         if static.rows == 1:
             return make(batch)
-        return as_kept(make, batch, state, static.rows)
+        return as_cached(make, batch, state, static.rows)
 
     def total(
         self, params: Any, batch_stats: Any, index: int
-    ) -> tuple[jax.Array, _Part]:
-        """Returns the total of a micro-batch, for differentiation, and all of it."""
+    ) -> tuple[jax.Array, LossOutput]:
+        """Returns the total of a micro-batch, for differentiation, and its loss."""
         static = self.static
         # Freezing in the loss, not in the gradient, lets XLA drop the backward pass.
         params = jax.tree.map(
             lambda p, t: p if t else jax.lax.stop_gradient(p),
             params,
-            static.learns(params),
+            static.is_trained(params),
         )
-        (total, weight), (batch_stats, metrics) = static.task.loss(
-            params,
-            batch_stats,
-            self.fixed["task"],
-            self.micro_batches[index],
+        context = StepContext(
             rng=jax.random.fold_in(self.rng, index),
             progress=self.progress,
             mode=static.mode,
             first=static.first,
+            fixed=self.fixed["task"],
         )
+        variables = {"params": params, "batch_stats": batch_stats}
+        loss = static.task.loss(variables, self.micro_batches[index], context)
         if any(name in PENALTIES for name, *_ in static.regularise):
             added = penalty(static.regularise, params, self.fixed, static.trained)
-            total += weight * added
-            metrics = {**metrics, "penalty": (weight * added, weight)}
-        return total, _Part(total, weight, metrics, batch_stats)
+            added *= loss.weight
+            metrics = {**loss.metrics, "penalty": (added, loss.weight)}
+            loss = loss.replace(total=loss.total + added, metrics=metrics)
+        return loss.total, loss
 
-    def gradients(self, params: Any) -> tuple[list, list[_Part]]:
-        """Returns the gradient of the total of each micro-batch, and what else it gave."""
-        gradients, parts = [], []
+    def gradients(self, params: Any) -> tuple[list, list[LossOutput]]:
+        """Returns the gradient of the total of each micro-batch, and its loss."""
+        gradients, losses = [], []
         batch_stats = self.state.batch_stats
         for index in range(len(self.micro_batches)):
-            gradient, part = jax.grad(self.total, has_aux=True)(
+            gradient, loss = jax.grad(self.total, has_aux=True)(
                 params, batch_stats, index
             )
-            batch_stats = part.batch_stats
+            batch_stats = loss.batch_stats
             gradients.append(gradient)
-            parts.append(part)
-        return gradients, parts
+            losses.append(loss)
+        return gradients, losses
 
     def elsewhere(
-        self, gradient: Any, parts: list[_Part], weight: jax.Array
+        self, gradient: Any, micro: list[LossOutput], weight: jax.Array
     ) -> dict[str, Any]:
-        """Returns the extra arguments of an optimizer that looks at other points.
+        """Returns the extra arguments of an optimizer that evaluates other points.
 
         Args:
-            gradient: Of the loss at the parameters of the state.
-            parts: What the micro-batches gave there.
-            weight: Of the update, over devices.
+            gradient: Gradient of the loss at the parameters of the state.
+            micro: Losses of the micro-batches there.
+            weight: Weight of the update, over devices.
         """
         over_devices, params = self.static.over_devices, self.state.params
 
@@ -324,5 +320,5 @@ class _Objective:
                 jax.tree.map(lambda g: cotangent * g, gradient),
             ),
         )
-        value = over_devices(sum(part.total for part in parts)) / weight
+        value = over_devices(sum(loss.total for loss in micro)) / weight
         return {"value": value, "grad": gradient, "value_fn": value_fn}

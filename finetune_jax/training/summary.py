@@ -140,7 +140,8 @@ def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
         spec=setup.data.spec.domains[domain],
         held_out={s: m.parts[domain] for s, m in setup.data.held_out.items()},
     )
-    task = setup.task.of_domain(domain)
+    assert setup.task.domains is not None
+    task = setup.task.domains.tasks[domain]
     return dataclasses.replace(setup, task=task, data=data), domain
 
 
@@ -177,13 +178,13 @@ def _parameters(setup: Setup) -> list[ParameterRow]:
     rows = [
         ParameterRow(
             name=name,
-            stage=stage_of(name, setup.task.prefixes),
+            stage=stage_of(name, setup.task.models.prefixes),
             shape=tuple(leaf.shape),
             scales=tuple(found[name] for found in by_phase),
         )
         for name, leaf in params.items()
     ]
-    return sorted(rows, key=lambda row: setup.task.stages.index(row.stage))
+    return sorted(rows, key=lambda row: setup.task.models.stages.index(row.stage))
 
 
 def _predictions(

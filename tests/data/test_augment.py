@@ -17,7 +17,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation import colour, rand_augment
 from finetune_jax.data.augmentation import steps as augment
 from finetune_jax.data.augmentation.steps import make_augment
-from finetune_jax.tasks.task import Mode
+from finetune_jax.models.modes import Mode
 
 pytestmark = pytest.mark.slow
 

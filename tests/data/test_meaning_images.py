@@ -8,6 +8,7 @@ import meaning
 import numpy as np
 import pictures
 import pytest
+import small
 from meaning import Odd
 from PIL import Image, ImageOps
 
@@ -25,7 +26,6 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import make_model
 from finetune_jax.models.layers.sizes import TooSmall, least_side
 from finetune_jax.modes import predict
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import shapes_of
 
 RED = pictures.image(pictures.COLOURS["red"], 1)
@@ -554,13 +554,13 @@ def test_bright_images_among_dark_ones_and_bytes_are_not_warned_of(tmp_path):
 def test_images_that_are_too_small_are_refused_by_name(name, side, least):
     config, problems = configs.resolve(_small_config(name))
     assert not problems
-    task = make_task(config, _spec(config, side))
+    task = small.task_of(config, _spec(config, side))
     wanted = (
         rf"{side}x{side} pixels are too small for {name} \(at least {least}x{least}\)"
     )
     with pytest.raises(UserError, match=wanted):
         shapes_of(task, name)
-    shapes_of(make_task(config, _spec(config, least)), name)
+    shapes_of(small.task_of(config, _spec(config, least)), name)
 
 
 def _small_config(name, **task):

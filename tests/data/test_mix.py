@@ -11,9 +11,10 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation import mixup
+from finetune_jax.models.modes import EVALUATION, Mode
 from finetune_jax.plans.micro_batches import check_pairs
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks.task import EVALUATION, Mode
+from finetune_jax.tasks.task import StepContext
 
 SHAPE, CLASSES = (9, 12, 3), 4
 RNG = jax.random.key(0)
@@ -230,17 +231,15 @@ def test_the_loss_is_the_cross_entropy_of_the_soft_target():
     learner = small.task("mlp", (6, 6, 1), fields={"mix": BOTH}, classes=13)
     rows, ready = prepared(learner)
     params, stats = jax.jit(learner.init)(RNG)
-    (total, weight), (_, metrics) = learner.loss(
-        params, stats, {}, ready,
-        rng=RNG, progress=jnp.zeros(()), mode=TRAINING,
-    )  # fmt: skip
-    logits = learner.outputs(params, stats, {}, ready)["logits"]
+    variables = small.variables(params, stats)
+    loss = learner.loss(variables, ready, StepContext(rng=RNG, mode=TRAINING))
+    logits = learner.outputs(variables, ready)["logits"]
     log_p = np.asarray(jax.nn.log_softmax(logits))[:, :10]
     wanted = -np.sum(np.asarray(ready["target"]) * log_p)
-    assert float(total) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(weight) == 8
+    assert float(loss.total) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(loss.weight) == 8
     right = (np.argmax(logits, axis=-1) == rows["label"]).sum()
-    assert float(metrics["accuracy"][0]) == right
+    assert float(loss.metrics["accuracy"][0]) == right
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.order import permutation, training_order
+from finetune_jax.models.modes import Mode
 from finetune_jax.tasks.classify import make
-from finetune_jax.tasks.task import Mode
+from finetune_jax.tasks.components.targets import TargetOptions
+from finetune_jax.tasks.task import StepContext
 
 LABEL = np.repeat([0, 1, 2], (50, 10, 3))
 
@@ -79,13 +81,16 @@ def classify(class_weights):
     spec = type(spec)(**{**vars(spec), "train_counts": (50, 10, 3), "dtype": "float32"})
     model = {"name": "mlp", "hidden": (), "classes": None, "head": {}}
     return make(
-        data=spec, model=model, precision="float32", class_weights=class_weights
+        data=spec,
+        model=model,
+        precision="float32",
+        options=TargetOptions(class_weights=class_weights),
     )
 
 
 def test_balanced_class_weights_are_scikit_learns():
     wanted = compute_class_weight("balanced", classes=np.arange(3), y=LABEL)
-    np.testing.assert_allclose(classify("balanced").answer.class_weights, wanted)
+    np.testing.assert_allclose(classify("balanced").target.class_weights, wanted)
     with pytest.raises(UserError, match="class_weights: no 'balance'"):
         classify("balance")
 
@@ -100,13 +105,12 @@ def test_a_weighted_loss_is_the_weighted_mean():
     kernel = rng.normal(size=(4, 3)).astype(np.float32)
     params = {"head": {"logits": {"kernel": kernel, "bias": np.zeros(3, np.float32)}}}
     mode = Mode(learning=frozenset({"head"}))
-    (total, weight), (_, metrics) = task.loss(
-        params, {}, {}, batch, rng=None, progress=0.0, mode=mode
-    )
+    variables = {"params": params, "batch_stats": {}}
+    loss = task.loss(variables, batch, StepContext(mode=mode))
     logits = x.astype(np.float64) @ kernel
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(12), label]
-    weights = np.array(task.answer.class_weights)[label]
+    weights = np.array(task.target.class_weights)[label]
     np.testing.assert_allclose(
-        total / weight, np.average(losses, weights=weights), 1e-5
+        loss.total / loss.weight, np.average(losses, weights=weights), 1e-5
     )
-    assert metrics["accuracy"][1] == 12
+    assert loss.metrics["accuracy"][1] == 12

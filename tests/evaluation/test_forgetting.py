@@ -18,10 +18,10 @@ from finetune_jax.evaluation import diagnostics
 from finetune_jax.evaluation.cka import gram, similarity, stage_features
 from finetune_jax.evaluation.diagnostics import distances, make_extras, open_domains
 from finetune_jax.evaluation.fisher import fisher_information
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.metrics_log import read_metrics
-from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.training.assembly import make_evaluator
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -139,11 +139,11 @@ def test_the_features_of_a_stage_are_its_output_in_evaluation():
     batch = {name: array[0] for name, array in small.batch(6).items()}
     features = jax.jit(functools.partial(stage_features, task=task))
     found = features(params, batch_stats, batch)
-    assert set(found) == set(task.stages)
+    assert set(found) == set(task.models.stages)
     prepared = task.prepare(batch, jax.random.key(0), EVALUATION)
     variables = {"params": params, "batch_stats": batch_stats}
-    for stage in task.stages:
-        run_to = functools.partial(apply, task, "", mode=EVALUATION, last=stage)
+    for stage in task.models.stages:
+        run_to = functools.partial(task.models.apply, last=stage)
         y, _ = jax.jit(run_to)(variables, prepared["inputs"])
         np.testing.assert_allclose(found[stage], y.reshape(6, -1), rtol=1e-5, atol=1e-6)
 
@@ -245,7 +245,7 @@ def test_fisher_information_is_the_mean_of_squares_of_gradients(monkeypatch, exa
 
     @jax.jit
     def logits_of(params, x):
-        return apply(task, "", {"params": params}, x, mode=EVALUATION)[0][0]
+        return task.models.apply({"params": params}, x)[0][0]
 
     @jax.jit
     @jax.grad
@@ -283,8 +283,8 @@ def test_fisher_information_of_the_head_is_that_of_softmax_regression():
     found = named(fisher_information(task, params, {}, dataset, examples=9999, seed=0))
     variables = {"params": params}
     x = jnp.asarray(dataset.take(np.arange(40))["inputs"]) - 0.3
-    hidden, _ = apply(task, "", variables, x, mode=EVALUATION, last="stage1")
-    logits, _ = apply(task, "", variables, x, mode=EVALUATION)
+    hidden, _ = task.models.apply(variables, x, last="stage1")
+    logits, _ = task.models.apply(variables, x)
     hidden, p = (np.asarray(v, np.float64) for v in (hidden, jax.nn.softmax(logits)))
     hidden = np.concatenate([hidden, np.ones((40, 1))], axis=1)  # The bias' input is 1.
     information = np.einsum("bf,bk->fk", hidden**2, p * (1 - p)) / 40

@@ -11,10 +11,10 @@ import pytest
 import small
 
 from finetune_jax.features import cache, frozen_prefix
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.parallel.devices import stable_batch
 from finetune_jax.parallel.make import make_devices
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.run import run
 

@@ -206,7 +206,7 @@ def test_weights_from_nowhere_are_written_by_our_names(finished, tmp_path):
     loaded = load_weights(variables, weights)
     assert not [name for name in weights.tensors if "lora" in name]
     outputs = task.outputs(
-        loaded["params"], loaded["batch_stats"], {},
+        loaded,
         {"inputs": (jnp.asarray(images()) / jnp.float32(255) - 0.3) / 0.5},
     )  # fmt: skip
     assert_close(np.asarray(outputs["logits"]), predicted(finished, images())["logits"])

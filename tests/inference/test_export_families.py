@@ -19,7 +19,6 @@ from finetune_jax.core.pytrees import digest, named
 from finetune_jax.inference.export import weights
 from finetune_jax.inference.export.exported_model import Trained
 from finetune_jax.models import convnext, efficientnet_lite, vit
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.initial.starting_state import layout_of, run_data
 from finetune_jax.weights.addresses import read_weights
@@ -130,9 +129,8 @@ def began(task, config, address, tokenizer=None):
     variables = load_weights(start, found, fresh=config.init.fresh)
     return Trained(
         task=task,
-        spec=task.data,
+        spec=task.inputs.data,
         variables=variables,
-        fixed={},
         step=0,
         model=dict(config.model),
         config=configs.to_json(config),
@@ -217,7 +215,7 @@ def test_weights_go_back_to_their_library(row, tmp_path):
     overrides = [("data.mean", str(MEAN)), ("data.std", str(STD))]
     config = small.config(model=row.name, overrides=overrides, **row.arguments)
     fields = {"mean": MEAN, "std": STD}
-    task = make_task(config, small.spec((32, 32, 3), **fields))
+    task = small.task_of(config, small.spec((32, 32, 3), **fields))
     if row.layout:
         theirs = {name: np.array(tensor) for name, tensor in before.items()}
         save_file(theirs, tmp_path / "theirs.safetensors")
@@ -266,7 +264,7 @@ def text_task(tmp_path, name, pool, **arguments):
     with config.unlocked():
         config.model.update(name=name, pool=pool, **arguments)
     data = run_data(config)
-    task = make_task(config, data.spec)
+    task = small.task_of(config, data.spec)
     return config, task, data.train.take(np.arange(4))
 
 
@@ -341,5 +339,5 @@ def test_encoders_go_back_to_transformers(row, tmp_path):
         return
     variables, given = trained.variables, {**batch, "inputs": batch["inputs"]}
     given = task.prepare(given, jax.random.key(0), None)
-    ours, _ = jax.jit(lambda v: task.given(v["params"], {}, given))(variables)
+    ours, _ = jax.jit(task.models.forward)(variables, given["inputs"])
     assert_close(found[mask > 0], np.asarray(ours)[mask > 0])

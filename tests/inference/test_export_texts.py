@@ -62,7 +62,9 @@ def ours(workdir):
         inputs[row, :, : len(ids)] = ids, sentences
     task, placed = predictor.setup.task, predictor.placed
     batch = task.prepare({"inputs": inputs}, None, None)
-    found = task.outputs(placed.params, placed.batch_stats, {}, batch)
+    found = task.outputs(
+        {"params": placed.params, "batch_stats": placed.batch_stats}, batch
+    )
     return [ids for ids, _ in rows], np.asarray(found["logits"])
 
 

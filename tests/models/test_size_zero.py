@@ -6,14 +6,14 @@ import clicks
 import jax
 import numpy as np
 import pytest
+import small
 
 from finetune_jax import config as configs
 from finetune_jax import main
 from finetune_jax.core.array_store import Tables
 from finetune_jax.data.dataset import make_data
-from finetune_jax.features.frozen_prefix import part_by_part
+from finetune_jax.features.frozen_prefix import in_chunks
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.tasks import make_task
 from finetune_jax.training.run import run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -67,7 +67,7 @@ def test_every_model_takes_tables_of_one_kind_of_column(has, model, tmp_path):
         pytest.skip("dlrm refuses tables without categories")
     given = config(table(tmp_path, has), model)
     data = make_data(given.data, seed=0)
-    task = make_task(given, data.spec)
+    task = small.task_of(given, data.spec)
     batch = data.train.take(np.arange(4))
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
 
@@ -80,7 +80,7 @@ def test_every_model_takes_tables_of_one_kind_of_column(has, model, tmp_path):
 
 def test_parts_of_a_batch_may_have_size_0():
     batch = {"label": np.arange(6), "inputs": np.zeros((6, 0, 3), np.float32)}
-    made = part_by_part(lambda part: part["inputs"] + 1, batch, 2)
+    made = in_chunks(lambda part: part["inputs"] + 1, batch, 2)
     assert made.shape == (6, 0, 3)
 
 

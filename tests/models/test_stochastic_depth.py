@@ -13,7 +13,7 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.models import efficientnet_lite, make_model, resnet, resnet_cifar
-from finetune_jax.tasks.task import EVALUATION, Mode, apply
+from finetune_jax.models.modes import EVALUATION, Mode
 
 RATE = 0.25
 BLOCKS = {
@@ -192,7 +192,8 @@ def test_a_stage_drops_where_something_learns_in_training_and_only_there():
     def run(mode, seed):
         @jax.jit
         def stage1(variables, rng):
-            return apply(task, "", variables, x, mode=mode, last="stage1", rng=rng)[0]
+            models = task.models
+            return models.apply(variables, x, mode=mode, last="stage1", rng=rng)[0]
 
         return np.asarray(stage1(variables, jax.random.key(seed)))
 

@@ -14,6 +14,7 @@ from finetune_jax.core.train_state import eval_params
 from finetune_jax.optim import compile_phase
 from finetune_jax.optim.algorithms import OPTIMIZERS
 from finetune_jax.plans.phase import Group, Phase
+from finetune_jax.tasks.task import StepContext
 
 LINE = dict(optimizer="lbfgs", schedule="constant", peak_lr=1.0, fixed_batch=True)
 
@@ -69,11 +70,9 @@ def test_sam_takes_the_gradient_at_the_neighbour():
         def loss(params):
             micro = {k: v[0] for k, v in batch.items()}
             micro = task.prepare(micro, jax.random.key(0), found.phase.mode)
-            (total, weight), _ = task.loss(
-                params, {}, {}, micro, rng=jax.random.key(0), progress=0.0,
-                mode=found.phase.mode,
-            )  # fmt: skip
-            return total / weight
+            context = StepContext(rng=jax.random.key(0), mode=found.phase.mode)
+            loss = task.loss(small.variables(params), micro, context)
+            return loss.total / loss.weight
 
         gradient = jax.grad(loss)(start)
         norm = optax.tree.norm(gradient)

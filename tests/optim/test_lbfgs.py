@@ -7,8 +7,8 @@ import small
 from sklearn.linear_model import LogisticRegression
 from small import lines
 
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks.task import EVALUATION, apply
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
@@ -42,9 +42,8 @@ def test_a_head_on_a_frozen_backbone_reaches_the_optimum(tmp_path):
     batch = setup.data.train.take(np.arange(EXAMPLES))
     inputs = setup.task.prepare(batch, jax.random.key(0), EVALUATION)["inputs"]
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    features, _ = apply(
-        setup.task, "", variables, inputs, mode=EVALUATION, last=setup.task.stages[-2]
-    )
+    models = setup.task.models
+    features, _ = models.apply(variables, inputs, last=models.stages[-2])
     features = np.asarray(features, np.float64).reshape(EXAMPLES, -1)
     oracle = LogisticRegression(
         C=1 / (STRENGTH * EXAMPLES), tol=1e-12, max_iter=100_000

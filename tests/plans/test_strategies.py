@@ -22,7 +22,6 @@ from finetune_jax.optim import compile_phase
 from finetune_jax.optim.optimizer import carried
 from finetune_jax.plans import strategies
 from finetune_jax.plans.phase import carried_cohorts, check_plan, scales
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.components.text_inputs import tokens
 from finetune_jax.training.phases import phase_setup
@@ -208,7 +207,7 @@ def test_norms_are_all_that_has_one_axis_outside_the_head(name):
 
 def abstract_params(name, **arguments):
     config = small.config(model=name, **arguments)
-    task = make_task(config, small.spec((64, 64, 3)))
+    task = small.task_of(config, small.spec((64, 64, 3)))
     return named(jax.eval_shape(lambda: random_state(task, 0)).params)
 
 

@@ -1,7 +1,6 @@
 """Distillation: what teachers say, what is learned from it, and what is refused."""
 
 import dataclasses
-import functools
 import json
 from types import SimpleNamespace
 
@@ -18,12 +17,12 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.features.cache import FeatureStore, Teachers
 from finetune_jax.inference.export.exported_model import trained_from
 from finetune_jax.inference.predictor import open_predictor
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.modes import plan as plan_mode
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.objectives import feature_losses
-from finetune_jax.tasks.task import EVALUATION, TAUGHT
+from finetune_jax.tasks.task import TEACHER_OUTPUTS, StepContext
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
@@ -48,12 +47,12 @@ def config(members, model=None, plan=(), overrides=(), **task):
 
 
 def task(*arguments, **keywords):
-    return make_task(config(*arguments, **keywords), small.spec())
+    return small.task_of(config(*arguments, **keywords), small.spec())
 
 
 def drawn(ours, seed=5):
     """Returns variables of all teachers at random."""
-    shapes = ours.fixed_shapes(None)
+    shapes = ours.teachers.shapes()
     rng = np.random.default_rng(seed)
     found = jax.tree.map(
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes
@@ -113,28 +112,30 @@ def test_loss_and_gradient_are_those_of_torch(features):
         batch = jax.tree.map(lambda x: x[0], small.batch(16))
         batch = ours.prepare(batch, jax.random.key(0), EVALUATION)
         fixed = drawn(ours)
-        batch[TAUGHT] = jax.jit(ours.taught)(fixed, batch)
+        batch[TEACHER_OUTPUTS] = jax.jit(ours.teachers.outputs)(fixed, batch["inputs"])
+        context = StepContext(mode=EVALUATION, rng=jax.random.key(0), fixed=fixed)
 
         def loss(params):
-            (total, weight), _ = ours.loss(
-                params, stats, fixed, batch, rng=jax.random.key(0), progress=0.0,
-                mode=EVALUATION,
-            )  # fmt: skip
-            return total / weight
+            loss = ours.loss(small.variables(params, stats), batch, context)
+            return loss.total / loss.weight
 
         def parts(params):
-            logits, found, _ = ours._student(
-                params, stats, batch, mode=EVALUATION, first=None, rng=None
+            variables, context = (
+                small.variables(params, stats),
+                StepContext(mode=EVALUATION),
+            )
+            logits, found, _ = ours.objective.student(
+                ours.models, variables, batch["inputs"], context
             )
             if features:
-                mapped = ours._mapped(params, found, EVALUATION)
+                mapped = ours.objective.mapped(ours.models, variables, found, context)
                 (found["mapped"],) = mapped.values()
             return logits, found
 
         value, found = jax.jit(jax.value_and_grad(loss))(params)
         (logits, maps), back = jax.vjp(jax.jit(parts), params)
         wanted, by_parts = oracle(
-            logits, maps, batch[TAUGHT], batch["label"], weights=(0.7, 20.0),
+            logits, maps, batch[TEACHER_OUTPUTS], batch["label"], weights=(0.7, 20.0),
             alpha=0.3, temperature=3.0,
         )  # fmt: skip
         assert float(value) == pytest.approx(wanted, rel=1e-9)
@@ -155,7 +156,7 @@ def test_attention_of_nothing_is_zero_and_has_a_gradient():
 
 def test_a_teachers_logits_are_taken_in_the_order_of_the_classes():
     ours = task((MLP,))
-    teacher = ours.teachers["deep"]
+    teacher = ours.teachers.members["deep"]
     names = tuple(map(str, range(10)))
     assert list(teacher.order(names)) == list(range(10))
     turned = dataclasses.replace(teacher, class_names=names[::-1])
@@ -248,7 +249,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(
         data = make_setup(small.config(model="mlp")).data.held_out["test"]
         assert len(predictor.records(data)) == len(data)
         trained = trained_from(predictor, manifest, None, {})
-        assert tuple(trained.task.models) == ("",) and not trained.task.teachers
+        assert trained.task.models.prefixes == ("",)
         assert set(trained.variables["params"]) == {"stage1", "head"}
         assert trained.answer_shapes()["logits"].shape == (1, 10)
     finally:
@@ -323,12 +324,11 @@ def test_a_teacher_of_other_classes_is_refused_by_their_names(taught, tmp_path):
 def test_the_model_at_the_start_teaches_and_shares_nothing_with_the_state():
     ours = task(({"pretrained": "start"},), hints=(("stage1", "stage1"),))
     state = jax.tree.map(np.asarray, jax.jit(lambda: random_state(ours, 0))())
-    fixed = ours.fixed(state)["mlp"]
+    fixed = ours.teachers.variables(state)["mlp"]
     own = named(state.params)
     for name, leaf in named(fixed["params"]).items():
         np.testing.assert_array_equal(leaf, own[name])
         assert not np.shares_memory(leaf, own[name])
-    assert ours.fixed(state, training=False) == {}
 
 
 @pytest.mark.slow
@@ -340,18 +340,21 @@ def test_the_teachers_head_keeps_what_features_said_of_other_classes():
     fixed = drawn(ours)
     batch = jax.tree.map(lambda x: x[0], small.batch(8))
     batch = ours.prepare(batch, jax.random.key(0), EVALUATION)
-    batch[TAUGHT] = ours.taught(fixed, batch)
-    rest = dict(rng=jax.random.key(0), progress=0.0, mode=EVALUATION)
-    _, (_, found) = jax.jit(functools.partial(ours.loss, **rest))(
-        params, stats, fixed, batch
-    )
+    batch[TEACHER_OUTPUTS] = ours.teachers.outputs(fixed, batch["inputs"])
+
+    @jax.jit
+    def losses(params, fixed, batch):
+        context = StepContext(mode=EVALUATION, rng=jax.random.key(0), fixed=fixed)
+        return ours.loss(small.variables(params, stats), batch, context)
+
+    found = losses(params, fixed, batch).metrics
     (head,) = fixed["deep"]["params"]["head"].values()
     module = ours.models[""]
     features = module.apply(
         {"params": params}, batch["inputs"], last="stage1", train=False
     )
     mine = np.asarray(features, np.float64) @ head["kernel"] + head["bias"]
-    theirs = np.asarray(batch[TAUGHT]["deep"]["logits"], np.float64)
+    theirs = np.asarray(batch[TEACHER_OUTPUTS]["deep"]["logits"], np.float64)
     p, q = (np.exp(x / 2) / np.exp(x / 2).sum(1, keepdims=True) for x in (theirs, mine))
     wanted = 4 * (p * np.log(p / q)).sum(1)
     total, weight = found["divergence"]
@@ -367,11 +370,11 @@ def test_eight_devices_train_as_one_does(name, monkeypatch):
         double = [("precision", "float64")]
         if name == "mutual":
             pair = ({"label": "cnn", **CNN}, MLP)
-            ours = make_task(mutual.config(pair, overrides=double), small_spec())
+            ours = small.task_of(mutual.config(pair, overrides=double), small_spec())
             fixed = {}
         else:
             asked = dict(hints=(("stage1", "stage1"),))
-            ours = make_task(
+            ours = small.task_of(
                 config((WIDE,), CNN, overrides=double, **asked), small_spec()
             )
             fixed = drawn(ours)

@@ -13,7 +13,6 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.objectives.domain_losses import coral, mmd, ramp
 from finetune_jax.training.loop import Preempted
@@ -44,7 +43,7 @@ def task(spec=None, *, model="cnn", precision="float32", **arguments):
     config = small.config(model=model, overrides=[("precision", precision)], **own)
     with config.unlocked():
         config.task = {"name": "domain_adapt", **arguments}
-    return make_task(config, spec or specs())
+    return small.task_of(config, spec or specs())
 
 
 def batch(sizes=None):

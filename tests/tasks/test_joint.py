@@ -15,7 +15,6 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.run import run
@@ -45,7 +44,7 @@ def task(spec=None, *, model="cnn", precision="float32", **arguments):
     config = small.config(model=model, overrides=[("precision", precision)], **own)
     with config.unlocked():
         config.task = {"name": "joint", **arguments}
-    return make_task(config, spec or specs())
+    return small.task_of(config, spec or specs())
 
 
 @pytest.mark.slow

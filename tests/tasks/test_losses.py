@@ -12,8 +12,9 @@ import small
 from scipy.special import expit, log_softmax, softmax
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.models.modes import Mode
 from finetune_jax.tasks.objectives import losses
-from finetune_jax.tasks.task import Mode
+from finetune_jax.tasks.task import StepContext
 
 RTOL = 1e-6
 
@@ -160,7 +161,7 @@ def test_regression_losses_are_torchs():
 def total(overrides, counts=(), **extra):
     """Returns loss and weight of a linear head on vectors, and its logits, float64."""
     spec = small.spec((4,), classes=3)
-    task = small.make_task(
+    task = small.task_of(
         small.config(model="mlp", hidden=(), overrides=overrides),
         type(spec)(**{**vars(spec), "train_counts": counts, "dtype": "float32"}),
     )
@@ -173,10 +174,10 @@ def total(overrides, counts=(), **extra):
         "weight": np.ones(12),
         **extra,
     }
-    loss = functools.partial(task.loss, rng=None, progress=0.0, mode=Mode())
+    loss = functools.partial(task.loss, context=StepContext(mode=Mode()))
     with jax.enable_x64(True):
-        (loss, weight), _ = jax.jit(loss)(params, {}, {}, batch)
-    return float(loss), float(weight), batch["inputs"] @ kernel
+        found = jax.jit(loss)(small.variables(params), batch)
+    return float(found.total), float(found.weight), batch["inputs"] @ kernel
 
 
 @pytest.mark.slow

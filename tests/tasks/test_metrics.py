@@ -163,7 +163,7 @@ def test_a_metric_knows_which_way_is_better():
 def classify(names, classes=10, **model):
     task = ("task.metrics", repr(tuple(names)))
     config = small.config(model="mlp", overrides=[task], **model)
-    return small.make_task(config, small.spec(classes=classes))
+    return small.task_of(config, small.spec(classes=classes))
 
 
 def test_a_task_measures_what_is_named_and_always_the_loss():

@@ -13,11 +13,11 @@ from finetune_jax.config.members import member_models
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.inference.predictor import open_predictor
+from finetune_jax.models.modes import EVALUATION, Mode
 from finetune_jax.modes import plan as plan_mode
 from finetune_jax.plans.strategies import full, partial, together
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.tasks.task import EVALUATION, Mode
+from finetune_jax.tasks.task import StepContext
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup, metric_names
 
@@ -31,7 +31,7 @@ PREFIXES = ("large", "small", "third")
 
 
 def task(*arguments, **keywords):
-    return make_task(config(*arguments, **keywords), small.spec())
+    return small.task_of(config(*arguments, **keywords), small.spec())
 
 
 def test_a_member_says_what_differs_from_the_model():
@@ -129,14 +129,13 @@ def test_loss_and_gradient_of_every_member_are_those_of_torch():
         batch = ours.prepare(batch, jax.random.key(0), EVALUATION)
 
         def logits(params):
-            return {k: ours.given(params, stats, batch, prefix=k)[0] for k in PREFIXES}
+            variables = small.variables(params, stats)
+            return ours.models.forward(variables, batch["inputs"])[0]
 
         def loss(params):
-            (total, weight), _ = ours.loss(
-                params, stats, {}, batch, rng=jax.random.key(0), progress=0.0,
-                mode=Mode(learning=frozenset(), batch_stats="hold"),
-            )  # fmt: skip
-            return total / weight
+            context = StepContext(rng=jax.random.key(0), mode=Mode())
+            loss = ours.loss(small.variables(params, stats), batch, context)
+            return loss.total / loss.weight
 
         value, found = jax.jit(jax.value_and_grad(loss))(params)
         given, back = jax.vjp(jax.jit(logits), params)
@@ -150,7 +149,9 @@ def test_loss_and_gradient_of_every_member_are_those_of_torch():
 def test_together_is_measured_by_mean_probabilities():
     ours = task()
     rng, label = np.random.default_rng(0), np.arange(8) % 10
-    each = {k: rng.normal(size=(8, 10)).astype(np.float32) for k in ours.prefixes}
+    each = {
+        k: rng.normal(size=(8, 10)).astype(np.float32) for k in ours.models.prefixes
+    }
     probabilities = np.mean([jax.nn.softmax(v) for v in each.values()], axis=0)
     outputs = {"logits": np.log(probabilities)}
     outputs |= {f"{k}/logits": v for k, v in each.items()}

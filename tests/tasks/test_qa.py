@@ -223,9 +223,10 @@ def measured(folder):
     task = setup.task
     params, _ = jax.jit(task.init)(jax.random.key(0))
     batch = task.prepare(setup.data.train.take(np.arange(6)), None, None)
-    outputs = jax.jit(lambda params, batch: task.outputs(params, {}, {}, batch))
-    given = jax.jit(lambda params, batch: task.given(params, {}, batch)[0])
-    return task, params, batch, outputs, given(params, batch)
+    outputs = jax.jit(lambda params, batch: task.outputs({"params": params}, batch))
+    forward = jax.jit(task.models.forward)
+    logits, _ = forward({"params": params}, batch["inputs"])
+    return task, params, batch, outputs, logits
 
 
 def test_the_loss_is_the_mean_of_two_cross_entropies_over_the_passage(measured):
@@ -248,8 +249,9 @@ def test_padding_and_a_late_start_change_nothing(measured):
 
     @jax.jit
     def late(params, batch):
-        features = task.with_features(params, {}, batch, first="head")
-        return task.outputs(params, {}, {}, features, first="head")
+        variables = {"params": params}
+        features = task.models.with_features(variables, batch, first="head")
+        return task.outputs(variables, task.models.unpacked(features), first="head")
 
     for other in (outputs(params, {**batch, "inputs": shorter}), late(params, batch)):
         for name, array in whole.items():
@@ -268,8 +270,8 @@ def test_the_best_window_answers_and_none_only_if_no_window_has_one(folder):
     windows = encoded(rows, max_tokens=14, overlap=2)
     assert windows.sizes.tolist() == [2, 1]
     task = make_setup(config(folder)).task
-    text = dataclasses.replace(task.data.inputs, unanswerable=True)
-    other = dataclasses.replace(task, data=dataclasses.replace(task.data, inputs=text))
+    target = dataclasses.replace(task.target, unanswerable=True)
+    other = dataclasses.replace(task, target=target)
     for asking, may in ((task, False), (other, True)):
         outputs = [(6, 6, -3.0, -0.5), (8, 8, -1.0, -2.0), (5, 5, -2.0, -1.0)]
         red, none = answered(asking, outputs, windows)
@@ -376,7 +378,7 @@ def test_a_question_that_leaves_no_room_and_options_that_do_not_fit(folder, tmp_
     with pytest.raises(
         UserError, match="'qa' takes text with answers, but the data is"
     ):
-        make_task(config(folder), small.spec())
+        small.task_of(config(folder), small.spec())
 
 
 def test_no_split_has_a_part_of_a_question_of_another(tmp_path):

@@ -16,7 +16,7 @@ from finetune_jax.data.dataset import make_data
 from finetune_jax.data.loading import load_source
 from finetune_jax.plans.phase import Phase, as_config
 from finetune_jax.training.run import run
-from finetune_jax.training.setup import make_setup, make_task
+from finetune_jax.training.setup import make_setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -124,7 +124,7 @@ def test_classes_are_no_targets():
     with pytest.raises(
         UserError, match="'regress' takes.*data is images with classes; .*'classify'"
     ):
-        make_task(small.config(overrides=[("task.name", "regress")]), small.spec())
+        small.task_of(small.config(overrides=[("task.name", "regress")]), small.spec())
 
 
 @pytest.mark.parametrize("targets", [1, 2])

@@ -26,10 +26,11 @@ from finetune_jax.data.preprocessing import array_spec
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.models.fully_convolutional import as_maps, enlarged
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.tasks.task import EVALUATION
+from finetune_jax.tasks.task import StepContext
 from finetune_jax.training.run import run
-from finetune_jax.training.setup import make_setup, make_task
+from finetune_jax.training.setup import make_setup
 
 pytestmark = pytest.mark.bits
 
@@ -53,7 +54,7 @@ def task(*overrides, model="cnn", size=8, channels=1, classes=CLASSES, **argumen
         inputs=array_spec(resolved.data), pixel_classes=classes,
         train_counts=(9,), augment=resolved.data.augment,
     )  # fmt: skip
-    return make_task(resolved, spec)
+    return small.task_of(resolved, spec)
 
 
 def batch(examples=4, size=8, classes=3, channels=1, seed=0):
@@ -78,14 +79,9 @@ def test_the_loss_and_its_gradient_are_torchs(weights):
         logits = rng.normal(size=(*given["mask"].shape, 3))
 
         def loss(logits):
-            # The model is left out: what it would give is given.
-            object.__setattr__(
-                found, "_logits", lambda *_: (logits, jnp.asarray(given["mask"]), {})
-            )
-            (total, weight), _ = found.loss(
-                {}, {}, {}, given, rng=None, progress=0.0, mode=EVALUATION
-            )
-            return total / weight
+            batch = {name: jnp.asarray(array) for name, array in given.items()}
+            loss = found.target.loss(logits, batch)
+            return loss.total / loss.weight
 
         value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
     wanted = torch.tensor(logits, requires_grad=True)
@@ -128,12 +124,12 @@ def test_metrics_are_scikit_learns_over_all_pixels_of_uneven_batches():
     @jax.jit
     def trained():
         prepared = found.prepare(whole, jax.random.key(0), EVALUATION)
-        return found.loss(
-            params, stats, {}, prepared, rng=None, progress=0.0, mode=EVALUATION
-        )
+        context = StepContext(mode=EVALUATION)
+        return found.loss(small.variables(params, stats), prepared, context)
 
-    (total, weight), _ = trained()
-    assert measured["loss"] == pytest.approx(float(total / weight), rel=1e-6)
+    loss = trained()
+    wanted = float(loss.total / loss.weight)
+    assert measured["loss"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_an_update_of_ignored_pixels_changes_nothing():
@@ -382,7 +378,9 @@ def test_a_model_without_maps_and_data_without_masks_are_refused(tmp_path):
     with pytest.raises(
         UserError, match="takes images with masks, but the data is images with classes"
     ):
-        make_task(small.config(overrides=[("task.name", "segmentation")]), small.spec())
+        small.task_of(
+            small.config(overrides=[("task.name", "segmentation")]), small.spec()
+        )
     write_folder(tmp_path, 5)
     for key, text, message in (
         ("task.name", "classify", "images with masks; such data is for 'segmentation'"),
@@ -397,19 +395,20 @@ def test_a_frozen_prefix_gives_the_head_what_the_whole_model_does():
     overrides = ("model.lora_rank", "2"), ("model.lora_targets", "('stage1/.*',)")
     found = task(*overrides, convolutions=(4, 4), taps=("stage1",))
     params, stats = jax.jit(found.init)(jax.random.key(0))
-    assert found.stages == ("stage1", "stage2", "head")
+    assert found.models.stages == ("stage1", "stage2", "head")
     assert "lora_a" in params["stage1"]["conv"]
 
     @jax.jit
     def computed():
         prepared = found.prepare(batch(), jax.random.key(0), EVALUATION)
-        parted = found.with_features(params, stats, prepared, first="head")
-        one = found.outputs(params, stats, {}, prepared)
-        return parted, one, found.outputs(params, stats, {}, parted, first="head")
+        variables, models = small.variables(params, stats), found.models
+        cut = models.with_features(variables, prepared, first="head")
+        one = found.outputs(variables, prepared)
+        return cut, one, found.outputs(variables, models.unpacked(cut), first="head")
 
-    parted, one, other = computed()
-    assert set(parted["features"]["maps"]) == {"last", "stage1"}
-    assert "mask" not in parted and "inputs" not in parted
+    cut, one, other = computed()
+    assert set(cut["features"]["features"]) == {"last", "stage1"}
+    assert "mask" not in cut and "inputs" not in cut
     for name in one:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
 

@@ -5,7 +5,7 @@ import clicks
 import numpy as np
 import pytest
 from sklearn import metrics as theirs
-from small import Trainer, lines, same_result, stop_at_once
+from small import Trainer, lines, same_result, stop_at_once, task_of
 
 from finetune_jax import config as configs
 from finetune_jax import main
@@ -13,7 +13,6 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.dataset import make_data
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.objectives import metrics
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.run import run
@@ -57,7 +56,7 @@ def small(folder):
 def trained(config, phase, updates=3):
     """Returns the parameters before and after some updates of a phase."""
     data = make_data(config.data, seed=0)
-    trainer = Trainer(make_task(config, data.spec), phase)
+    trainer = Trainer(task_of(config, data.spec), phase)
     before = {k: np.asarray(v) for k, v in named(trainer.state.params).items()}
     for update in range(updates):
         rows = np.arange(16) + 16 * update

@@ -1,15 +1,28 @@
-"""The policy of BatchNorm and dropout, set from outside for any model."""
+"""The contract of tasks, and the mode of their models' stages."""
+
+import abc
+import ast
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Generic, Protocol
 
 import flax.linen as nn
+import flax.struct
 import jax
 import numpy as np
 import pytest
 import small
 
+from finetune_jax import tasks
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
+from finetune_jax.models.modes import EVALUATION, Mode
 from finetune_jax.plans.phase import Phase
-from finetune_jax.tasks.task import EVALUATION, Mode, Task, apply
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.task import Task
 
 TWO = (("stage2/.*", 1.0), ("head/.*", 1.0), (".*", 0.0))
 
@@ -53,22 +66,23 @@ class Stage(nn.Module):
         return nn.Dropout(0.5)(x, deterministic=not train)
 
 
-class Two(Task):
-    """A task with two models of the same paths."""
-
-    models = {"student": Dropping(), "teacher": Dropping()}
-    batch_spec = init = loss = outputs = metrics = records = None
+# Two models of the same paths.
+TWO_MODELS = ModelSet(modules={"student": Dropping(), "teacher": Dropping()})
 
 
 def applied(prefix, mode):
-    task = Two()
     x = np.random.default_rng(0).normal(3.0, 1.0, (16, 50)).astype(np.float32)
-    module = task.models[prefix]
-    variables = module.init(jax.random.key(0), x, train=False)
-    y, stats = apply(task, prefix, variables, x, mode=mode, rng=jax.random.key(1))
-    before = named(variables["batch_stats"])
+    params, before = TWO_MODELS.init(jax.random.key(0), x)
+    y, stats = TWO_MODELS.apply(
+        {"params": params, "batch_stats": before},
+        x,
+        prefix=prefix,
+        mode=mode,
+        rng=jax.random.key(1),
+    )
+    before = named(before)
     stages = {
-        n.split("/")[0] for n, v in named(stats).items() if (v != before[n]).any()
+        n.split("/")[1] for n, v in named(stats).items() if (v != before[n]).any()
     }
     return np.asarray(y), stages
 
@@ -118,3 +132,121 @@ def test_what_a_task_or_model_does_not_know_is_refused(key, text, message):
     with pytest.raises(UserError, match=message):
         task = small.task(overrides=[(key, text)])
         jax.eval_shape(task.init, jax.random.key(0))
+
+
+def modules_of_tasks():
+    folder = pathlib.Path(tasks.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        name = ".".join(path.relative_to(folder.parents[1]).with_suffix("").parts)
+        yield importlib.import_module(name.removesuffix(".__init__")), path
+
+
+def test_a_task_has_few_members():
+    members = {*vars(Task), *vars(Task).get("__annotations__", {})}
+    assert len([name for name in members if not name.startswith("_")]) <= 14
+
+
+def test_nothing_in_tasks_inherits_an_implementation():
+    """Task classes are final and frozen, and no class extends another concrete one."""
+    contracts = {Task, Protocol, object, nn.Module, flax.struct.PyTreeNode}
+    classes, wrong = set(), []
+    for module, path in modules_of_tasks():
+        if "super()" in path.read_text():
+            wrong.append(f"{module.__name__} calls super()")
+        for found in vars(module).values():
+            if isinstance(found, type) and found.__module__ == module.__name__:
+                classes.add(found)
+    for found in classes - {Task}:
+        is_abstract = abc.ABC in found.__bases__ or getattr(
+            found, "_is_protocol", False
+        )
+        if not is_abstract and not set(found.__bases__) <= contracts | {Generic}:
+            wrong.append(f"{found.__qualname__} extends {found.__bases__}")
+        if issubclass(found, Task) and not (
+            getattr(found, "__final__", False) and found.__dataclass_params__.frozen
+        ):
+            wrong.append(f"{found.__qualname__} is not a final frozen dataclass")
+    assert {"SupervisedTask", "MultiDomainTask"} <= {c.__name__ for c in classes}
+    assert not wrong
+
+
+def test_public_functions_of_tasks_take_few_arguments():
+    """But for constructors and `make`, which unpack a section of the config."""
+    wrong = [
+        f"{module.__name__}.{node.name}"
+        for module, path in modules_of_tasks()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and node.name not in ("make", "__init__")
+        and not node.name.startswith("_")
+        and len([*node.args.args, *node.args.kwonlyargs]) > 8
+    ]
+    assert not wrong
+
+
+ADDED = '''
+"""Classification with a squared loss on probabilities, as an outsider would add it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from finetune_jax.tasks import classify
+
+METRICS = classify.METRICS
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared:
+    scale: float
+
+    def loss(self, models, target, variables, batch, context):
+        logits, batch_stats = models.forward(
+            variables, batch["inputs"], mode=context.mode, first=context.first
+        )
+        wanted = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        squares = jnp.square(jax.nn.softmax(logits) - wanted).sum(axis=-1)
+        labels = target.loss(logits, batch)
+        return labels.replace(
+            total=self.scale * jnp.sum(squares * batch["weight"]),
+            batch_stats=batch_stats,
+        )
+
+
+def make(*, data, model, precision, scale: float = 1.0):
+    task = classify.make(data=data, model=model, precision=precision)
+    return dataclasses.replace(task, objective=Squared(scale=scale))
+'''
+
+
+def test_a_task_in_a_folder_elsewhere_trains_without_changing_the_package(tmp_path):
+    folder = tmp_path / "finetune_jax" / "tasks"
+    folder.mkdir(parents=True)
+    (folder / "squared.py").write_text(ADDED)
+    program = f"""
+import sys
+sys.path[:0] = [{str(pathlib.Path(small.__file__).parent)!r}]
+import ml_collections, small
+import pathlib
+from finetune_jax.plans.phase import Phase
+from finetune_jax.training.run import run
+from finetune_jax.config import resolve
+config = small.config(model="mlp", hidden=(4,), plan=(Phase(name="all", steps=2),))
+with config.unlocked():
+    config.task = ml_collections.ConfigDict({{"name": "squared", "scale": 2.0}})
+resolved, problems = resolve(config)
+assert not problems, problems
+assert run(resolved, pathlib.Path({str(tmp_path / "run")!r}))["steps"] == 2
+"""
+    path = [str(pathlib.Path(tasks.__file__).parents[2]), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "result.json").exists()

@@ -17,10 +17,10 @@ import finetune_jax.training.initial.schemes
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.data.batches import training_batches
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.tasks.task import EVALUATION
 from finetune_jax.training.initial.lsuv import first_examples
 from finetune_jax.training.initial.schemes import (
     Rule,
@@ -250,10 +250,9 @@ def test_the_first_rule_that_matches_wins():
 @pytest.mark.parametrize("at", ["stage1", "stage2", "head"])
 def test_a_cut_model_is_pretrained_below_and_as_new_above(at):
     task, own, loaded = model()
-    found = started(*cut(task.stages, at))
-    above = {
-        n for n in found if n.split("/")[0] in task.stages[task.stages.index(at) :]
-    }
+    found = started(*cut(task.models.stages, at))
+    stages = task.models.stages
+    above = {n for n in found if n.split("/")[0] in stages[stages.index(at) :]}
     assert above and same(found, leaves(own)) == above
     assert same(found, leaves(loaded)) == set(found) - above
 
@@ -410,7 +409,7 @@ def test_class_frequencies_start_at_the_entropy_of_the_labels():
     )
     batch = setup.data.train.take(np.arange(155))
     prepared = setup.task.prepare(batch, jax.random.key(0), EVALUATION)
-    logits = setup.task.outputs(start.params, {}, {}, prepared)["logits"]
+    logits = setup.task.outputs(small.variables(start.params), prepared)["logits"]
     probability = scipy.special.softmax(np.asarray(logits, np.float64), axis=-1)
     entropy = scipy.stats.entropy(counts)
     assert sklearn.metrics.log_loss(label, probability) == pytest.approx(entropy)

@@ -12,6 +12,7 @@ from finetune_jax.modes.plan import forward_flops, step_flops
 from finetune_jax.optim import compile_phase
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
+from finetune_jax.tasks.task import StepContext
 from finetune_jax.training.phases import phase_setup
 
 pytestmark = pytest.mark.bits
@@ -218,13 +219,12 @@ def test_a_wrong_nesting_would_be_seen():
 
     def wrong(params):
         def loss(params):
-            total, _ = task.loss(
-                params, state.batch_stats, {}, task.prepare(
-                    jax.tree.map(lambda a: a[0], batch), jax.random.key(0),
-                    trainer.phase.mode,
-                ), rng=jax.random.key(0), progress=rate, mode=trainer.phase.mode,
-            )  # fmt: skip
-            return total[0]
+            mode = trainer.phase.mode
+            micro = jax.tree.map(lambda a: a[0], batch)
+            micro = task.prepare(micro, jax.random.key(0), mode)
+            variables = small.variables(params, state.batch_stats)
+            context = StepContext(rng=jax.random.key(0), progress=rate, mode=mode)
+            return task.loss(variables, micro, context).total
 
         return outside.update(
             jax.grad(loss)(params), state.opt_state, params, learning_rate=rate

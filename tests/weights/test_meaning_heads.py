@@ -161,11 +161,11 @@ def test_a_teacher_of_unknown_classes_is_told(tmp_path):
     np.savez(tmp_path / "w.npz", **flat)
     layout, (line, *_) = unknown.layout((12, 12, 1), NAMES)
     assert layout == "finetune_jax"
-    assert "in their order they are taken for ant, bee, cat" in line
+    assert "are taken in order for ant, bee, cat" in line
     known = teachers(tmp_path, NAMES, NAMES)
-    assert "taken for" not in known.layout((12, 12, 1), NAMES)[1][0]
+    assert "taken in order" not in known.layout((12, 12, 1), NAMES)[1][0]
 
 
 def test_tasks_without_teachers_have_no_such_lines():
     setup = make_setup(small.config(model="mlp", hidden=(4,)))
-    assert setup.task.fixed_layouts() == {}
+    assert setup.task.teachers is None

@@ -16,8 +16,9 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.data.kind import kind_named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.inference.predictor import Predictor
+from finetune_jax.models.modes import EVALUATION
 from finetune_jax.models.peft.lora import LoRA, merge
-from finetune_jax.tasks.task import EVALUATION, Task
+from finetune_jax.tasks.task import Task
 from finetune_jax.weights.metadata.architecture import effective
 
 
@@ -29,7 +30,6 @@ class Trained:
         task: Task with the model.
         spec: Description of its inputs.
         variables: 'params' and 'batch_stats', on the host.
-        fixed: Other arrays that the task reads.
         step: Step of the checkpoint.
         model: The section `config.model` of the run.
         config: Resolved config of the run, as JSON.
@@ -43,7 +43,6 @@ class Trained:
     task: Task
     spec: DataSpec
     variables: Mapping[str, Any]
-    fixed: Any
     step: int
     model: Mapping[str, Any]
     config: str
@@ -65,7 +64,7 @@ class Trained:
             variables: 'params' and 'batch_stats'.
             inputs: [B, ...], as a file has them: images in bytes, not normalised.
         """
-        return answer(self.task, variables, self.fixed, inputs)
+        return answer(self.task, variables, inputs)
 
     def about(self) -> dict[str, Any]:
         """Returns the description of the model for other programs, ready for JSON."""
@@ -107,26 +106,28 @@ def trained_from(
         UserError: The task of the run has several models.
     """
     setup, state = predictor.setup, predictor.state
-    config, task = setup.config, setup.task.served()
-    if tuple(task.models) != ("",):
+    config, task, models = setup.config, setup.task, setup.task.models.served()
+    if models.prefixes != ("",):
         raise UserError(
             f"--mode=export: the task {config.task.name!r} has the models "
-            f"{', '.join(map(repr, task.models))}; only tasks of one model can be exported"
+            f"{', '.join(map(repr, models.prefixes))}; only tasks of one model can be "
+            "exported"
         )
     params = setup.devices.to_host(state.params)
-    params = {k: v for k, v in params.items() if k in task.stages}
+    params = {k: v for k, v in params.items() if k in models.stages}
     batch_stats = setup.devices.to_host(state.placed.batch_stats)
-    module: Any = task.models[""]
+    module = models[""]
     if isinstance(module, LoRA):
         params = jax.tree.map(np.asarray, merge(params, alpha=module.alpha))
         module = module.module
+    models = dataclasses.replace(models, modules={"": module})
     spec = kind_named(predictor.spec.kind).serving_spec(predictor.spec)
-    served: Any = task
+    inputs: Any = task.inputs  # type: ignore[attr-defined]
+    changes = {"models": models, "inputs": dataclasses.replace(inputs, data=spec)}
     return Trained(
-        task=dataclasses.replace(served, models={"": module}, data=spec),
+        task=dataclasses.replace(task, **changes),  # type: ignore[arg-type]
         spec=spec,
         variables={"params": params, "batch_stats": batch_stats},
-        fixed=setup.devices.to_host(state.evaluator.fixed["task"]),
         step=predictor.step,
         model=dict(config.model),
         config=configs.to_json(config),
@@ -159,26 +160,15 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 
 def answer(
-    task: Task, variables: Mapping[str, Any], fixed: Any, inputs: Any
+    task: Task, variables: Mapping[str, Any], inputs: Any
 ) -> dict[str, jax.Array]:
-    """Returns the outputs of a model for a batch, as evaluation computes them.
+    """Returns the serving outputs of a batch, as evaluation computes them.
 
     Args:
         task: Task with the model.
         variables: 'params' and 'batch_stats'.
-        fixed: Other arrays that the task reads.
-        inputs: [B, ...], as a file has them: images in bytes, not normalised; of
-            texts [B, 2, T], ids and sentences.
+        inputs: [B, ...], as stored in a file: images in bytes, not normalised; texts
+            [B, 2, T], token ids and sentences.
     """
-    # Inputs may have another length than those of the run.
-    served: Any = task
-    shape = dataclasses.replace(served.data, shape=inputs.shape[1:])
-    task = dataclasses.replace(served, data=shape)
-    # Outputs may have a part that compares with labels, which is left out of answers.
-    batch = {
-        name: jnp.zeros((inputs.shape[0], *leaf.shape), leaf.dtype)
-        for name, leaf in task.batch_spec.items()
-    }
-    batch = task.prepare({**batch, "inputs": inputs}, jax.random.key(0), EVALUATION)
-    state = variables["params"], variables["batch_stats"], fixed
-    return task.answers(task.outputs(*state, batch))
+    batch = task.prepare({"inputs": inputs}, jax.random.key(0), EVALUATION)
+    return task.serving_outputs(task.outputs(variables, batch))

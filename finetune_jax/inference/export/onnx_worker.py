@@ -39,10 +39,11 @@ def read_model(
     # onnxruntime has no bfloat16 on CPU.
     config.precision = "float32"
     spec = spec_from_json(json.loads((handed / "spec.json").read_text()), config.data)
-    task = make_task(config, spec)
+    task = make_task(config.task, config.model, config.precision, spec)
     module: Any = task.models[""]
     if isinstance(module, LoRA):
-        task = dataclasses.replace(task, models={"": module.module})  # type: ignore
+        models = dataclasses.replace(task.models, modules={"": module.module})
+        task = dataclasses.replace(task, models=models)  # type: ignore
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for name, leaf in load_file(handed / "weights.safetensors").items():
         *path, last = name.split("/")
@@ -54,7 +55,7 @@ def read_model(
     def answered(inputs):
         # As on other backends, convolutions are written as such, not as products.
         with traced_for("gpu"):
-            return answer(task, variables, {}, inputs)
+            return answer(task, variables, inputs)
 
     return answered, task.batch_spec["inputs"], spec
 

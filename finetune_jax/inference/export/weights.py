@@ -91,9 +91,8 @@ def chosen_layout(trained: Trained) -> Layout:
 
 def _for_task(layout: Layout, trained: Trained) -> Layout:
     """Returns the layout whose head is named as its library names that of the task."""
-    family, text = libraries.family_of(trained), trained.spec.text
-    is_of_spans = text is not None and text.options.labels == "answers"
-    if not is_of_spans or not hasattr(family, "with_head"):
+    family = libraries.family_of(trained)
+    if trained.task.head_kind != "spans" or not hasattr(family, "with_head"):
         return layout
     return family.with_head(layout, "spans")
 

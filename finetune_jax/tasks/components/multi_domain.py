@@ -1,9 +1,9 @@
-"""Tasks of several domains: each has a task of its own, as if it were alone."""
+"""Multi-domain tasks: several data sets, each with a task of its own."""
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
 
 import jax
 import numpy as np
@@ -13,19 +13,166 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.models.modes import Mode
 from finetune_jax.tasks.components.accepts import check_accepts
-from finetune_jax.tasks.task import Mode, Task
+from finetune_jax.tasks.components.model_set import ModelSet
+from finetune_jax.tasks.task import LossOutput, StepContext, Task
 
-# From parameters and batch statistics of all to those of one domain.
-Gather = Callable[[Any, Any], tuple[Any, Any]]
+
+class Domains(Protocol):
+    """The domains of a task, how they share a state, and their common loss."""
+
+    @property
+    def specs(self) -> Mapping[str, DataSpec]:
+        """Description of each domain's data."""
+        ...
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Task of each domain, as if it were alone."""
+        ...
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters and batch statistics of all domains."""
+        ...
+
+    def variables_of(self, domain: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables of one domain's model."""
+        ...
+
+    def state_name(self, domain: str, name: str, *, of_stats: bool = False) -> str:
+        """Returns the name in the state of a variable of one domain's model.
+
+        Args:
+            domain: The domain.
+            name: Name of a parameter in its model, or of a batch statistic.
+            of_stats: Whether it is a batch statistic.
+        """
+        ...
+
+    def mode_of(self, domain: str, mode: Mode) -> Mode:
+        """Returns how the stages of one domain's model run, by their own names."""
+        ...
+
+    def learning(self, stages: frozenset[str]) -> frozenset[str]:
+        """Returns the stages in training mode if `stages` have trained parameters."""
+        ...
+
+    def totals(self, batch: dict) -> dict:
+        """Returns the values of a prepared micro-batch that the loss needs of the update.
+
+        They are summed over micro-batches and devices; the loss finds them in 'totals'.
+        """
+        ...
+
+    def loss(
+        self, variables: Mapping[str, Any], batch: dict, context: StepContext
+    ) -> LossOutput:
+        """Returns the loss of a prepared batch of all domains."""
+        ...
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiDomainTask(Task):
+    """A task with one batch per domain; batches and specs are dicts by domain.
+
+    Domains are measured and predicted one by one, each by its own task.
+
+    Attributes:
+        models: The models of all domains.
+        domains: The domains and their loss.
+    """
+
+    models: ModelSet
+    domains: Domains  # type: ignore[override]
+
+    @property
+    def head_kind(self) -> str:  # type: ignore[override]
+        """The kind of prediction of the first domain."""
+        return next(iter(self.domains.tasks.values())).head_kind
+
+    @property
+    def batch_spec(self) -> dict[str, Any]:
+        """Batch spec of each domain."""
+        return {k: self._spec(k, t.batch_spec) for k, t in self.domains.tasks.items()}
+
+    @property
+    def train_batch_spec(self) -> dict[str, Any]:
+        """Batch spec of each domain in training."""
+        tasks = self.domains.tasks.items()
+        return {name: self._spec(name, task.train_batch_spec) for name, task in tasks}
+
+    def _spec(self, domain: str, spec: dict) -> dict:
+        """Returns a spec without the labels of unlabelled domains."""
+        is_labelled = self.domains.specs[domain].labelled
+        return {k: v for k, v in spec.items() if is_labelled or k != "label"}
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        """Returns random parameters and batch statistics."""
+        return self.domains.init(rng)
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the prepared batch of each domain, each with keys of its own."""
+        return {
+            name: self.domains.tasks[name].prepare(
+                part, domain_key(rng, name), self.domains.mode_of(name, mode)
+            )
+            for name, part in batch.items()
+        }
+
+    def loss(
+        self, variables: Mapping[str, Any], batch: dict, context: StepContext
+    ) -> LossOutput:
+        """Returns the loss of all domains."""
+        assert context.first is None
+        return self.domains.loss(variables, batch, context)
+
+    def outputs(
+        self, variables: Mapping[str, Any], batch: dict, *, first: str | None = None
+    ) -> dict:
+        """Returns the outputs of every domain as 'domain/name'."""
+        assert first is None
+        found = {}
+        for domain, part in batch.items():
+            own = self.domains.variables_of(domain, variables)
+            outputs = self.domains.tasks[domain].outputs(own, part)
+            found |= {f"{domain}/{name}": rows for name, rows in outputs.items()}
+        return found
+
+    def serving_outputs(self, outputs: dict) -> dict:
+        """Raises an error: each domain has its own."""
+        raise NotImplementedError
+
+    def metrics(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Raises an error: each domain has its own."""
+        raise NotImplementedError
+
+    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
+        """Raises an error: each domain has its own."""
+        raise NotImplementedError
+
+    def records(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> list[dict]:
+        """Raises an error: each domain has its own."""
+        raise NotImplementedError
 
 
 def domain_key(rng: jax.Array, domain: str) -> jax.Array:
-    """Returns the key of a domain, whichever others there are."""
+    """Returns the random key of a domain; it does not depend on the other domains."""
     return jax.random.fold_in(rng, zlib.crc32(domain.encode()))
 
 
-def make_parts(
+def shares(task: Task) -> dict[str, int]:
+    """Returns the number of examples of each domain in an update."""
+    specs = {} if task.domains is None else task.domains.specs
+    return {name: spec.share for name, spec in specs.items() if spec.share}
+
+
+def make_domain_tasks(
     module: Any,
     arguments: Mapping[str, Any],
     *,
@@ -36,11 +183,11 @@ def make_parts(
     """Returns the task of each domain.
 
     Args:
-        module: Of the task that they have.
-        arguments: What `config.task` says of it.
+        module: Module of the task that they have.
+        arguments: Options of that task, as in `config.task`.
         data: Has the domains.
         model: The section `config.model`.
-        precision: As in the config.
+        precision: 'float32', 'bfloat16' or 'float64'.
 
     Raises:
         UserError: There are no domains, or one does not fit.
@@ -60,9 +207,13 @@ def make_parts(
 
 
 def chosen_by(domains: Sequence[Config], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns those metrics of several domains that can choose, by the names of one's.
+    """Returns the metrics of several domains that can choose a checkpoint.
 
-    Where a domain has no labels in training, it has no say, nor has a mean with it.
+    A domain without labels in training has none, and then there is no mean either.
+
+    Args:
+        domains: The entries of `config.data.domains`.
+        names: Metrics of one domain.
     """
     labelled = [entry.domain for entry in domains if entry.labelled]
     own = tuple(f"{domain}/{name}" for domain in labelled for name in names)
@@ -70,14 +221,14 @@ def chosen_by(domains: Sequence[Config], names: tuple[str, ...]) -> tuple[str, .
 
 
 def split_problems(task: Task, data: Data) -> list[str]:
-    """Returns what cannot be measured on the splits that are held out."""
-    if not data.spec.domains:
+    """Returns the metrics that are undefined on the held-out splits."""
+    if task.domains is None:
         labels = {name: part.label for name, part in data.held_out.items()}
         return task.check_splits(labels)
     return [
         problem
-        for domain in data.spec.domains
-        for problem in task.of_domain(domain).check_splits(
+        for domain, own in task.domains.tasks.items()
+        for problem in own.check_splits(
             {
                 f"{split} of {domain}": mixture.parts[domain].label
                 for split, mixture in data.held_out.items()
@@ -87,7 +238,7 @@ def split_problems(task: Task, data: Data) -> list[str]:
 
 
 def domain_problems(config: Config, data: Data) -> list[str]:
-    """Returns what several domains and the rest of a config do not have in common."""
+    """Returns the config keys that cannot be used with several domains."""
     if not data.spec.domains:
         return []
     asked = {
@@ -96,185 +247,3 @@ def domain_problems(config: Config, data: Data) -> list[str]:
         "config.population": bool(config.population),
     }
     return [f"{key}: not with config.data.domains" for key, is_ in asked.items() if is_]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OneDomain(Task):
-    """What one domain is measured by, on the state of all.
-
-    Attributes:
-        part: Its own task.
-        gather: Returns what its model has of parameters and batch statistics.
-    """
-
-    part: Task
-    gather: Gather
-
-    @property
-    def models(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """Those of its own task."""
-        return self.part.models
-
-    @property
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """That of its own task."""
-        return self.part.batch_spec
-
-    def init(self, rng: jax.Array) -> tuple[Any, Any]:
-        """Returns random variables of its own task."""
-        return self.part.init(rng)
-
-    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch as its own task prepares it."""
-        return self.part.prepare(batch, rng, mode)
-
-    def loss(self, params: Any, batch_stats: Any, *rest: Any, **options: Any) -> Any:
-        """Returns the loss of its own task."""
-        return self.part.loss(*self.gather(params, batch_stats), *rest, **options)
-
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns the outputs of its own task."""
-        return self.part.outputs(
-            *self.gather(params, batch_stats), fixed, batch, first=first
-        )
-
-    def answers(self, outputs: dict) -> dict:
-        """Returns the answers of its own task."""
-        return self.part.answers(outputs)
-
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Returns the metrics of its own task."""
-        return self.part.metrics(outputs, batch)
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns what its own task cannot measure."""
-        return self.part.check_splits(labels)
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Returns the records of its own task."""
-        return self.part.records(outputs, batch)
-
-    def masks(self, outputs: dict[str, np.ndarray]) -> np.ndarray | None:
-        """Returns the masks of its own task."""
-        return self.part.masks(outputs)
-
-
-class Several(Task):
-    """What tasks of several domains share; `parts` has the task of each.
-
-    Attributes:
-        data: What the examples of the domains look like.
-        parts: By domain.
-    """
-
-    data: DataSpec
-    parts: Mapping[str, Task]
-
-    def gather(self, domain: str, params: Any, batch_stats: Any) -> tuple[Any, Any]:
-        """Returns what a domain's model has of parameters and batch statistics."""
-        raise NotImplementedError
-
-    def place(self, domain: str, name: str, *, of_stats: bool = False) -> str:
-        """Returns where the state has what a domain's model has by a name.
-
-        Args:
-            domain: Of the model.
-            name: Of a parameter there, or of batch statistics.
-            of_stats: Which of the two.
-        """
-        del domain, of_stats
-        return name
-
-    def own_mode(self, domain: str, mode: Mode) -> Mode:
-        """Returns how the stages of a domain's model run, by their own names."""
-        raise NotImplementedError
-
-    @property
-    def batch_spec(self) -> dict[str, Any]:
-        """That of each domain."""
-        return {name: self._unlabelled(name, p.batch_spec) for name, p in self._all}
-
-    @property
-    def train_batch_spec(self) -> dict[str, Any]:
-        """That of each domain; without labels where updates get none."""
-        return {
-            name: self._unlabelled(name, p.train_batch_spec) for name, p in self._all
-        }
-
-    @property
-    def _all(self) -> list[tuple[str, Task]]:
-        return list(self.parts.items())
-
-    def _unlabelled(self, domain: str, spec: dict) -> dict:
-        if self.data.domains[domain].labelled:
-            return spec
-        return {name: leaf for name, leaf in spec.items() if name != "label"}
-
-    @property
-    def shares(self) -> Mapping[str, int]:
-        """Examples of each domain in an update."""
-        specs = self.data.domains.items()
-        return {name: spec.share for name, spec in specs if spec.share}
-
-    def first_learning(self, mode: Mode) -> str | None:
-        """Returns None: features of several domains are not kept."""
-        del mode
-        return None
-
-    def of_domain(self, domain: str) -> Task:
-        """Returns the task of one domain, of the same state."""
-
-        def gather(params: Any, batch_stats: Any) -> tuple[Any, Any]:
-            return self.gather(domain, params, batch_stats)
-
-        return OneDomain(part=self.parts[domain], gather=gather)
-
-    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
-        """Returns the batch of each domain prepared, with keys of its own."""
-        return {
-            name: self.parts[name].prepare(
-                part, domain_key(rng, name), self.own_mode(name, mode)
-            )
-            for name, part in batch.items()
-        }
-
-    def outputs(
-        self,
-        params: Any,
-        batch_stats: Any,
-        fixed: Any,
-        batch: dict,
-        *,
-        first: str | None = None,
-    ) -> dict:
-        """Returns the outputs of every domain as 'domain/name'."""
-        assert first is None
-        found = {}
-        for domain, part in batch.items():
-            outputs = self.of_domain(domain).outputs(params, batch_stats, fixed, part)
-            found |= {f"{domain}/{name}": rows for name, rows in outputs.items()}
-        return found
-
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Domains are measured one by one: see `of_domain`."""
-        raise NotImplementedError
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Domains are predicted one by one: see `of_domain`."""
-        raise NotImplementedError

@@ -19,13 +19,13 @@ def random_state(
     augmentation: int | None = None,
     dropout: int | None = None,
 ) -> TrainState:
-    """Returns the state of a task before the first update, at random.
+    """Returns a random state of a task, before the first update.
 
     Args:
         task: Has the models.
-        seed: Of the parameters.
-        augmentation: Seed of what updates draw for images; None is `seed`.
-        dropout: Seed of what else they draw; None is `seed`.
+        seed: Seed of the parameters.
+        augmentation: Seed of the image augmentation; None is `seed`.
+        dropout: Seed of the other random keys of updates; None is `seed`.
     """
     own = [seed if given is None else given for given in (augmentation, dropout)]
     return _state_of_keys(task, [_key_data(drawn) for drawn in (seed, *own)])
@@ -53,7 +53,7 @@ def _too_small(task: Task, model: str, stage: str) -> UserError:
     leaves = [leaf.shape for leaf in jax.tree.leaves(task.batch_spec)]
     *_, height, width, channels = min(s for s in leaves if len(s) == 3)
     needed = []
-    for prefix, module in task.models.items():
+    for prefix, module in task.models.modules.items():
         side = least_side(
             lambda x, module=module: module.init(jax.random.key(0), x, train=False),
             channels,

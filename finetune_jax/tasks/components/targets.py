@@ -1,13 +1,13 @@
-"""What examples are to be answered with, whatever they are: classes, or numbers.
+"""Prediction targets: classes or real numbers.
 
-Tasks apply models; from the logits on, losses, metrics and records are made here.
+A target turns the output of a model into losses, metrics and predictions.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,52 +15,83 @@ import numpy as np
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.models import model_of
 from finetune_jax.tasks.objectives import losses, metrics
 from finetune_jax.tasks.objectives.metrics import check_metrics
+from finetune_jax.tasks.task import LossOutput
 
-Pair = tuple[jax.Array, jax.Array]
 LOSS_ON_HOST = {"mse": metrics.mse, "mae": metrics.mae, "huber": metrics.huber}
 
 
-class Answer(Protocol):
-    """From logits to losses, metrics and records."""
+class Target(Protocol):
+    """Computes losses, metrics and predictions from the output of a model."""
+
+    @property
+    def head_kind(self) -> str:
+        """The kind of prediction, as in `Task`."""
+        ...
 
     @property
     def logits(self) -> int:
-        """How many are needed."""
+        """The number of outputs that the target needs."""
         ...
 
     @property
     def label(self) -> jax.ShapeDtypeStruct:
-        """The label of one example."""
+        """Shape and dtype of the label of one example."""
         ...
 
-    def loss(self, logits_BxK: jax.Array, batch: Mapping) -> tuple[Pair, dict]:
-        """Returns the weighed loss as (total, weight), and metrics that are such pairs."""
+    def loss(self, output: Any, batch: Mapping) -> LossOutput:
+        """Returns the weighted loss and training metrics, without batch statistics."""
         ...
 
-    def outputs(self, logits_BxK: jax.Array) -> dict:
-        """Returns what metrics and records are made of."""
+    def outputs(self, output: Any, batch: Mapping) -> dict:
+        """Returns the rows from which metrics and records are computed."""
         ...
 
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
-        """Returns what is to be measured, from the rows of all examples."""
+        """Returns the metrics of a split from the rows of all examples."""
         ...
 
-    def answers(self, outputs: Mapping) -> dict:
-        """Returns what programs without this one are given, of no bfloat16."""
+    def serving_outputs(self, outputs: Mapping) -> dict:
+        """Returns the outputs of an exported model, none in bfloat16."""
         ...
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns what cannot be measured on some splits, given their labels by name."""
+        """Returns the metrics that are undefined on some splits, given their labels."""
         ...
 
-    def records(self, outputs: Mapping) -> list[dict]:
-        """Returns what a prediction says of each example."""
+    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
+        """Returns the prediction for each example."""
         ...
 
 
-def _widened(array: jax.Array) -> jax.Array:
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Options of `config.task` for labels that are classes or numbers.
+
+    Attributes:
+        loss: A name in `losses.CLASSIFICATION` or, for numbers, `losses.REGRESSION`; None
+            is cross entropy or the squared error.
+        loss_args: Arguments of the loss by name.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: 'none', or 'balanced': the loss of an example has the weight
+            N / (K n), where n of the N training examples have its class, one of K.
+        top_k: Number of classes in a prediction.
+        metrics: Names in `metrics.METRICS`, or top_K_accuracy with any number; None takes
+            the default of the task.
+    """
+
+    loss: str | None = None
+    loss_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label_smoothing: float = 0.0
+    class_weights: str = "none"
+    top_k: int = 5
+    metrics: tuple[str, ...] | None = None
+
+
+def widened(array: jax.Array) -> jax.Array:
     """Returns numbers of 32 bits or more."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
@@ -79,8 +110,8 @@ def _balanced(data: DataSpec) -> tuple[float, ...]:
 CLASS_WEIGHTS = {"none": _equal, "balanced": _balanced}
 
 
-def _target(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
-    """Returns the shares of the classes: of a mixture, or all of it the label's."""
+def _class_shares(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
+    """Returns the target share of each class: of mixed examples, else one-hot labels."""
     classes, dtype = logits_BxK.shape[-1], logits_BxK.dtype
     if "target" not in batch:
         return losses.one_hot(batch["label"], classes, dtype)
@@ -89,19 +120,22 @@ def _target(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
     return jnp.pad(batch["target"], ((0, 0), (0, absent))).astype(dtype)
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classes:
-    """One class an example.
+class ClassTarget:
+    """One class per example.
 
     Attributes:
-        names: Of the classes.
+        names: Names of the classes.
         loss_name: A name in `losses.CLASSIFICATION`.
-        loss_args: Its arguments.
-        label_smoothing: In training only.
-        class_weights: Of the examples of each class in the training loss; empty is 1.
-        top_k: Classes that a prediction names.
-        metric_names: What is measured on a split; 'loss' always is.
+        loss_args: Arguments of the loss.
+        label_smoothing: Share of the target that is spread over all classes in training.
+        class_weights: Weight of each class in the training loss; empty weighs all by 1.
+        top_k: Number of classes in a prediction.
+        metric_names: Metrics of a split; 'loss' is always added.
     """
+
+    head_kind = "classes"
 
     names: tuple[str, ...]
     loss_name: str
@@ -113,7 +147,7 @@ class Classes:
 
     @property
     def logits(self) -> int:
-        """One for each class."""
+        """One logit for each class."""
         return len(self.names)
 
     @property
@@ -121,10 +155,10 @@ class Classes:
         """A class index."""
         return jax.ShapeDtypeStruct((), np.dtype(np.int32))
 
-    def loss(self, logits_BxK: jax.Array, batch: Mapping) -> tuple[Pair, dict]:
-        """Returns the weighed loss and accuracy as (total, weight) pairs."""
-        weight_B, label_B = batch["weight"], batch["label"]
-        target_BxK = _target(batch, logits_BxK)
+    def loss(self, output: jax.Array, batch: Mapping) -> LossOutput:
+        """Returns the weighted loss and the accuracy."""
+        logits_BxK, weight_B, label_B = output, batch["weight"], batch["label"]
+        target_BxK = _class_shares(batch, logits_BxK)
         loss_B = losses.CLASSIFICATION[self.loss_name](
             logits_BxK,
             losses.smoothed(target_BxK, self.label_smoothing),
@@ -134,32 +168,34 @@ class Classes:
         accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
         weight_B = self.weights(logits_BxK, batch)
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
-        return loss, {"loss": loss, "accuracy": accuracy}
+        return LossOutput(*loss, {"loss": loss, "accuracy": accuracy})
 
     def weights(self, logits_BxK: jax.Array, batch: Mapping) -> jax.Array:
-        """Returns how much each example counts in the loss, its class considered."""
+        """Returns the weight of each example in the loss, including its class weight."""
         weight_B = batch["weight"]
         if self.class_weights:
             class_weight_1xK = jnp.asarray(self.class_weights, weight_B.dtype)[None]
-            target_BxK = _target(batch, logits_BxK)[:, : len(self.class_weights)]
+            target_BxK = _class_shares(batch, logits_BxK)
+            target_BxK = target_BxK[:, : len(self.class_weights)]
             weight_B *= jnp.sum(target_BxK * class_weight_1xK, axis=-1)
         return weight_B
 
-    def outputs(self, logits_BxK: jax.Array) -> dict:
+    def outputs(self, output: jax.Array, batch: Mapping) -> dict:
         """Returns the logits."""
-        return {"logits": logits_BxK}
+        del batch
+        return {"logits": output}
 
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
-        """Returns what is to be measured; 'loss' is the unsmoothed cross entropy."""
+        """Returns the metrics of a split; 'loss' is the unsmoothed cross entropy."""
         logits_BxK, label_B = self._known(outputs["logits"]), batch["label"]
         return {
             name: metrics.metric(name)(logits_BxK, label_B)
             for name in dict.fromkeys((*self.metric_names, "loss"))
         }
 
-    def answers(self, outputs: Mapping) -> dict:
+    def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns logits and probabilities of the data's classes."""
-        logits_BxK = _widened(self._known(outputs["logits"]))
+        logits_BxK = widened(self._known(outputs["logits"]))
         return {"logits": logits_BxK, "probabilities": jax.nn.softmax(logits_BxK)}
 
     def _known(self, logits_BxK: Any) -> Any:
@@ -167,7 +203,7 @@ class Classes:
         return logits_BxK[:, : len(self.names)]
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits that lack a class without which a metric has no value."""
+        """Returns the splits without a class that a metric needs."""
         ranking = [name for name in self.metric_names if name in metrics.RANKING]
         problems = []
         for split, label in labels.items():
@@ -182,8 +218,9 @@ class Classes:
             ]
         return problems
 
-    def records(self, outputs: Mapping) -> list[dict]:
+    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
         """Returns the class names of the highest probabilities, best first."""
+        del batch
         probability_BxK = metrics.probabilities(self._known(outputs["logits"]))
         top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
         names = self.names
@@ -196,59 +233,52 @@ class Classes:
         ]
 
 
-def make_classes(
-    data: DataSpec,
-    *,
-    loss: str = "cross_entropy",
-    loss_args: Mapping[str, Any] = MappingProxyType({}),
-    label_smoothing: float = 0.0,
-    class_weights: str = "none",
-    top_k: int = 5,
-    metrics: tuple[str, ...],
-) -> Classes:
-    """Returns what `config.task` says of classes.
+def class_target(
+    data: DataSpec, options: TargetOptions, defaults: tuple[str, ...]
+) -> ClassTarget:
+    """Returns the target of classes that `config.task` describes.
 
     Args:
         data: Has the classes.
-        loss: A name in `losses.CLASSIFICATION`.
-        loss_args: Its arguments by name.
-        label_smoothing: Share of the target spread over all classes.
-        class_weights: 'none', or 'balanced': the loss of an example counts N / (K n), n
-            of the N training examples being of its class, one of K.
-        top_k: Classes that a prediction names.
-        metrics: Names in `metrics.CLASSIFICATION`, or top_K_accuracy with any number.
+        options: Options of `config.task`.
+        defaults: Metrics if the options name none.
 
     Raises:
         UserError: Something unknown or out of range.
     """
-    bound = losses.make_loss("classification", loss, loss_args)
-    check_metrics("classification", metrics, len(data.class_names))
-    registry.choose(CLASS_WEIGHTS, class_weights, "config.task.class_weights")
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"config.task.label_smoothing: {label_smoothing}; 0 to 1")
-    if top_k < 1:
-        raise UserError(f"config.task.top_k: {top_k}; at least 1 is needed")
-    return Classes(
+    loss, smoothing = options.loss or "cross_entropy", options.label_smoothing
+    names = defaults if options.metrics is None else options.metrics
+    bound = losses.make_loss("classification", loss, options.loss_args)
+    check_metrics("classification", names, len(data.class_names))
+    registry.choose(CLASS_WEIGHTS, options.class_weights, "config.task.class_weights")
+    if not 0 <= smoothing < 1:
+        raise UserError(f"config.task.label_smoothing: {smoothing}; 0 to 1")
+    if options.top_k < 1:
+        raise UserError(f"config.task.top_k: {options.top_k}; at least 1 is needed")
+    return ClassTarget(
         names=data.class_names,
         loss_name=loss,
         loss_args=bound.keywords,
-        label_smoothing=label_smoothing,
-        class_weights=CLASS_WEIGHTS[class_weights](data),
-        top_k=top_k,
-        metric_names=metrics,
+        label_smoothing=smoothing,
+        class_weights=CLASS_WEIGHTS[options.class_weights](data),
+        top_k=options.top_k,
+        metric_names=names,
     )
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """One number or several an example, in their own units.
+class RegressionTarget:
+    """One real number or several per example, in their own units.
 
     Attributes:
-        names: Of the numbers.
+        names: Names of the numbers.
         loss_name: A name in `losses.REGRESSION`.
-        loss_args: Its arguments.
-        metric_names: What is measured on a split; 'loss' always is.
+        loss_args: Arguments of the loss.
+        metric_names: Metrics of a split; 'loss' is always added.
     """
+
+    head_kind = "numbers"
 
     names: tuple[str, ...]
     loss_name: str
@@ -257,7 +287,7 @@ class Numbers:
 
     @property
     def logits(self) -> int:
-        """One for each number."""
+        """One output for each number."""
         return len(self.names)
 
     @property
@@ -265,22 +295,21 @@ class Numbers:
         """Targets [T]."""
         return jax.ShapeDtypeStruct((len(self.names),), np.dtype(np.float32))
 
-    def loss(self, logits_BxK: jax.Array, batch: Mapping) -> tuple[Pair, dict]:
-        """Returns the loss and its metrics as (total, weight) pairs."""
+    def loss(self, output: jax.Array, batch: Mapping) -> LossOutput:
+        """Returns the weighted loss."""
         weight_B = batch["weight"]
-        target_BxT = batch["label"].astype(logits_BxK.dtype)
-        loss_B = losses.REGRESSION[self.loss_name](
-            logits_BxK, target_BxT, **self.loss_args
-        )
+        target_BxT = batch["label"].astype(output.dtype)
+        loss_B = losses.REGRESSION[self.loss_name](output, target_BxT, **self.loss_args)
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
-        return loss, {"loss": loss}
+        return LossOutput(*loss, {"loss": loss})
 
-    def outputs(self, logits_BxK: jax.Array) -> dict:
+    def outputs(self, output: jax.Array, batch: Mapping) -> dict:
         """Returns the predictions."""
-        return {"prediction": logits_BxK}
+        del batch
+        return {"prediction": output}
 
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
-        """Returns what is to be measured, and the mean loss."""
+        """Returns the metrics of a split, and the mean loss."""
         prediction_BxT, target_BxT = outputs["prediction"], batch["label"]
         loss = LOSS_ON_HOST[self.loss_name]
         return {
@@ -289,12 +318,12 @@ class Numbers:
             if name != "loss"
         } | {"loss": loss(prediction_BxT, target_BxT, **self.loss_args)}
 
-    def answers(self, outputs: Mapping) -> dict:
+    def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns the predictions."""
-        return {"prediction": _widened(outputs["prediction"])}
+        return {"prediction": widened(outputs["prediction"])}
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits on which R2 has no value."""
+        """Returns the splits on which R2 is undefined."""
         return [
             f"config.task.metrics: 'r2' needs targets that differ, but the split {split!r} "
             f"has {len(label)} examples of the same; choose another split, or leave it out"
@@ -302,68 +331,88 @@ class Numbers:
             if "r2" in self.metric_names and (label == label[:1]).all(axis=0).any()
         ]
 
-    def records(self, outputs: Mapping) -> list[dict]:
+    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
         """Returns the predicted number of each target."""
+        del batch
         return [
             {"prediction": dict(zip(self.names, map(float, row)))}
             for row in outputs["prediction"]
         ]
 
 
-def make_numbers(
-    data: DataSpec,
-    *,
-    loss: str = "mse",
-    loss_args: Mapping[str, Any] = MappingProxyType({}),
-    class_weights: str = "none",
-    metrics: tuple[str, ...],
-) -> Numbers:
-    """Returns what `config.task` says of numbers.
+def regression_target(
+    data: DataSpec, options: TargetOptions, defaults: tuple[str, ...]
+) -> RegressionTarget:
+    """Returns the target of numbers that `config.task` describes.
 
     Args:
-        data: Has their names.
-        loss: A name in `losses.REGRESSION`.
-        loss_args: Its arguments by name.
-        class_weights: 'none': there are no classes.
-        metrics: Names in `metrics.REGRESSION`.
+        data: Has the names of the numbers.
+        options: Options of `config.task`; those of classes are not used.
+        defaults: Metrics if the options name none.
 
     Raises:
         UserError: Something unknown or out of range.
     """
-    if class_weights != "none":
+    if options.class_weights != "none":
         raise UserError(
-            f"config.task.class_weights: {class_weights!r}, but the data's labels are "
-            "numbers, not classes; leave it at 'none'"
+            f"config.task.class_weights: {options.class_weights!r}, but the data's labels "
+            "are numbers, not classes; leave it at 'none'"
         )
-    bound = losses.make_loss("regression", loss, loss_args)
-    check_metrics("regression", metrics)
-    return Numbers(
+    loss = options.loss or "mse"
+    names = defaults if options.metrics is None else options.metrics
+    bound = losses.make_loss("regression", loss, options.loss_args)
+    check_metrics("regression", names)
+    return RegressionTarget(
         names=data.targets,
         loss_name=loss,
         loss_args=bound.keywords,
-        metric_names=metrics,
+        metric_names=names,
     )
 
 
-def logits_asked(asked: int | None, answer: Answer) -> int:
-    """Returns how many logits a model gets.
+def class_or_regression_target(
+    data: DataSpec, options: TargetOptions, defaults: Mapping[str, tuple[str, ...]]
+) -> ClassTarget | RegressionTarget:
+    """Returns the target of the data's labels.
 
     Args:
-        asked: `config.model.classes`.
-        answer: Has a need of its own.
+        data: Has names of classes or of numbers.
+        options: Options of `config.task`.
+        defaults: Default metrics of 'classes' and of 'numbers'.
 
     Raises:
-        UserError: They are too few, or of numbers too many.
+        UserError: Something unknown or out of range.
     """
-    needed = answer.logits
-    if isinstance(answer, Numbers) and (asked or needed) != needed:
+    if data.labels == "numbers":
+        return regression_target(data, options, defaults["numbers"])
+    return class_target(data, options, defaults["classes"])
+
+
+def model_for(
+    target: ClassTarget | RegressionTarget,
+    model: Mapping[str, Any],
+    *,
+    precision: str,
+    **given: Any,
+) -> nn.Module:
+    """Returns the model of a section like `config.model`, with the target's outputs.
+
+    Args:
+        target: What is predicted.
+        model: The section.
+        precision: 'float32', 'bfloat16' or 'float64'.
+        **given: Further arguments of the model.
+
+    Raises:
+        UserError: Too few classes or another number of targets in `config.model.classes`,
+            or an unknown model or argument.
+    """
+    asked, needed = model["classes"], target.logits
+    count = asked or needed
+    is_regression = isinstance(target, RegressionTarget)
+    if count < needed or (is_regression and count != needed):
         raise UserError(
             f"config.model.classes: {asked}, but the data has {needed} "
-            "targets; None takes the data's number."
+            f"{'targets' if is_regression else 'classes'}; None takes the data's number."
         )
-    if (asked or needed) < needed:
-        raise UserError(
-            f"config.model.classes: {asked}, but the data has "
-            f"{needed} classes; None takes the data's number."
-        )
-    return asked or needed
+    return model_of(model, classes=count, precision=precision, **given)

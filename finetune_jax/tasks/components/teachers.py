@@ -1,8 +1,8 @@
-"""Models that teach: where they come from, and what they say of a batch."""
+"""Teachers: models that a loss reads and no update changes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import flax.linen as nn
 import jax
@@ -12,38 +12,41 @@ import numpy as np
 from finetune_jax.core import pytrees
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.models import model_of
+from finetune_jax.models.modes import EVALUATION, apply_model
+from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.objectives.feature_losses import (
+    Pair,
     Regressors,
     make_pairs,
     regressor_widths,
 )
-from finetune_jax.tasks.task import EVALUATION, apply_model
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.layout import recognise
 from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.labels import are_places, keys, names_at
 from finetune_jax.weights.prefixes import without_prefix
 
-# The address of the model as the run begins with it.
+# Address of the model before the first update.
 START = "start"
-# The prefix of what maps a student's features to a teacher's.
+# Prefix of the linear maps from the student's features to a teacher's.
 REGRESSOR = "regressor"
-# Whose logits are compared with a teacher's.
+# The head whose logits are compared with a teacher's.
 HEADS = ("own", "teacher")
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A model that is read and never updated.
 
     Attributes:
         module: The model.
-        address: Of its weights, or 'start'.
+        address: Address of its weights, or 'start'.
         entry: Entry of the checkpoint there; None is the usual one.
-        where: In the config, for messages.
-        class_names: Of its logits, where the address tells.
-        classes: How many logits it has.
-        taps: Stages whose output is asked for.
+        where: Its key in the config, for messages.
+        class_names: Class names of its logits, if known.
+        classes: Number of its logits.
+        taps: Stages whose outputs are returned.
     """
 
     module: nn.Module
@@ -56,21 +59,17 @@ class Teacher:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Of the module."""
+        """The stages of the module."""
         module: Any = self.module
         return module.stages
 
     def order(self, names: Sequence[str]) -> np.ndarray:
-        """Returns which logits are those of some classes, in the order of these."""
+        """Returns the index of the logit of each class in `names`."""
         wanted, own = keys(names, self.class_names or names)
         return np.array([own.index(n) if n in own else k for k, n in enumerate(wanted)])
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Returns the shapes of its variables.
-
-        Args:
-            shape: Of one input.
-        """
+        """Returns the shapes of its variables, for inputs of a shape."""
         x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         init = jax.eval_shape(
             lambda x: self.module.init(jax.random.key(0), x, train=False), x
@@ -83,7 +82,7 @@ class Teacher:
         return {"params": init["params"], "batch_stats": averages}
 
     def variables(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Returns its variables as the weights have them, on the host.
+        """Returns its variables as stored in the weights, on the host.
 
         Raises:
             UserError: The weights cannot be read, or do not fit.
@@ -97,7 +96,7 @@ class Teacher:
             weights = without_prefix(weights, dict(pytrees.named(zeros)))
             return load_weights(zeros, weights, accept=None)
         except UserError as error:
-            # What reads weights blames the key that they mostly come from.
+            # The reader of the weights names the key that usually has the address.
             text = str(error).replace("config.init.pretrained", with_address)
             text = text.replace("config.init.entry", f"{self.where}.entry")
             raise UserError(f"{self.where}, a teacher: {text}") from error
@@ -118,7 +117,7 @@ class Teacher:
         line = f"{self.where}, a teacher: {self.address} (layout: {found})"
         if self.class_names is None:
             line += (
-                "; nothing says what its classes are: in their order they are taken for "
+                "; its classes are not named and are taken in order for "
                 f"{', '.join(names[:20])}"
             )
         return found, [line, *weights.notes]
@@ -129,8 +128,8 @@ class Teacher:
             return {}
         return dict(read_weights(self.address, self.entry).sha256)
 
-    def says(self, variables: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
-        """Returns 'logits', and the output of each stage that is asked for."""
+    def outputs(self, variables: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
+        """Returns 'logits', and the output of each tapped stage."""
 
         def run(x: Any, **stages: Any) -> Any:
             return apply_model(
@@ -140,16 +139,90 @@ class Teacher:
         logits, found = tapped(run, self.stages, self.taps, inputs)
         return {"logits": logits, **found}
 
-    def judges(self, variables: Mapping[str, Any], features: Any) -> jax.Array:
-        """Returns the logits that its last stage gives of features of another model."""
+    def head_logits(self, variables: Mapping[str, Any], features: Any) -> jax.Array:
+        """Returns the logits of its last stage for features of another model."""
         last = self.stages[-1]
         return apply_model(
             self.module, "", variables, features, mode=EVALUATION, first=last
         )[0]
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teachers:
+    """The teachers of a task.
+
+    Attributes:
+        members: Teachers by label.
+        shape: Shape of one input.
+        class_names: Class names of the data.
+        compares_classes: Whether their own logits are compared, class by class.
+    """
+
+    members: Mapping[str, Teacher]
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    compares_classes: bool
+
+    def variables(self, start: Any) -> dict[str, Any]:
+        """Returns the variables of each teacher, on the host.
+
+        Args:
+            start: The state before the first update; no buffer of it is returned.
+        """
+        return {
+            label: own_variables(start)
+            if teacher.address == START
+            else teacher.variables(self.shape)
+            for label, teacher in self.members.items()
+        }
+
+    def shapes(self) -> dict[str, Any]:
+        """Returns the shapes of `variables`, without reading any weights."""
+        return {k: teacher.shapes(self.shape) for k, teacher in self.members.items()}
+
+    def problems(self) -> list[str]:
+        """Returns the teachers whose classes are not those of the data."""
+        if not self.compares_classes:
+            return []
+        return [
+            problem
+            for teacher in self.members.values()
+            for problem in class_problems(teacher, self.class_names)
+        ]
+
+    def sha256(self) -> dict[str, str]:
+        """Returns the digest of each weight file, by path."""
+        found: dict[str, str] = {}
+        for teacher in self.members.values():
+            found |= teacher.sha256()
+        return found
+
+    def layouts(self) -> dict[str, tuple[str, list[str]]]:
+        """Returns the layout of each teacher's weights, and lines about it, by label.
+
+        Raises:
+            UserError: The weights cannot be read, or do not fit.
+        """
+        return {
+            label: teacher.layout(self.shape, self.class_names)
+            for label, teacher in self.members.items()
+            if teacher.address != START
+        }
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
+        """Returns the outputs of each teacher, arrays of one row per example.
+
+        They are cached if the examples are the same in every update.
+        """
+        return {
+            label: teacher.outputs(variables[label], inputs)
+            for label, teacher in self.members.items()
+        }
+
+
 def own_variables(state: Any) -> dict[str, Any]:
-    """Returns the variables of the model that learns in a state, copied to the host."""
+    """Returns the student's variables in a state, copied to the host."""
     params = {name: of for name, of in state.params.items() if name != REGRESSOR}
     trees = {"params": params, "batch_stats": state.batch_stats}
     return jax.tree.map(np.array, trees)
@@ -162,11 +235,11 @@ def tapped(
     x: Any,
     first: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns what a model gives, and the outputs of some of its stages on the way.
+    """Returns the output of a model, and the outputs of some of its stages.
 
     Args:
         run: Returns the output of stages `first` to `last` from the input of `first`.
-        stages: Of the model.
+        stages: Stages of the model.
         wanted: Stages, none of them the last or before `first`.
         x: Input of `first`.
         first: The stage to begin with; None is the first.
@@ -180,7 +253,7 @@ def tapped(
 
 
 def stage_shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns the shapes that the stages of a model give for one input."""
+    """Returns the output shapes of a model's stages for one input."""
 
     def outputs(x: Any) -> dict[str, Any]:
         variables = module.init(jax.random.key(0), x, train=False)
@@ -202,14 +275,13 @@ def make_teachers(
     """Returns the teachers by label. Their weights are not read yet.
 
     Args:
-        members: What describes each model, and `pretrained` and `entry`, the address of
-            its weights and the entry there.
-        data_names: Of the data's classes; a teacher of which nothing else is known has
-            as many.
+        members: Section of each model, with `pretrained` and `entry`, the address of its
+            weights and the entry there.
+        data_names: Class names of the data; a teacher without known classes has as many.
         precision: 'float32', 'bfloat16' or 'float64'.
 
     Raises:
-        UserError: There are none, or models that there are not.
+        UserError: No members, or unknown models.
     """
     if not members:
         raise UserError(
@@ -238,11 +310,11 @@ def make_teachers(
 def saved_class_names(
     address: str, data_names: Sequence[str]
 ) -> tuple[str, ...] | None:
-    """Returns the classes that the model at an address learned, where something tells.
+    """Returns the class names of the weights at an address; None if unknown.
 
     Args:
-        address: Address of a former run, whose manifest tells, or of weights with a file
-            beside them.
+        address: Address of a former run with a manifest, or of weights with a file of
+            class names beside them.
         data_names: Class names of the data. If they are numbers and no name is the same,
             they may stand for the classes of the weights.
     """
@@ -255,15 +327,10 @@ def saved_class_names(
 
 
 def class_problems(teacher: Teacher, names: Sequence[str]) -> list[str]:
-    """Returns why a teacher's logits are not those of some classes; nothing if they are.
-
-    Args:
-        teacher: The teacher.
-        names: Of the classes of the data.
-    """
+    """Returns the differences between a teacher's classes and those of the data."""
     advice = (
-        "; task.head='teacher' compares what its own head says, and alpha=0.0 its "
-        "features alone"
+        "; task.head='teacher' compares the logits of its own head, and alpha=0.0 only "
+        "its features"
     )
     theirs = teacher.class_names
     if theirs is None:
@@ -284,7 +351,7 @@ def class_problems(teacher: Teacher, names: Sequence[str]) -> list[str]:
 
 
 def range_problems(*, something: Any, **values: float) -> list[str]:
-    """Returns what is out of range, and whether nothing is to be learned of teachers."""
+    """Returns the values out of range, and a problem if the teachers are not used."""
     problems = [
         f"config.task.{name}: {value}; 0 or more is needed"
         for name, value in values.items()
@@ -302,48 +369,63 @@ def range_problems(*, something: Any, **values: float) -> list[str]:
     return problems
 
 
-def compared(
-    student: nn.Module, teachers: Mapping[str, Teacher], shape: tuple[int, ...],
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A student, its teachers, and the stages that are compared.
+
+    Attributes:
+        models: The student, and the maps from its features to a teacher's.
+        teachers: Teachers by label, with the tapped stages.
+        hints: Stages whose features are compared.
+        attention: Stages whose attention maps are compared.
+    """
+
+    models: ModelSet
+    teachers: Mapping[str, Teacher]
+    hints: tuple[Pair, ...] = ()
+    attention: tuple[Pair, ...] = ()
+
+
+def compare(
+    student: Any, teachers: Mapping[str, Teacher], shape: tuple[int, ...],
     head: str, hints: Any, attention: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Returns what a task has of models, and of stages that are compared.
+) -> Comparison:  # fmt: skip
+    """Returns the models of a student, and the stages that are compared.
 
     Args:
-        student: The model that learns.
-        teachers: By label.
-        shape: Of one input.
+        student: The model that is trained.
+        teachers: Teachers by label.
+        shape: Shape of one input.
         head: One of `HEADS`.
-        hints: (stage of the student, stage of a teacher), whose features are compared.
-        attention: Likewise, whose attention is.
-
-    Returns:
-        'models' by prefix, 'teachers' with the stages that are asked for, 'hints' and
-        'attention'.
+        hints: (stage of the student, stage of a teacher) whose features are compared.
+        attention: (stage of the student, stage of a teacher) whose attention is compared.
 
     Raises:
-        UserError: Lists stages that there are not, or whose features do not fit.
+        UserError: Lists unknown stages, and stages whose features do not fit.
     """
     problems = [
-        f"{teacher.where}: the model as the run begins with it is config.model's; leave "
-        "out what else is said of it"
+        f"{teacher.where}: the model before the first update is config.model's; remove "
+        "its other keys"
         for teacher in teachers.values()
         if teacher.address == START and teacher.module != student
     ]
-    models: dict[str, nn.Module] = {"": student}
+    plain = not (hints or attention or head == "teacher")
     found: dict[str, Any] = {"hints": (), "attention": ()}
-    if hints or attention or head == "teacher":
-        module: Any = student
-        own = stage_shapes(module, shape)
+    modules: dict[str, nn.Module] = {"": student}
+    own: dict[str, Any] = {}
+    if not plain:
+        own = stage_shapes(student, shape)
         theirs = {k: stage_shapes(t.module, shape) for k, t in teachers.items()}
         for key, entries in (("hints", hints), ("attention", attention)):
             found[key], wrong = make_pairs(key, entries, own=own, theirs=theirs)
             problems += wrong
         if widths := regressor_widths(found["hints"], own, theirs):
-            models[REGRESSOR] = Regressors(
-                widths=widths, dtype=module.dtype, param_dtype=module.param_dtype
+            modules[REGRESSOR] = Regressors(
+                widths=widths, dtype=student.dtype, param_dtype=student.param_dtype
             )
         problems += [
-            f"config.task.head: 'teacher', but what comes before the head is "
+            f"config.task.head: 'teacher', but the input of the head is "
             f"{before.shape[1:]} in {label}, and {mine.shape[1:]} in the model"
             for label, shapes in theirs.items()
             for before, mine in [(list(shapes.values())[-1], list(own.values())[-1])]
@@ -355,5 +437,16 @@ def compared(
     taps = {
         label: tuple(p.theirs for p in pairs if p.label == label) for label in teachers
     }
+    features = {
+        pair.name: jax.ShapeDtypeStruct(own[pair.own].shape, student.param_dtype)
+        for pair in found["hints"]
+    }
+    models = ModelSet(
+        modules=modules,
+        auxiliary=frozenset({REGRESSOR}),
+        examples={REGRESSOR: features},
+        # Features of earlier stages are compared, so they must be computed.
+        cacheable=plain,
+    )
     made = {k: dataclasses.replace(t, taps=taps[k]) for k, t in teachers.items()}
-    return {"models": models, "teachers": made, **found}
+    return Comparison(models=models, teachers=made, **found)

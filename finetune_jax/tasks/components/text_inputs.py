@@ -1,23 +1,26 @@
-"""What tasks of texts share: texts as encoders take them, and encoders that can."""
+"""Inputs that are tokenised texts, and checks of the encoders that read them."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
+from finetune_jax.models.modes import Mode
 from finetune_jax.models.peft.lora import LoRA
 
-# Embeddings are at times larger than the vocabulary, up to a multiple of this.
+# Embeddings are sometimes larger than the vocabulary, up to a multiple of this.
 PADDED_TO = 128
 
 
 def tokens(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
-    """Returns ids and sentences as an encoder takes them."""
+    """Returns token ids, segment types and the mask as an encoder takes them."""
     ids_BxT, sentence_BxT = inputs_Bx2xT[:, 0], inputs_Bx2xT[:, 1]
     return {
         "ids": ids_BxT,
@@ -27,9 +30,9 @@ def tokens(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
 
 
 def questions(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
-    """Returns ids and sentences likewise; the mask is 2 where the passage is.
+    """Returns the same inputs with a mask that is 2 in the passage.
 
-    It is the second sentence, without the special token at its end.
+    The passage is the second sentence, without the special token at its end.
     """
     found, sentence_BxT = tokens(inputs_Bx2xT), inputs_Bx2xT[:, 1]
     next_BxT = jnp.pad(sentence_BxT[:, 1:], ((0, 0), (0, 1)))
@@ -37,19 +40,47 @@ def questions(inputs_Bx2xT: jax.Array) -> dict[str, jax.Array]:
     return {**found, "mask": found["mask"] + is_passage_BxT}
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextInputs:
+    """Tokenised texts [2, T]: token ids, and the sentence of each token.
+
+    Attributes:
+        data: Description of the data.
+        encode: Returns the inputs of an encoder: `tokens` or `questions`.
+    """
+
+    data: DataSpec
+    encode: Callable[[jax.Array], dict[str, jax.Array]] = tokens
+
+    def spec(self, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns token ids and sentences [2, T]."""
+        del training
+        return {"inputs": jax.ShapeDtypeStruct(self.data.shape, np.dtype(np.int32))}
+
+    def example(self) -> dict[str, jax.Array]:
+        """Returns a text of two tokens."""
+        return tokens(jnp.ones((1, 2, 2), jnp.int32))
+
+    def prepare(self, batch: dict, rng: jax.Array, mode: Mode) -> dict:
+        """Returns the batch with inputs as encoders take them."""
+        del rng, mode
+        return {**batch, "inputs": self.encode(batch["inputs"])}
+
+
 def token_model(
     data: DataSpec, model: Mapping[str, Any], *, classes: int, precision: str
 ) -> tuple[nn.Module, list[str]]:
-    """Returns a model that gives each token its logits, and what does not fit it.
+    """Returns a model with logits for each token, and problems of its config.
 
     Args:
-        data: What the examples look like.
+        data: Description of the data.
         model: The section `config.model`.
-        classes: Logits of a token.
+        classes: Number of logits per token.
         precision: 'float32', 'bfloat16' or 'float64'.
 
     Raises:
-        UserError: It cannot read the texts.
+        UserError: The model cannot read the texts.
     """
     module = model_of(model, classes=classes, precision=precision)
     check_encoder(module, model["name"], data)
@@ -59,22 +90,16 @@ def token_model(
     return module, problems
 
 
-def initial(module: nn.Module, rng: jax.Array) -> tuple[Any, Any]:
-    """Returns random parameters of an encoder, and no batch statistics."""
-    x = tokens(jnp.ones((1, 2, 2), jnp.int32))
-    return module.init(rng, x, train=False)["params"], {}
-
-
 def check_encoder(module: Any, name: str, data: DataSpec) -> None:
     """Checks that a model can read the texts.
 
     Args:
         module: The model.
         name: `config.model.name`.
-        data: What the examples look like.
+        data: Description of the data.
 
     Raises:
-        UserError: It is no encoder, has another vocabulary, or too few positions.
+        UserError: The model is no encoder, has another vocabulary, or too few positions.
     """
     encoder = module.module if isinstance(module, LoRA) else module
     if not hasattr(encoder, "vocabulary"):

@@ -1,7 +1,7 @@
-"""Losses between domains: how several are weighed, and how two are made alike.
+"""Losses of several domains: weighting, sharing and adaptation.
 
 Features and logits of two domains are [B, F] and [T, F]: numbers of examples may differ.
-Weights say how much each example counts, 0 for one that could not be read.
+An example that could not be read has weight 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,12 @@ from finetune_jax.core.pytrees import named
 def uncertainty_weighted(
     loss: jax.Array, log_variance: jax.Array, *, of_classes: bool
 ) -> jax.Array:
-    """Returns the loss of a domain weighed by its uncertainty, which learns.
+    """Returns the loss of a domain weighted by its trained uncertainty.
 
     Args:
-        loss: Mean over examples: of classes a cross entropy, of numbers the mean squared
-            error.
+        loss: Mean over examples: cross entropy for classes, squared error for numbers.
         log_variance: s = log sigma^2.
-        of_classes: Whether it is exp(-s) loss + s / 2, instead of exp(-s) loss / 2 + s / 2.
+        of_classes: Whether to use exp(-s) loss + s / 2 instead of exp(-s) loss / 2 + s / 2.
 
     Source: Kendall et al. 2018, equations 7 and 10, with s for numerical stability as in
     their section 3.2.
@@ -35,10 +34,10 @@ def uncertainty_weighted(
 def pair_distance(models: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
     """Returns sum |a - b|^2 / 2 over pairs of models and the parameters of the same name.
 
-    Parameters of other shapes have nothing in common.
+    Parameters of different shapes are not compared.
 
     Args:
-        models: Parameters of each by name.
+        models: Parameters of each model by name.
 
     Source: Duong et al. 2015, section 3, for two models.
     """
@@ -53,7 +52,7 @@ def pair_distance(models: Sequence[Mapping[str, jax.Array]]) -> jax.Array:
 
 @jax.custom_vjp
 def reverse_gradient(x: jax.Array, strength: jax.Array) -> jax.Array:
-    """Returns x; its gradient is turned round, and multiplied by `strength`.
+    """Returns x; its gradient is reversed and multiplied by `strength`.
 
     Source: Ganin et al. 2016, section 4.2, equation 19.
     """
@@ -82,7 +81,7 @@ def ramp(progress: jax.Array, gamma: float = 10.0) -> jax.Array:
 
 
 def discrimination(logit_B: jax.Array, *, is_source: bool) -> jax.Array:
-    """Returns the cross entropy of telling a domain, [B]; positive logits say source."""
+    """Returns the domain classifier's cross entropy [B]; positive logits mean source."""
     target_B = jnp.full_like(logit_B, float(is_source))
     return optax.sigmoid_binary_cross_entropy(logit_B, target_B)
 
@@ -92,7 +91,7 @@ def _shares(weight_B: jax.Array) -> jax.Array:
 
 
 def _squared_distances(one_BxF: jax.Array, other_TxF: jax.Array) -> jax.Array:
-    # Of differences, not of products: those of near features would be lost in rounding.
+    # From differences: from products, distances of close features are lost in rounding.
     return jnp.sum((one_BxF[:, None] - other_TxF[None]) ** 2, axis=-1)
 
 
@@ -106,28 +105,28 @@ def mmd(
 ) -> jax.Array:
     """Returns the squared maximum mean discrepancy of two domains' features.
 
-    Its kernel is the sum of Gaussians exp(-d^2 / (scale m)), m being the mean d^2 of two
-    different examples of either domain, through which no gradient goes.
+    The kernel is a sum of Gaussians exp(-d^2 / (scale m)), where m is the mean d^2 of two
+    different examples of either domain, without a gradient.
 
     Args:
-        source_BxF: Features.
-        target_TxF: Features.
-        weight_B: Of the source's examples.
-        weight_T: Of the target's.
-        scales: One Gaussian each.
+        source_BxF: Features of the source.
+        target_TxF: Features of the target.
+        weight_B: Weights of the source's examples.
+        weight_T: Weights of the target's examples.
+        scales: Scales of the Gaussians.
 
     Source: Gretton et al. 2012, equation 5 (the biased estimate); Long et al. 2015,
     section 3.1; the scales are those of their implementation.
     """
     both = jnp.concatenate([source_BxF, target_TxF])
     weight = jnp.concatenate([weight_B, weight_T])
-    # Their mean difference, squared, is that of the source's shares less the target's.
+    # The squared difference of means is a quadratic form in these signed weights.
     sides = jnp.concatenate([_shares(weight_B), -_shares(weight_T)])
     distances = _squared_distances(both, both)
     pairs = weight[:, None] * weight[None]
     apart = jnp.sum(pairs) - jnp.sum(weight**2)
     mean = jax.lax.stop_gradient(jnp.sum(pairs * distances) / apart)
-    # Where all examples are the same, so are the domains.
+    # If all examples are equal, so are the domains.
     mean = jnp.where(mean > 0, mean, 1.0)
     kernel = sum(jnp.exp(-distances / (scale * mean)) for scale in scales)
     return sides @ kernel @ sides
@@ -157,10 +156,10 @@ def _covariance(x_BxF: jax.Array, weight_B: jax.Array) -> jax.Array:
 def confident(
     logits_BxK: jax.Array, *, threshold: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross entropy with the class predicted, where that is certain, [B].
+    """Returns the cross entropy with confident pseudo-labels [B], and their mask [B].
 
-    And whether it is, [B]; where it is not, the loss is 0. No gradient goes through what
-    the class is.
+    The pseudo-label is the most probable class; below the threshold the loss is 0. No
+    gradient flows through the choice of the class.
 
     Source: Lee 2013, with a threshold as in Sohn et al. 2020, equation 4.
     """
@@ -172,14 +171,14 @@ def confident(
 
 
 def over_axis(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns the rows of all devices, where they are not there by themselves."""
+    """Returns the rows of all devices under pmap; jit with shardings has them."""
     if axis_name is None:
         return x
     return jax.lax.all_gather(x, axis_name, tiled=True)
 
 
 def flat(features: Any) -> jax.Array:
-    """Returns features as [B, F], whatever they are made of."""
+    """Returns a tree of features as one array [B, F]."""
     leaves = [
         leaf.reshape(leaf.shape[0], -1)
         for leaf in named(features).values()

@@ -1,4 +1,4 @@
-"""Entities in sequences of tags, and how many of them were found.
+"""Entities in sequences of tags, and their precision, recall and F1.
 
 Source: the rules of conlleval.pl (Tjong Kim Sang & De Meulder 2003), with the schemes
 IOB1, IOB2, IOE and IOBES at once, as seqeval has them by default.
@@ -45,7 +45,7 @@ def entity_scores(
 ) -> dict[str, float]:
     """Returns precision, recall and F1 over the entities of all sequences.
 
-    What would be divided by zero is 0.
+    A division by zero gives 0.
     """
     right = given = wanted = 0
     for one, other in zip(predicted, true, strict=True):

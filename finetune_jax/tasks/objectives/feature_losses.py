@@ -1,7 +1,7 @@
-"""How far features are from those of a teacher: one value an example, of two stages.
+"""Feature distillation losses: distance to a teacher's features, one value per example.
 
-Features are maps [B, H, W, C], tokens [B, T, D] or vectors [B, F]. Where maps differ in
-size, the larger one is averaged over windows.
+Features are maps [B, H, W, C], tokens [B, T, D] or vectors [B, F]. If maps differ in size,
+the larger one is averaged over windows.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from finetune_jax.core.registry import closest
 
 
 def half_square(own: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Returns half the squared distance, a mean over places and channels, [B].
+    """Returns half the squared distance, a mean over positions and channels, [B].
 
     Source: Romero et al. 2015 ("FitNets"), equation 3, there a sum.
     """
@@ -27,9 +27,9 @@ def half_square(own: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def attention_apart(own: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Returns the squared distance of attention maps, a mean over places, [B].
+    """Returns the squared distance of attention maps, a mean over positions, [B].
 
-    Such a map has the mean square over the channels of each place, and norm 1.
+    An attention map is the mean square over channels at each position, with norm 1.
 
     Source: Zagoruyko & Komodakis 2017, section 3.1, as their code has it:
     https://github.com/szagoruyko/attention-transfer, `at_loss`.
@@ -39,7 +39,7 @@ def attention_apart(own: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def _attention(features: jax.Array) -> jax.Array:
-    """Returns attention maps [B, places] of norm 1; of nothing but zeros, zeros."""
+    """Returns attention maps [B, positions] of norm 1; zero features give zeros."""
     power = jnp.square(_widened(features)).mean(axis=-1)
     power = power.reshape(len(power), -1)
     square = jnp.sum(jnp.square(power), axis=-1, keepdims=True)
@@ -73,13 +73,13 @@ def misfit(own: Any, teacher: Any, *, places: bool) -> str | None:
     """Returns why features of such shapes cannot be compared, or None if they can.
 
     Args:
-        own: Has the shape [B, ...] of a model's features.
-        teacher: Likewise.
-        places: Whether features must have places, as attention does.
+        own: Shape of the student's features [B, ...].
+        teacher: Shape of the teacher's features.
+        places: Whether features must have positions, as attention needs.
     """
     one, other = (getattr(x, "shape", None) for x in (own, teacher))
     if one is None or other is None:
-        return "one of the stages gives more than one array"
+        return "one of the stages returns several arrays"
     if len(one) != len(other) or len(one) < (3 if places else 2):
         needed = "maps or tokens of one kind" if places else "of one kind"
         return f"the model's are {one[1:]}, the teacher's {other[1:]}; not {needed}"
@@ -92,12 +92,12 @@ def misfit(own: Any, teacher: Any, *, places: bool) -> str | None:
 
 
 class Regressors(nn.Module):
-    """Linear maps from features to the width of a teacher's, the same at every place.
+    """Linear maps from features to the width of a teacher's, the same at every position.
 
     Attributes:
-        widths: (name, width) of each.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        widths: (name, width) of each map.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
 
     Source: Romero et al. 2015, section 2.2: a convolution, here of 1x1.
     """
@@ -108,7 +108,7 @@ class Regressors(nn.Module):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Each is a stage."""
+        """The stages, one for each map."""
         return tuple(name for name, _ in self.widths)
 
     @nn.compact
@@ -129,7 +129,7 @@ class Pair:
 
     Attributes:
         own: Stage of the student.
-        label: Of the teacher.
+        label: Label of the teacher.
         theirs: Stage of the teacher.
     """
 
@@ -139,7 +139,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """What parameters are named by that belong to it."""
+        """Name of the linear map between them."""
         return f"{self.own}_to_{self.label}_{self.theirs}"
 
 
@@ -150,14 +150,14 @@ def make_pairs(
     own: Mapping[str, Any],
     theirs: Mapping[str, Mapping[str, Any]],
 ) -> tuple[tuple[Pair, ...], list[str]]:
-    """Returns the pairs that a key of `config.task` names, and all that is wrong.
+    """Returns the pairs that a key of `config.task` names, and the problems.
 
     Args:
         key: 'hints' or 'attention'.
         entries: (stage of the student, stage of a teacher), the teacher's with its label
             before it if there are several.
-        own: Shapes of what the student's stages give, but for the last one.
-        theirs: The same of each teacher.
+        own: Output shapes of the student's stages, without the last.
+        theirs: Output shapes of each teacher's stages.
     """
     pairs, problems = [], []
     for index, entry in enumerate(entries):
@@ -200,6 +200,6 @@ def make_pairs(
 def regressor_widths(
     pairs: Sequence[Pair], own: Mapping[str, Any], theirs: Mapping[str, Mapping]
 ) -> tuple[tuple[str, int], ...]:
-    """Returns (name, width) of each pair whose features have other widths."""
+    """Returns (name, width) of each pair whose features differ in width."""
     widths = [(pair, theirs[pair.label][pair.theirs].shape[-1]) for pair in pairs]
     return tuple((p.name, w) for p, w in widths if own[p.own].shape[-1] != w)

@@ -1,7 +1,7 @@
-"""Losses: one value an example, to be weighed and summed by the task.
+"""Losses: one value per example, which the target weights and sums.
 
-Those of classification take logits and a target [B, K] whose rows sum to 1: one-hot, or
-soft. Those of regression take predictions and targets [B, T], and are means over T.
+Classification losses take logits and a target [B, K] whose rows sum to 1, one-hot or soft.
+Regression losses take predictions and targets [B, T] and are means over T.
 """
 
 import functools
@@ -39,7 +39,7 @@ def cross_entropy(logits_BxK: jax.Array, target_BxK: jax.Array) -> jax.Array:
 def binary_cross_entropy(logits_BxK: jax.Array, target_BxK: jax.Array) -> jax.Array:
     """Returns the binary cross entropies of each example, summed over classes, [B].
 
-    Every class is a yes or no of its own, one against the rest.
+    Every class is a binary decision of its own, one against the rest.
     """
     return optax.sigmoid_binary_cross_entropy(logits_BxK, target_BxK).sum(axis=-1)
 
@@ -47,19 +47,19 @@ def binary_cross_entropy(logits_BxK: jax.Array, target_BxK: jax.Array) -> jax.Ar
 def focal(
     logits_BxK: jax.Array, target_BxK: jax.Array, *, gamma: float = 2.0
 ) -> jax.Array:
-    """Returns the cross entropy, class k weighed by (1 - p_k) ** gamma, [B].
+    """Returns the cross entropy, class k weighted by (1 - p_k) ** gamma, [B].
 
     Args:
         logits_BxK: Unnormalised log probabilities.
-        target_BxK: Shares of the classes.
-        gamma: How much less examples count that are right already; 0 is cross entropy.
+        target_BxK: Target share of each class.
+        gamma: How much less well-classified examples count; 0 is cross entropy.
 
     Source: Lin et al. 2017, section 3.2, with a softmax.
     """
     log_p_BxK = jax.nn.log_softmax(logits_BxK)
-    # Powers of 1 - p have no gradient at p = 1, and its logarithm is lost in rounding
-    # near there, which only the highest class can be: for that one log(1 - p) is taken
-    # from all others.
+    # Powers of 1 - p have no gradient at p = 1, and near there log(1 - p) is lost in
+    # rounding. Only the most probable class can be there, so its log(1 - p) is computed
+    # from the other classes.
     best_B = jnp.argmax(logits_BxK, axis=-1)
     is_best_BxK = jax.nn.one_hot(best_B, logits_BxK.shape[-1], dtype=bool)
     others_Bx1 = jax.nn.logsumexp(log_p_BxK, axis=-1, where=~is_best_BxK, keepdims=True)
@@ -78,13 +78,13 @@ def sigmoid_focal(
 ) -> jax.Array:
     """Returns the binary focal losses of each example, summed over classes, [B].
 
-    Every class is a yes or no of its own, one against the rest.
+    Every class is a binary decision of its own, one against the rest.
 
     Args:
         logits_BxK: Log odds of each class.
-        target_BxK: Shares of the classes.
-        alpha: Weight of a yes, that of a no being 1 - alpha; below 0 both weigh 1.
-        gamma: How much less answers count that are right already.
+        target_BxK: Target share of each class.
+        alpha: Weight of positives; negatives have 1 - alpha; below 0 both have 1.
+        gamma: How much less well-classified examples count.
 
     Source: Lin et al. 2017; torchvision.ops.sigmoid_focal_loss.
     """
@@ -110,9 +110,9 @@ def huber(
     """Returns the Huber loss of each example, [B].
 
     Args:
-        prediction_BxT: In the units of the target.
-        target_BxT: What is true.
-        delta: The error up to which it is half the square, from which on it is linear.
+        prediction_BxT: Predictions in the units of the target.
+        target_BxT: True values.
+        delta: Error at which the loss turns from half the square to linear.
     """
     return optax.huber_loss(prediction_BxT, target_BxT, delta=delta).mean(axis=-1)
 
@@ -120,7 +120,7 @@ def huber(
 def divergence(
     teacher_BxK: jax.Array, logits_BxK: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
-    """Returns how far predictions are from a teacher's, KL(teacher || own) T^2, [B].
+    """Returns the divergence from a teacher's predictions, KL(teacher || own) T^2, [B].
 
     Both are logits, divided by the temperature T before the softmax; T^2 makes the
     gradient as large as at T = 1.
@@ -142,7 +142,7 @@ CLASSIFICATION = {
 }
 REGRESSION = {"mse": mse, "mae": mae, "huber": huber}
 LOSSES = {"classification": CLASSIFICATION, "regression": REGRESSION}
-# What an argument must be, wherever it occurs.
+# Range of an argument, for every loss that has it.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "alpha": (lambda value: value <= 1, "at most 1"),
     "gamma": (lambda value: value >= 0, "at least 0"),
@@ -157,8 +157,8 @@ def make_loss(
 
     Args:
         kind: A key of `LOSSES`.
-        name: Of the loss.
-        arguments: By name; what is not given keeps its default.
+        name: Name of the loss.
+        arguments: Arguments of the loss by name; the others keep their defaults.
 
     Raises:
         UserError: No such loss for tasks of this kind, or arguments that do not fit it.
@@ -178,7 +178,7 @@ def make_loss(
     def bind(**values: Any) -> functools.partial[jax.Array]:
         return functools.partial(function, **{key: values[key] for key in arguments})
 
-    # The arrays are there already when arguments are asked for.
+    # The first two parameters are the arrays, which are not in the config.
     arrays = dict.fromkeys(list(inspect.signature(function).parameters)[:2])
     bound = registry.call(bind, dict(arguments), where, **arrays)
     problems = [

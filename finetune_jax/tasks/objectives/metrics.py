@@ -1,10 +1,9 @@
 """Metrics over all rows of a split, on the host in float64.
 
-Those of classification take logits and class indices, those of regression predictions
-and targets [B, T], those of segmentation counts of pixels [B, 3, K]. Probabilities are
-the softmax of the logits, whatever loss was trained. scikit-learn's functions are used
-where it has them, with its conventions: a class that neither occurs nor is predicted
-counts in no average, and what would be divided by zero is 0.
+Classification metrics take logits and class indices, regression metrics predictions and
+targets [B, T], segmentation metrics counts of pixels [B, 3, K]. Probabilities are the
+softmax of the logits, for every training loss. scikit-learn's conventions hold: a class
+that neither occurs nor is predicted is in no average, and a division by zero gives 0.
 """
 
 import functools
@@ -46,7 +45,7 @@ def log_loss(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
 
 
 def normalised_entropy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
-    """Returns the log loss divided by that of always saying the classes' shares.
+    """Returns the log loss divided by the entropy of the classes' shares.
 
     Source: He et al. 2014, section 3.
     """
@@ -77,7 +76,7 @@ def calibration_error(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
 
 
 def confusion_matrix(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
-    """Returns counts [K, K]: a row a true class, a column a predicted one."""
+    """Returns counts [K, K]: one row per true class, one column per predicted class."""
     classes = logits_BxK.shape[-1]
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (label_B, np.argmax(logits_BxK, axis=-1)), 1)
@@ -87,7 +86,7 @@ def confusion_matrix(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
 def _counted(
     measure: str, average: str, logits_BxK: np.ndarray, label_B: np.ndarray
 ) -> float:
-    """Returns precision, recall or F1; of the second of two classes where 'binary'."""
+    """Returns precision, recall or F1; 'binary' is that of the second class."""
     from sklearn import metrics
 
     function = getattr(metrics, f"{measure}_score")
@@ -96,7 +95,7 @@ def _counted(
 
 
 def _ranked(measure: str, logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
-    """Returns the area; of the second of two classes, else the mean of one-vs-rest."""
+    """Returns the area for the second of two classes, else the mean of one-vs-rest."""
     from sklearn import metrics
 
     if not np.isfinite(logits_BxK).all():
@@ -108,13 +107,13 @@ def _ranked(measure: str, logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
 
 
 def _log_odds(logits_BxK: np.ndarray) -> np.ndarray:
-    """Returns log(p / (1 - p)), which ranks as p does, also where p rounds to 1."""
+    """Returns log(p / (1 - p)), which ranks like p even where p rounds to 1."""
     logits_BxK = logits_BxK.astype(np.float64)
     shifted_BxK = logits_BxK - logits_BxK.max(axis=-1, keepdims=True)
     rows, best_B = np.arange(len(logits_BxK)), np.argmax(logits_BxK, axis=-1)
     power_BxK = np.exp(shifted_BxK)
     rest_BxK = power_BxK.sum(axis=-1, keepdims=True) - power_BxK
-    # Nothing cancels but in the highest class, whose rest is summed without it.
+    # Only in the highest class does 1 - p cancel, so its rest is summed without it.
     others_BxK = shifted_BxK.copy()
     others_BxK[rows, best_B] = -np.inf
     second_B = others_BxK.max(axis=-1)
@@ -137,14 +136,14 @@ def mae(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
 def huber(
     prediction_BxT: np.ndarray, target_BxT: np.ndarray, *, delta: float = 1.0
 ) -> float:
-    """Returns the mean Huber loss, as `losses.huber` has it."""
+    """Returns the mean Huber loss, as in `losses.huber`."""
     error_BxT = np.abs(_errors(prediction_BxT, target_BxT))
     square_BxT = np.minimum(error_BxT, delta)
     return float(np.mean(square_BxT**2 / 2 + delta * (error_BxT - square_BxT)))
 
 
 def r2(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
-    """Returns the coefficient of determination, the mean of those of the targets."""
+    """Returns the coefficient of determination, a mean over the targets."""
     from sklearn.metrics import r2_score
 
     if not np.isfinite(prediction_BxT).all():
@@ -163,8 +162,8 @@ def class_iou(counts_Bx3xK: np.ndarray) -> np.ndarray:
     NaN for a class that neither occurs nor is predicted.
 
     Args:
-        counts_Bx3xK: Pixels of each class that are predicted rightly, that are true, and
-            that are predicted, those that are ignored left out.
+        counts_Bx3xK: Numbers of pixels of each class: rightly predicted, true, and
+            predicted, without ignored pixels.
     """
     right_K, true_K, predicted_K = counts_Bx3xK.astype(np.float64).sum(axis=0)
     union_K = true_K + predicted_K - right_K
@@ -180,13 +179,13 @@ def mean_iou(counts_Bx3xK: np.ndarray) -> float:
 
 
 def pixel_accuracy(counts_Bx3xK: np.ndarray) -> float:
-    """Returns the share of all pixels that are predicted rightly; NaN without any."""
+    """Returns the share of rightly predicted pixels; NaN without any."""
     right, true, _ = counts_Bx3xK.astype(np.float64).sum(axis=(0, 2))
     return float(right / true) if true else math.nan
 
 
 def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
-    """Returns the mean over the classes that occur of the share predicted rightly."""
+    """Returns the mean over occurring classes of the share predicted rightly."""
     right_K, true_K, _ = counts_Bx3xK.astype(np.float64).sum(axis=0)
     there_K = true_K > 0
     share_K = right_K[there_K] / true_K[there_K]
@@ -229,16 +228,16 @@ def metric(name: str, known: Mapping[str, Callable] = CLASSIFICATION) -> Callabl
 
 
 def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
-    """Checks what `config.task.metrics` names.
+    """Checks the names in `config.task.metrics`.
 
     Args:
         kind: A key of `METRICS`.
-        names: What the task shall measure.
-        classes: Of the data.
+        names: Names of metrics.
+        classes: Number of classes of the data.
 
     Raises:
-        UserError: Lists what tasks of this kind do not have, with the closest, and what
-            does not fit the number of classes.
+        UserError: Lists unknown metrics with close matches, and metrics that do not fit
+            the number of classes.
     """
     known = {**METRICS[kind], "loss": log_loss}
     if kind == "classification":
@@ -266,7 +265,7 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
 
 
 def loss_beside(name: str) -> str:
-    """Returns the name of the loss of the split and weights that a metric is of.
+    """Returns the name of the loss of the same split and weights as a metric.
 
     >>> loss_beside("validation/accuracy"), loss_beside("validation/usps/ema_top5")
     ('validation/loss', 'validation/usps/ema_loss')

@@ -1,4 +1,4 @@
-"""How far answers in words are those that were wanted.
+"""Exact match and word F1 of answers.
 
 Source: Rajpurkar et al. 2018, the evaluation script of SQuAD 2.0.
 """
@@ -13,7 +13,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Returns a text in lower case without punctuation, articles and needless spaces.
+    """Returns a text in lower case without punctuation, articles and extra spaces.
 
     >>> normalised("The  Broncos' quarterback, a rookie")
     'broncos quarterback rookie'
@@ -28,8 +28,8 @@ def match_scores(
     """Returns exact match and F1 of words, means over questions, each from 0 to 1.
 
     Args:
-        predicted: An answer to each question; '' says that there is none.
-        wanted: Answers that are right, of which the best counts; none where there is none.
+        predicted: An answer to each question; '' means no answer.
+        wanted: Right answers to each question; the best match counts. Empty: no answer.
     """
     exact = f1 = 0.0
     for answer, right in zip(predicted, wanted, strict=True):

@@ -15,12 +15,13 @@ import numpy as np
 
 from finetune_jax.config import Config, seeds
 from finetune_jax.core.errors import UserError, problems_error
-from finetune_jax.core.pytrees import like, named, part
+from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.batches import training_batches
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import kind_named
-from finetune_jax.tasks.task import EVALUATION, Task, apply
+from finetune_jax.models.modes import EVALUATION
+from finetune_jax.tasks.task import Task
 
 
 def scale_layers(
@@ -53,11 +54,10 @@ def scale_layers(
     def variances(params: Any, batch_stats: Any, batch: dict) -> list[jax.Array]:
         found: dict[str, jax.Array] = {}
         prepared = task.prepare(batch, jax.random.key(0), EVALUATION)
-        for prefix in task.prefixes:
-            trees = {"params": params, "batch_stats": batch_stats}
-            variables = {key: part(tree, prefix) for key, tree in trees.items()}
+        variables = {"params": params, "batch_stats": batch_stats}
+        for prefix in task.models.prefixes:
             with nn.intercept_methods(_recorder(prefix, chosen, found)):
-                apply(task, prefix, variables, prepared["inputs"], mode=EVALUATION)
+                task.models.apply(variables, prepared["inputs"], prefix=prefix)
         order[:] = found
         return list(found.values())
 

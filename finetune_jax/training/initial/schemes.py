@@ -267,7 +267,7 @@ def check_rules(
                 continue
             for name in names:
                 if (
-                    stage_of(name, task.prefixes) not in task.heads
+                    stage_of(name, task.models.prefixes) not in task.models.heads
                     or name.rpartition("/")[2] != "bias"
                     or shapes[name].shape != (classes,)
                 ):

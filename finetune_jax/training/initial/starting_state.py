@@ -16,7 +16,7 @@ from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.domains import make_mixture
 from finetune_jax.data.kind import Resources
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.tasks.components.multi_domain import Several
+from finetune_jax.tasks.components.multi_domain import Domains
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.embeddings import is_matched, matched, with_vectors
 from finetune_jax.training.initial.lsuv import first_examples
@@ -132,7 +132,8 @@ def starting_state(
     rules = make_rules(init.schemes, *(w.address for w in weights.values()))
     # Sampling a leaf takes longer than loading it, so loaded leaves are not sampled.
     # The files of a model without a prefix have no weights of models with one.
-    others = [p for p in task.prefixes if p] if "" in task.prefixes else []
+    prefixes = task.models.prefixes
+    others = [prefix for prefix in prefixes if prefix] if "" in prefixes else []
     wanted = None if rules else _wanted(task, data, weights, init.fresh, others)
     own = random_states(drawn, wanted)
     if "" in weights:
@@ -140,8 +141,8 @@ def starting_state(
     variables = {"params": own.params, "batch_stats": own.batch_stats}
     layouts, lines, told = {}, [], []
     for prefix, read in weights.items():
-        if isinstance(task, Several):
-            found = _with_parts_loaded(task, variables, read, config)
+        if task.domains is not None:
+            found = _with_domains_loaded(task.domains, variables, read, config)
         else:
             found = _with_model_loaded(
                 task,
@@ -155,7 +156,7 @@ def starting_state(
         variables, layouts[prefix], own_lines = found
         lines += own_lines
         told += told_of(read, config.precision, init.accept)
-    if weights and ("" not in weights or isinstance(task, Several)):
+    if weights and ("" not in weights or task.domains is not None):
         _check_fresh(init.fresh, named(own.params))
     batch = functools.partial(first_examples, data, config)
     state = initialise(
@@ -190,7 +191,7 @@ def _lines_of_models(
         weights: Weights by the prefix of the models that are trained.
         layouts: Names of their layouts, likewise.
     """
-    fixed = task.fixed_layouts()
+    fixed = task.teachers.layouts() if task.teachers is not None else {}
     lines = [line for _, own in fixed.values() for line in own]
     known = {**layouts, **{label: layout for label, (layout, _) in fixed.items()}}
     for one in architecture.described(config):
@@ -214,7 +215,7 @@ def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
     return {
         prefix: read_weights(address, entries[prefix])
         for prefix, address in weights_addresses(config).items()
-        if prefix in ("", *task.prefixes)
+        if prefix in ("", *task.models.prefixes)
     }
 
 
@@ -233,7 +234,7 @@ def _with_model_loaded(
         adapt_stem=_first_stage(task, prefix)
         if init.input_channels == "adapt"
         else None,
-        left_out=() if prefix else task.left_out(),
+        left_out=() if prefix else task.models.unused(),
         prefix=prefix,
         accept=init.accept,
     )
@@ -288,18 +289,17 @@ def _of_model(
     }
 
 
-def _with_parts_loaded(
-    task: Several, variables: Mapping[str, Any], read: Weights, config: Config
+def _with_domains_loaded(
+    domains: Domains, variables: Mapping[str, Any], read: Weights, config: Config
 ) -> tuple[dict[str, Any], str, list[str]]:
     """Returns variables with the weights of all models, their layout, and lines."""
     found = {kind: dict(named(tree)) for kind, tree in variables.items()}
     layout, told, adapts = "", {}, config.init.input_channels == "adapt"
-    for domain, own_task in task.parts.items():
-        own = task.gather(domain, variables["params"], variables["batch_stats"])
-        mine = {"params": own[0], "batch_stats": own[1]}
+    for domain, task in domains.tasks.items():
+        mine = domains.variables_of(domain, variables)
         places = {
             kind: {
-                name: task.place(domain, name, of_stats=kind == "batch_stats")
+                name: domains.state_name(domain, name, of_stats=kind == "batch_stats")
                 for name in named(tree)
             }
             for kind, tree in mine.items()
@@ -317,16 +317,16 @@ def _with_parts_loaded(
             mine,
             fitting,
             fresh=sorted(fresh),
-            adapt_stem=own_task.stages[0] if adapts else None,
-            left_out=own_task.left_out(),
+            adapt_stem=task.models.stages[0] if adapts else None,
+            left_out=task.models.unused(),
             accept=config.init.accept,
         )
         loaded, lines = _with_classes(
             loaded,
             read,
-            own_task.heads,
+            task.models.heads,
             fresh_in(read, sorted(fresh)),
-            task.data.domains[domain],
+            domains.specs[domain],
             config.init,
         )
         told |= dict.fromkeys([*fitting.notes, *lines])
@@ -352,7 +352,7 @@ def _wanted(
         fresh: Regexes of leaves that are not taken from the weights.
         others: Prefixes of models without weights.
     """
-    if not weights or isinstance(task, Several):
+    if not weights or task.domains is not None:
         return None
     not_loaded = _not_loaded(weights, fresh, others)
     return lambda name: not_loaded(name) or is_matched(name, data.fitted)
@@ -361,16 +361,19 @@ def _wanted(
 def _first_stage(task: Task, prefix: str) -> str:
     """Returns the first stage of a model, without its prefix."""
     names = [
-        stage for stage in task.stages if not prefix or stage.startswith(f"{prefix}/")
+        stage
+        for stage in task.models.stages
+        if not prefix or stage.startswith(f"{prefix}/")
     ]
     return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
 
 
 def _last_stages(task: Task, prefix: str) -> list[str]:
     """Returns the last stage of a model without its prefix, or those of all models."""
-    if prefix == "" and "" not in task.prefixes:
-        return list(task.heads)
-    by_prefix = dict(zip(task.prefixes, task.heads))
+    models = task.models
+    if prefix == "" and "" not in models.prefixes:
+        return list(models.heads)
+    by_prefix = dict(zip(models.prefixes, models.heads))
     return [by_prefix[prefix].removeprefix(f"{prefix}/" if prefix else "")]
 
 

@@ -24,7 +24,7 @@ from finetune_jax.data.order import Order
 from finetune_jax.features.cache import Features, TeacherOutputs
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.executor import LONGEST, Pace
-from finetune_jax.tasks.task import TAUGHT
+from finetune_jax.tasks.task import TEACHER_OUTPUTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Stepwise:
         self._batches = itertools.chain([begun], batches)
         if repeats:
             self._batches = itertools.repeat(begun)
-        self.kind = ("stepwise", "features" in begun, TAUGHT in begun)
+        self.kind = ("stepwise", "features" in begun, TEACHER_OUTPUTS in begun)
 
     def program(self, step: Callable) -> Callable:
         """Returns the update itself."""
@@ -137,7 +137,12 @@ class Scanned:
         self._pace = pace
         self._placed = placed
         self._rows_each = len(examples) // len(resident(examples))
-        self.kind = ("scanned", "features" in placed, TAUGHT in placed, self._rows_each)
+        self.kind = (
+            "scanned",
+            "features" in placed,
+            TEACHER_OUTPUTS in placed,
+            self._rows_each,
+        )
 
     def program(self, step: Callable) -> Callable:
         """Returns a loop of updates."""
@@ -234,7 +239,10 @@ def everything(whole: Dataset | Features | TeacherOutputs) -> dict[str, Any]:
     """Returns all rows of a split as `take` does; arrays in memory are not copied."""
     count = len(whole)
     if isinstance(whole, TeacherOutputs):
-        return {**everything(resident(whole.examples)), TAUGHT: whole.outputs.table}
+        return {
+            **everything(resident(whole.examples)),
+            TEACHER_OUTPUTS: whole.outputs.table,
+        }
     if isinstance(whole, Features):
         label = np.repeat(whole.label, whole.views, axis=0)
         weight = np.ones(count, np.float32)
