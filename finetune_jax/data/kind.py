@@ -161,7 +161,6 @@ class Kind(abc.ABC):
 
     def claims(self, section: Mapping[str, Any]) -> bool:
         """Returns whether `config.data` names data of this kind, of those of its source."""
-        del section
         return True
 
     @abc.abstractmethod
@@ -178,7 +177,7 @@ class Kind(abc.ABC):
         Raises:
             UserError: Lists all that does not.
         """
-        del spec
+        return None
 
     @abc.abstractmethod
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> Any:
@@ -217,12 +216,10 @@ class Kind(abc.ABC):
 
     def columns(self, spec: "DataSpec") -> str:
         """Returns the parts of an example in one line; '' where they have no names."""
-        del spec
         return ""
 
     def lines(self, spec: "DataSpec") -> list[str]:
         """Returns the parts of an example, one a line, for `--mode=plan`."""
-        del spec
         return []
 
     def without_data(
@@ -237,7 +234,6 @@ class Kind(abc.ABC):
         Raises:
             UserError: Lists the keys that would have to be given.
         """
-        del section, classes
         return None
 
     def domain_spec(
@@ -254,26 +250,25 @@ class Kind(abc.ABC):
         Raises:
             UserError: The model cannot take the data.
         """
-        del source, given
         raise UserError(
             f"{where}name: a run on {spec.kind} cannot be measured on other data"
         )
 
     def geometry(self, spec: "DataSpec", *, training: bool) -> Any:
         """Returns how `ExampleReader.read` fits an example; None reads it as stored."""
-        del spec, training
+        return None
 
     def lengths(self, spec: "DataSpec") -> Lengths | None:
         """Returns how batches are cut to their longest example; None for equal shapes."""
-        del spec
+        return None
 
     def restore(self, workdir: pathlib.Path) -> Any:
         """Returns the state that `save` wrote; None if there is none."""
-        del workdir
+        return None
 
     def save(self, workdir: pathlib.Path, fitted: Any) -> None:
         """Writes the state that a run keeps besides its manifest."""
-        del workdir, fitted
+        return None
 
     def serving_spec(self, spec: "DataSpec") -> "DataSpec":
         """Returns the spec of an exported model, whose inputs may be larger."""
@@ -285,7 +280,6 @@ class Kind(abc.ABC):
 
     def serving_inputs(self, spec: "DataSpec") -> dict[str, Any]:
         """Returns how a program prepares inputs for an exported model, ready for JSON."""
-        del spec
         return {}
 
     def random_inputs(self, spec: "DataSpec", count: int) -> np.ndarray:
@@ -297,7 +291,7 @@ class Kind(abc.ABC):
 
     def thumbnails(self, inputs: np.ndarray) -> np.ndarray | None:
         """Returns inputs as pictures, uint8 [n, H, W, C]; None where they have none."""
-        del inputs
+        return None
 
     def record_writer(
         self, spec: "DataSpec", folder: pathlib.Path
@@ -308,7 +302,6 @@ class Kind(abc.ABC):
             spec: Description of the run's data.
             folder: Folder for what a record cannot hold, such as masks; need not exist.
         """
-        del spec, folder
         return lambda record, name: record
 
 

@@ -53,7 +53,6 @@ class Images(Kind):
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the images, or the vectors, that `config.data` describes."""
-        del resources
         return open_arrays(section, _shapes)
 
     def check(self, spec: DataSpec) -> None:
@@ -123,7 +122,6 @@ class Images(Kind):
         self, spec: DataSpec, section: Mapping[str, Any], workdir: pathlib.Path
     ) -> ArrayReader:
         """Returns the reader of image files, or of arrays only if images are floats."""
-        del section, workdir
         inputs = f"its inputs are {spec.dtype} {spec.shape}."
 
         def check(array: np.ndarray, name: str, alone: bool) -> np.ndarray:

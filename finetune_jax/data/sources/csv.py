@@ -6,24 +6,11 @@ They are quoted where need be.
 """
 
 import functools
-from collections.abc import Sequence
 
 from finetune_jax.data.tables.schema import Format
-from finetune_jax.data.text.files import read_separated, read_splits
-from finetune_jax.data.text.tokens import Rows
+from finetune_jax.data.text.files import read_separated
 
 KINDS = ("text", "tables")
 TABLE = Format(suffixes=(".csv",), delimiter=",", quotes=True)
 READ = functools.partial(read_separated, delimiter=",", quotes=True)
-
-
-def load_rows(
-    directory: str | None, argument: str | None, header: Sequence[str]
-) -> dict[str, Rows]:
-    """Returns the rows of each split.
-
-    Raises:
-        UserError: No such files; or lists all that cannot be read.
-    """
-    del argument
-    return read_splits(directory, ".csv", header, READ)
+SUFFIX = ".csv"

@@ -12,7 +12,6 @@ from typing import Any
 
 from finetune_jax.core.errors import UserError, first_of
 from finetune_jax.core.text_lines import decoded
-from finetune_jax.data.text.files import read_splits
 from finetune_jax.data.text.tokens import Rows
 
 KINDS = ("text",)
@@ -77,15 +76,4 @@ def _entries(
 
 
 READ = read
-
-
-def load_rows(
-    directory: str | None, argument: str | None, header: Sequence[str]
-) -> dict[str, Rows]:
-    """Returns the questions of each split.
-
-    Raises:
-        UserError: No such files; or lists all that cannot be read.
-    """
-    del argument
-    return read_splits(directory, ".json", header, READ)
+SUFFIX = ".json"

@@ -63,7 +63,6 @@ class Tables(Kind):
 
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> TableSpec:
         """Returns the columns."""
-        del section
         return table_from_json(plain["table"])
 
     def inputs_to_json(self, spec: DataSpec) -> dict[str, Any]:
@@ -79,7 +78,6 @@ class Tables(Kind):
 
     def describe(self, spec: DataSpec) -> str:
         """Returns that an example is a row."""
-        del spec
         return "rows of a table"
 
     def columns(self, spec: DataSpec) -> str:
@@ -156,7 +154,6 @@ class TableReader:
         Raises:
             UserError: Always.
         """
-        del given
         raise UserError(
             "pipeline: rows of a table are predicted from files: --mode=predict "
             f"--inputs=FILE, {' or '.join(filter(None, self.form.suffixes))}"

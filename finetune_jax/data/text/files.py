@@ -48,11 +48,13 @@ def load_texts(
     """
     module, _, argument = name.partition(":")
     found = registry.module(sources, module, "config.data.name")
-    rows = found.load_rows(directory, argument or None, options.header)
-    source, spec = text_source(
-        f"{name} {directory or ''}".strip(), rows, options, tokenizer
-    )
-    if hasattr(found, "READ"):  # Its rows are those of files.
+    if hasattr(found, "READ"):
+        rows = read_splits(directory, found.SUFFIX, options.header, found.READ)
+    else:
+        rows = found.load_rows(directory, argument or None, options.header)
+    title = f"{name} {directory or ''}".strip()
+    source, spec = text_source(title, rows, options, tokenizer)
+    if hasattr(found, "READ"):
         used = {pathlib.Path(part.where) for part in rows.values()}
         source = dataclasses.replace(source, not_used=not_used(directory, used))
     return source, spec

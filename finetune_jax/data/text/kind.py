@@ -65,7 +65,6 @@ class Text(Kind):
         assert shape is not None and tokenizer is not None
 
         def prepare(train: np.ndarray) -> Prepared:
-            del train
             return Prepared(
                 source=source,
                 shape=shape,
@@ -78,7 +77,6 @@ class Text(Kind):
 
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> TextSpec:
         """Returns the options and the vocabulary."""
-        del section
         text = plain["text"]
         options: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
@@ -94,7 +92,6 @@ class Text(Kind):
         self, spec: DataSpec, section: Mapping[str, Any], workdir: pathlib.Path
     ) -> "TextReader":
         """Returns the reader of texts with the run's tokenizer."""
-        del section
         path = workdir / TOKENIZER
         try:
             tokenizer = path.read_text()

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from finetune_jax.data.text.tokens import (
 )
 
 _SHOWN = 50
+NO_CLASSES = Classes(names=(), index={})
 # Ids and sentences of texts.
 Tokens = Sequence[tuple[Any, Any]]
 
@@ -56,29 +57,41 @@ class Encoded:
 
     tokens: Mapping[str, Tokens]
     label: Mapping[str, np.ndarray]
-    classes: Classes = Classes(names=(), index={})
+    classes: Classes = NO_CLASSES
     groups: Mapping[str, np.ndarray] | None = None
     notes: np.ndarray | None = None
     unanswerable: bool = False
     digested: bytes = b""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelForm:
-    """How texts with one form of labels are checked and encoded.
+class Encode(Protocol):
+    """Encodes rows of texts with one form of labels."""
+
+    def __call__(
+        self,
+        splits: Mapping[str, Rows],
+        options: TextOptions,
+        encoder: Any,
+        counts: TokenCounts,
+        *,
+        labelled: bool,
+    ) -> Encoded:
+        """Returns the texts of all splits, with stand-ins for labels if not `labelled`."""
+        ...
+
+
+class LabelForm(NamedTuple):
+    """Functions for texts with one form of labels.
 
     Attributes:
         problems: Returns what cannot be used in a file with labels.
         input_problems: Returns what cannot be used in a file without labels.
         encode: Returns the texts of all splits.
-        inputs: Returns the tokens of texts to predict, stand-ins for their labels, which
-            None leaves at zero, and notes, if there are any.
     """
 
     problems: Callable[[Rows, TextOptions], list[str]]
     input_problems: Callable[[Rows, TextOptions], list[str]]
-    encode: Callable[[Mapping[str, Rows], TextOptions, Any, TokenCounts], Encoded]
-    inputs: Callable[[Rows, TextOptions, Any, TokenCounts], tuple[Tokens, Any, Any]]
+    encode: Encode
 
 
 def text_source(
@@ -112,7 +125,7 @@ def text_source(
     encoder = make_encoder(tokenizer, options.max_tokens)
     warnings = tuple(text for rows in splits.values() for text in rows.warnings)
     counts = counts_for(encoder, options.max_tokens)
-    found = form.encode(splits, options, encoder, counts)
+    found = form.encode(splits, options, encoder, counts, labelled=True)
     if found.classes.problems:
         raise problems_error(f"The data {name} cannot be used:", found.classes.problems)
     length = _length(found.tokens.values(), options)
@@ -162,67 +175,74 @@ def text_inputs(
         UserError: Lists the questions that leave no room for a passage.
     """
     options: TextOptions = spec.inputs.options
-    form = FORMS[options.labels]
-    tokens, label, notes = form.inputs(rows, options, encoder, counts)
-    length = _length([tokens], options)
-    spec = dataclasses.replace(spec, shape=(2, length))
-    values = packed(tokens, length)
-    return unlabelled(values, spec, name=rows.where, label=label, notes=notes)
+    encode = FORMS[options.labels].encode
+    found = encode({"all": rows}, options, encoder, counts, labelled=False)
+    length = _length(found.tokens.values(), options)
+    values = packed(found.tokens["all"], length)
+    return unlabelled(
+        values,
+        dataclasses.replace(spec, shape=(2, length)),
+        name=rows.where,
+        label=found.label["all"],
+        notes=found.notes,
+    )
 
 
-def _encode_labelled(
-    splits: Mapping[str, Rows], options: TextOptions, encoder: Any, counts: TokenCounts
+def _encode_one_label(
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
+    *,
+    labelled: bool,
 ) -> Encoded:
     """Returns texts with one label each."""
-    given = {
-        split: [row[options.label] for row in rows.cells]
-        for split, rows in splits.items()
-    }
-    label, classes = _labels(given, options)
-    tokens = {
-        split: encode(encoder, _sentences(rows, options), counts)
-        for split, rows in splits.items()
-    }
-    return Encoded(tokens=tokens, label=label, classes=classes)
-
-
-def _labelled_inputs(
-    rows: Rows, options: TextOptions, encoder: Any, counts: TokenCounts
-) -> tuple[Tokens, None, None]:
-    return encode(encoder, _sentences(rows, options), counts), None, None
+    label, classes = _labels(splits, options) if labelled else ({}, NO_CLASSES)
+    tokens, zeros = {}, {}
+    for split, rows in splits.items():
+        sentences = [tuple(row[c] for c in options.text) for row in rows.cells]
+        tokens[split] = encode(encoder, sentences, counts)
+        zeros[split] = np.zeros(len(sentences), np.int32)
+    return Encoded(tokens=tokens, label=label or zeros, classes=classes)
 
 
 def _encode_tagged(
-    splits: Mapping[str, Rows], options: TextOptions, encoder: Any, counts: TokenCounts
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
+    *,
+    labelled: bool,
 ) -> Encoded:
-    """Returns texts with a tag for each word, and the tags as classes."""
+    """Returns texts with a tag for each word, and the tags as classes.
+
+    Without labels all words have the same tag: a word is where a label is.
+    """
     tokens, begins, tags = {}, {}, {}
     for split, rows in splits.items():
         words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
         tokens[split], begins[split] = encode_words(encoder, words, counts)
-        tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
+        tags[split] = [["O"] * len(row) for row in words]
+        if labelled:
+            tags[split] = [words_of(row[options.label]) or [] for row in rows.cells]
     classes = tag_classes(tags, f"config.data.label: {options.label!r}")
     length = _length(tokens.values(), options)
     label = tag_labels(begins, tags, length, classes.index)
     return Encoded(tokens=tokens, label=label, classes=classes)
 
 
-def _tagged_inputs(
-    rows: Rows, options: TextOptions, encoder: Any, counts: TokenCounts
-) -> tuple[Tokens, np.ndarray, None]:
-    words = [words_of(row[options.text[0]]) or [] for row in rows.cells]
-    tokens, begins = encode_words(encoder, words, counts)
-    # A word is where a label is, whichever label.
-    tags = {"all": [["O"] * len(row) for row in words]}
-    length = _length([tokens], options)
-    return tokens, tag_labels({"all": begins}, tags, length, {"O": 0})["all"], None
-
-
 def _encode_asked(
-    splits: Mapping[str, Rows], options: TextOptions, encoder: Any, counts: TokenCounts
+    splits: Mapping[str, Rows],
+    options: TextOptions,
+    encoder: Any,
+    counts: TokenCounts,
+    *,
+    labelled: bool,
 ) -> Encoded:
     """Returns windows of the passages of questions, labelled with the answer's span."""
-    asked = {k: asked_in(rows, options, answered=True) for k, rows in splits.items()}
+    asked = {
+        k: asked_in(rows, options, answered=labelled) for k, rows in splits.items()
+    }
     questions = [one for rows in asked.values() for one in rows]
     windows = encode_questions(encoder, questions, options)
     counts.add_windows(ids for ids, _ in windows.tokens)
@@ -241,15 +261,6 @@ def _encode_asked(
         unanswerable=any(not one.answers for one in questions),
         digested=repr([one.answers for one in questions]).encode(),
     )
-
-
-def _asked_inputs(
-    rows: Rows, options: TextOptions, encoder: Any, counts: TokenCounts
-) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    asked = asked_in(rows, options, answered=False)
-    windows = encode_questions(encoder, asked, options)
-    counts.add_windows(ids for ids, _ in windows.tokens)
-    return windows.tokens, windows.label, windows.notes
 
 
 def _length(splits: Iterable[Tokens], options: TextOptions) -> int:
@@ -280,9 +291,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _labels(
-    given: Mapping[str, list], options: TextOptions
+    splits: Mapping[str, Rows], options: TextOptions
 ) -> tuple[dict[str, np.ndarray], Classes]:
     """Returns the labels of each split, and their classes, none for numbers."""
+    given = {k: [r[options.label] for r in rows.cells] for k, rows in splits.items()}
     if options.labels == "numbers":
         numbers = {k: np.array(v, np.float32).reshape(-1, 1) for k, v in given.items()}
         wide = np.concatenate([np.array(v, np.float64) for v in given.values()])
@@ -298,10 +310,6 @@ def _labels(
     return {split: classes.of(texts) for split, texts in spelled.items()}, classes
 
 
-def _sentences(rows: Rows, options: TextOptions) -> list[tuple[str, ...]]:
-    return [tuple(row[column] for column in options.text) for row in rows.cells]
-
-
 def _fingerprint(splits: Mapping[str, ArrayExamples], rest: bytes = b"") -> str:
     digester = hashlib.sha256(rest)
     for name, examples in sorted(splits.items()):
@@ -311,26 +319,11 @@ def _fingerprint(splits: Mapping[str, ArrayExamples], rest: bytes = b"") -> str:
     return digester.hexdigest()
 
 
-_ONE_LABEL = LabelForm(
-    problems=_problems,
-    input_problems=text_problems,
-    encode=_encode_labelled,
-    inputs=_labelled_inputs,
-)
+_ONE_LABEL = LabelForm(_problems, text_problems, _encode_one_label)
 # By `config.data.labels`.
 FORMS = {
     "classes": _ONE_LABEL,
     "numbers": _ONE_LABEL,
-    "tags": LabelForm(
-        problems=tag_problems,
-        input_problems=word_problems,
-        encode=_encode_tagged,
-        inputs=_tagged_inputs,
-    ),
-    "answers": LabelForm(
-        problems=answer_problems,
-        input_problems=text_problems,
-        encode=_encode_asked,
-        inputs=_asked_inputs,
-    ),
+    "tags": LabelForm(tag_problems, word_problems, _encode_tagged),
+    "answers": LabelForm(answer_problems, text_problems, _encode_asked),
 }

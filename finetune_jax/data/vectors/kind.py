@@ -33,7 +33,6 @@ class Vectors(Kind):
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the vectors that `config.data` describes."""
-        del resources
         return open_arrays(section, _no_images)
 
     def check(self, spec: DataSpec) -> None:
@@ -42,7 +41,6 @@ class Vectors(Kind):
 
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> ArraySpec:
         """Returns the preprocessing of vectors."""
-        del plain
         return array_spec(section)
 
     def inputs_to_json(self, spec: DataSpec) -> dict[str, Any]:
@@ -59,11 +57,9 @@ class Vectors(Kind):
         self, spec: DataSpec, section: Mapping[str, Any], workdir: pathlib.Path
     ) -> ArrayReader:
         """Returns the reader of arrays [N, F]."""
-        del section, workdir
         more = f"its inputs are {spec.dtype} {spec.shape}."
 
         def check(array: np.ndarray, name: str, alone: bool) -> np.ndarray:
-            del alone
             check_numbers(array, spec, name, array.shape[1:] == spec.shape)
             is_bytes = array.dtype == np.uint8
             return check_dtype(
