@@ -12,9 +12,4 @@ Pytrees carry none. Parameter names are the path in the tree, joined by `/`, beg
 with the stage: `stage1/block1/conv1/kernel`.
 """
 
-import pkgutil
-
-# Folders of the same name on the module path may add tasks, models and data sources.
-__path__ = pkgutil.extend_path(__path__, __name__)
-
 __version__ = "0.1.0"

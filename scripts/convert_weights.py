@@ -2,11 +2,11 @@
 
 python scripts/convert_weights.py ADDRESS --model=resnet50 --output=DIR
 
-ADDRESS is one of file:PATH, package:MODULE/PATH, hf:OWNER/REPO[/FILE]. What is written
-can be used as `--config.init.pretrained=orbax:DIR`, or by any program with orbax. Its
-`model.json` keeps the variant of the network, such as its strides, the class names and the
-preprocessing. --model.KEY=VALUE gives an argument of the model, such as a variant that no
-file beside the weights says.
+ADDRESS is one of file:PATH, package:MODULE/PATH, hf:OWNER/REPO[/FILE]. Use the checkpoint
+as `--config.init.pretrained=orbax:DIR`, or in any program with orbax. Its `model.json` has
+the variant of the network, such as its strides, the class names and the preprocessing.
+--model.KEY=VALUE sets an argument of the model, such as a variant that no file beside the
+weights has.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def converted(
     """Returns parameters and batch statistics of a model, and the content of `model.json`.
 
     Args:
-        address: Of the weights.
-        model: Arguments of the model, with its name.
-        size: Of the images, where the model's shapes depend on it.
-        entry: Entry of a checkpoint with several; None takes the usual one.
-        accept: Kinds of numbers to take as they are, as `config.init.accept` has them.
+        address: Address of the weights.
+        model: Name and arguments of the model.
+        size: Side of the images in pixels, if the model's shapes depend on it.
+        entry: Entry of a checkpoint that has several; None takes the usual one.
+        accept: Kinds of numbers that are taken unchanged, as `config.init.accept`.
 
     Raises:
         UserError: The weights cannot be read, do not fit the model, or were trained for
@@ -93,7 +93,7 @@ def converted(
 
 
 def model_arguments(given: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of a model that flags such as --model.padding=same give.
+    """Returns the arguments of a model in flags such as --model.padding=same.
 
     Raises:
         UserError: Lists every other flag.

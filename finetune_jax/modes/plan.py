@@ -36,13 +36,13 @@ from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
-    config, lines = filled(config)
+    config, lines = with_weight_defaults(config)
     for line in lines:
         print(line)
     data, is_there = data_of(config)

@@ -9,7 +9,7 @@ from finetune_jax.report.workdir import check_same_run, new_workdir, read_json
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import EXIT_STATUS, Stop, stop_on_signals
 from finetune_jax.training.run import run
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
 def main(config: Config, options: Options) -> int:
@@ -24,7 +24,7 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     status, finished, result = 0, None, {}
     result_file = workdir / "result.json"
     try:
-        is_same = check_same_run(workdir, filled(config)[0])
+        is_same = check_same_run(workdir, with_weight_defaults(config)[0])
         finished = read_json(result_file) if is_same else None
         if finished is not None:
             print("this run is finished")

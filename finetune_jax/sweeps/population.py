@@ -54,7 +54,7 @@ from finetune_jax.training.restore import best_state
 from finetune_jax.training.run import data_of_run, inputs_of, make_result, record, tell
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 # Keys that members may override: all others decide the data, the model or the metrics.
 ALLOWED = (
@@ -122,7 +122,7 @@ def run_population(
         Preempted: The population was asked to stop; finished members stay finished.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, notes = filled(config)
+    config, notes = with_weight_defaults(config)
     check_same_run(workdir, config)
     members = member_configs(config)
     setup = make_setup(config, data_of_run(config, workdir))

@@ -1,6 +1,5 @@
 """Tasks: `task.py` is the contract, every other file one task, found by its name."""
 
-import pkgutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from finetune_jax.tasks.components.accepts import check_accepts
 from finetune_jax.tasks.task import Task
 
 # A folder `finetune_jax/tasks/` elsewhere on the module path adds its tasks.
-__path__ = pkgutil.extend_path(__path__, __name__)
+__path__ = registry.open_path(__name__, __path__)
 
 
 def make_task(

@@ -46,7 +46,7 @@ from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import last_prefix, restore
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, notes = filled(config)
+    config, notes = with_weight_defaults(config)
     check_same_run(workdir, config)
     setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup.config, setup.data)

@@ -1,1 +1,1 @@
-"""Pretrained weights: addresses, readers, and the strict merge into a model."""
+"""Pretrained weights: addresses, file formats, name layouts, a strict merge."""

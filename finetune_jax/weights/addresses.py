@@ -1,4 +1,4 @@
-"""Weights addresses: where weights lie, and how they are read from there.
+"""Addresses of weights, and their readers.
 
     zoo:NAME               shipped with this project
     file:PATH              a `.safetensors`, `.npz` or `.pth` (`.pt`, `.bin`, `.ckpt`)
@@ -38,16 +38,16 @@ HUB_FILES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Tensors by name, as they lie in a file.
+    """Tensors of a weight file, by name.
 
     Attributes:
-        address: Where they come from.
-        tensors: By their names there.
+        address: Address of the weights.
+        tensors: Tensors by their names in the file.
         sha256: Digest of every file that was read, by path.
-        notes: Lines that tell a reader what was taken from the file, such as the entry of
-            a checkpoint, a prefix of all names, or the number types.
-        class_names: Class names that the file itself has, in the order of the logits.
-        arch: Name of the network that the file itself has; empty where it has none.
+        notes: Lines about the way the file was read, such as the entry of a checkpoint or
+            a prefix of all names.
+        class_names: Class names in the file, in the order of the logits; empty if unknown.
+        arch: Name of the network in the file; empty if unknown.
     """
 
     address: str
@@ -62,12 +62,12 @@ def read_weights(address: str, entry: str | None = None) -> Weights:
     """Returns the tensors at an address.
 
     Args:
-        address: Place of the weights.
-        entry: Name of one of several sets of weights there, such as 'model_ema'; None
-            takes the usual one.
+        address: Address of the weights.
+        entry: Name of one of several sets of weights in the file, such as 'model_ema';
+            None takes the usual one.
 
     Raises:
-        UserError: No such kind of address, nothing there, or nothing that can be read.
+        UserError: The address is invalid, or has nothing that can be read.
     """
     kind, _, place = address.partition(":")
     if not place:
@@ -161,7 +161,7 @@ def _package(address: str, place: str, entry: str | None) -> Weights:
             f"the weight files in it: {has}"
         )
     found = _file(address, str(root / path), entry)
-    # By the address: where a package is installed differs from machine to machine.
+    # The address, unlike the path of the package, is the same on every machine.
     return _known_as(address, found)
 
 
@@ -194,12 +194,12 @@ def _hub(address: str, place: str, entry: str | None) -> Weights:
 def downloaded(repository: str, files: Sequence[str]) -> str:
     """Returns the path of the first of some files that a repository has.
 
-    It comes from the cache where it lies there already and the hub cannot be reached.
+    Without a connection to the hub, the file is taken from the cache.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
-    # It tells of every retry; what matters is said below.
+    # It logs every retry; the error below has the reason.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     found, offline = [], False
     for name in files:
@@ -215,11 +215,11 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             found.append(f"{name}: {error}")
     raise problems_error(
-        f"config.init.pretrained: nothing comes from hf:{repository}:",
+        f"config.init.pretrained: no file could be read from hf:{repository}:",
         found,
         f"Without a network, download {files[0]} from https://huggingface.co/"
-        f"{repository}/tree/main elsewhere, copy it here, and give its place as "
-        "file:PATH. HF_HOME says where the cache is; HF_HUB_OFFLINE=1 asks no network.",
+        f"{repository}/tree/main elsewhere, copy it here, and give it as file:PATH. "
+        "HF_HOME is the folder of the cache; HF_HUB_OFFLINE=1 uses only the cache.",
     )
 
 
@@ -230,7 +230,7 @@ def _orbax(address: str, place: str, entry: str | None) -> Weights:
     try:
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.restore(folder)
-    except Exception as error:  # Orbax raises whatever the damage leads to.
+    except Exception as error:  # Orbax raises many kinds of errors.
         raise UserError(
             f"config.init.pretrained: {folder} is not an orbax checkpoint: {error}"
         ) from error
@@ -250,9 +250,10 @@ def _of_state(
     """Returns the tensors of a state, and lines about averaged weights in it.
 
     Args:
-        tree: A checkpoint's tree, such as that of a run.
-        entry: 'ema' takes the averaged weights of what has them; None the raw ones.
-        where: The checkpoint's folder.
+        tree: Tree of a checkpoint.
+        entry: 'ema' for averaged weights, of the parameters that have them; None for raw
+            ones.
+        where: Folder of the checkpoint.
     """
     from finetune_jax.core.pytrees import named
 
@@ -273,7 +274,7 @@ def _of_state(
 
 
 def _step_folder(place: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of the arrays: of a run's best checkpoint, or else its last."""
+    """Returns the folder of a run's best checkpoint, or of its last if none is best."""
     if not place.is_dir():
         raise UserError(f"config.init.pretrained: no folder {str(place)!r}")
     folder = place.absolute()

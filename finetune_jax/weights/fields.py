@@ -1,11 +1,11 @@
-"""Fields of a JSON file that describe a network, each read with its kind checked."""
+"""Type-checked fields of a JSON file that describes a network."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Names of transformers for activations, by ours; the first is written by exports.
+# Our activations with their names in transformers; exports write the first.
 ACTIVATIONS = {
     "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": (
@@ -17,21 +17,21 @@ ACTIVATIONS = {
     "silu": ("silu", "swish"),
     "tanh": ("tanh",),
 }  # fmt: skip
-# Names of timm for the mean over all places, and for a model whose head was taken away.
+# Names in timm of the mean over all places, and of a model without a head.
 MEAN_POOLS = ("avg", "fast", "fastavg", "")
 _LONGEST = 80
 
 
 class Fields:
-    """Values of a JSON file, and the conclusions that a family draws from them.
+    """Values of a JSON file, and the model arguments that a family reads from them.
 
     Attributes:
         where: Name of the file, for messages.
         arguments: Arguments of our constructor, by name.
         sources: Field and value that each argument comes from.
-        refusals: Lines about fields that no argument follows.
-        unsaid: Fields that are missing, by the argument that they would give.
-        notes: Lines about fields that cannot be used.
+        refusals: Lines about fields that our models do not support.
+        unsaid: Missing fields, by the argument that they would give.
+        notes: Lines about unusable fields.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
@@ -40,7 +40,7 @@ class Fields:
         Args:
             values: The JSON object.
             where: Name of the file.
-            prefix: Names of the objects around it, such as 'model_args.'.
+            prefix: Names of the enclosing objects, such as 'model_args.'.
         """
         self.where = where
         self.arguments: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class Fields:
         self._values, self._prefix = values, prefix
 
     def within(self, key: str) -> "Fields":
-        """Returns the fields of an inner object; what is found counts for this one."""
+        """Returns the fields of an inner object, which share the results of this one."""
         inner = self.get(key)
         if inner is not None and not isinstance(inner, Mapping):
             self.useless(key, "an object")
@@ -62,7 +62,7 @@ class Fields:
         return found
 
     def get(self, key: str) -> Any:
-        """Returns a value as it stands; None if it is missing."""
+        """Returns a value of any type; None if it is missing."""
         return self._values.get(key)
 
     def __iter__(self):
@@ -76,7 +76,7 @@ class Fields:
         return f"{self._prefix}{key}={short}"
 
     def text(self, key: str) -> str | None:
-        """Returns a string; None if it is missing or of another kind."""
+        """Returns a string; None if it is missing or not a string."""
         value = self.get(key)
         if value is None or isinstance(value, str):
             return value
@@ -84,11 +84,11 @@ class Fields:
         return None
 
     def useless(self, key: str, wanted: str, argument: str | None = None) -> None:
-        """Notes that a field is of another kind than it must be.
+        """Notes that a field has the wrong type.
 
         Args:
             key: Name of the field.
-            wanted: The kind.
+            wanted: The right type.
             argument: Argument that the field would give, if any.
         """
         if argument is not None:
@@ -98,23 +98,23 @@ class Fields:
         )
 
     def refuse(self, key: str, why: str) -> None:
-        """Records that no argument follows a field."""
+        """Records that our models do not support a field."""
         self.refusals.append(f"{self.where}: {self.said(key)}; {why}")
 
     def is_model(self, architecture: str, name: str) -> bool:
-        """Returns whether timm's name is that of a model here; records a refusal if not."""
+        """Returns whether timm's name is our name of a model; records a refusal if not."""
         if architecture != name:
             why = f"{name} follows no other model of timm than {name}"
             self.refuse("architecture", why)
         return architecture == name
 
     def must(self, key: str, *allowed: Any, why: str = "") -> None:
-        """Refuses a field that is there and has none of the values allowed.
+        """Refuses a field whose value is not among those allowed.
 
         Args:
-            key: Name of the field.
-            *allowed: Values besides None, which stands for a missing field.
-            why: What the model has instead; empty names the first value allowed.
+            key: Name of the field, which may be missing.
+            *allowed: Allowed values.
+            why: Reason; by default, the first allowed value.
         """
         value = self.get(key)
         if isinstance(value, list):
@@ -123,7 +123,7 @@ class Fields:
             self.refuse(key, why or f"the model here has {allowed[0]!r}")
 
     def musts(self, allowed: Mapping[str, tuple]) -> tuple[str, ...]:
-        """Refuses fields likewise, by their names, and returns the names."""
+        """Refuses fields whose values are not allowed, and returns the names of all."""
         for key, values in allowed.items():
             self.must(key, *values)
         return tuple(allowed)
@@ -132,10 +132,10 @@ class Fields:
         """Records an argument of our constructor.
 
         Args:
-            argument: Its name.
-            value: Its value.
+            argument: Name of the argument.
+            value: Value of the argument.
             key: Field that it comes from.
-            source: Field and value, for messages; empty takes those of `key`.
+            source: Field and value, for messages; by default those of `key`.
         """
         self.arguments[argument] = value
         self.sources[argument] = source or self.said(key)
@@ -193,7 +193,7 @@ def loads(text: str) -> Any:
     """Returns the value of a JSON text, which may begin with a byte order mark.
 
     Raises:
-        ValueError: It is no JSON, or is nested too deep.
+        ValueError: The text is not JSON, or nested too deep.
     """
     try:
         return json.loads(text.removeprefix("\ufeff"))
@@ -202,7 +202,7 @@ def loads(text: str) -> Any:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Returns names in a sentence.
+    """Returns names joined for a sentence.
 
     >>> listed(["a", "b", "c"])
     'a, b and c'

@@ -1,4 +1,4 @@
-"""A layout: what the tensors of a published weight file are called, and how they lie."""
+"""Layouts: names and axes of the tensors in published weight files."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 
-# Ours, without the collection that it says; theirs are torch's.
+# Our leaves by collection, and torch's names for them.
 _LEAVES = {
     "params/kernel": "weight",
     "params/embedding": "weight",
@@ -27,24 +27,24 @@ _NUMBER = re.compile(r"\{[^{}]+\}|\d+")
 _TERM = re.compile(r"([+-]?)(\d*)([a-z]?)")
 _BLOCK = re.compile(r"(stage\d+/block\d+)/")
 _PART = re.compile(r"(?P<tensor>.*)\[(?P<part>\d+)/(?P<parts>\d+)\]")
-# A count that torch keeps beside running averages; nothing here needs it.
+# Batch counter of torch's BatchNorms, which our models do not have.
 COUNT = "num_batches_tracked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
-    """How a tensor becomes a leaf of ours, and the way back.
+    """A conversion between a tensor of a file and a leaf of our model.
 
     Attributes:
-        ours: Returns the leaf.
-        theirs: Returns the tensor from the leaf; the two undo each other.
+        ours: Returns the leaf of a tensor.
+        theirs: Returns the tensor of a leaf; the inverse.
     """
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
 
 
-# Kernels end with [input, output] channels here, and begin with [output, input] there.
+# Our kernels end with [input, output] channels; torch's begin with [output, input].
 _KERNEL = Turn(
     ours=lambda a: a.transpose(*range(2, a.ndim), 1, 0),
     theirs=lambda a: a.transpose(-1, -2, *range(a.ndim - 2)),
@@ -56,13 +56,13 @@ Row = tuple[str, str] | tuple[str, str, Turn]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a leaf of ours lies in a file.
+    """The place of a leaf of our model in a file.
 
     Attributes:
-        tensor: Its name there.
-        part: Which of `parts` equal parts along the tensor's first axis it is, from 0.
-        parts: How many leaves are one tensor.
-        turn: How it lies.
+        tensor: Name of the tensor.
+        part: Number of the leaf among the `parts` of the tensor, from 0.
+        parts: Number of leaves in the tensor, equal parts along its first axis.
+        turn: Conversion between the part and the leaf.
     """
 
     tensor: str
@@ -72,14 +72,14 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The tensor, and which part of it."""
+        """Name of the tensor, with the part of it."""
         return self.tensor + (f"[{self.part}/{self.parts}]" if self.parts > 1 else "")
 
     def value(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns the leaf as we keep it.
+        """Returns the leaf of our model.
 
         Raises:
-            ValueError: The shape of the tensor is not one that can be turned so.
+            ValueError: The tensor does not have the axes or the parts.
         """
         length = len(tensor) if tensor.ndim else 1
         if self.parts > 1:
@@ -95,14 +95,14 @@ class Layout:
     """A name table between our modules and those of a published layout.
 
     Attributes:
-        name: For messages.
-        rows: (ours, theirs), the first that matches counts. Both are modules, or both
-            one leaf: `("stem/class_token", "cls_token")`. `{s}` stands for a number,
-            `{2s-1}` for what is computed from it, and `{n}` for the number of blocks
-            before this one over all stages. Theirs may end with `[0/3]`: ours is the
-            first of three equal parts of it. A third entry says how the leaves lie,
-            where kernels do not lie as torch's do.
-        needless: Regexes of tensors that a model may do without; an export keeps them.
+        name: Name for messages and for `--layout`; workdirs store it.
+        rows: Pairs (ours, theirs); the first that matches counts. Both are modules, or
+            both are leaves: `("stem/class_token", "cls_token")`. `{s}` stands for a
+            number, `{2s-1}` for a number computed from it, and `{n}` for the number of
+            blocks before this one in all stages. Theirs may end with `[0/3]`: ours is the
+            first of three equal parts. A third entry is the `Turn` of kernels with other
+            axes than torch's.
+        needless: Regexes of tensors that a model does not need; exports keep them.
     """
 
     name: str
@@ -111,12 +111,12 @@ class Layout:
 
     @property
     def words(self) -> list[str]:
-        """The words of the name, among them the libraries."""
+        """Words of the name, which include the libraries."""
         return [word for word in self.name.replace("'", "").split() if word != "or"]
 
     @functools.cached_property
     def _patterns(self) -> dict[str, list[tuple[int, re.Pattern, str, Turn | None]]]:
-        """The rows, with their places, by what ours is without its numbers."""
+        """Rows with their positions, by our names without numbers."""
         found: dict[str, list] = {}
         for index, (ours, theirs, *turn) in enumerate(self.rows):
             pattern = re.compile(_FIELD.sub(r"(?P<\1>\\d+)", ours))
@@ -125,10 +125,10 @@ class Layout:
         return found
 
     def places(self, ours: Iterable[str]) -> dict[str, Place]:
-        """Returns where each of our leaves lies that the table knows.
+        """Returns the places of our leaves, without those that the table lacks.
 
         Args:
-            ours: Such as 'params/stem/conv/kernel', all leaves of a model.
+            ours: Names of all leaves of a model, such as 'params/stem/conv/kernel'.
         """
         ours = list(ours)
         blocks = sorted(
@@ -140,7 +140,7 @@ class Layout:
         return {name: place for name, place in found.items() if place}
 
     def names(self, ours: Iterable[str]) -> dict[str, str]:
-        """Returns the tensor of each of our leaves that the table knows."""
+        """Returns the tensors of our leaves, without those that the table lacks."""
         return {name: place.tensor for name, place in self.places(ours).items()}
 
     def tensors(
@@ -148,13 +148,13 @@ class Layout:
         leaves: Mapping[str, np.ndarray],
         original: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Returns the tensors of a file in this layout: what was read from it, again.
+        """Returns the tensors of a file in this layout.
 
         Args:
             leaves: All leaves of a model, by our names.
-            original: The tensors of the file that the model came from. What no model
-                needs is taken from there; without it, counts of batches are 0, and the
-                rest is left out.
+            original: Tensors of the file that the model was loaded from. Those that no
+                model needs are copied from it. Without it, batch counters are 0, and the
+                other unneeded tensors are left out.
 
         Raises:
             UserError: Lists the leaves that this layout has no name for.
@@ -168,7 +168,7 @@ class Layout:
         for name, place in places.items():
             value = place.turn.theirs(np.asarray(leaves[name]))
             parts.setdefault(place.tensor, {})[place.part] = value
-        # In memory as torch has them: safetensors writes bytes as they lie.
+        # safetensors writes the bytes in memory, so they must be in torch's order.
         found = {
             tensor: np.concatenate([of[part] for part in sorted(of)]).copy(order="C")
             if len(of) > 1
@@ -183,7 +183,7 @@ class Layout:
         return found | {name: np.array(0) for name in counts}
 
     def needed(self, theirs: Iterable[str]) -> set[str]:
-        """Returns the names in a file without those that a model may do without."""
+        """Returns the names in a file without those of unneeded tensors."""
         needless = re.compile("|".join((rf"(.*\.)?{COUNT}", *self.needless)))
         return {name for name in theirs if not needless.fullmatch(name)}
 
@@ -211,14 +211,14 @@ class Layout:
 
 
 class _Leaf(NamedTuple):
-    """The name of a leaf of ours, taken apart.
+    """The parsed name of a leaf of our model.
 
     Attributes:
-        path: Without the collection.
-        module: What the leaf belongs to.
-        name: Within that.
-        kind: Torch's name for it; None where torch has none.
-        kept: What the names of rows that can match are without their numbers.
+        path: Name without the collection.
+        module: Name of the leaf's module.
+        name: Name of the leaf in the module.
+        kind: Name of the leaf in torch; None if torch has none.
+        kept: Names, without numbers, of the rows that can match.
     """
 
     path: str
@@ -230,7 +230,7 @@ class _Leaf(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _leaf(full: str) -> _Leaf:
-    """Returns a leaf's name taken apart; all layouts are asked for each."""
+    """Returns a parsed name; cached, as every layout needs it."""
     collection, _, path = full.partition("/")
     module, _, name = path.rpartition("/")
     kind = _LEAVES.get(f"{collection}/{name}")
@@ -239,14 +239,14 @@ def _leaf(full: str) -> _Leaf:
 
 
 def _turn(leaf: str, given: Turn | None) -> Turn:
-    """Returns how a leaf lies; what a row says of a module is about its kernel."""
+    """Returns the conversion of a leaf; that of a module is for its kernel."""
     if leaf in ("bias", "scale", "mean", "var"):
         return _AS_IT_IS
     return given or (_KERNEL if leaf == "kernel" else _AS_IT_IS)
 
 
 def _filled(template: str, numbers: Mapping[str, int]) -> str:
-    """Returns a name with its numbers.
+    """Returns a name with its numbers filled in.
 
     >>> _filled("features.{2n+s-1}.weight", {"n": 3, "s": 2})
     'features.7.weight'
@@ -263,11 +263,11 @@ def _filled(template: str, numbers: Mapping[str, int]) -> str:
 
 
 class Built(NamedTuple):
-    """A model of ours that is written for another library.
+    """A model of ours, as the families write it for other libraries.
 
     Attributes:
         name: Name of the model.
-        module: The model.
+        module: Linen module.
         shape: Shape of one input.
         layout: Layout of its weights.
     """
@@ -279,10 +279,10 @@ class Built(NamedTuple):
 
 
 class OurLayout(Layout):
-    """The layout of this project's own files: the names of the model."""
+    """The layout of this project's own files, with the names of the model."""
 
     def places(self, ours: Iterable[str]) -> dict[str, Place]:
-        """Returns every name as it is."""
+        """Returns every leaf at its own name."""
         return {name: Place(tensor=name) for name in ours}
 
 
@@ -310,12 +310,12 @@ def recognise(ours: Iterable[str], theirs: Iterable[str], where: str) -> Layout:
     """Returns the layout in which the names of a file cover most of the model's.
 
     Args:
-        ours: All leaves of the model.
-        theirs: All names in the file.
-        where: The address, for the message.
+        ours: Names of all leaves of the model.
+        theirs: Names of all tensors in the file.
+        where: Address of the file, for messages.
 
     Raises:
-        UserError: No layout has a name in common.
+        UserError: The file has no name of the model in any layout.
     """
     ours, theirs = list(ours), set(theirs)
     known = layouts()

@@ -1,4 +1,4 @@
-"""The strict merge of weights into a model: what does not fit is an error, all at once."""
+"""The strict merge of weights into a model; all misfits are reported at once."""
 
 import collections
 import math
@@ -20,19 +20,20 @@ from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.numbers import Doubts
 from finetune_jax.weights.prefixes import without_prefix
 
-# Beyond so many problems the file is another model's, and near names say nothing.
+# With more misfits the file belongs to another model, and similar names are no hints.
 _HINTS = 20
 
 
 def fresh_in(
     weights: Weights, fresh: Sequence[str], prefix: str = ""
 ) -> Callable[[str], bool]:
-    """Returns whether a leaf keeps its initial value, by its name.
+    """Returns a function that tells by its name whether a leaf keeps its initial value.
 
     Args:
-        weights: Where they have no low-rank updates, those of the model keep theirs.
+        weights: Weights to load. If they have no low-rank updates, those of the model keep
+            their initial values.
         fresh: Regexes of names, without the collection.
-        prefix: Of the model, which these names begin with and those asked for do not.
+        prefix: Prefix of the model in these names, which the leaves do not have.
     """
     kept = fresh if any(map(is_lora, weights.tensors)) else (*fresh, UPDATES)
     before = f"{prefix}/" if prefix else ""
@@ -55,19 +56,19 @@ def load_weights(
     """Returns `variables` with every leaf taken from the weights.
 
     Args:
-        variables: 'params' and 'batch_stats': their initial values, or only the shapes
-            of those that are not `fresh_in` the weights.
-        weights: In this project's layout (`params/...`, `batch_stats/...`), or in one that
-            a name table in `layouts` describes.
-        fresh: Regexes of the names, without 'params/', that keep their initial value.
+        variables: 'params' and 'batch_stats': initial values, or only shapes of those that
+            are not `fresh_in` the weights.
+        weights: Weights in this project's layout (`params/...`, `batch_stats/...`), or in
+            one of `weights.layouts`.
+        fresh: Regexes of names, without the collection, that keep their initial value.
         adapt_stem: Name of the first stage, whose kernels are adapted to the model's number
             of channels by their mean, so that grey images give the same outputs. None
             adapts none.
-        left_out: Names of variables, with 'params/' or 'batch_stats/', that the weights
-            may have besides, and that are not wanted.
-        prefix: Of the model, where these are the variables of one of several.
-        accept: `config.init.accept`, the kinds of numbers that are taken as they are.
-            None where no key is about these weights; then none are.
+        left_out: Names of variables, with the collection, that the weights may have and
+            that are not loaded.
+        prefix: Prefix of the model, if it is one of several.
+        accept: Kinds of numbers that are taken unchanged, as `config.init.accept`. None
+            takes none, and messages name no key.
         model: Name and arguments of the model, such as `config.model`. With it, the model
             is compared with the network that the files beside the weights describe; names
             and shapes of tensors do not tell heads, epsilons or strides.
@@ -133,15 +134,15 @@ def _merged(
     stem: str | None,
     doubts: Doubts,
 ) -> tuple[dict[str, Any], list[tuple[str, str]], list[str], set[str]]:
-    """Returns the leaves by name, what is missing, what misfits, and the tensors used.
+    """Returns the leaves by name, missing ones, misfits, and the names of used tensors.
 
     Args:
         names: The model's leaves at their initial values.
-        weights: Has the tensors.
-        layout: Of the weights.
+        weights: Weights to load.
+        layout: Layout of the weights.
         is_fresh: Whether a leaf keeps its initial value.
-        stem: The stage whose kernels are fitted to other channels; None is none.
-        doubts: Gets every tensor that is taken.
+        stem: Stage whose kernels are adapted to other channels; None for none.
+        doubts: Collects doubtful numbers of the loaded tensors.
     """
     saved, places = weights.tensors, layout.places(names)
     merged, missing, misfits, used = dict(names), [], [], set()
@@ -156,7 +157,7 @@ def _merged(
         used.add(place.tensor)
         try:
             value = place.value(saved[place.tensor])
-        except ValueError:  # Of another number of axes, or not to be divided.
+        except ValueError:  # Another number of axes, or no equal parts.
             value = saved[place.tensor]
         in_stem = name.startswith(f"params/{stem}/") and value.ndim == 4
         if stem is not None and in_stem and value.shape != leaf.shape:
@@ -169,9 +170,9 @@ def _merged(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
                 + _more_logits(name, leaf.shape, value.shape)
             )
-        # A copy, also of what lies right: the file may change or go.
+        # Always a copy, as the mapped file may change or be deleted.
         dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
-        with np.errstate(over="ignore", invalid="ignore"):  # Told below.
+        with np.errstate(over="ignore", invalid="ignore"):  # Doubts reports them.
             real = np.real(value) if value.dtype.kind == "c" else value
             merged[name] = copied(real, dtype)
         doubts.look(place.tensor, tensor, dtype, merged[name])
@@ -183,7 +184,7 @@ def _both(ours: str, theirs: str) -> str:
 
 
 def _more_logits(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    """Returns how a head with more logits than the data has classes is kept."""
+    """Returns a hint for a head with more logits than the data has classes."""
     is_head = re.fullmatch(r"params/(.*/)?head/logits/(kernel|bias)", name)
     if not is_head or ours[:-1] != theirs[:-1] or not ours or ours[-1] > theirs[-1]:
         return ""
@@ -196,7 +197,7 @@ def _each(
     saved: Iterable[str],
     names: Iterable[str],
 ) -> list[str]:
-    """Returns a line for every leaf that is missing, and every tensor that is left."""
+    """Returns a line for every missing leaf and every unused tensor."""
     hints = len(missing) + len(unused) <= _HINTS
     left = set(saved) - set(names)
     return [
@@ -211,7 +212,7 @@ def _each(
 
 
 def _in_short(missing: Sequence[tuple[str, str]], unused: Sequence[str]) -> list[str]:
-    """Returns what a long list comes down to."""
+    """Returns a summary of a long list."""
     if len(missing) + len(unused) <= _HINTS:
         return []
     return [
@@ -233,7 +234,7 @@ def taken_line(
     is_fresh: Callable[[str], bool],
     prefix: str = "",
 ) -> str:
-    """Returns a line about the arrays that a model takes from weights, and the others.
+    """Returns a line about the loaded arrays, the initial ones, and unused tensors.
 
     Args:
         variables: 'params' and 'batch_stats' of the model.
@@ -267,18 +268,18 @@ def _by_first(names: Sequence[str]) -> str:
     return ", ".join(shown) + (" and others" if len(counts) > 6 else "")
 
 
-POSITIONS = "position_embedding"  # What leaves of this kind are called.
+POSITIONS = "position_embedding"  # Name of these leaves.
 
 
 def resized(positions_1xTxD: np.ndarray, tokens: int, prefix: int) -> np.ndarray:
-    """Returns the embeddings of a square grid of patches, resized to another one.
+    """Returns position embeddings, resized from one square grid of patches to another.
 
-    What is no square, or has the right size, is returned as it is.
+    Grids that are not square or have the right size are returned unchanged.
 
     Args:
-        positions_1xTxD: Of the class token, if there is one, and of the patches.
-        tokens: Wanted, T.
-        prefix: How many are of no patch: 1 with a class token, otherwise 0.
+        positions_1xTxD: Embeddings of the class token, if any, and of the patches.
+        tokens: Number of tokens after resizing.
+        prefix: Number of tokens before the patches: 1 with a class token, otherwise 0.
 
     Source: timm/layers/pos_embed.py, `resample_abs_pos_embed`: bicubic, antialiased.
     """
@@ -297,10 +298,10 @@ def resized(positions_1xTxD: np.ndarray, tokens: int, prefix: int) -> np.ndarray
 
 
 def _shares(old: int, new: int) -> np.ndarray:
-    """Returns what each of the old places gives to each of the new ones, [new, old].
+    """Returns the weight of each old place in each new one, [new, old].
 
-    On the host, without a compiled program, and exact: `jax.image.resize` is neither.
-    Source: Keys 1981, equation 15, widened where places become fewer.
+    Exact and on the host, unlike `jax.image.resize`, which compiles a program.
+    Source: Keys 1981, equation 15, widened for smaller grids.
     """
     step = old / new
     centres = (np.arange(new)[:, None] + 0.5) * step

@@ -1,7 +1,7 @@
-"""Numbers of weights that a model of floats does not take as they are without being told.
+"""Numbers of weights that are loaded only if `config.init.accept` allows it.
 
-Integers and 8-bit floats mostly are quantised: without their scales they are other
-weights. NaN and infinity make every prediction NaN.
+Integers and 8-bit floats are mostly quantised, and wrong without their scales. NaN and
+infinity make every prediction NaN.
 """
 
 import re
@@ -14,7 +14,7 @@ from finetune_jax.config.schema import ACCEPTED
 from finetune_jax.core.errors import listed
 
 KEY = "config.init.accept"
-# Names that programs of quantisation put beside a tensor.
+# Names of tensors that quantisation programs add.
 _QUANTISED = re.compile(r".*(absmax|quant|qweight|qzeros|SCB|zero_point|_scale(_inv)?)")
 _SHOWN = 3
 
@@ -38,34 +38,35 @@ def is_finite(array: np.ndarray) -> bool:
     """Returns whether no number is NaN or infinite."""
     if kind_of(array.dtype) == "integer" or not array.size:
         return True
-    # Of the sum, which needs no second array; a sum may be infinite by itself.
+    # The sum needs no second array, but can be infinite also for finite numbers.
     with np.errstate(all="ignore"):
         total = np.sum(array)
     return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
 
 
 class Doubts:
-    """Tensors of a file whose numbers a model does not take without being told.
+    """Loaded tensors with doubtful numbers.
 
     Args:
-        accept: `config.init.accept`; None where no key is about these weights.
+        accept: Kinds of numbers that are accepted, as `config.init.accept`; None accepts
+            none, and messages name no key.
     """
 
     def __init__(self, accept: Collection[str] | None):
-        """Begins without doubts."""
+        """Starts without tensors."""
         self._accept = accept
         self._found: dict[tuple[str, str], list[str]] = {}
 
     def look(
         self, name: str, saved: np.ndarray, dtype: np.dtype, loaded: np.ndarray
     ) -> None:
-        """Notes a tensor that the model takes.
+        """Checks a loaded tensor.
 
         Args:
-            name: Its name in the file.
-            saved: The tensor there.
-            dtype: Number type of the model.
-            loaded: The same as the model has it.
+            name: Name of the tensor in the file.
+            saved: Tensor in the file.
+            dtype: Dtype of the model's leaf.
+            loaded: The leaf.
         """
         if not jnp.issubdtype(dtype, jnp.floating):
             return
@@ -80,7 +81,7 @@ class Doubts:
 
         Args:
             total: Number of tensors in the file.
-            names: Their names.
+            names: Names of the tensors in the file.
         """
         return [
             self._line(kind, dtype, found, total, names)
@@ -112,7 +113,7 @@ class Doubts:
 def told_of_numbers(
     address: str, tensors: Mapping[str, np.ndarray], precision: str
 ) -> list[str]:
-    """Returns lines about the number types of weights.
+    """Returns lines about the dtypes of weights.
 
     Args:
         address: Address of the weights.
@@ -136,7 +137,7 @@ def told_of_numbers(
 def told_of_accepted(
     address: str, tensors: Mapping[str, np.ndarray], accept: Collection[str]
 ) -> list[str]:
-    """Returns a line about integers that are taken as they are.
+    """Returns a line about integers that are loaded unchanged.
 
     Args:
         address: Address of the weights.

@@ -1,4 +1,4 @@
-"""Prefixes of all names in a weight file, such as `model.` of a Lightning module."""
+"""Common prefixes of names in a weight file, such as `model.` of a Lightning module."""
 
 import collections
 import dataclasses
@@ -10,14 +10,14 @@ from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.formats.entries import is_averaged
 from finetune_jax.weights.layout import OURS, Layout, layouts
 
-# Parts of a prefix, such as three in `module.model.backbone.`.
+# Most parts of a prefix; `module.model.backbone.` has three.
 _MOST_PARTS = 5
-# The model's last layer, which wrappers keep beside the backbone.
+# The model's last layer, which wrappers keep outside of the backbone.
 _HEAD = ("params/head/logits/kernel", "params/head/logits/bias")
 
 
 class _Fit(NamedTuple):
-    """Names without a prefix, and how many of them a layout knows."""
+    """Names without a prefix, and the number of them that a layout has."""
 
     shared: int
     names: dict[str, str]
@@ -25,9 +25,9 @@ class _Fit(NamedTuple):
 
 
 def without_prefix(weights: Weights, ours: Iterable[str]) -> Weights:
-    """Returns weights without the prefix that keeps a layout from fitting, if any does.
+    """Returns weights without a prefix that no layout has.
 
-    A file whose names fit better as they are stays as it is.
+    Weights whose names fit a layout better with the prefix are returned unchanged.
 
     Args:
         weights: Weights of any layout.
@@ -85,14 +85,14 @@ def _fits(
     theirs: Sequence[str],
     prefix: str,
 ) -> Iterable[_Fit]:
-    """Yields ways to leave out a prefix; the other names may be those of the head."""
+    """Yields ways to remove a prefix; names without it may belong to the head."""
     others = [name for name in theirs if not name.startswith(prefix)]
     names = {name: name.removeprefix(prefix) for name in theirs}
     whole, averaged = f"left out the prefix {prefix!r} of", ""
     if not others:
         yield _Fit(_shared(tables, names.values()), names, f"{whole} all names")
         return
-    # Raw weights are taken, as of a checkpoint with entries.
+    # As for checkpoints with entries, raw weights are the default.
     mean = [] if _is_averaged(prefix) else [n for n in others if _is_averaged(n)]
     if mean:
         entry = re.split("[./]", mean[0])[0]
@@ -117,7 +117,7 @@ def _fits(
 
 
 def _as_head(others: Sequence[str], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the head's names in a layout by the file's, if one layer can be the head."""
+    """Returns a layout's names of the head by the file's, if one layer can be the head."""
     modules = {name.rpartition(".")[0] for name in others}
     leaves = [name for name in others if name.rpartition(".")[2] in ("weight", "bias")]
     heads = [ours[leaf] for leaf in _HEAD if leaf in ours]

@@ -22,7 +22,6 @@ from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
 from finetune_jax.pipeline import pipeline
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.text_inputs import questions as as_encoders_take
 from finetune_jax.tasks.objectives.squad import match_scores, normalised
 from finetune_jax.tasks.qa import best_spans

@@ -21,7 +21,7 @@ from finetune_jax.models import make_model
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata import architecture
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 BERT = {
     "model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu",
@@ -280,7 +280,7 @@ def check(config):
 @pytest.mark.parametrize("case", FOLLOWED, ids=ids(FOLLOWED))
 def test_what_a_file_says_is_followed(case, tmp_path):
     config = config_of(case, tmp_path)
-    full, lines = filled(config)
+    full, lines = with_weight_defaults(config)
     found = {key: full.model[key] for key in full.model if key not in config.model}
     assert found == case.filled
     told = [line for line in lines if line.startswith("config.model")]
@@ -288,7 +288,7 @@ def test_what_a_file_says_is_followed(case, tmp_path):
     for key, value in case.filled.items():
         assert f"{key}={value!r}" in told[0] and case.file in told[0]
     check(full)
-    assert filled(full) == (full, [])
+    assert with_weight_defaults(full) == (full, [])
     if case.filled:  # Without them the network would be another one.
         with pytest.raises(UserError, match=next(iter(case.filled))):
             check(config)
@@ -297,7 +297,7 @@ def test_what_a_file_says_is_followed(case, tmp_path):
 @pytest.mark.parametrize("case", REFUSED, ids=ids(REFUSED))
 def test_what_no_argument_follows_is_refused_by_name(case, tmp_path):
     config = config_of(case, tmp_path)
-    for find in (filled, check):
+    for find in (with_weight_defaults, check):
         with pytest.raises(
             UserError, match=r"config\.model is another network"
         ) as error:
@@ -308,7 +308,7 @@ def test_what_no_argument_follows_is_refused_by_name(case, tmp_path):
 
 @pytest.mark.parametrize("case", TOLD, ids=ids(TOLD))
 def test_what_cannot_be_read_is_told(case, tmp_path):
-    full, lines = filled(config_of(case, tmp_path))
+    full, lines = with_weight_defaults(config_of(case, tmp_path))
     (line,) = lines
     assert case.file in line
     assert re.search(case.tells, line), line
@@ -393,7 +393,7 @@ def test_members_get_what_the_files_beside_their_own_weights_say(tmp_path):
     assert not problems
     with pytest.raises(UserError, match=r"members\[1\]\.stride_in='1x1' follows it"):
         check(config)
-    full, (line,) = filled(config)
+    full, (line,) = with_weight_defaults(config)
     assert line == "config.model.members[1]: stride_in='1x1', as config.json says"
     assert full.model.members[1]["stride_in"] == "1x1"
     check(full)
@@ -401,7 +401,7 @@ def test_members_get_what_the_files_beside_their_own_weights_say(tmp_path):
     with plain.unlocked():
         plain.model.members = tuple(wrong)
     with pytest.raises(UserError, match=r"members\[0\]\.stride_in: '3x3'"):
-        filled(configs.resolve(plain)[0])
+        with_weight_defaults(configs.resolve(plain)[0])
 
 
 def test_the_model_of_a_run_is_that_of_the_run_it_begins_with(tmp_path):
@@ -411,13 +411,15 @@ def test_the_model_of_a_run_is_that_of_the_run_it_begins_with(tmp_path):
     step.mkdir(parents=True)
     for place in (tmp_path, tmp_path / "checkpoints", step):
         overrides = [("init.pretrained", f"orbax:{place}")]
-        full, _ = filled(small.config(model="bert_base", overrides=overrides))
+        full, _ = with_weight_defaults(
+            small.config(model="bert_base", overrides=overrides)
+        )
         assert (full.model.heads, full.model.hidden_activation) == (2, "relu")
     other = small.config(model="bert_base", overrides=overrides, heads=4)
     with pytest.raises(
         UserError, match=r"heads: 4, but config\.json says model\.heads=2"
     ):
-        filled(other)
+        with_weight_defaults(other)
 
 
 def test_a_loaded_model_is_compared_with_the_file_beside_its_weights(tmp_path):
@@ -495,7 +497,7 @@ def test_an_export_says_its_variant(library, name, arguments, tmp_path):
         layout = layout_of(library, trained)
         values = libraries.files_and_code(trained, layout)[0]["config.json"]
     config = config_of(Case(name, values), tmp_path)
-    full, _ = filled(config)
+    full, _ = with_weight_defaults(config)
     found = {key: full.model[key] for key in full.model if key not in config.model}
     assert found == arguments
 

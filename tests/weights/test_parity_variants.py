@@ -20,7 +20,7 @@ from finetune_jax.models import convnext, model_of
 from finetune_jax.models.efficientnet_lite import scaled
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.merge import load_weights
-from finetune_jax.weights.metadata.preprocessing import filled
+from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 pytestmark = pytest.mark.slow
 ONCE, NARROW = (1, 1, 1, 1), (8, 8, 16, 16)
@@ -282,7 +282,7 @@ def test_the_member_that_the_file_describes_is_computed(pair, tmp_path):
         overrides=[("init.pretrained", address)],
         **pair.arguments,
     )
-    full, _ = filled(config)
+    full, _ = with_weight_defaults(config)
     assert {
         k: full.model[k] for k in full.model if k not in config.model
     } == pair.filled

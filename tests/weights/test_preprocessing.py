@@ -11,7 +11,7 @@ from PIL import Image
 from finetune_jax import config as configs
 from finetune_jax.data.dataset import make_data
 from finetune_jax.data.images.decoding import Geometry, read_image
-from finetune_jax.weights.metadata.preprocessing import beside, filled
+from finetune_jax.weights.metadata.preprocessing import beside, with_weight_defaults
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCH = {"image_mean": list(MEAN), "image_std": list(STD)}
@@ -79,18 +79,18 @@ def given(address, **data):
 
 def test_the_weights_say_what_the_config_does_not(tmp_path):
     address = weights(tmp_path, "config.json", TIMM)
-    config, lines = filled(given(address))
+    config, lines = with_weight_defaults(given(address))
     assert {key: config.data[key] for key in SAID} == SAID
     (line,) = lines
     assert "resize=256" in line and line.endswith("as config.json says")
-    again, lines = filled(config)
+    again, lines = with_weight_defaults(config)
     assert not lines and not configs.differences(config, again)
 
 
 def test_the_config_wins_and_conflicts_are_told(tmp_path):
     address = weights(tmp_path, "config.json", TIMM)
     own = {"mean": (0.5,), "image_size": 64, "std": (0.229, 0.224, 0.226)}
-    config, lines = filled(given(address, **own))
+    config, lines = with_weight_defaults(given(address, **own))
     assert config.data.mean == (0.5,) and config.data.image_size == 64
     # A crop of the weights' size would not fit the config's.
     assert config.data.resize is None and config.data.interpolation == "bicubic"
@@ -98,13 +98,13 @@ def test_the_config_wins_and_conflicts_are_told(tmp_path):
     assert "config.data.mean: (0.5,), but config.json says (0.485" in told
     assert "config.data.image_size: 64, but config.json says 224" in told
     assert "config.data.std" not in told
-    grey, _ = filled(given(address, channels=1))
+    grey, _ = with_weight_defaults(given(address, channels=1))
     assert grey.data.mean == pytest.approx((np.mean(MEAN),))
 
 
 def test_without_weights_or_files_the_data_are_as_they_are(tmp_path):
     for address in (f"file:{tmp_path}/w.pth", "zoo:resnet20_fashion_mnist"):
-        config, lines = filled(given(address))
+        config, lines = with_weight_defaults(given(address))
         assert not lines and config.data.mean is None
         assert config.data.image_size is None
     spec = make_data(small.config().data, seed=0).spec.inputs

@@ -401,7 +401,7 @@ def test_without_network_and_cache_the_file_can_be_placed_by_hand(hub):
         read_weights(f"hf:{REPOSITORY}")
     text = str(error.value)
     assert text.startswith(
-        f"config.init.pretrained: nothing comes from hf:{REPOSITORY}:\n"
+        f"config.init.pretrained: no file could be read from hf:{REPOSITORY}:\n"
     )
     for part in (
         "\n  model.safetensors: ",
@@ -430,7 +430,9 @@ def test_a_repository_needs_an_owner_and_a_name(address):
 
 @pytest.mark.parametrize("repository", ["timm/res net", "timm/resnet..50", "-a/b-"])
 def test_a_name_that_no_repository_can_have_is_refused(hub, repository):
-    with pytest.raises(UserError, match=f"nothing comes from hf:{repository}") as error:
+    with pytest.raises(
+        UserError, match=f"no file could be read from hf:{repository}"
+    ) as error:
         read_weights(f"hf:{repository}")
     assert "Repo id must" in str(error.value) or "Cannot have" in str(error.value)
 

@@ -7,7 +7,7 @@ from finetune_jax.inference.export import text_encoders
 from finetune_jax.inference.export.exported_model import Trained
 from finetune_jax.weights.layout import Built, Layout, family_module
 
-# Of Pillow, as transformers writes them.
+# Pillow's numbers, which transformers writes.
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 _WEIGHTS_ALONE = """\
 from safetensors.torch import load_file
@@ -41,7 +41,7 @@ model = torchvision.models.{name}({arguments})
 model.load_state_dict(load_file("model.safetensors"))"""
 
 
-# Function of a family that returns None if the library cannot compute the model.
+# Functions of a family, which return None if the library cannot compute the model.
 _MAKERS = {
     "transformers": "transformers_config",
     "timm": "timm_model",
@@ -56,10 +56,10 @@ def family_of(trained: Trained) -> Any:
 
 
 def computes(trained: Trained, layout: Layout) -> bool:
-    """Returns whether the libraries of a layout compute the model.
+    """Returns whether a library of the layout computes the model.
 
-    Epsilons, activations, heads and strides for which a library has no argument count,
-    too. A layout of no library here has nothing to compute it with, and fits.
+    Epsilons, activations, heads and strides count, too, if the library has no argument for
+    them. Layouts of other programs always fit.
     """
     named = [library for library in _MAKERS if library in layout.words]
     return not named or any(_made(trained, layout, library) for library in named)
@@ -112,7 +112,7 @@ def _transformers_files(
 
 
 def _classes(trained: Trained) -> int:
-    """Returns the number of outputs, which may be larger than that of class names."""
+    """Returns the number of outputs, which may exceed the number of class names."""
     head = trained.variables["params"]["head"]
     return head["logits"]["bias"].shape[0]
 
@@ -140,7 +140,7 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
 
 
 def _preprocessor(trained: Trained) -> dict[str, Any]:
-    """Returns `preprocessor_config.json`, for a processor that can crop or stretch."""
+    """Returns `preprocessor_config.json` for transformers' BitImageProcessor."""
     spec = trained.spec
     height, width, channels = spec.shape
     cut = {"height": height, "width": width}

@@ -1,4 +1,4 @@
-"""What transformers and sentence-transformers read beside the weights of an encoder."""
+"""Files of sentence-transformers, and of tokenizers, beside exported weights."""
 
 import json
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ _SPECIAL = {
     "mask_token": "[MASK]",
 }
 _SENTENCE = "sentence_transformers.models"
-# Of the folder that has the head of a model that pools by mean.
+# Folder of the head after mean pooling.
 DENSE = "2_Dense"
 
 
 def pools_by_mean(trained: Trained) -> bool:
-    """Returns whether the head takes the mean of a text, as none of transformers' does."""
+    """Returns whether the model pools texts by mean, as no head of transformers does."""
     module: Any = trained.task.models[""]
     return trained.spec.text is not None and getattr(module, "pooling", "") == "mean"
 
@@ -30,14 +30,14 @@ def pools_by_mean(trained: Trained) -> bool:
 def sentence_files(
     trained: Trained, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns what makes the folder one of sentence-transformers, and the head in it.
+    """Returns the files of a model of sentence-transformers, and the tensors of its head.
 
     Args:
-        trained: A model that pools by mean.
-        tensors: `weight` and `bias` of its head.
+        trained: Model that pools by mean.
+        tensors: `weight` and `bias` of the head.
 
     Returns:
-        Files of JSON by name, and the tensors of the last of its modules.
+        JSON files by name, and the tensors of the last module.
     """
     classes, width = tensors["weight"].shape
     kinds = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", DENSE))
@@ -65,10 +65,10 @@ def sentence_files(
 
 
 def tokenizer_files(trained: Trained) -> dict[str, str]:
-    """Returns the files of the tokenizer as the run has kept them, by name.
+    """Returns the files of the run's tokenizer, by name.
 
-    What is longer than `config.data.max_tokens` is cut there as in the run; where the
-    source had no `tokenizer_config.json`, transformers reads `tokenizer.json` as it is.
+    It truncates texts to `config.data.max_tokens`, as the run does. Without a
+    `tokenizer_config.json` in its source, transformers reads `tokenizer.json` alone.
     """
     kept = dict(trained.tokenizer)
     if FILE not in kept:

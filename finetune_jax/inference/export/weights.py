@@ -1,4 +1,4 @@
-"""`model.safetensors`: the weights, named as the library they came from names them."""
+"""`model.safetensors`: the weights in a layout, by default the one they came in."""
 
 import json
 import pathlib
@@ -16,18 +16,18 @@ from finetune_jax.weights.formats.safetensors_file import save_safetensors
 from finetune_jax.weights.layout import OURS, Layout, layouts
 from finetune_jax.weights.prefixes import without_prefix
 
-# The last dense layer, as torch has it.
+# Torch's leaves of the last dense layer.
 _HEAD = {"weight": "params/head/logits/kernel", "bias": "params/head/logits/bias"}
 
 
 def write(trained: Trained, folder: pathlib.Path) -> str:
-    """Writes `model.safetensors`, and what its library reads beside it.
+    """Writes `model.safetensors`, and the files that its library reads beside it.
 
     Returns:
-        How the weights are loaded.
+        Markdown on loading the weights.
 
     Raises:
-        UserError: The model has no names in the layout.
+        UserError: The layout has no names for the model.
     """
     layout = chosen_layout(trained)
     leaves = {name: np.asarray(leaf) for name, leaf in named(trained.variables).items()}
@@ -37,7 +37,7 @@ def write(trained: Trained, folder: pathlib.Path) -> str:
     if layout is not OURS:
         files, code = libraries.files_and_code(trained, layout)
     if files and text_encoders.pools_by_mean(trained):
-        # Where transformers reads it, another head would take it for its own.
+        # transformers has no head after mean pooling, and would load this one as another.
         names = layout.names(_HEAD.values())
         head = {leaf: tensors.pop(names[name]) for leaf, name in _HEAD.items()}
         more, dense = text_encoders.sentence_files(trained, head)
@@ -57,10 +57,10 @@ def write(trained: Trained, folder: pathlib.Path) -> str:
 
 
 def chosen_layout(trained: Trained) -> Layout:
-    """Returns the layout that is asked for, or else the one that the weights came in.
+    """Returns the requested layout, or by default the one that the weights came in.
 
     Raises:
-        UserError: It is not one that the model has.
+        UserError: The layout has no names for the model.
     """
     names = list(named(trained.variables))
     fitting = [one for one in layouts() if set(names) == set(one.places(names))]
@@ -98,9 +98,9 @@ def _for_task(layout: Layout, trained: Trained) -> Layout:
 
 
 def _original(trained: Trained) -> Mapping[str, np.ndarray] | None:
-    """Returns the tensors that the run began with, if the file is still the same.
+    """Returns the tensors of the initial weights, if their file has not changed.
 
-    Counts of batches and the like, which no model here has, are in no checkpoint.
+    They include batch counters and others that no model here, and no checkpoint, has.
     """
     address = trained.pretrained
     if address is None or address.startswith(("hf:", "orbax:")) or trained.layout:

@@ -1,4 +1,4 @@
-"""The contents of one weight file, whatever its format."""
+"""The contents of a weight file of any format."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# Where training programs keep class names: torchvision's tutorials, mmpretrain 0 and 1.
+# Keys of class names in training programs: torchvision's tutorials, mmpretrain 0 and 1.
 _LISTS = ("class_names", "classes", "CLASSES", "label_names", "labels")
 _NUMBERED = ("class_to_idx", "label2id", "label_map", "idx_to_class", "id2label")
 _SECTIONS = ("meta", "dataset_meta", "hyper_parameters")
@@ -15,13 +15,13 @@ _MOST = 10**5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-    """Tensors of a weight file, and what else the file tells.
+    """Tensors of a weight file, and its other contents.
 
     Attributes:
         tensors: Tensors by name.
-        notes: Lines about the entry that was taken and what was left out.
-        class_names: Class names in the order of the logits; empty where unknown.
-        arch: Name of the network that a training program wrote; empty where it wrote none.
+        notes: Lines about the chosen entry and ignored contents.
+        class_names: Class names in the order of the logits; empty if unknown.
+        arch: Name of the network that a training program wrote; empty if unknown.
     """
 
     tensors: dict[str, np.ndarray]
@@ -58,7 +58,7 @@ def _names(values: Mapping[str, Any]) -> tuple[str, ...]:
         found = values.get(key)
         if isinstance(found, dict) and 1 < len(found) < _MOST:
             names, places = list(found), list(found.values())
-            if all(isinstance(name, str) for name in places):  # By their places.
+            if all(isinstance(name, str) for name in places):  # Names by their numbers.
                 names, places = places, names
             try:
                 by_place = dict(zip(map(int, places), names))

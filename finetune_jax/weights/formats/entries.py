@@ -1,4 +1,4 @@
-"""Entries of a training checkpoint: which of its dicts holds the model's weights."""
+"""Entries of a training checkpoint, and the choice of the model's weights among them."""
 
 import dataclasses
 import re
@@ -10,35 +10,35 @@ from finetune_jax.core.registry import closest
 
 KEY = "config.init.entry"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-# Averaged weights; the raw ones beside them are taken unless the key says otherwise.
+# Names of averaged weights; raw weights are the default if a file has both.
 _AVERAGED = re.compile(r"(.*[^a-z])?(ema|swa|avg|averaged?|shadow|polyak)([^a-z].*)?")
-# State of the training, never of the model.
+# Names of training state, which is never the model's.
 _OF_TRAINING = re.compile(r".*(optim|sched|scaler|callback|loops).*|amp")
-# A count that torch keeps beside averaged weights.
+# Counter of torch's averaged weights.
 _COUNT = "n_averaged"
-# Put before every name by DataParallel and by torch.compile.
+# Prefixes that DataParallel and torch.compile add to every name.
 _WRAPPED = ("module.", "_orig_mod.")
 _DEPTH = 4
 _SHOWN = 5
 
 
 class Unfit(Exception):
-    """A fault of a weight file, without the file's name and without advice."""
+    """A fault of a weight file, without the name of the file and without advice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """An object in a file of which only the class, or the function, is known.
+    """An object in a file, of which only the class or the function is known.
 
     Attributes:
-        kind: Its full name, such as 'argparse.Namespace'.
+        kind: Full name of the class, such as 'argparse.Namespace'.
     """
 
     kind: str
 
     @property
     def is_tensor(self) -> bool:
-        """Whether torch makes a tensor of it, such as a sparse or a quantised one."""
+        """Whether this is a tensor of torch, such as a sparse or a quantised one."""
         return self.kind.startswith(("torch._utils._rebuild", "torch._tensor._rebuild"))
 
 
@@ -48,7 +48,7 @@ class Chosen:
 
     Attributes:
         tensors: Tensors by name.
-        notes: Lines about the entry, and about what was left out.
+        notes: Lines about the entry and about ignored contents.
     """
 
     tensors: dict[str, Any]
@@ -61,14 +61,14 @@ def choose_entry(
     """Returns the one state dict of a checkpoint, without the prefixes of wrappers.
 
     Args:
-        top: What the file holds.
+        top: Contents of the file.
         entry: Name of the entry, such as 'model_ema' or 'teacher.backbone'. None takes
             the usual one.
         is_plain: Whether a value is a tensor that can be read.
 
     Raises:
-        Unfit: There is no state dict, or several.
-        UserError: The entry is not there.
+        Unfit: The file has no state dict, or several.
+        UserError: The file has no such entry.
     """
     if not isinstance(top, dict):
         raise Unfit(_told_top(top))
@@ -96,7 +96,7 @@ def choose_entry(
 
 
 def under(tensors: Mapping[str, Any], entry: str) -> dict[str, Any]:
-    """Returns the tensors whose names begin with an entry, without that beginning.
+    """Returns the tensors whose names begin with an entry, without this beginning.
 
     >>> under({"teacher.fc.bias": 1, "teachers": 2}, "teacher")
     {'fc.bias': 1}
@@ -117,9 +117,9 @@ def no_entry(entry: str, known: Sequence[str], where: str) -> UserError:
     """Returns the error that an entry is not in a file.
 
     Args:
-        entry: Name that was asked for.
+        entry: Requested name.
         known: Names of the entries of the file.
-        where: The file.
+        where: Path of the file.
     """
     names = ", ".join(map(repr, known[:20])) or "none: its tensors have no entries"
     return UserError(
@@ -152,13 +152,13 @@ def _entries(top: Mapping, is_tensor: Callable[[Any], bool]) -> dict[str, dict]:
 def _usual(
     top: Mapping[str, Any], own: Mapping[str, Any], entries: Mapping[str, dict]
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Returns the entry that is taken where none is asked for, and lines about it."""
+    """Returns the default entry, and lines about it."""
     of_model = [n for n in entries if not _OF_TRAINING.fullmatch(_start(n))]
     raw = [n for n in of_model if not is_averaged(n)]
     is_usual = {n: n.rpartition(".")[2] in WRAPPERS for n in raw}
     usual = [n for n in raw if is_usual[n] and "." not in n]
     usual = usual or [n for n in raw if is_usual[n]]
-    # Tensors beside a dict of an unknown name may be the model as well as that dict.
+    # If the dict has an unknown name, the tensors outside of it may be the model, too.
     found = usual or ([] if own else raw or of_model)
     if len(found) > 1 or (not found and own and of_model):
         keys = ", ".join(repr(name[:100]) for name in sorted(top)[:20])
@@ -197,7 +197,7 @@ def is_averaged(name: str) -> bool:
 
 
 def _start(name: str) -> str:
-    # A file may have names of any length.
+    # The names in a file can have any length.
     return name[:200].casefold()
 
 
@@ -207,14 +207,14 @@ def _asked(
     entry: str,
     is_tensor: Callable[[Any], bool],
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Returns the entry of a name, and a line about it."""
+    """Returns the requested entry, and a line about it."""
     note = [f"took {entry!r}, as {KEY} says"]
     if entry in entries:
         return entries[entry], note
     inside = [n for n in entries if n.startswith(f"{entry}.")]
     if len(inside) == 1:
         return entries[inside[0]], [f"took {inside[0]!r}, as {KEY}={entry!r} says"]
-    # The name, or what follows the path in it, is a beginning of tensors' names.
+    # The entry, after the path of a dict if any, is a beginning of tensors' names.
     found, known = {}, [*entries]
     for path, state in {"": top, **entries}.items():
         tensors = {n: v for n, v in state.items() if is_tensor(v)}
@@ -246,7 +246,7 @@ def _unwrapped(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _objects(containers: Sequence[Mapping]) -> list[tuple[str, str]]:
-    """Returns the names and kinds of the objects in dicts, and one level below."""
+    """Returns the names and types of the objects in dicts and in the dicts inside."""
     found, seen = {}, set()
     for container in containers:
         for name, value in container.items():

@@ -1,4 +1,4 @@
-"""Files as memory that is read when it is looked at: weights are not held twice."""
+"""Memory-mapped files: weights are not in memory twice."""
 
 import hashlib
 import io
@@ -11,18 +11,18 @@ import numpy as np
 
 from finetune_jax.core.array_store import aligned_empty
 
-# A whole file, mapped, or in memory.
+# A whole file, mapped or in memory.
 Bytes = bytes | mmap.mmap
-# Columns that are copied at a time of what lies in another order: as many lines of memory
-# as the processor keeps at hand. A third to two thirds of the time; chosen by us.
+# Columns that are copied at a time from arrays in another order, so that their cache lines
+# stay in the cache: a third to two thirds of the time of one copy. Chosen by us.
 COLUMNS = 128
 
 
 def mapped(path: pathlib.Path) -> Bytes:
-    """Returns what a file holds.
+    """Returns the mapped content of a file.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
@@ -34,7 +34,7 @@ def sha256_of(path: pathlib.Path) -> str:
     """Returns the sha256 of a file.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -50,11 +50,11 @@ def stream(data: Bytes) -> IO[bytes]:
 
 
 def copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a copy in the order of its axes, begun where jax needs no other.
+    """Returns a C-contiguous copy, aligned so that jax need not copy it again.
 
     Args:
-        array: May lie in any order, such as that of a kernel of torch.
-        dtype: Of the copy.
+        array: Array of any memory order, such as a transposed kernel.
+        dtype: Dtype of the copy.
     """
     copy = aligned_empty(array.shape, dtype)
     if array.flags.c_contiguous:

@@ -13,11 +13,11 @@ from finetune_jax.weights.formats.mapped import Bytes, stream
 from finetune_jax.weights.formats.safetensors_file import read_safetensors, taken
 from finetune_jax.weights.formats.torch_pickle import read_torch_file
 
-# Bytes of a file, what errors begin with, and the entry that is asked for.
+# Takes the bytes of a file, the beginning of error messages, and the requested entry.
 Reader = Callable[..., Contents]
-# The first bytes of torch files before 1.6: a pickle of a number that torch has chosen.
+# The first bytes of files of torch before 1.6: torch's magic number, pickled.
 _OLD_TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
-# The first bytes of files that are no weights, or weights of other programs.
+# The first bytes of files without weights, or with those of other programs.
 _BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file; run `git lfs pull`"),
     (b"GGUF", "a GGUF file, whose numbers are quantised"),
@@ -50,8 +50,8 @@ def read_npz(data: Bytes, where: str, entry: str | None = None) -> Contents:
 
     Args:
         data: The whole file.
-        where: What errors begin with, such as the config key and the path.
-        entry: Beginning of the names of the arrays that are taken; None takes all.
+        where: Beginning of error messages, such as the config key and the path.
+        entry: Beginning of the names of the arrays to take; None takes all.
 
     Raises:
         UserError: The file is damaged, or holds something other than plain arrays.
@@ -59,7 +59,7 @@ def read_npz(data: Bytes, where: str, entry: str | None = None) -> Contents:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises whatever the damage leads to.
+    except Exception as error:  # numpy raises many kinds of errors.
         raise UserError(
             f"{where}: cannot be read as an .npz file of plain arrays ({len(data)} "
             f"bytes): {error}"
@@ -84,19 +84,19 @@ _NAMES = {
 
 
 def is_weights(path: pathlib.PurePath) -> bool:
-    """Returns whether a file's name is that of weights, in capitals or not."""
+    """Returns whether a file's name is that of weights, in lower or upper case."""
     return path.suffix.lower() in FORMATS or path.name.lower().endswith(".pth.tar")
 
 
 def choose_reader(data: Bytes, path: pathlib.Path) -> tuple[Reader, tuple[str, ...]]:
-    """Returns the reader of a file, and a line where the name says something else.
+    """Returns the reader of a file, and a line if the name suggests another one.
 
     Args:
         data: The whole file.
         path: Path of the file.
 
     Raises:
-        UserError: The file is empty, or not one of weights.
+        UserError: The file is empty, or has no weights.
     """
     where = f"config.init.pretrained: {path}"
     by_name = FORMATS.get(path.suffix.lower())
@@ -125,7 +125,7 @@ def _by_content(data: Bytes) -> Reader | None:
         return _of_archive(data)
     if data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8:
         return read_safetensors
-    # A pickle of anything else is told by the reader.
+    # The reader reports pickles of other objects.
     return read_torch_file if _OLD_TORCH in data[:32] else None
 
 
@@ -133,7 +133,7 @@ def _of_archive(data: Bytes) -> Reader | None:
     try:
         with zipfile.ZipFile(stream(data)) as archive:
             names = archive.namelist()
-    except Exception:  # The reader says what the damage is.
+    except Exception:  # The reader reports the damage.
         return None
     if any(name.endswith("data.pkl") for name in names):
         return read_torch_file
@@ -141,7 +141,7 @@ def _of_archive(data: Bytes) -> Reader | None:
 
 
 def _other_content(data: Bytes) -> str | None:
-    """Returns what a file is that has no weights; None where that is unknown."""
+    """Returns a description of a file without weights; None if it is unknown."""
     start = data[:300]
     if not start:
         return "empty (0 bytes); download or copy it again"
@@ -154,7 +154,7 @@ def _other_content(data: Bytes) -> str | None:
         return "a tar archive; unpack it first"
     if start[4:8] == b"TFL3":
         return _OF_SUFFIX[".tflite"]
-    # The number of the format, then the name of the producer or the graph.
+    # The format version, then the name of the producer or the graph.
     if start[:1] == b"\x08" and start[1:2] < b"\x20" and start[2:3] in (b"\x12", b":"):
         return _OF_SUFFIX[".onnx"]
     if not start.strip(b"\0"):

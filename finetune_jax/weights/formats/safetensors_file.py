@@ -1,4 +1,4 @@
-"""Files of safetensors: read in place, and written with ordinary permissions."""
+"""Files of safetensors, read without a copy and written with ordinary permissions."""
 
 import json
 import pathlib
@@ -27,15 +27,15 @@ DTYPES = {
 
 
 def read_safetensors(data: Bytes, where: str, entry: str | None = None) -> Contents:
-    """Returns tensors where they lie; the library would copy all of them.
+    """Returns the tensors without copying them, as the library would.
 
     Args:
         data: The whole file.
-        where: What errors begin with, such as the config key and the path.
-        entry: Beginning of the names of the tensors that are taken; None takes all.
+        where: Beginning of error messages, such as the config key and the path.
+        entry: Beginning of the names of the tensors to take; None takes all.
 
     Raises:
-        UserError: The file is damaged, or has numbers that no model has.
+        UserError: The file is damaged, or has unsupported numbers.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
@@ -65,10 +65,10 @@ def read_safetensors(data: Bytes, where: str, entry: str | None = None) -> Conte
 def taken(
     tensors: dict[str, np.ndarray], entry: str | None, where: str
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors whose names begin with an entry; all where there is none.
+    """Returns the tensors whose names begin with an entry, or all if it is None.
 
     Raises:
-        UserError: No name begins so.
+        UserError: No name begins with the entry.
     """
     if entry is None:
         return tensors
@@ -82,9 +82,9 @@ def save_safetensors(
     path: pathlib.Path,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes a file that others may read as far as the umask allows.
+    """Writes a file with the permissions of the umask.
 
-    The library makes a file that its owner alone may read.
+    The library writes a file that only its owner may read.
     """
     path.touch()
     mode = path.stat().st_mode & 0o777

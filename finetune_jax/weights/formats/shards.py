@@ -1,4 +1,4 @@
-"""Weights in several files, which an index lists: `model.safetensors.index.json`."""
+"""Weights in several files with an index, such as `model.safetensors.index.json`."""
 
 import json
 import pathlib
@@ -8,14 +8,14 @@ import numpy as np
 
 from finetune_jax.core.errors import UserError, problems_error
 
-INDEX = ".index.json"  # How the names of such files end.
+INDEX = ".index.json"  # End of the names of such files.
 
 
 def shards_of(index: pathlib.Path) -> dict[str, str]:
-    """Returns the name of the file, beside the index, that each tensor is in.
+    """Returns the file of each tensor, in the folder of the index.
 
     Raises:
-        UserError: It is no such index, or names files elsewhere.
+        UserError: The file is not an index, or names files in other folders.
     """
     where = f"config.init.pretrained: {index}"
     try:
@@ -30,7 +30,9 @@ def shards_of(index: pathlib.Path) -> dict[str, str]:
     )
     if outside or not found:
         files = ", ".join(map(repr, outside[:5])) or "no file"
-        raise UserError(f"{where}: names {files}; files beside it are needed")
+        raise UserError(
+            f"{where}: names {files}; only files in its own folder are allowed"
+        )
     return found
 
 
@@ -40,12 +42,12 @@ def joined(
     """Returns the tensors of all files of an index.
 
     Args:
-        index: Where it is.
-        read: Returns the tensors of one file.
+        index: Path of the index.
+        read: Returns the tensors of a file.
 
     Raises:
-        UserError: Lists every file that is missing, every tensor that is in another file
-            than the index says, and every one that it does not list.
+        UserError: Lists every missing file, and every tensor that is missing in its file
+            or in the index.
     """
     listed = shards_of(index)
     files = sorted(set(listed.values()))

@@ -1,11 +1,10 @@
-"""Reads what `torch.save` wrote, without torch and without running anything.
+"""Reads files of `torch.save` without torch and without running code.
 
-Such a file is a pickle that describes tensors, and their bytes beside it. Python's own
-unpickler calls what a pickle names. The machine here knows only the instructions that
-build data: a global is nothing but its name, and those in `CALLS` stand for functions
-of this module that describe a tensor. Any other object is `Opaque`: its name is noted,
-what it is made of is dropped, nothing is imported or called. Bytes are looked at after
-the pickle has ended.
+Such a file has a pickle that describes tensors, and the bytes of the tensors. Python's own
+unpickler calls the functions that a pickle names. The machine here knows only instructions
+that build data. A global is only a name; the names in `CALLS` stand for functions of this
+module that describe a tensor. Any other object becomes `Opaque`, with its name and without
+its contents. Nothing is imported or called. Bytes are read after the pickle has ended.
 """
 
 import dataclasses
@@ -31,12 +30,12 @@ from finetune_jax.weights.formats.mapped import Bytes, stream
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 ADVICE = "Save only the model's state_dict() with torch.save, or as safetensors."
-# Far above any list of tensors, and so few that what they build fits into memory.
+# More than any list of tensors needs, and few enough to fit into memory.
 MAX_INSTRUCTIONS = 2**22
-# An expanded tensor is larger than its storage, and costs a file nothing.
+# An expanded tensor is larger than its storage, so a small file could claim any size.
 MAX_GROWTH, MAX_GROWTH_BYTES = 4, 2**26
 
-# numpy knows these of ml_dtypes by name once that is imported, but types do not.
+# Type checkers do not know the dtypes that ml_dtypes adds to numpy by name.
 DTYPES = {
     f"torch.{name}": np.dtype(getattr(ml_dtypes, name, name))
     for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 "
@@ -49,12 +48,12 @@ STORAGES = {
         *(("Double", "float64"), ("Float", "float32"), ("Half", "float16")),
         *(("Long", "int64"), ("Int", "int32"), ("Short", "int16"), ("Char", "int8")),
         *(("BFloat16", "bfloat16"), ("Byte", "uint8"), ("Bool", "bool")),
-        # Counted in bytes; the tensor says what they mean.
+        # Untyped: counted in bytes, the tensor has the dtype.
         *(("Untyped", "uint8"), ("storage.Untyped", "uint8")),
     )
 }
 
-# The instructions that are understood, by what is done with them.
+# Supported instructions, by their effect.
 IGNORED = {"PROTO", "FRAME"}
 LITERALS = set(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE "
@@ -66,14 +65,14 @@ FRESH = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict} | {
     "NEWFALSE": lambda: False,
     "EMPTY_SET": lambda: Opaque("builtins.set"),
 }
-# How many values from the top of the stack; None: all since the last mark.
+# Number of values from the top of the stack; None for all since the last mark.
 TAKEN = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "BUILD": 1} | {
     **{"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None},
     **{"STACK_GLOBAL": 2, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3},
     **{"OBJ": None, "ADDITEMS": None, "FROZENSET": None, "POP_MARK": None},
 }
 
-# The bytes of storages, by key, where they lie in the file.
+# Bytes of storages by key, without copies.
 Held = dict[str, memoryview]
 
 
@@ -102,18 +101,18 @@ class _Tensor:
 def read_torch_file(data: Bytes, where: str, entry: str | None = None) -> Contents:
     """Returns the tensors of the state dict in a file of `torch.save`, by name.
 
-    Both formats are read, that of torch 1.6 and the older one. Of a checkpoint the
-    model's state dict is taken; what is not a tensor in it is left out, and a prefix
-    that wrappers put before all names. Names of one tensor share one array.
+    Reads the format of torch 1.6 and the older one. Of a checkpoint it takes the model's
+    state dict, without objects other than tensors and without the prefixes of wrappers.
+    Several names of one tensor share one array.
 
     Args:
         data: The whole file.
-        where: What errors begin with, such as the config key and the path.
+        where: Beginning of error messages, such as the config key and the path.
         entry: Name of the checkpoint's entry; None takes the usual one.
 
     Raises:
-        UserError: The file is damaged, is not of `torch.save`, or holds something other
-            than tensors, several state dicts, or more than its size accounts for.
+        UserError: The file is damaged, was not written by `torch.save`, holds no tensors
+            or several state dicts, or claims more bytes than it has.
     """
     try:
         read = _read_zip if data[:2] == b"PK" else _read_legacy
@@ -130,7 +129,7 @@ def read_torch_file(data: Bytes, where: str, entry: str | None = None) -> Conten
         raise UserError(f"{where}: {error}. {ADVICE}") from None
     except UserError:
         raise
-    except Exception as error:  # Whatever the damage leads to, memory included.
+    except Exception as error:  # Damage can raise any error, that of memory too.
         raise UserError(
             f"{where}: cannot be read as a file of torch.save ({len(data)} bytes): "
             f"{type(error).__name__}: {str(error)[:200]}. Is the file whole? If so: "
@@ -139,7 +138,7 @@ def read_torch_file(data: Bytes, where: str, entry: str | None = None) -> Conten
 
 
 def _read_zip(data: Bytes) -> tuple[Any, Held, bool]:
-    """Returns the pickled object, the storages' bytes, and whether they are swapped."""
+    """Returns the pickled object, the storages' bytes, and whether bytes are swapped."""
     with zipfile.ZipFile(stream(data)) as archive:
         infos = archive.infolist()
     entries = {info.filename: info for info in infos}
@@ -162,7 +161,7 @@ def _read_zip(data: Bytes) -> tuple[Any, Held, bool]:
 
 
 def _entry(data: Bytes, info: zipfile.ZipInfo) -> memoryview:
-    """Returns the bytes of an entry where they lie, so that no entry can grow."""
+    """Returns the bytes of an entry without decompression, so that none can grow."""
     name = info.filename[:100]
     is_stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
     if not is_stored or info.compress_size != info.file_size:
@@ -178,7 +177,7 @@ def _entry(data: Bytes, info: zipfile.ZipInfo) -> memoryview:
 
 
 def _read_legacy(data: Bytes) -> tuple[Any, Held, bool]:
-    """Returns the pickled object, the storages' bytes, and False: none is swapped."""
+    """Returns the pickled object, the storages' bytes, and False for swapped bytes."""
     file = stream(data)
     machine = _Machine()
     if machine.run(file) != MAGIC or machine.run(file) != PROTOCOL:
@@ -187,7 +186,7 @@ def _read_legacy(data: Bytes) -> tuple[Any, Held, bool]:
             f"it is a pickle{f' of {kinds}' if kinds else ''}, but not one that torch.save "
             "wrote; code in a file is never run"
         )
-    # About the machine that wrote it; numbers are little-endian whatever it says.
+    # A description of the writing machine; numbers are always little-endian.
     _Machine().run(file)
     machine = _Machine()
     top = machine.run(file)
@@ -207,11 +206,11 @@ def _read_legacy(data: Bytes) -> tuple[Any, Held, bool]:
 
 
 class _Machine:
-    """Runs one pickle, and can only build data.
+    """Runs a pickle, with instructions that only build data.
 
     Attributes:
-        storages: Storages by key, as the pickle describes them first.
-        kinds: Names of the classes and functions that are not known, in order.
+        storages: Storages by key, as first described in the pickle.
+        kinds: Names of unknown classes and functions, in order.
     """
 
     def __init__(self):
@@ -223,7 +222,7 @@ class _Machine:
         self._left = MAX_INSTRUCTIONS
 
     def run(self, file: IO[bytes]) -> Any:
-        """Returns the pickled object; the file then stands behind it."""
+        """Returns the pickled object and leaves the file at its end."""
         argument: Any
         for opcode, argument, _ in pickletools.genops(file):
             self._spend(1)
@@ -304,13 +303,13 @@ class _Machine:
         elif name == "REDUCE":
             self._stack.append(self._called(items[0], items[1]))
         else:
-            # BUILD sets attributes, such as a state dict's `_metadata`. None is set:
-            # they would let a file change objects of this program. A set's elements
-            # and what is popped are dropped.
+            # BUILD sets attributes, such as a state dict's `_metadata`. They are ignored,
+            # as they would let a file change objects of this program. Elements of sets
+            # and popped values are ignored, too.
             assert name in ("BUILD", "ADDITEMS", "POP_MARK")
 
     def _referred(self, identity: tuple) -> "_Storage | Opaque":
-        # Torch before 1.6 has the source of a module's class beside the class.
+        # Torch before 1.6 stores the source of a module's class with the class.
         if len(identity) == 4 and identity[0] == "module":
             return self._opaque(_name(identity[1]))
         storage = _storage(*identity)
@@ -321,7 +320,7 @@ class _Machine:
         if isinstance(called, Opaque):
             return self._opaque(called.kind)
         name, arguments = _as(_Global, called).name, _as(tuple, arguments)
-        # A call takes few bytes, however long the list that it goes through.
+        # A short instruction can go through a long list.
         lists = [a for a in arguments if isinstance(a, list | tuple | dict)]
         self._spend(sum(map(len, lists)))
         return CALLS[name](*arguments)
@@ -341,8 +340,8 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def _dict(pairs: Any = ()) -> dict[str, Any]:
-    # Names are strings; and to hash a deep tuple overflows the stack of the process.
-    # Class names may be numbered.
+    # Names are strings, or numbers of classes. Hashing a deep tuple would overflow the
+    # stack of the process.
     return {
         str(key): value
         for key, value in pairs
@@ -357,7 +356,7 @@ def _counts(numbers: Any) -> tuple[int, ...]:
 
 
 def _storage(kind: str, dtype: Any, key: Any, place: Any, count: int, view: Any = None):
-    del place  # The device on which it was.
+    del place  # The device of the storage.
     if kind != "storage" or not isinstance(key, str):
         raise Unfit("its pickle refers to something that is no storage")
     if isinstance(dtype, Opaque):
@@ -374,7 +373,7 @@ def _numbers(storage: Opaque) -> str:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> _Tensor:
-    # Then: requires_grad, hooks, and bits that say to conjugate or negate the numbers.
+    # Then requires_grad, hooks, and flags for conjugated and negated numbers.
     if len(more) > 2 and more[2]:
         raise Unfit("it holds a tensor that is stored negated")
     dtype = _as(_Storage, storage).dtype
@@ -406,7 +405,7 @@ CALLS = {
 def _arrays(
     tensors: dict[str, _Tensor], held: Held, is_swapped: bool, limit_bytes: int
 ) -> dict[str, np.ndarray]:
-    """Returns the described tensors as arrays that do not hold on to the file."""
+    """Returns the described tensors as arrays that are copies of the file's bytes."""
     copies: dict[_Tensor, np.ndarray] = {}
     for name, tensor in tensors.items():
         if tensor not in copies:
@@ -416,7 +415,7 @@ def _arrays(
                 raise Unfit("its tensors claim far more bytes than it has")
             bits = np.array(view.view(f"u{view.itemsize}"), order="C")
             bits = bits.byteswap() if is_swapped else bits
-            # A byte other than 0 and 1 is no bool to numpy, but to torch it is.
+            # Torch reads every byte but 0 as True, numpy only 1.
             bits = np.minimum(bits, 1, out=bits) if view.dtype == np.bool_ else bits
             copies[tensor] = bits.view(view.dtype)
     return {name: copies[tensor] for name, tensor in tensors.items()}
@@ -434,7 +433,7 @@ def _view(name: str, tensor: _Tensor, held: Held) -> np.ndarray:
     reach = sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride))
     if (tensor.offset + reach + 1) * itemsize > storage.length_bytes:
         raise Unfit(f"tensor {name!r} of shape {tensor.size} leaves its storage")
-    # Strides of a single element mean nothing, and may be too large for numpy.
+    # Strides of axes with one element have no effect, and may be too large for numpy.
     strides = [s * itemsize if n > 1 else 0 for n, s in zip(tensor.size, tensor.stride)]
     start = tensor.offset * itemsize
     return np.ndarray(tensor.size, tensor.dtype, content, start, strides)

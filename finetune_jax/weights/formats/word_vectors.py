@@ -1,7 +1,7 @@
 """Word vectors: word2vec's text and binary files, and GloVe's text.
 
-Text has a word and its numbers a line; word2vec's files begin with how many words and
-numbers there are. Nothing of a file is kept but the words that are asked for.
+A text file has one word and its numbers in each line. word2vec's files begin with the
+number of words and the length of a vector. Only the requested words are kept in memory.
 """
 
 import gzip
@@ -18,14 +18,14 @@ from finetune_jax.weights.formats.mapped import sha256_of
 def read_vectors(
     address: str, wanted: Collection[str]
 ) -> tuple[dict[str, np.ndarray], int, dict[str, str]]:
-    """Returns the vectors of those words that are there, their width, and the digest.
+    """Returns the vectors of words that the file has, their width, and its digest.
 
     Args:
-        address: file:PATH, the file as it is or behind gzip (`.gz`).
-        wanted: Words.
+        address: file:PATH of a plain file, or of one compressed with gzip (`.gz`).
+        wanted: Requested words.
 
     Raises:
-        UserError: No such file, or none of word vectors.
+        UserError: The file is missing, or has no word vectors.
     """
     kind, _, place = address.partition(":")
     path = user_path(place, "config.init.embeddings")
@@ -54,10 +54,10 @@ def read_vectors(
 
 
 def _vectors(file: IO[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields words and vectors of a file of any of the three kinds."""
+    """Yields words and vectors of a file in any of the three formats."""
     first = file.readline()
     parts = first.split()
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):  # GloVe's.
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):  # GloVe.
         width = len(parts) - 1
         if width < 1:
             return
@@ -77,7 +77,7 @@ def _vectors(file: IO[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
 
 
 def _of_line(line: bytes, width: int) -> tuple[bytes, np.ndarray]:
-    # Words of GloVe's may have blanks.
+    # Words of GloVe can contain blanks.
     parts = line.rstrip(b"\r\n ").rsplit(b" ", width)
     if len(parts) != width + 1:
         raise ValueError(f"{line[:40]!r} is not a word and {width} numbers")
@@ -92,7 +92,7 @@ def _binary(
         while (letter := file.read(1)) != b" ":
             if not letter or len(word) > 1000:
                 raise ValueError("it ends within a word")
-            if letter != b"\n":  # Some writers end each vector with one.
+            if letter != b"\n":  # Some programs write one after each vector.
                 word += letter
         content = file.read(4 * width)
         if len(content) != 4 * width:

@@ -1,4 +1,4 @@
-"""Layouts of BERT encoders: those of transformers, and of sentence-transformers."""
+"""BERT encoders of transformers and of sentence-transformers."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ def _bert(name: str, prefix: str, head: str) -> Layout:
             ("pool/dense", f"{prefix}pooler.dense"),
             ("head/logits", head),
         ),
-        # Of pretraining; and what mean pooling and token tasks do without.
+        # Heads of pretraining, and the pooler, which mean pooling and token tasks lack.
         needless=(
             r"cls\..*",
             rf"{prefix}pooler\..*",
@@ -65,7 +65,7 @@ def _distilbert(name: str, prefix: str, head: str) -> Layout:
 
 
 def _older(name: str, layout: Layout) -> Layout:
-    """Returns a layout with LayerNorms as the first files of BERT name their numbers."""
+    """Returns a layout with gamma and beta of LayerNorms, as in the first BERT files."""
     rows: list[Row] = []
     for row in layout.rows:
         ours, theirs = row[:2]
@@ -95,9 +95,8 @@ LAYOUTS = (
     _DISTIL_QUESTIONS,
 )
 
-# Kinds of transformers' models that a BERT here follows, and their classes' prefixes.
 TRANSFORMERS = {"bert": "Bert", "distilbert": "DistilBert"}
-# Pooling before the heads of their classes, by the ends of their names.
+# Pooling before the heads of transformers' classes, by the ends of their names.
 _POOLS = {
     "ForSequenceClassification": "cls",
     "ForTokenClassification": "none",
@@ -139,7 +138,7 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
     )
 
 
-# Heads of transformers' classes by our pooling, and the activations before them.
+# Ends of transformers' class names by our pooling, and activations before their heads.
 _CLASSES = {"cls": "ForSequenceClassification", "none": "ForTokenClassification"}
 _ACTIVATIONS = {"Bert": "tanh", "DistilBert": "relu"}
 
@@ -201,7 +200,7 @@ def transformers_config(built: Built) -> dict[str, Any] | None:
 
 
 def _transformers_class(built: Built) -> str | None:
-    """Returns the class of transformers that computes the same; None if there is none."""
+    """Returns the equal class of transformers; None if it has none."""
     module = built.module
     name = "DistilBert" if "DistilBERT" in built.layout.name else "Bert"
     if (module.types == 0) != (name == "DistilBert"):

@@ -1,4 +1,4 @@
-"""Layouts of ConvNeXts: those of torchvision, timm and transformers."""
+"""ConvNeXts of torchvision, timm and transformers."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from finetune_jax.weights.fields import MEAN_POOLS, Fields
 from finetune_jax.weights.layout import Built, Layout, Row, Turn
 
-# One number a channel, as torchvision multiplies images [C, H, W].
+# One number for each channel; torchvision's have the axes of images [C, H, W].
 OF_CHANNELS = Turn(ours=lambda a: a[:, 0, 0], theirs=lambda a: a[:, None, None])
 
 TORCHVISION: list[Row] = [
@@ -66,7 +66,7 @@ LAYOUTS = (
 
 TRANSFORMERS = {"convnext": "ConvNext"}
 _OLDER = re.compile(r"(_384)?(_in22ft1k|_in22k)$")
-# Values of timm's arguments that are followed.
+# Supported values of timm's arguments.
 _TIMM_ARGUMENTS = {
     "output_stride": (32,), "global_pool": MEAN_POOLS,
     "kernel_sizes": (7,), "ls_init_value": (1e-6,), "stem_type": ("patch",),

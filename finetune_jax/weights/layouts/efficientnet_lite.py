@@ -1,4 +1,4 @@
-"""Layouts of EfficientNet-Lite: the one of efficientnet-lite-pytorch, and timm's."""
+"""EfficientNet-Lites of efficientnet-lite-pytorch and timm."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ LAYOUTS = (
         rows=(
             ("stem/conv", "conv_stem"),
             ("stem/bn", "bn1"),
-            # Blocks that do not expand name their convolutions otherwise.
+            # Blocks without expansion have other names for their convolutions.
             ("stage1/block{b}/depthwise_conv", "blocks.0.{b-1}.conv_dw"),
             ("stage1/block{b}/depthwise_bn", "blocks.0.{b-1}.bn1"),
             ("stage1/block{b}/project_conv", "blocks.0.{b-1}.conv_pw"),
@@ -45,7 +45,7 @@ LAYOUTS = (
     ),
 )
 
-# Values of timm's arguments that are followed.
+# Supported values of timm's arguments.
 _TIMM_ARGUMENTS = {
     "output_stride": (32,), "global_pool": MEAN_POOLS,
     "act_layer": ("relu6",), "norm_layer": ("batchnorm2d", "batchnorm"),

@@ -1,4 +1,4 @@
-"""Layouts of ResNets: those of torchvision and timm, which agree, and transformers'."""
+"""ResNets of torchvision, timm and transformers."""
 
 import re
 from typing import Any
@@ -40,9 +40,9 @@ LAYOUTS = (
 
 TRANSFORMERS = {"resnet": "ResNet"}
 _BASIC = ("resnet18", "resnet34")
-# Names of timm that were those of weights, before they became tags.
+# Prefixes of older names in timm, which are tags of weights now.
 _OLDER = re.compile(r"^(tv|ssl|swsl)_")
-# Values of timm's arguments that are followed.
+# Supported values of timm's arguments.
 _TIMM_ARGUMENTS = {
     "output_stride": (32,), "global_pool": MEAN_POOLS,
     "stem_width": (64,), "stem_type": ("",), "replace_stem_pool": (False,),
@@ -59,7 +59,7 @@ def read_transformers(fields: Fields, kind: str, name: str) -> None:
     fields.must("layer_type", "basic" if name in _BASIC else "bottleneck")
     fields.must("downsample_in_bottleneck", False, True)
     if name not in _BASIC:
-        # Before the field was there, all had False.
+        # Files without the field mean False.
         first = fields.get("downsample_in_bottleneck") is True
         key = "downsample_in_bottleneck"
         fields.take("stride_in", "1x1" if first else "3x3", key)

@@ -1,4 +1,4 @@
-"""Layouts of VGGs, with and without BatchNorm: those of torchvision and timm."""
+"""VGGs of torchvision and timm, with and without BatchNorm."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from finetune_jax.weights.fields import MEAN_POOLS, Fields
 from finetune_jax.weights.layout import Built, Layout, Row, Turn
 
 PLACES = 7
-# What the first dense layer sees: we flatten [H, W, C], and torch [C, H, W].
+# Input of the first dense layer: we flatten [H, W, C], torch [C, H, W].
 FLATTENED = Turn(
     ours=lambda a: (
         a.reshape(len(a), -1, PLACES, PLACES).transpose(2, 3, 1, 0).reshape(-1, len(a))
@@ -17,14 +17,14 @@ FLATTENED = Turn(
         .reshape(a.shape[-1], -1)
     ),
 )
-# timm has convolutions in the place of dense layers.
+# timm has convolutions instead of the dense layers.
 CONVOLVED = Turn(
     ours=lambda a: a.transpose(2, 3, 1, 0).reshape(-1, len(a)),
     theirs=lambda a: a.reshape(PLACES, PLACES, -1, a.shape[-1]).transpose(3, 2, 0, 1),
 )
 ONE_PIXEL = Turn(ours=lambda a: a[:, :, 0, 0].T, theirs=lambda a: a.T[:, :, None, None])
 
-# Theirs are numbered with ReLUs and max-pooling: two or three a block, and one a stage.
+# Their numbers count ReLUs and max-pooling: two or three a block, and one a stage.
 PLAIN: list[Row] = [("stage{s}/block{b}/conv", "features.{2n+s-1}")]
 NORMALISED: list[Row] = [
     ("stage{s}/block{b}/conv", "features.{3n+s-1}"),
@@ -48,7 +48,7 @@ LAYOUTS = (
     Layout(name="timm VGG with BatchNorm", rows=NORMALISED + TIMM),
 )
 
-# Values of timm's arguments that are followed.
+# Supported values of timm's arguments.
 _TIMM_ARGUMENTS = {
     "output_stride": (32,), "global_pool": MEAN_POOLS,
     "mlp_ratio": (1,), "act_layer": ("relu",), "norm_layer": ("batchnorm2d", "batchnorm"),

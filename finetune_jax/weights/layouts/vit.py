@@ -1,4 +1,4 @@
-"""Layouts of Vision Transformers: those of timm, torchvision and transformers."""
+"""Vision Transformers of timm, torchvision and transformers."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ from finetune_jax.weights.layout import Built, Layout, Row
 
 
 def _split(attention: str, *, bias: str, weight: str) -> list[Row]:
-    """Returns the rows of queries, keys and values that are one tensor of theirs."""
+    """Returns the rows of queries, keys and values that share one tensor."""
     return [
         (f"block{{b}}/attention/{ours}/{leaf}", f"{attention}{theirs}[{part}/3]")
         for part, ours in enumerate(("query", "key", "value"))
@@ -44,12 +44,12 @@ TORCHVISION: list[Row] = [
 
 
 def _transformers(prefix: str, block: str, inside: dict[str, str]) -> list[Row]:
-    """Returns the rows of a Hugging Face model.
+    """Returns the rows of a model of transformers.
 
     Args:
-        prefix: Before all names but those of the head.
-        block: Their name of a block.
-        inside: Their names of the parts of a block.
+        prefix: Prefix of all names but those of the head.
+        block: Name of a block in transformers.
+        inside: Names of the modules of a block, by ours.
     """
     return [
         ("stem/class_token", f"{prefix}embeddings.cls_token"),
@@ -63,7 +63,7 @@ def _transformers(prefix: str, block: str, inside: dict[str, str]) -> list[Row]:
     ]
 
 
-# As files have them, whatever the version that wrote them.
+# Names in files of all versions of transformers.
 PUBLISHED = {
     "attention/query": "attention.attention.query",
     "attention/key": "attention.attention.key",
@@ -72,7 +72,7 @@ PUBLISHED = {
     "dense1": "intermediate.dense",
     "dense2": "output.dense",
 }
-# As the modules of version 5 have them, and so its `state_dict()`.
+# Names of the modules of version 5, and in its `state_dict()`.
 MODULES = {
     "attention/query": "attention.q_proj",
     "attention/key": "attention.k_proj",
@@ -80,7 +80,7 @@ MODULES = {
     "attention/out": "attention.o_proj",
     "dense{k}": "mlp.fc{k}",
 }
-# A dense layer behind the class token, which classifiers do not use; masked patches.
+# A dense layer after the class token, which classifiers do not use; masked patches.
 NEEDLESS = (r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token")
 
 LAYOUTS = (
@@ -108,7 +108,7 @@ TRANSFORMERS = {"vit": "ViT"}
 _TIMM_NAME = re.compile(
     r"(?:vit|deit)_(tiny|small|base|large)_patch(\d+)(?:_\d+)?(?:_in21k)?"
 )
-# Values of timm's arguments that are followed.
+# Supported values of timm's arguments.
 _TIMM_ARGUMENTS = {
     "mlp_ratio": (4,), "qkv_bias": (True,), "qk_norm": (False,), "proj_bias": (True,),
     "scale_attn_norm": (False,), "scale_mlp_norm": (False,), "init_values": (None,),
@@ -194,7 +194,7 @@ def _patch(name: str) -> int:
 
 
 def _not_square(fields: Fields, key: str) -> None:
-    """Notes a grid of patches that only images of one shape have."""
+    """Adds a note if the images are not square, which fixes their shape."""
     size = fields.get(key)
     if isinstance(size, list) and size and any(side != size[0] for side in size):
         fields.notes.append(

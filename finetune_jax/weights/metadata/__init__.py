@@ -1,1 +1,1 @@
-"""Labels, preprocessing, architecture and tokenizer stored beside weights."""
+"""Labels, preprocessing, architecture and tokenizer, stored beside weights."""

@@ -1,8 +1,8 @@
-"""Networks that the files beside weights describe, compared with `config.model`.
+"""Compares a model with the network that the files beside its weights describe.
 
-Names and shapes of tensors do not identify a network: heads, activations, epsilons, padding
-and strides leave no trace in them. transformers and timm say these in `config.json`, a run
-of this project in its `config.json`, an export in `model.json`. The module of each family
+Names and shapes of tensors do not identify a network: they do not show heads, activations,
+epsilons, padding and strides. transformers, timm and runs of this project have these in
+`config.json`, exports in `model.json`. The module of each family
 in `weights.layouts` reads their fields.
 """
 
@@ -22,15 +22,15 @@ from finetune_jax.weights.layout import family_module
 from finetune_jax.weights.metadata.files import read_beside
 
 FILES = ("config.json", "model.json")
-# Arguments of models that change the output, but neither names nor shapes of tensors.
+# Arguments that change the output of a model, but neither names nor shapes of tensors.
 VARIANT = (
     "heads", "hidden_activation", "activation", "epsilon", "padding", "stride_in", "pool",
 )  # fmt: skip
-# Fields of which one at least is in a file of transformers.
+# Every file of transformers has at least one of these fields.
 _OF_TRANSFORMERS = (
     "model_type", "architectures", "hidden_act", "num_attention_heads", "n_heads",
 )  # fmt: skip
-# Fields of timm's `model_args` that change no output, or that shapes check.
+# Fields of timm's `model_args` without effect on the output, or visible in shapes.
 _HARMLESS = (
     "num_classes", "in_chans", "img_size", "embed_dim", "depth", "depths", "dims",
     "patch_size", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
@@ -41,12 +41,12 @@ _HARMLESS = (
 
 
 class Described(NamedTuple):
-    """A section of the config that describes a model, and the address of its weights.
+    """A model with pretrained weights.
 
     Attributes:
-        where: Key of the section, such as 'config.model'.
+        where: Config key of the model, such as 'config.model'.
         prefix: Label of a member, or ''.
-        model: Arguments of the model, with its name.
+        model: Name and arguments of the model.
         address: Address of the weights.
     """
 
@@ -57,7 +57,7 @@ class Described(NamedTuple):
 
 
 def described(config: Config) -> Iterator[Described]:
-    """Yields the sections of a config that describe models with weights of their own."""
+    """Yields the models of a config that have their own weights."""
     if config.init.pretrained is not None:
         yield Described("config.model", "", config.model, config.init.pretrained)
     models = member_models(config.model)
@@ -68,20 +68,20 @@ def described(config: Config) -> Iterator[Described]:
             yield Described(where, label, models[label], address)
 
 
-def filled(config: Config) -> tuple[Config, list[str]]:
+def with_variants(config: Config) -> tuple[Config, list[str]]:
     """Returns the config with the arguments that files beside weights give its models.
 
-    An argument is filled only if the config does not give it and the constructor's
-    default is another value.
+    An argument is filled in only if the config does not give it and the constructor has
+    another default.
 
     Args:
-        config: Resolved.
+        config: Resolved config.
 
     Returns:
-        The config, and lines that tell what was filled or could not be read.
+        The config, and lines about arguments that were filled in and unusable fields.
 
     Raises:
-        UserError: Lists every field that the models cannot follow, or that contradicts
+        UserError: Lists every field that the models do not support, or that contradicts
             the config.
     """
     problems, lines, full = [], [], config
@@ -109,7 +109,7 @@ def check(models: Iterable[Described], fresh: tuple[str, ...]) -> None:
         fresh: Regexes of parameters that keep their initial value.
 
     Raises:
-        UserError: Lists every field that a model does not follow.
+        UserError: Lists every field that contradicts a model.
     """
     problems = []
     for one, fields, lacking, wrong in _findings(models, fresh):
@@ -132,14 +132,14 @@ def _findings(
 
 
 def variant(model: Mapping[str, Any], address: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the arguments that a model lacks to be the network of weights, and lines.
+    """Returns the arguments that turn a model into the network of weights, and lines.
 
     Args:
-        model: Arguments of the model, with its name.
+        model: Name and arguments of the model.
         address: Address of the weights.
 
     Raises:
-        UserError: Lists every field of the files beside them that no argument follows.
+        UserError: Lists every field that the model does not support.
     """
     one = Described("--model", "", model, address)
     for _, fields, lacking, wrong in _findings([one], ()):
@@ -153,10 +153,10 @@ def variant(model: Mapping[str, Any], address: str) -> tuple[dict[str, Any], lis
 
 
 def assumed(one: Described, layout: str) -> list[str]:
-    """Returns a line that tells which variant was assumed; none if a file says it.
+    """Returns a line about the assumed variant; none if a file describes it.
 
     Args:
-        one: A model and the address of its weights.
+        one: Model with its weights.
         layout: Name of the layout of the weights.
     """
     ambiguous = getattr(_family(one.model["name"]), "ambiguous", None)
@@ -182,18 +182,18 @@ def assumed(one: Described, layout: str) -> list[str]:
 
 
 def named(one: Described, arch: str, fresh: tuple[str, ...]) -> list[str] | None:
-    """Returns lines about the network that a checkpoint names.
+    """Returns lines about a network that is named in a checkpoint.
 
     Args:
-        one: A model and the address of its weights.
-        arch: Name that a training program of timm or torchvision wrote.
+        one: Model with its weights.
+        arch: Name that a training program of timm or torchvision wrote, or ''.
         fresh: Regexes of parameters that keep their initial value.
 
     Returns:
-        None if a file beside the weights describes the network, or no name does.
+        Lines; None if there is no name, or a file beside the weights describes the network.
 
     Raises:
-        UserError: The model lacks arguments that this network has.
+        UserError: The model needs other arguments to be this network.
     """
     family = _family(one.model["name"])
     if not arch or not hasattr(family, "read_timm") or read(one.model, one.address):
@@ -219,11 +219,11 @@ def read(model: Mapping[str, Any], address: str) -> Fields | None:
     """Returns the fields of the first file beside weights that describes a network.
 
     Args:
-        model: Section that describes our model.
+        model: Name and arguments of our model.
         address: Address of the weights.
 
     Returns:
-        None if no file describes one. Unreadable files are among the notes.
+        The fields, with notes about unreadable files; None if no file describes a network.
     """
     notes: list[str] = []
     found = None
@@ -243,7 +243,7 @@ def effective(model: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the arguments of `VARIANT` that a model has; None for an unknown model.
 
     Args:
-        model: Section that describes it.
+        model: Name and arguments of the model.
     """
     known = constructors()
     if not isinstance(model["name"], str) or model["name"] not in known:
@@ -263,7 +263,7 @@ def _files(address: str, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
             try:
                 text = read_beside(place, name)
             except UserError as error:
-                if not place.startswith("hf:"):  # There it may just be missing.
+                if not place.startswith("hf:"):  # The repository may not have it.
                     notes.append(f"{name}: {error}; it is not used")
                 continue
             if text is None:
@@ -281,7 +281,7 @@ def _files(address: str, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def _pooling_notes(model: Mapping[str, Any], address: str) -> list[str]:
-    """Returns a line if sentence-transformers pools tokens otherwise than the model."""
+    """Returns a line if the model pools tokens differently from sentence-transformers."""
     name, known = "1_Pooling/config.json", effective(model) or {}
     try:
         values = loads(read_beside(address, name) or "null")
@@ -297,7 +297,7 @@ def _pooling_notes(model: Mapping[str, Any], address: str) -> list[str]:
 
 
 def _places(address: str) -> list[str]:
-    """Returns an address, and for a checkpoint of a run that of the run, too."""
+    """Returns the address, and for a checkpoint of a run also that of the run."""
     kind, _, place = address.partition(":")
     if kind != "orbax" or not place:
         return [address]
@@ -341,7 +341,7 @@ def _read(
 def _of_ours(
     fields: Fields, model: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
-    """Reads the model of a run or of an export of this project."""
+    """Reads the model of a run or an export of this project."""
     known = constructors()
     theirs, ours = effective(saved), effective(model)
     name = saved["name"]
@@ -356,11 +356,11 @@ def _of_ours(
 
 
 def _model_type(fields: Fields, known: Mapping[str, str], name: str) -> str | None:
-    """Returns the kind of model that transformers makes, or records a refusal.
+    """Returns the kind of model in transformers, or records a refusal.
 
     Args:
         fields: Fields of the file.
-        known: Prefix of the names of its classes, by the kinds that our family follows.
+        known: Prefix of transformers' class names, by the supported kinds.
         name: Name of our model.
     """
     kind, classes = fields.text("model_type"), fields.get("architectures")
@@ -374,7 +374,7 @@ def _model_type(fields: Fields, known: Mapping[str, str], name: str) -> str | No
             fields.refuse("architectures", follows)
             return None
         return fits[0]
-    if kind is None:  # As older versions wrote it.
+    if kind is None:  # Files of older versions have no kind.
         older = "distilbert" if fields.get("n_heads") is not None else ""
         return older if older in known else next(iter(known))
     if kind not in known:
@@ -389,7 +389,7 @@ def _model_type(fields: Fields, known: Mapping[str, str], name: str) -> str | No
 
 
 def _common(fields: Fields) -> None:
-    """Refuses fields of transformers that no model here follows."""
+    """Refuses fields of transformers that no model here supports."""
     fields.must("is_decoder", False, why="attention here has no causal mask")
     fields.must("add_cross_attention", False, why="there is no cross-attention")
     fields.must("quantization_config", why="quantised tensors are not read")
@@ -402,7 +402,7 @@ def _common(fields: Fields) -> None:
 
 
 def _others(arguments: Fields, followed: tuple[str, ...]) -> None:
-    """Refuses every field of timm's `model_args` that is not followed."""
+    """Refuses every unsupported field of timm's `model_args`."""
     for key in arguments:
         if key not in followed and arguments.get(key) is not None:
             arguments.refuse(key, "this argument of timm is not followed")
@@ -411,10 +411,10 @@ def _others(arguments: Fields, followed: tuple[str, ...]) -> None:
 def _compared(
     one: Described, fields: Fields, fresh: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the arguments that a section lacks, and what it cannot follow.
+    """Returns the arguments that a model lacks, and lines about contradictions.
 
     Args:
-        one: The model.
+        one: Model with its weights.
         fields: Fields of the file beside its weights.
         fresh: Regexes of parameters that keep their initial value.
     """
@@ -425,7 +425,7 @@ def _compared(
     lacking, wrong = {}, list(fields.refusals)
     for key, value in fields.arguments.items():
         given = key in one.model
-        # The LayerNorm of 'mean_norm' has another name, whatever the head is.
+        # 'mean_norm' has another name for its LayerNorm, so it must be known in any case.
         named = value == "mean_norm" and not given
         if key not in parameters or (_is_free(key, one, fresh) and not named):
             continue
@@ -442,7 +442,7 @@ def _compared(
 
 
 def _is_free(argument: str, one: Described, fresh: tuple[str, ...]) -> bool:
-    """Returns whether an argument is about layers that no weights are loaded into."""
+    """Returns whether an argument only affects layers without loaded weights."""
     pools = (effective(one.model) or {}).get("pool", "cls")
     if argument == "activation" and pools != "cls":
         return True

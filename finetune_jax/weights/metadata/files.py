@@ -1,4 +1,4 @@
-"""Files that lie beside weights, or at an address of their own."""
+"""Files beside weights, or at their own address."""
 
 import importlib.util
 import pathlib
@@ -9,14 +9,14 @@ from finetune_jax.weights.addresses import READERS, downloaded
 
 
 def path_beside(address: str, name: str) -> pathlib.Path | None:
-    """Returns where a file beside an address is, whether there is one or not.
+    """Returns the path of a file beside an address, which may not exist.
 
     Args:
-        address: Of weights, or of a folder.
-        name: Of the file.
+        address: Address of weights or of a folder.
+        name: Name of the file.
 
     Raises:
-        UserError: It does not come from the hub.
+        UserError: The file cannot be downloaded from the hub.
     """
     kind, _, place = address.partition(":")
     if kind not in READERS or kind == "zoo" or not place:
@@ -39,16 +39,16 @@ def path_beside(address: str, name: str) -> pathlib.Path | None:
 
 
 def read_beside(address: str, name: str) -> str | None:
-    """Returns what a file beside an address holds; None where there is none.
+    """Returns the text of a file beside an address; None if it does not exist.
 
     Raises:
-        UserError: It cannot be read, or does not come from the hub.
+        UserError: The file cannot be read, or downloaded from the hub.
     """
     path = path_beside(address, name)
     if path is None or not path.is_file():
         return None
     try:
-        # Not `read_text`, which takes a carriage return for the end of a line.
+        # `read_text` would turn carriage returns into ends of lines.
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Class names of a head that is kept: the data has to have the same classes."""
+"""Class names of a pretrained head that is kept, compared with those of the data."""
 
 import dataclasses
 import json
@@ -17,12 +17,12 @@ from finetune_jax.core.registry import closest
 from finetune_jax.weights.fields import loads
 from finetune_jax.weights.metadata.files import read_beside
 
-# Leaves whose last axis is that of the logits.
+# Leaves whose last axis is the classes.
 _OUTPUTS = re.compile(r"(.*/)?logits(_[^/]+)?/(kernel|bias|lora_b)")
-# Names that transformers gives to classes without names.
+# Names of transformers for classes without names.
 _NUMBERED = re.compile(r"LABEL_\d+")
 _WHOLE = re.compile(r"[+-]?\d+\.0+")
-# Folders above a checkpoint's arrays: checkpoints/STEP/state.
+# Number of folders from a checkpoint's arrays up to the run: checkpoints/STEP/state.
 _ABOVE = 3
 _ADVICE = (
     "A head for the data's starts anew: config.init.fresh=('head/.*',). "
@@ -32,11 +32,11 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptHead:
-    """How the logits of some weights become those of the data.
+    """A pretrained head that is kept for the data.
 
     Attributes:
-        order: Place in the weights of each class of the data; None keeps all places.
-        told: Line for the reader; None where the classes are the same.
+        order: Position in the head of each class of the data; None keeps all positions.
+        told: Line for the user; None if the classes are the same.
     """
 
     order: tuple[int, ...] | None = None
@@ -46,7 +46,7 @@ class KeptHead:
         """Returns variables with the logits of a head in the order of the data.
 
         Args:
-            variables: 'params' and others, as loaded.
+            variables: Loaded variables, with 'params'.
             stage: Name of the head's stage.
         """
         if self.order is None:
@@ -60,7 +60,7 @@ class KeptHead:
 
 
 def is_output(name: str, stage: str) -> bool:
-    """Returns whether a leaf's last axis is that of a head's logits.
+    """Returns whether a leaf's last axis is the classes of a head.
 
     >>> is_output("params/head/logits/bias", "head")
     True
@@ -77,16 +77,16 @@ def check_labels(
     known: Sequence[str] = (),
     accept: Collection[str] = (),
 ) -> KeptHead:
-    """Returns how a head that is kept becomes one of the data's classes.
+    """Returns the conversion of a pretrained head to the classes of the data.
 
     Args:
-        address: Address of weights whose head is kept.
+        address: Address of the weights.
         class_names: Class names of the data, in the order of the labels.
-        known: Class names that the weight file has; empty looks beside it.
-        accept: `config.init.accept`; 'classes' takes a head of other classes as it is.
+        known: Class names in the weight file; if empty, those in files beside it.
+        accept: `config.init.accept`; 'classes' keeps a head of other classes unchanged.
 
     Raises:
-        UserError: Lists every class that the head does not know, if there are names.
+        UserError: Lists every class that the head does not have.
     """
     known = tuple(known) or names_at(address)
     if not class_names:
@@ -159,9 +159,9 @@ def _moved(
 
 
 def keys(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns names as they are compared: without case and signs between words.
+    """Returns names for comparison, without case and separators of words.
 
-    Names stay apart that differ in nothing else within one list.
+    If this makes two names of one list equal, all names keep them.
 
     >>> keys(["New_York"], ["new york"])
     (['new york'], ['new york'])
@@ -185,12 +185,12 @@ def _folded(name: str) -> str:
 
 
 def are_places(names: Sequence[str]) -> bool:
-    """Returns whether class names are the numbers of their places, from 0 on."""
+    """Returns whether class names are the numbers from 0 on."""
     return [_plain(name) for name in names] == [str(n) for n in range(len(names))]
 
 
 def names_at(address: str) -> tuple[str, ...]:
-    """Returns the class names of the weights at an address; () where nothing says them."""
+    """Returns the class names of the weights at an address; () if they are unknown."""
     kind, _, place = address.partition(":")
     if kind == "orbax" and (
         found := _of_run(user_path(place, "config.init.pretrained"))
@@ -200,7 +200,7 @@ def names_at(address: str) -> tuple[str, ...]:
 
 
 def _of_run(place: pathlib.Path) -> tuple[str, ...]:
-    """Returns the class names in the manifest of a run, or of a checkpoint's run."""
+    """Returns the class names in the manifest of a run or of a checkpoint's run."""
     folder = place.absolute()
     for one in (folder, *list(folder.parents)[:_ABOVE]):
         try:
@@ -209,18 +209,18 @@ def _of_run(place: pathlib.Path) -> tuple[str, ...]:
                 if data.get(key):
                     return tuple(map(str, data[key]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # No manifest, or not one that says it.
+            continue  # No manifest, or one without class names.
     return ()
 
 
 def labels_beside(address: str) -> tuple[str, ...]:
-    """Returns the labels that a file beside weights names, in their order, if any does."""
+    """Returns the labels in a file beside weights, in their order; () if unknown."""
     for name in ("config.json", "model.json"):
         try:
             text = read_beside(address, name)
             found = _labels(loads(text)) if text is not None else ()
         except (UserError, ValueError, TypeError, AttributeError, KeyError):
-            continue  # Not in the repository, no JSON, or of another kind.
+            continue  # Missing, not JSON, or of another type.
         if found and not all(map(_NUMBERED.fullmatch, found)):
             return found
     return ()
@@ -236,7 +236,7 @@ def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     if places:
         by_place = {int(place): str(name) for name, place in places.items()}
         return tuple(by_place[number] for number in range(len(places)))
-    # timm writes them beside, or inside, the section of the pretrained weights.
+    # timm writes them beside or inside `pretrained_cfg`.
     inner = values.get("pretrained_cfg") or {}
     listed = values.get("label_names") or inner.get("label_names")
     listed = listed or values.get("labels") or values.get("targets")

@@ -1,7 +1,7 @@
-"""How images were prepared for weights, as the files beside these say.
+"""Preprocessing of images that weights were trained with, from files beside them.
 
-transformers has `preprocessor_config.json`; timm `pretrained_cfg` in `config.json`, or its
-keys alone; an export of this project `model.json`.
+transformers has `preprocessor_config.json`; timm has `pretrained_cfg` in `config.json`, or
+only its keys; an export of this project has `model.json`.
 """
 
 import copy
@@ -15,31 +15,30 @@ from finetune_jax.weights.fields import loads
 from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.metadata.files import read_beside
 
-# Of Pillow, as transformers writes them.
+# Pillow's numbers, which transformers writes.
 _RESAMPLED = {2: "bilinear", 3: "bicubic"}
-# What belongs together: an image size of one and a crop of the other would not.
+# Keys that are taken together: an image size and a crop of different sources do not fit.
 _GEOMETRY = ("image_size", "resize")
-# Below this size ConvNeXts of transformers cut, from it on they stretch.
+# ConvNeXts of transformers crop below this size and stretch from it on.
 _STRETCHED_FROM = 384
 
 
-def filled(config: Config) -> tuple[Config, list[str]]:
+def with_weight_defaults(config: Config) -> tuple[Config, list[str]]:
     """Returns the config with the preprocessing and the network of its weights.
 
-    In `config.data` the config counts; where the weights say something else, a line tells
-    both. In `config.model` they must agree. Where the weights say nothing, the config
-    itself is returned.
+    In `config.data` given values stay, and a line reports differences. `config.model` must
+    agree with the weights. If the files say nothing, the same config is returned.
 
     Args:
-        config: Resolved; None in `data` is what is not given.
+        config: Resolved config; None in `data` stands for values that are not given.
 
     Returns:
-        The config, and lines that tell what was filled.
+        The config, and lines about values that were filled in.
 
     Raises:
         UserError: `config.model` is another network than that of the weights.
     """
-    config, lines = architecture.filled(config)
+    config, lines = architecture.with_variants(config)
     config, more = _with_preprocessing(config)
     return config, [*lines, *more]
 
@@ -73,16 +72,16 @@ def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
 
 
 def beside(address: str) -> tuple[dict[str, Any], str | None]:
-    """Returns what `config.data` would say of images for some weights, and which file does.
+    """Returns keys of `config.data` for weights, and the name of the file that has them.
 
-    Keys are 'image_size', 'resize' (None stretches), 'interpolation', 'mean' and 'std', as
-    far as they are known and can be said there.
+    The keys are 'image_size', 'resize' (None stretches), 'interpolation', 'mean' and
+    'std', without those that are unknown or that `config.data` cannot express.
     """
     for name, read in READERS.items():
         try:
             text = read_beside(address, name)
             values = loads(text) if text is not None else None
-        except (UserError, ValueError):  # Not in the repository, or no JSON.
+        except (UserError, ValueError):  # Not in the repository, or not JSON.
             continue
         if not isinstance(values, dict):
             continue
@@ -115,7 +114,7 @@ def _transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     mean = values.get("image_mean") if normalises else (0.0,)
     std = values.get("image_std") if normalises else (1.0,)
     if mean is not None and std is not None:
-        # Bytes are scaled there by any factor, and here by 1/255.
+        # transformers scales bytes by any factor, we by 1/255.
         scale = 255 * values.get("rescale_factor", 1 / 255)
         if not values.get("do_rescale", True):
             scale = 255
@@ -124,7 +123,7 @@ def _transformers(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sides(size: Any) -> tuple[int | None, int | None] | None:
-    """Returns the length of the shortest side, and that of both where they are equal.
+    """Returns the length of the shortest side, and of both sides if they are equal.
 
     >>> _sides({"shortest_edge": 256}), _sides({"height": 8, "width": 8}), _sides(9)
     ((256, None), (None, 8), (9, 9))
@@ -156,7 +155,7 @@ def _timm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ours(values: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(values.get("data"), Mapping):  # Of converted weights.
+    if isinstance(values.get("data"), Mapping):  # Written by convert_weights.py.
         return {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values["data"].items()
@@ -176,7 +175,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def _scaled(values: Any, scale: float) -> tuple[float, ...]:
-    """Returns numbers in units of what bytes over 255 are."""
+    """Returns numbers in units of bytes / 255."""
     values = [values] if isinstance(values, int | float) else values
     found = tuple(float(value) / scale for value in values)
     return found[:1] if len(set(found)) == 1 else found
@@ -187,7 +186,7 @@ def _mean(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Returns whether two values mean the same; numbers are often rounded."""
+    """Returns whether two values are equal up to rounding."""
     if not isinstance(ours, tuple) or not isinstance(theirs, tuple):
         return ours == theirs
     longest = max(len(ours), len(theirs))

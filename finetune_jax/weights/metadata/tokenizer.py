@@ -1,4 +1,4 @@
-"""The tokenizer of texts: it lies beside the weights that were trained with it."""
+"""Tokenizers beside the weights that were trained with them."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from finetune_jax.weights.metadata.files import read_beside
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-# What transformers and other programs have besides.
+# Further files of tokenizers of transformers and other programs.
 BESIDE = (
     CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt",
@@ -22,33 +22,34 @@ _KEY = "config.data.tokenizer"
 
 
 def find_tokenizer(address: str | None, weights: str | None) -> str | None:
-    """Returns what the tokenizer.json of a run's texts holds; None if there is none.
+    """Returns the text of the tokenizer.json of a run; None if there is none.
 
-    Where there is a vocab.txt only, as of older BERTs, it is made of that.
+    If there is only a vocab.txt, as for older BERTs, the tokenizer is made from it.
 
     Args:
-        address: `config.data.tokenizer`: of the file, or of a folder that has it.
-        weights: `config.init.pretrained`, beside which it is looked for.
+        address: `config.data.tokenizer`, the address of the file or of its folder; None
+            looks beside the weights.
+        weights: `config.init.pretrained`.
 
     Raises:
-        UserError: Nothing is at the address, or nothing that can be read.
+        UserError: The file does not exist or cannot be read.
     """
     given = weights if address is None else address
     if given is None:
         return None
     kind, _, place = given.partition(":")
     if address is None and (kind not in READERS or not place):
-        return None  # What is wrong with it is said where weights are read.
+        return None  # The error is reported when weights are read.
     registry.choose(READERS, kind, _KEY)
     error = None
     try:
         name = FILE
         if kind != "hf" and place.endswith(".json") and not place.endswith(INDEX):
-            name = pathlib.PurePath(place).name  # The file itself.
+            name = pathlib.PurePath(place).name  # The address of the file itself.
         if (found := read_beside(given, name)) is not None:
             return found
     except UserError as missing:
-        error = missing  # Of the hub, which may have a vocabulary.
+        error = missing  # The repository may have a vocabulary.
     beside = files_beside(address, weights)
     if "vocab.txt" in beside:
         return _made_of(beside["vocab.txt"], beside.get(CONFIG, "{}"))
@@ -58,17 +59,17 @@ def find_tokenizer(address: str | None, weights: str | None) -> str | None:
 
 
 def files_beside(address: str | None, weights: str | None) -> dict[str, str]:
-    """Returns what the other files of a tokenizer hold, by name; those that are there.
+    """Returns the texts of the other files of a tokenizer, by name.
 
     Args:
-        address: As `find_tokenizer` takes it.
-        weights: Likewise.
+        address: `config.data.tokenizer`; None looks beside the weights.
+        weights: `config.init.pretrained`.
     """
     given, found = weights if address is None else address, {}
     for name in BESIDE if given else ():
         try:
             text = read_beside(str(given), name)
-        except UserError:  # No such file in a repository.
+        except UserError:  # The repository does not have it.
             continue
         if text is not None:
             found[name] = text
@@ -86,7 +87,7 @@ def kept_files(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _made_of(vocabulary: str, config: str) -> str:
-    """Returns the tokenizer.json of a BERT that has one token a line."""
+    """Returns a tokenizer.json made from a BERT vocabulary with one token in each line."""
     from tokenizers import BertWordPieceTokenizer
 
     try:
