@@ -3,7 +3,7 @@
 A kind is a package in `data/` with a module `kind` that has an object `KIND`, such as
 `data/text/kind.py`; its name is that of the folder. No other package branches on the
 kind: it asks the object. A folder outside of this package counts too, once it is added
-to `finetune_jax.data.__path__`; so do its sources and `finetune_jax.data.sources.__path__`.
+see `registry.open_path`; so do its sources.
 """
 
 import abc
