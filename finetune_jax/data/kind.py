@@ -2,8 +2,8 @@
 
 A kind is a package in `data/` with a module `kind` that has an object `KIND`, such as
 `data/text/kind.py`; its name is that of the folder. No other package branches on the
-kind: it asks the object. A folder outside of this package counts too, once it is added
-see `registry.open_path`; so do its sources.
+kind: it asks the object. A folder outside of this package counts too (see
+`registry.open_path`), and so do its sources.
 """
 
 import abc
