@@ -103,7 +103,7 @@ def _transformers_files(
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Returns the files of transformers, and the code that loads them."""
     files, kind = {"config.json": config | _labels(trained)}, config["architectures"][0]
-    if trained.spec.text is not None:
+    if trained.tokenizer:
         means = text_encoders.pools_by_mean(trained)
         return files, (_SENTENCES if means else _TEXTS).format(kind=kind)
     if len(trained.spec.shape) == 3:

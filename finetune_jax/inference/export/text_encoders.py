@@ -24,7 +24,7 @@ DENSE = "2_Dense"
 def pools_by_mean(trained: Trained) -> bool:
     """Returns whether the model pools texts by mean, as no head of transformers does."""
     module: Any = trained.task.models[""]
-    return trained.spec.text is not None and getattr(module, "pooling", "") == "mean"
+    return bool(trained.tokenizer) and getattr(module, "pooling", "") == "mean"
 
 
 def sentence_files(
