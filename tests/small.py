@@ -65,13 +65,13 @@ def same_result(one, other):
     return all(one[key] == other[key] for key in (*keys, "best_step", "steps"))
 
 
-def run_with_stops(config, workdir, updates=1):
+def run_with_stops(config, workdir, calls=1):
     """Returns the result of a run that is stopped again and again, and how often.
 
     Args:
         config: Config of the run.
         workdir: Folder of the run.
-        updates: Number of updates before each stop.
+        calls: Calls of the compiled updates before each stop.
     """
 
     class After(Stop):
@@ -79,7 +79,7 @@ def run_with_stops(config, workdir, updates=1):
 
         def asked(self):
             self.made += 1
-            return self.made == updates
+            return self.made == calls
 
     for stops in range(100):
         with contextlib.suppress(Preempted):

@@ -45,7 +45,10 @@ CONFIGS = {
 ALWAYS = ("parallel.devices=1",)
 MESSAGES = []  # Of the last refusal.
 # A number too large for float32 is told so by numpy; the run may go on.
-pytestmark = pytest.mark.filterwarnings("default::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("default::RuntimeWarning"),
+    pytest.mark.usefixtures("no_pictures"),
+]
 
 
 def keys(name):

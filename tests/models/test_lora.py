@@ -24,6 +24,8 @@ from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.layouts.resnet import LAYOUTS
 from finetune_jax.weights.merge import load_weights
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 RULES = ((".*/lora_[ab]", 1.0), ("head/.*", 1.0), (".*", 0.0))
 FAMILIES = ("mlp", "cnn", "resnet20", "resnet18", "efficientnet_lite0")
 

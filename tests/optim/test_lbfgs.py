@@ -12,6 +12,8 @@ from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STRENGTH, EXAMPLES = 1e-2, 100
 
 

@@ -33,6 +33,8 @@ from finetune_jax.training.initial.schemes import (
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CNN: dict[str, Any] = dict(model="cnn", convolutions=(4, 8), dense=(16,))
 CONV = (3, 3, 64, 128)  # [H, W, I, O], so fans of 576 and 1152.
 DENSE = (300, 100)

@@ -134,15 +134,15 @@ def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-@pytest.mark.parametrize("updates", [5, 1])
+@pytest.mark.parametrize("calls", [5, 1])
 @pytest.mark.ci_runs("5-rollback")
 @pytest.mark.bits
 def test_stopped_again_and_again_it_ends_in_the_same_bits(
-    data, tmp_path, policy, updates
+    data, tmp_path, policy, calls
 ):
     chosen = config(data, policy)
     whole = run(chosen, tmp_path / "whole")
-    result, stops = small.run_with_stops(chosen, tmp_path / "run", updates)
+    result, stops = small.run_with_stops(chosen, tmp_path / "run", calls)
     assert stops >= 4 and small.same_result(result, whole)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert len(bad_steps(tmp_path / "run")) >= 4

@@ -26,6 +26,8 @@ from finetune_jax.training.loop import Loop
 from finetune_jax.training.run import run
 from finetune_jax.training.updates.phase_run import PhaseRun
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = (
     Phase(

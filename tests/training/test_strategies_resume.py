@@ -27,7 +27,7 @@ def test_every_strategy_is_here():
 def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_pictures):
     whole = run(config("layerwise"), tmp_path / "whole")
     workdir = tmp_path / "stopped"
-    result, stops = small.run_with_stops(config("layerwise"), workdir, updates=3)
+    result, stops = small.run_with_stops(config("layerwise"), workdir, calls=3)
     # After update 3, inside the second phase, and after 6, at the end of the last.
     assert stops == 2 and small.same_result(result, whole)
     assert small.lines(workdir) == small.lines(tmp_path / "whole")
