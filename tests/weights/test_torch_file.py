@@ -204,7 +204,7 @@ MALICIOUS = {
     "dotted_module": (Name("torch._utils.os system"), "'torch._utils.os.system'"),
     "of_this_module": (
         Name("finetune_jax.weights.formats.torch_pickle io"),
-        "torch_file.io'",
+        "torch_pickle.io'",
     ),
     "obj": (Raw(b"(ccollections\nOrderedDict\no"), "'collections.OrderedDict'"),
     "newobj": (Raw(b"ccollections\nOrderedDict\n)\x81"), "'collections.OrderedDict'"),
