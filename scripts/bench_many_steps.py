@@ -8,6 +8,7 @@ and gathered as in training. Prints milliseconds an update and the ratio.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
@@ -61,7 +62,11 @@ class Runner:
     def __init__(self, updates: Updates, steps_per_call: int | None):
         """Compiles."""
         setup = updates.setup
-        setup.config.parallel.steps_per_call = steps_per_call
+        parallel = {"steps_per_call": steps_per_call}
+        setup = dataclasses.replace(
+            setup, config=setup.config.replaced(parallel=parallel)
+        )
+        updates = dataclasses.replace(updates, setup=setup)
         phase, (state, _) = setup.phase(0), setup.start()
         opt_state = jax.jit(phase.optimizer().init)(state.params)
         state = state.replace(opt_state=opt_state)

@@ -190,8 +190,7 @@ def steps(table: pathlib.Path, model: str, rounds: int, updates: int) -> None:
     from finetune_jax.training.initial.starting_state import run_data
 
     config = config_of(table, model)
-    with config.unlocked():
-        config.model.update(DENSE[model])
+    config = config.replaced(model=DENSE[model])
     data = run_data(config)
     size, rng = config.data.batch_size, np.random.default_rng(0)
     spec = data.spec.inputs

@@ -4,12 +4,10 @@ import functools
 from types import SimpleNamespace
 
 import jax
-import ml_collections
 import numpy as np
 import small
 from devices import KINDS
 
-from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.domains import mixed_batches
 from finetune_jax.parallel.compiling import run_once
@@ -26,14 +24,11 @@ INVERTED = {"domain": "inverted", "name": "digits", "shift": (("invert",),)}
 
 def config(*domains, task="joint", plan=(SGD,), overrides=(), data=(), **arguments):
     """Returns a resolved config of domains of 8x8 digits."""
-    given = small.config(model="mlp", hidden=(8,), plan=plan)
-    with given.unlocked():
-        given.data.update({"image_size": 8, "batch_size": 16} | dict(data))
-        given.data.domains = tuple(map(ml_collections.ConfigDict, domains))
-        given.task = ml_collections.ConfigDict({"name": task, **arguments})
-    resolved, problems = configs.resolve(given, overrides)
-    assert not problems, problems
-    return resolved
+    given = small.editable(small.config(model="mlp", hidden=(8,), plan=plan))
+    given.data.update({"image_size": 8, "batch_size": 16} | dict(data))
+    given.data.domains = domains
+    given.task = {"name": task, **arguments}
+    return small.resolved(given, overrides)
 
 
 def trained(config, *, updates=3, rate=0.1):

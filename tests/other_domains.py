@@ -20,9 +20,7 @@ def config(also, hidden=(8,), plan=PLAN, **overrides):
     given.plan = as_config(plan)
     given.parallel.devices = 1
     given.evaluate.every_steps = 2
-    given.evaluate.also = tuple(
-        configs.entry_of("evaluate.also", entry) for entry in also
-    )
+    given.evaluate.also = tuple(also)
     for key, value in overrides.items():
         section, _, name = key.rpartition("__")
         given[section][name] = value

@@ -1,12 +1,10 @@
 """A config that remembers which of its values were read."""
 
-import ml_collections
-
-from finetune_jax.config.schema import ENTRIES
+from finetune_jax.config.loading import TABLES
 
 
 class Recording:
-    """Reads through to a ConfigDict and remembers the key of every value read.
+    """Reads through to a config and remembers the key of every value read.
 
     With `keys` and `[]`, `**config.model` and `dict(config.model)` count as reading.
     """
@@ -17,9 +15,9 @@ class Recording:
 
     def __getitem__(self, key):
         value, path = self._config[key], f"{self._path}{key}"
-        if isinstance(value, ml_collections.ConfigDict):
+        if hasattr(value, "keys"):
             return Recording(value, f"{path}.", self.read)
-        if path in ENTRIES:
+        if path in TABLES:
             return tuple(
                 Recording(entry, f"{path}[{index}].", self.read)
                 for index, entry in enumerate(value)
@@ -38,6 +36,9 @@ class Recording:
 
     def items(self):
         return [(key, self[key]) for key in self.keys()]
+
+    def replaced(self, **sections):
+        return self._config.replaced(**sections)
 
     def to_dict(self):
         """Writing the config down is not reading it."""

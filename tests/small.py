@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import jax
+import ml_collections
 import numpy as np
 
 from finetune_jax import config as configs
@@ -98,9 +99,18 @@ def config(*, model="resnet8", plan=(), overrides=(), **model_arguments):
         given.model[name] = value
     given.plan = as_config(plan or (Phase(name="all", steps=4),))
     given.parallel.devices = 1
-    resolved, problems = configs.resolve(given, overrides)
+    return resolved(given, overrides)
+
+
+def editable(config):
+    """Returns a resolved config as a ConfigDict, to be changed and resolved again."""
+    return ml_collections.ConfigDict(config.to_dict())
+
+
+def resolved(given, overrides=()):
+    found, problems = configs.resolve(given, overrides)
     assert not problems, problems
-    return resolved
+    return found
 
 
 def spec(shape=(12, 12, 1), classes=10, **fields):

@@ -1,6 +1,7 @@
 """Every config key with its default, type and range; files, overrides, JSON."""
 
 from finetune_jax.config.grids import grid as grid
+from finetune_jax.config.loading import default as default
 from finetune_jax.config.loading import differences as differences
 from finetune_jax.config.loading import entry_of as entry_of
 from finetune_jax.config.loading import flat as flat
@@ -11,4 +12,3 @@ from finetune_jax.config.loading import seeds as seeds
 from finetune_jax.config.loading import tiny as tiny
 from finetune_jax.config.loading import to_json as to_json
 from finetune_jax.config.schema import Config as Config
-from finetune_jax.config.schema import default as default

@@ -1,285 +1,444 @@
-"""Every key of a config with its default, and what may stand in it."""
+"""Every key of a config: one dataclass a section, one field a key."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import ml_collections
-from ml_collections import config_dict
 
-# An ml_collections.ConfigDict: its values have no static types.
-Config = Any
+from finetune_jax.config.fields import Section, key, section
+from finetune_jax.config.phase import Phase
+from finetune_jax.core import registry
+from finetune_jax.core.errors import Problem, collected
 
-# What a resumed run may change, since no result depends on it.
+# Keys that a resumed run may change, since no result depends on them.
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
     "data.cache", "data.cache_gb", "data.cache_dir", "parallel.steps_per_call",
 )  # fmt: skip
-# Sections whose other keys belong to what `name` chooses; the constructor checks them.
-OPEN_SECTIONS = ("model", "task")
-# What `seed` may be divided into, so that variance can be attributed: the start, the
-# draw and order of examples, and what is random in updates.
-SEEDS = ("init", "order", "augmentation", "dropout")
-CHOICES = {
-    "precision": ("float32", "bfloat16", "float64"),
-    "parallel.mode": ("jit", "pmap"),
-    "nonfinite.policy": ("stop", "skip", "rollback"),
-    "data.channels": (1, 3),
-    "data.interpolation": ("bilinear", "bicubic"),
-    "data.decode": ("fast", "exact"),
-    "data.sampling": ("uniform", "balanced"),
-    "data.on_error": ("stop", "skip"),
-    "data.cache": ("auto", "off"),
-    "data.labels": ("classes", "numbers", "tags", "answers"),
-    "data.mixing": ("weights", "size", "round_robin"),
-    "init.input_channels": ("strict", "adapt"),
-}
 # Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
 # not finite, and a kept head of other classes.
 ACCEPTED = ("integer", "float8", "nan", "classes")
-MOST_CLASSES = 10**6
-POSITIVE = (
-    "data.batch_size", "data.image_size", "data.train_size", "data.resize",
-    "data.per_class", "data.cache_views", "data.max_tokens", "data.hash_rows",
-    "data.min_count", "data.mixing_temperature", "evaluate.batch_size",
-    "evaluate.every_steps",
-    "evaluate.every_epochs", "evaluate.cka", "init.fisher_examples",
-    "checkpoint.every_steps", "checkpoint.keep", "checkpoint.grace_s",
-    "parallel.devices", "parallel.fsdp", "parallel.steps_per_call",
-    "report.every_steps", "nonfinite.limit",
-)  # fmt: skip
-
-# The fields of a phase (plan.Phase documents them); None is "not given".
-PHASE: dict[str, Any] = {
-    "name": "train",
-    "steps": None,
-    "epochs": None,
-    "optimizer": "adamw",
-    "optimizer_args": {},
-    "peak_lr": 1e-3,
-    "schedule": "cosine",
-    "schedule_args": {},
-    "warmup_steps": 0,
-    "end_lr_scale": 0.0,
-    "clip_norm": None,
-    "clip_value": None,
-    "clip_adaptive": None,
-    "fixed_batch": False,
-    "accumulate_steps": 1,
-    "weight_decay": 0.0,
-    "decay": (r"(?!.*(bias|scale)$).*",),
-    "regularise": (),
-    "rules": ((".*", 1.0),),
-    "batch_stats": "update",
-    "optimizer_state": "reset",
-    "plateau_metric": None,
-    "plateau_patience": 3,
-    "plateau_min_change": 0.0,
-    "plateau_restore": False,
-}
-# An entry of `evaluate.also`: data on which a run is measured besides. What is None is
-# that of `data`.
-ALSO: dict[str, Any] = {
-    "label": "source",
-    "head": "current",
-    "name": "digits",
-    "dir": None,
-    "train": None,
-    "test": "test",
-    "mean": None,
-    "std": None,
-    "resize": None,
-    "split_seed": 0,
-}
-# An entry of `model.members`: one of several models. What else may stand in it is what
-# may stand in `model`, which says all that an entry does not: see members.py.
-MEMBER: dict[str, Any] = {
-    "label": None,
-    "name": None,
-    "pretrained": None,
-    "entry": None,
-}
-# What an entry of `data.domains` may say otherwise than `data`; what is None is that of
-# `data`.
-OF_DOMAIN: dict[str, type] = {
-    "name": str,
-    "dir": str,
-    "train": str,
-    "validation": str,
-    "test": str,
-    "image_size": int,
-    "channels": int,
-    "shift": tuple,
-    "mean": tuple,
-    "std": tuple,
-    "resize": int,
-    "interpolation": str,
-    "decode": str,
-    "train_size": int,
-    "augment": tuple,
-    "mix": tuple,
-    "sampling": str,
-    "per_class": int,
-    "split_seed": int,
-    "stratified": bool,
-}
-DOMAIN: dict[str, Any] = {
-    "domain": "",  # Its metrics are `test/DOMAIN/accuracy`.
-    "labelled": True,  # False: labels are read where it is measured, nowhere else.
-    "weight": 1.0,  # Its share of an update, with data.mixing='weights'.
-    **dict.fromkeys(OF_DOMAIN),
-}
-ENTRIES: dict[str, dict[str, Any]] = {
-    "plan": PHASE,
-    "evaluate.also": ALSO,
-    "model.members": MEMBER,
-    "data.domains": DOMAIN,
-}
-# Tables whose entries have other keys, too, like `OPEN_SECTIONS`.
-OPEN_ENTRIES = ("model.members",)
-OPTIONAL: dict[str, dict[str, type]] = {
-    "plan": {
-        "steps": int,
-        "epochs": float,
-        "clip_norm": float,
-        "clip_value": float,
-        "clip_adaptive": float,
-        "plateau_metric": str,
-    },
-    "evaluate.also": {
-        "dir": str,
-        "train": str,
-        "mean": tuple,
-        "std": tuple,
-        "resize": int,
-    },
-    "model.members": {"label": str, "name": str, "pretrained": str, "entry": str},
-    "data.domains": OF_DOMAIN,
-}
 
 
-def default() -> Config:
-    """Returns a config with every key at its default; a config file starts from it."""
-    optional = config_dict.placeholder
-    config: Any = ml_collections.ConfigDict()
-    config.seed = 0  # Or a section with one for each of SEEDS.
-    config.precision = "float32"  # Of the computation; parameters stay float32.
-    config.deterministic = False  # On GPU, the same bits again, for less speed.
-    config.task = dict(name="classify")
-    config.data = _data()
-    config.model = ml_collections.ConfigDict()
-    config.model.name = "resnet20"
-    config.model.classes = optional(int)  # None: as many as the data has.
-    config.model.head = ml_collections.ConfigDict()
-    config.model.head.hidden = ()
-    config.model.head.activation = "relu"
-    config.model.head.dropout = 0.0
-    config.model.head.initialiser = "lecun_normal"
-    config.model.lora_rank = 0  # Of the low-rank updates; 0 has none.
-    config.model.lora_alpha = 1.0  # Their product is scaled by alpha / rank.
-    config.model.lora_targets = (r"(?!head/).*",)  # Regexes of the kernels.
-    config.model.members = ()  # Of tasks with several models: see members.py.
-    config.init = _init()
-    config.plan = ()
-    config.population = ()  # Members, ((key, value), ...) each: see population.py.
-    config.evaluate = ml_collections.ConfigDict()
-    config.evaluate.every_steps = optional(int)  # None, None: at the ends of phases.
-    config.evaluate.every_epochs = optional(float)
-    config.evaluate.batch_size = 256
-    config.evaluate.best = optional(str)  # Such as validation/accuracy.
-    config.evaluate.also = ()  # Other domains, such as the source: see ALSO.
-    config.evaluate.ema_decay = optional(float)  # Also measures averaged weights.
-    config.evaluate.distance = False  # Of each stage's parameters from the start.
-    config.evaluate.cka = optional(int)  # Examples whose features are compared.
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_steps = optional(int)  # None: at evaluations only.
-    config.checkpoint.keep = 1  # Newest ones; the first and the best stay besides.
-    config.checkpoint.grace_s = 30.0  # To save in, after a signal to stop.
-    config.nonfinite = ml_collections.ConfigDict()
-    config.nonfinite.policy = "stop"  # Or 'skip', 'rollback': see nonfinite.py.
-    config.nonfinite.limit = 10  # So many updates at most; then the run stops.
-    config.parallel = ml_collections.ConfigDict()
-    config.parallel.mode = "jit"
-    config.parallel.devices = optional(int)  # None: all.
-    config.parallel.fsdp = 1  # Devices over which parameters are sharded.
-    config.parallel.steps_per_call = optional(int)  # None: as many as take 0.2 s.
-    config.report = ml_collections.ConfigDict()
-    config.report.every_steps = 10  # Between two lines of training metrics.
-    config.report.tensorboard = False  # Event files in the workdir, too.
-    config.report.wandb = optional(str)  # A project of Weights & Biases to log to, too.
-    config.lock()
-    for section in OPEN_SECTIONS:
-        config[section].unlock()
-    return config
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeds(Section):
+    """A seed for each source of randomness, so that variance can be attributed."""
+
+    init: int = key(0, "Random parameters.", least=0, most=2**32 - 1)
+    order: int = key(0, "Order and choice of examples.", least=0, most=2**32 - 1)
+    augmentation: int = key(0, "Augmentation.", least=0, most=2**32 - 1)
+    dropout: int = key(0, "Dropout, stochastic depth.", least=0, most=2**32 - 1)
 
 
-def _init() -> Any:
-    optional = config_dict.placeholder
-    init: Any = ml_collections.ConfigDict()
-    init.pretrained = optional(str)  # A weights address; None starts at random.
-    # Entry of a checkpoint with several, such as 'model_ema'; None: the usual one.
-    init.entry = optional(str)
-    init.accept = ()  # Of ACCEPTED: what weights may have in spite of doubts.
-    init.fresh = ()  # Regexes of the names that keep their initial value.
-    init.input_channels = "strict"  # 'adapt' fits a stem to other channels.
-    init.embeddings = ()  # (regex of fields, file:PATH of word vectors) pairs.
-    init.schemes = ()  # (regex, scheme, *arguments) of what starts otherwise.
-    init.fisher = optional(str)  # Label in evaluate.also: EWC's first domain.
-    init.fisher_examples = 1000
-    return init
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Section):
+    """Data: source, splits, preprocessing, augmentation, caches."""
 
-
-def _data() -> Any:
-    optional = config_dict.placeholder
-    data: Any = ml_collections.ConfigDict()
-    data.name = "digits"  # A module in data/sources, or tfds:NAME.
-    data.dir = optional(str)  # Folder or file; embedded sources need none.
-    data.train = "train"  # Split strings: train[:80%]+validation, in TFDS's syntax.
-    data.validation = optional(str)  # Chooses the best checkpoint and ends plateaus.
-    data.test = optional(str)
-    data.batch_size = 64  # Examples in one update, over devices and micro-batches.
-    data.text = ()  # Columns of one or two sentences; empty: the data is no text.
-    data.label = "label"  # Their column of what is to be predicted.
-    data.labels = "classes"  # Or 'numbers', 'tags', 'answers': see your-text.md.
-    data.header = ()  # Names of the columns of files that do not begin with them.
-    data.columns = ()  # Of tables: (regex, 'number', 'category' or 'ignore') pairs.
-    data.log_columns = ()  # Regexes of numbers x that become sign(x) log(1 + |x|).
-    data.missing = ()  # Signs of cells without a value in tables, besides pandas' own.
-    data.hash_rows = optional(int)  # Of an embedding; None: a row for each value.
-    data.min_count = 2  # Training rows that a value needs for a row of its own.
-    data.fitted = optional(str)  # Workdir of a run whose columns are continued.
-    data.tokenizer = optional(str)  # Its address; None: beside the pretrained weights.
-    data.max_tokens = 128  # Of a text; what is longer is cut.
-    data.overlap = optional(
-        int
-    )  # Tokens that windows of a passage share; None: a third.
-    data.buckets = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # Lengths of batches.
-    data.image_size = optional(int)  # None keeps the size of the data.
-    data.channels = optional(int)  # None keeps those of the data.
-    # Of these, what is None is as it was for the pretrained weights, where files beside
-    # them say so; otherwise 0, 1, bilinear, and the size of the data.
-    data.mean = optional(tuple)  # Subtracted from bytes in [0, 1]; one, or a channel's.
-    data.std = optional(tuple)
-    data.resize = optional(int)  # Shorter side, its centre is cut out; None stretches.
-    data.interpolation = optional(str)
-    data.decode = "fast"  # Of training photos, a few grey levels off; or 'exact'.
-    data.train_size = optional(int)  # Of training images, before a crop.
-    data.augment = ()  # Steps such as ("flip",), ("pad_crop", 2).
-    data.mix = ()  # ("mixup", 0.2), ("cutmix", 1.0): one of them for each batch.
-    data.sampling = "uniform"  # 'balanced' draws every class equally often.
-    data.per_class = optional(int)  # Only so many training examples of each class.
-    data.on_error = "stop"  # Or 'skip' what cannot be read: it has weight 0.
-    data.memory_gb = 4.0  # Decoded examples are kept in memory if they take no more.
-    data.cache = (
-        "auto"  # Frozen stages run once on each example; 'off': in every update.
+    name: str = key("digits", "Module in data/sources, or tfds:NAME.")
+    dir: str | None = key(None, "Folder or file; None for built-in sources.")
+    train: str = key("train", "Split in TFDS's syntax: train[:80%]+validation.")
+    validation: str | None = key(
+        None, "Split that chooses the best checkpoint and ends plateaus."
     )
-    data.cache_views = optional(
-        int
-    )  # So many augmented versions of each; None: endless.
-    data.cache_gb = 10.0  # Tables of features take no more of the disk.
-    data.cache_dir = optional(str)  # None: FINETUNE_JAX_CACHE, or the user's cache.
-    data.split_seed = 0  # Of the splits that a source without its own is cut into.
-    data.stratified = True  # That cut has the classes in their proportions.
-    data.shift = ()  # Steps such as ("invert",) that make another domain of the data.
-    data.domains = ()  # Several data sets instead of one: see DOMAIN.
-    data.mixing = "weights"  # Shares of them in an update; 'size'; 'round_robin'.
-    data.mixing_temperature = 1.0  # 'size': examples ** (1 / temperature).
-    return data
+    test: str | None = key(None, "Split that is measured only.")
+    batch_size: int = key(
+        64, "Examples in one update, over devices and micro-batches.", above=0
+    )
+    text: tuple = key((), "Columns of one or two sentences; empty for other data.")
+    label: str = key("label", "Column of the targets in texts and tables.")
+    labels: str = key(
+        "classes",
+        "Kind of the targets; docs/your-text.md explains them.",
+        choices=("classes", "numbers", "tags", "answers"),
+    )
+    header: tuple = key((), "Names of the columns of files without a header line.")
+    columns: tuple = key(
+        (), "Tables: pairs (regex, 'number', 'category' or 'ignore') of columns."
+    )
+    log_columns: tuple = key(
+        (), "Tables: regexes of numbers x that become sign(x) log(1 + |x|)."
+    )
+    missing: tuple = key(
+        (), "Tables: signs of a missing value besides those of pandas."
+    )
+    hash_rows: int | None = key(
+        None, "Tables: rows of an embedding; None is one for each value.", above=0
+    )
+    min_count: int = key(
+        2, "Tables: training rows that a value needs for its own embedding.", above=0
+    )
+    fitted: str | None = key(
+        None, "Tables: workdir of a run whose column statistics are used."
+    )
+    tokenizer: str | None = key(
+        None, "Address of the tokenizer; None takes that beside the weights."
+    )
+    max_tokens: int = key(128, "Tokens of a text; longer texts are cut.", above=0)
+    overlap: int | None = key(
+        None, "Tokens that two windows of a passage share; None is a third."
+    )
+    buckets: tuple = key(
+        (32, 48, 64, 96, 128, 192, 256, 384, 512), "Lengths that texts are padded to."
+    )
+    image_size: int | None = key(
+        None, "Side of images; None is that of the weights or of the data.", above=0
+    )
+    channels: int | None = key(
+        None, "Channels of images; None keeps those of the data.", choices=(1, 3)
+    )
+    mean: tuple | None = key(
+        None,
+        "Subtracted from bytes in [0, 1], one or one a channel; None is that of the "
+        "weights or 0.",
+        each="number",
+    )
+    std: tuple | None = key(
+        None,
+        "Divisor after `mean`, one or one a channel; None is that of the weights or 1.",
+        each="positive",
+    )
+    resize: int | None = key(
+        None,
+        "Shorter side before the centre is cut out; None is that of the weights, or "
+        "stretches.",
+        above=0,
+    )
+    interpolation: str | None = key(
+        None,
+        "Resampling of images; None is that of the weights or bilinear.",
+        choices=("bilinear", "bicubic"),
+    )
+    decode: str = key(
+        "fast",
+        "Decoding of training photos; 'fast' is a few grey levels off.",
+        choices=("fast", "exact"),
+    )
+    train_size: int | None = key(
+        None, "Side of training images before a crop; None is image_size.", above=0
+    )
+    augment: tuple = key((), 'Augmentation steps such as ("flip",), ("pad_crop", 2).')
+    mix: tuple = key(
+        (), 'Mixing of examples, ("mixup", 0.2) or ("cutmix", 1.0); one for each batch.'
+    )
+    sampling: str = key(
+        "uniform",
+        "Order of training; 'balanced' draws every class equally often.",
+        choices=("uniform", "balanced"),
+    )
+    per_class: int | None = key(
+        None, "Training examples of each class; None takes all.", above=0
+    )
+    on_error: str = key(
+        "stop",
+        "Unreadable examples; 'skip' gives them weight 0.",
+        choices=("stop", "skip"),
+    )
+    memory_gb: float = key(
+        4.0, "Bound of the decoded examples in memory.", least=0, finite=False
+    )
+    cache: str = key(
+        "auto",
+        "Outputs of frozen stages; 'auto' computes them once for each example, 'off' in "
+        "every update.",
+        choices=("auto", "off"),
+    )
+    cache_views: int | None = key(
+        None, "Augmented versions of each example; None is no bound.", above=0
+    )
+    cache_gb: float = key(
+        10.0, "Bound of the cached features on disk.", least=0, finite=False
+    )
+    cache_dir: str | None = key(
+        None, "Folder of the cache; None is FINETUNE_JAX_CACHE or the user's cache."
+    )
+    split_seed: int = key(
+        0, "Seed of the splits of a source without its own.", least=0, most=2**32 - 1
+    )
+    stratified: bool = key(True, "Whether those splits keep the shares of the classes.")
+    shift: tuple = key((), 'Steps such as ("invert",) that make another domain.')
+    domains: "tuple[Domain, ...]" = key((), "Several data sets instead of one.")
+    mixing: str = key(
+        "weights",
+        "Share of each domain in an update.",
+        choices=("weights", "size", "round_robin"),
+    )
+    mixing_temperature: float = key(
+        1.0, "With 'size', shares are examples ** (1 / temperature).", above=0
+    )
+
+    def problems(self) -> list[Problem]:
+        """Returns conflicts between values of the section; keys are relative."""
+        if not (self.cache_views and self.mix):
+            return []
+        text = f"{self.cache_views}, but config.data.mix mixes anew in every update"
+        return [Problem("cache_views", f"{text}; leave out one of them")]
+
+
+def _of_data(name: str) -> Any:
+    """Returns the field of an entry that may differ from `data`; None is as there."""
+    field = Data.__dataclass_fields__[name]
+    same = f"`data.{name}` of this entry; None is the value there."
+    metadata = {**field.metadata, "meaning": same, "of_data": True}
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Domain(Section):
+    """An entry of `data.domains`: one of several data sets."""
+
+    domain: str = key("", "Name of the domain, as in test/NAME/accuracy.")
+    labelled: bool = key(True, "Whether training reads the labels.")
+    weight: float = key(1.0, "Share of an update, with data.mixing='weights'.", least=0)
+    name: str | None = _of_data("name")
+    dir: str | None = _of_data("dir")
+    train: str | None = _of_data("train")
+    validation: str | None = _of_data("validation")
+    test: str | None = _of_data("test")
+    image_size: int | None = _of_data("image_size")
+    channels: int | None = _of_data("channels")
+    shift: tuple | None = _of_data("shift")
+    mean: tuple | None = _of_data("mean")
+    std: tuple | None = _of_data("std")
+    resize: int | None = _of_data("resize")
+    interpolation: str | None = _of_data("interpolation")
+    decode: str | None = _of_data("decode")
+    train_size: int | None = _of_data("train_size")
+    augment: tuple | None = _of_data("augment")
+    mix: tuple | None = _of_data("mix")
+    sampling: str | None = _of_data("sampling")
+    per_class: int | None = _of_data("per_class")
+    split_seed: int | None = _of_data("split_seed")
+    stratified: bool | None = _of_data("stratified")
+
+
+# Keys of `data` that an entry of `data.domains` may have of its own.
+OF_DOMAIN = tuple(
+    field.name for field in dataclasses.fields(Domain) if field.metadata.get("of_data")
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head(Section):
+    """Head of the model: hidden layers before the last one."""
+
+    hidden: tuple = key((), "Widths of hidden layers.")
+    activation: str = key("relu", "Activation after a hidden layer.")
+    dropout: float = key(0.0, "Rate of dropout before each layer.")
+    initialiser: str = key("lecun_normal", "Initialiser of the kernels.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member(Section):
+    """An entry of `model.members`; it may also have any key of `model`."""
+
+    is_open: ClassVar[bool] = True
+    label: str | None = key(None, "Prefix of its parameters; None is its name.")
+    name: str | None = key(None, "Model; None is model.name.")
+    pretrained: str | None = key(None, "Address of its weights.")
+    entry: str | None = key(None, "Entry of a checkpoint with several.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Section):
+    """Model; other keys are arguments of the model that `name` chooses."""
+
+    is_open: ClassVar[bool] = True
+    name: str = key("resnet20", "Name in one of the files of models/.")
+    classes: int | None = key(
+        None, "Outputs; None is as many as the data has.", most=10**6
+    )
+    head: Head = section(Head)
+    lora_rank: int = key(0, "Rank of low-rank updates; 0 has none.")
+    lora_alpha: float = key(1.0, "Updates are scaled by lora_alpha / lora_rank.")
+    lora_targets: tuple = key((r"(?!head/).*",), "Regexes of the kernels with updates.")
+    members: tuple[Member, ...] = key((), "Models of a task that has several.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(Section):
+    """Task; other keys are arguments of the task that `name` chooses."""
+
+    is_open: ClassVar[bool] = True
+    name: str = key("classify", "Module in tasks/.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Init(Section):
+    """Parameters before the first update."""
+
+    pretrained: str | None = key(
+        None, "Address of pretrained weights; None starts at random."
+    )
+    entry: str | None = key(
+        None, "Entry of a checkpoint with several, such as 'model_ema'."
+    )
+    accept: tuple = key((), "Doubts about weights to pass over.", each=ACCEPTED)
+    fresh: tuple = key((), "Regexes of parameters that keep their initial value.")
+    input_channels: str = key(
+        "strict",
+        "Other input channels than those of the weights; 'adapt' fits the stem.",
+        choices=("strict", "adapt"),
+    )
+    embeddings: tuple = key((), "Pairs (regex of fields, file:PATH of word vectors).")
+    schemes: tuple = key(
+        (), "Rules (regex, scheme, *arguments) of parameters that start otherwise."
+    )
+    fisher: str | None = key(
+        None,
+        "Label in evaluate.also of the domain with the Fisher information for EWC.",
+    )
+    fisher_examples: int = key(1000, "Examples for the Fisher information.", above=0)
+
+    def problems(self) -> list[Problem]:
+        """Returns conflicts between values of the section; keys are relative."""
+        found: list[Problem] = []
+        for pattern in self.fresh:
+            with collected(found):
+                registry.check_regex(pattern, "fresh")
+        if self.entry is not None and self.pretrained is None:
+            text = f"{self.entry!r}, but config.init.pretrained is None"
+            found.append(Problem("entry", text))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Also(Section):
+    """An entry of `evaluate.also`: another domain that the run is measured on."""
+
+    label: str = key("source", "Name of the domain, as in source/accuracy.")
+    head: str = key(
+        "current", "Parameters of the last stage: current, start, pretrained."
+    )
+    name: str = key("digits", "Module in data/sources, or tfds:NAME.")
+    dir: str | None = key(None, "Folder or file; None for built-in sources.")
+    train: str | None = key(None, "Split for the Fisher information.")
+    test: str = key("test", "Split that is measured.")
+    mean: tuple | None = _of_data("mean")
+    std: tuple | None = _of_data("std")
+    resize: int | None = _of_data("resize")
+    split_seed: int = key(0, "Seed of the splits of a source without its own.", least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Section):
+    """Measurements besides the training loss."""
+
+    every_steps: int | None = key(
+        None,
+        "Updates between measurements; None and None is the end of phases.",
+        above=0,
+    )
+    every_epochs: float | None = key(None, "Epochs between measurements.", above=0)
+    batch_size: int = key(256, "Examples in one batch.", above=0)
+    best: str | None = key(
+        None, "Metric that chooses the best checkpoint, such as validation/accuracy."
+    )
+    also: tuple[Also, ...] = key((), "Other domains to measure, such as the source.")
+    ema_decay: float | None = key(
+        None, "Decay of averaged weights that are measured too.", least=0, below=1
+    )
+    distance: bool = key(
+        False, "Whether to measure the distance of each stage from its start."
+    )
+    cka: int | None = key(
+        None, "Examples whose features are compared with the start (CKA).", above=0
+    )
+
+    def problems(self) -> list[Problem]:
+        """Returns conflicts between values of the section; keys are relative."""
+        if not (self.every_steps and self.every_epochs):
+            return []
+        text = f"{self.every_steps}, and every_epochs {self.every_epochs}"
+        return [Problem("every_steps", f"{text}; give one of them, not both")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """Checkpoints."""
+
+    every_steps: int | None = key(
+        None, "Updates between checkpoints; None is at measurements only.", above=0
+    )
+    keep: int = key(
+        1, "Newest checkpoints kept besides the first and the best.", above=0
+    )
+    grace_s: float = key(30.0, "Seconds to save in after a signal to stop.", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NonFinite(Section):
+    """Updates whose loss or gradient is not finite."""
+
+    policy: str = key(
+        "stop",
+        "Stop the run, skip the update, or roll back to the last checkpoint.",
+        choices=("stop", "skip", "rollback"),
+    )
+    limit: int = key(10, "Such updates before the run stops anyway.", above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel(Section):
+    """Devices."""
+
+    mode: str = key("jit", "How updates are distributed.", choices=("jit", "pmap"))
+    devices: int | None = key(None, "Number of devices; None is all.", above=0)
+    fsdp: int = key(1, "Devices over which parameters are sharded.", above=0)
+    steps_per_call: int | None = key(
+        None, "Updates in one compiled call; None is as many as take 0.2 s.", above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Section):
+    """Logs."""
+
+    every_steps: int = key(10, "Updates between lines of training metrics.", above=0)
+    tensorboard: bool = key(False, "Whether to write event files to the workdir.")
+    wandb: str | None = key(None, "Weights & Biases project to log to.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """A resolved config. `model` and `task` are ConfigDicts with any other keys."""
+
+    seed: int | Seeds = key(
+        0, "Seed of all randomness, or a section of seeds.", least=0, most=2**32 - 1
+    )
+    precision: str = key(
+        "float32",
+        "Precision of the computation; parameters stay float32 but for float64.",
+        choices=("float32", "bfloat16", "float64"),
+    )
+    deterministic: bool = key(
+        False, "Whether a GPU gives the same bits again, for less speed."
+    )
+    task: Any = section(Task)
+    data: Data = section(Data)
+    model: Any = section(Model)
+    init: Init = section(Init)
+    plan: tuple[Phase, ...] = key((), "Phases of training, from plans.as_config.")
+    population: tuple = key(
+        (), "Runs that differ in some keys: tuples of (key, value) pairs; see grid()."
+    )
+    evaluate: Evaluate = section(Evaluate)
+    checkpoint: Checkpoint = section(Checkpoint)
+    nonfinite: NonFinite = section(NonFinite)
+    parallel: Parallel = section(Parallel)
+    report: Report = section(Report)
+
+    def replaced(self, **sections: Mapping[str, Any]) -> "Config":
+        """Returns the config with other values in some sections.
+
+        >>> Config().replaced(data={"batch_size": 3}).data.batch_size
+        3
+        """
+        changed: dict[str, Any] = {}
+        for name, values in sections.items():
+            before = getattr(self, name)
+            if isinstance(before, ml_collections.ConfigDict):
+                changed[name] = ml_collections.ConfigDict({**before, **values}).lock()
+            else:
+                changed[name] = dataclasses.replace(before, **values)
+        return dataclasses.replace(self, **changed)

@@ -17,8 +17,14 @@ import grain
 import jax
 import numpy as np
 
-from finetune_jax.config.schema import CHOICES, OF_DOMAIN, POSITIVE
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.config.schema import OF_DOMAIN
+from finetune_jax.core.errors import (
+    Problem,
+    UserError,
+    collected,
+    raise_if,
+    under,
+)
 from finetune_jax.core.metric_names import RESERVED
 from finetune_jax.data.batches import places_of, rows_of
 from finetune_jax.data.dataset import Data, Dataset, make_data
@@ -188,29 +194,22 @@ def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:
     """
     shared = {key: config[key] for key in config if key != "domains"}
     entries = [dict(entry) for entry in config["domains"]]
-    problems = _entry_problems(entries, shared)
-    if problems:
-        raise problems_error("The domains cannot be used:", problems)
-    found = {}
+    raise_if(_entry_problems(entries, shared))
+    found, problems = {}, list[Problem]()
     for index, entry in enumerate(entries):
-        domain, where = entry["domain"], f"config.data.domains[{index}]."
+        domain, where = entry["domain"], f"config.data.domains[{index}]"
         own = {key: entry[key] for key in OF_DOMAIN if entry[key] is not None}
         section = {**shared, **own}
-        try:
+        with collected(problems), under(where, instead_of="config.data"):
             if not kind_named(kind := kind_of(section)).can_mix:
-                raise UserError(
-                    f"config.data.name: data of kind {kind!r} has no domains"
-                )
+                text = f"data of kind {kind!r} has no domains"
+                raise UserError(Problem("config.data.name", text))
             found[domain] = make_data(
                 section,
                 seed=domain_seed(seed, domain),
                 labelled=entry["labelled"],
             )
-        except UserError as error:
-            # Messages name config.data, but the value may come from the entry.
-            problems.append(str(error).replace("config.data.", where))
-    if problems:
-        raise problems_error("The domains cannot be used:", problems)
+    raise_if(problems)
     return _mixed(found, entries, shared)
 
 
@@ -291,14 +290,6 @@ def _entry_problems(entries: list[dict], shared: Mapping[str, Any]) -> list[str]
         elif domain in seen:
             problems.append(f"{where}domain: {domain!r} twice; give each its own")
         seen.add(domain)
-        if not 0 <= entry["weight"] < math.inf:
-            problems.append(f"{where}weight: {entry['weight']}; 0 or more is needed")
-        for key in OF_DOMAIN:
-            value, allowed = entry[key], CHOICES.get(f"data.{key}")
-            if value is not None and allowed and value not in allowed:
-                problems.append(f"{where}{key}: {value!r} is not one of {allowed}")
-            if value is not None and f"data.{key}" in POSITIVE and not value > 0:
-                problems.append(f"{where}{key}: {value}; more than 0 is needed")
         if not entry["labelled"]:
             problems += _label_problems(entry, shared, where)
     for split in ("validation", "test"):

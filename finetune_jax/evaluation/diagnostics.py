@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import raise_if
+from finetune_jax.core.errors import Problem, raise_if
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, Dataset
@@ -27,18 +27,18 @@ def open_domains(config: Config, data: Data) -> tuple[Domain, ...]:
     domains, problems = find_domains(config, data)
     examples, held_out = config.evaluate.cka, data.held_out
     if examples is not None:
-        where = f"config.evaluate.cka: {examples}"
-        split = _compared_split(data)
+        split, key = _compared_split(data), "config.evaluate.cka"
         if split is None:
-            problems.append(
-                f"{where}, but config.data has neither validation nor test, whose "
-                "examples it takes"
+            text = (
+                f"{examples}, but config.data has neither validation nor test; set one"
             )
+            problems.append(Problem(key, text))
         elif not 2 <= examples <= len(held_out[split]):
-            problems.append(
-                f"{where}; {split} has {len(held_out[split])} examples, and 2 is the "
-                "least to compare"
+            text = (
+                f"{examples}, but {split} has {len(held_out[split])} examples; 2 to "
+                "that many can be compared"
             )
+            problems.append(Problem(key, text))
     raise_if(problems)
     return domains
 

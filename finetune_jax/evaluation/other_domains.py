@@ -9,7 +9,15 @@ import jax
 import numpy as np
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import UserError, listed
+from finetune_jax.config.schema import Also
+from finetune_jax.core.errors import (
+    Problem,
+    UserError,
+    collected,
+    listed,
+    raise_if,
+    under,
+)
 from finetune_jax.core.metric_names import RESERVED
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.core.registry import closest
@@ -87,33 +95,28 @@ def _last_stage(task: Task, params: Any, batch_stats: Any) -> dict[str, np.ndarr
     }
 
 
-def find_domains(config: Config, data: Data) -> tuple[tuple[Domain, ...], list[str]]:
+def find_domains(
+    config: Config, data: Data
+) -> tuple[tuple[Domain, ...], list[Problem]]:
     """Returns the domains of `config.evaluate.also`, and all problems with them.
 
     Nothing is compiled. Examples are decoded into memory if `data.memory_gb` has room for
     them beside the run's own.
     """
-    found, problems = [], _label_problems(config)
+    found, problems = [], [*map(Problem.of, _label_problems(config))]
     weights = None
     if config.init.pretrained and any(
         entry.head == "pretrained" for entry in config.evaluate.also
     ):
         weights = read_weights(config.init.pretrained, config.init.entry)
     for index, entry in enumerate(config.evaluate.also):
-        where = f"config.evaluate.also[{index}]."
-        wrong = _entry_problems(entry, where, config)
-        if not wrong:
-            try:
-                found.append(_domain(entry, config, data, where, weights))
-            except UserError as error:
-                # Readers of data name config.data, but these keys come from the entry.
-                wrong = [str(error).replace("config.data.", where)]
-        problems += wrong
+        where = f"config.evaluate.also[{index}]"
+        with collected(problems), under(where, instead_of="config.data"):
+            raise_if(_entry_problems(entry, f"{where}.", config))
+            found.append(_domain(entry, config, data, f"{where}.", weights))
     if not problems:
-        try:
+        with collected(problems), under("config.evaluate.also"):
             found = _in_memory(found, config, data)
-        except UserError as error:
-            problems.append(f"config.evaluate.also: {error}")
     return tuple(found), problems
 
 
@@ -139,7 +142,7 @@ def _label_problems(config: Config) -> list[str]:
     return problems
 
 
-def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
+def _entry_problems(entry: Also, where: str, config: Config) -> list[str]:
     """Returns the problems of an entry that show before its data is opened."""
     problems = []
     if entry.head not in HEADS:
@@ -149,24 +152,11 @@ def _entry_problems(entry: Config, where: str, config: Config) -> list[str]:
         problems.append(
             f"{where}head: 'pretrained', but config.init.pretrained is None"
         )
-    for key in ("mean", "std"):
-        value = entry[key]
-        if value is not None and (
-            not value
-            or any(type(v) not in (int, float) for v in value)
-            or (key == "std" and not all(v > 0 for v in value))
-        ):
-            more = " above 0" if key == "std" else ""
-            problems.append(f"{where}{key}: {value!r}; numbers{more} are needed")
-    if entry.resize is not None and entry.resize <= 0:
-        problems.append(f"{where}resize: {entry.resize}; more than 0 is needed")
-    if entry.split_seed < 0:
-        problems.append(f"{where}split_seed: {entry.split_seed}; at least 0 is needed")
     return problems
 
 
 def _domain(
-    entry: Config, config: Config, data: Data, where: str, weights: Weights | None
+    entry: Also, config: Config, data: Data, where: str, weights: Weights | None
 ) -> Domain:
     """Returns one domain, nothing decoded yet.
 
@@ -216,7 +206,7 @@ def _domain(
 
 
 def _check_logits(
-    entry: Config, config: Config, data: Data, theirs: Sequence[str], where: str
+    entry: Also, config: Config, data: Data, theirs: Sequence[str], where: str
 ) -> None:
     """Checks that the run's head has a logit for each class of a domain.
 
@@ -299,7 +289,7 @@ def _places(
 
 
 def _task_and_head(
-    entry: Config,
+    entry: Also,
     config: Config,
     data: Data,
     spec: DataSpec,

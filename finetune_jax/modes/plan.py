@@ -120,7 +120,7 @@ def data_of(config: Config) -> tuple[Data, bool]:
         try:
             spec = kind.without_data(config.data, config.model.classes)
         except UserError as error:
-            raise UserError(f"{missing}\n{error}") from missing
+            raise UserError(*missing.problems, *error.problems) from missing
         if spec is None:
             raise
         return no_data(spec), False

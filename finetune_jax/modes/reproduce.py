@@ -34,7 +34,8 @@ def main(config: Config, options: Options) -> int:
         raise UserError(f"--workdir: {workdir} is not finished (no result.json in it)")
     again = _folder(workdir, config)
     print(f"workdir {again}", flush=True)
-    config.data.cache_dir = str(again / "features")  # What was kept proves nothing.
+    # Features that another run has cached would prove nothing.
+    config = config.replaced(data={"cache_dir": str(again / "features")})
     with stop_on_signals(config.checkpoint.grace_s) as stop:
         try:
             now = run(config, again, stop)

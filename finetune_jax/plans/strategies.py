@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.config.schema import PHASE
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.plans.phase import Phase
@@ -174,7 +173,7 @@ def gradual(
 def progressive(
     stages: Sequence[str],
     *,
-    peak_lr: float = PHASE["peak_lr"],
+    peak_lr: float = Phase.peak_lr,
     start_scale: float = 0.01,
     **fields,
 ) -> tuple[Phase, ...]:

@@ -146,7 +146,7 @@ def run_population(
                 f"All members failed, the first: {results[0]['failed']}"
             )
         population.report(best, results[best])
-        rows = table(config.population, results, config.evaluate.best)
+        rows = table(config.population, results, config.evaluate.best or "")
         seconds = time.perf_counter() - begin
         result = results[best] | {
             "member": best, "population": rows, "wall_s": seconds
@@ -275,6 +275,7 @@ class _Population:
 
     @property
     def _metric(self) -> str:
+        assert self.config.evaluate.best is not None
         return self.config.evaluate.best
 
     def best(self, results: Sequence[Mapping[str, Any] | None]) -> int | None:

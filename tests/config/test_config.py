@@ -30,7 +30,7 @@ def test_all_that_is_wrong_is_told_at_once_with_close_matches():
     config = {"seed": 1, "data": {"batch_sise": 3, "image_size": "x"}, "modle": {}}
     config["plan"] = [{"steps": 1, "peek_lr": 1.0}, {"steps": 1.5}]
     _, problems = configs.resolve(config, [("data.test.x", "1"), ("nothing", "1")])
-    assert problems == [
+    assert [*map(str, problems)] == [
         "config.data.batch_sise: unknown; did you mean 'batch_size'?",
         "config.data.image_size: 'x' is not an integer",
         "config.modle: unknown; did you mean 'model'?",
@@ -73,13 +73,13 @@ def test_the_command_line_sets(key, text, value):
         ("seed", "None", "not an integer"),
         ("seed", "1.5", "not an integer"),
         ("seed", "True", "not an integer"),
-        ("seed", "-1", "0 to 2"),
+        ("seed", "-1", "0 to 4294967295"),
         ("precision", "float16", "did you mean"),
         ("data.batch_size", "0", "more than 0"),
         ("data.std", "0", "more than 0"),
         ("data.mean", "()", "numbers"),
         ("data.channels", "2", "not one of"),
-        ("init.fresh", "('(',)", "no regex"),
+        ("init.fresh", "('(',)", "not a regular"),
         ("plan[1].steps", "1", "plan has 1 entries"),
         ("plan", "()", "a section"),
         ("data", "3", "a section"),
@@ -90,7 +90,7 @@ def test_the_command_line_sets(key, text, value):
 def test_the_command_line_refuses(key, text, message):
     config = given(evaluate={"every_epochs": 1.0})
     _, problems = configs.resolve(config, [(key, text)])
-    assert len(problems) == 1 and message in problems[0]
+    assert len(problems) == 1 and message in str(problems[0])
 
 
 def test_an_override_leaves_the_given_config_alone():
@@ -102,15 +102,18 @@ def test_an_override_leaves_the_given_config_alone():
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        ("plan", (5,), "config.plan[0]: a int, not a ConfigDict"),
-        ("plan", (Phase(steps=3),), "plan.as_config makes a plan of phases"),
+        (
+            "plan",
+            (5,),
+            "config.plan[0]: a int, not a ConfigDict; plans.as_config makes",
+        ),
         ("plan", ({"optimizer_args": 5},), "plan[0].optimizer_args: 5 is not a dict"),
         ("plan", ({"schedule_args": (1,)},), "schedule_args: (1,) is not a dict"),
     ],
 )
 def test_an_entry_that_is_none_is_told(section, value, message):
     config = ml_collections.ConfigDict({section: value})
-    assert any(message in text for text in configs.resolve(config)[1])
+    assert any(message in str(text) for text in configs.resolve(config)[1])
 
 
 def test_what_changes_no_result_is_no_difference():

@@ -185,12 +185,9 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
 
 
 def test_a_key_that_nobody_reads_would_be_seen(tmp_path):
-    config = resolved("iris_mlp.py:tiny", tmp_path)
-    with config.unlocked():
-        config.data.forgotten = 1
-    recorded = Recording(config)
+    recorded = Recording(resolved("iris_mlp.py:tiny", tmp_path))
     make_setup(recorded)
-    assert "data.forgotten" not in recorded.read
+    assert "report.wandb" not in recorded.read
     assert {"data.train", "plan[0].peak_lr", "model.hidden"} <= recorded.read
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import small
 
-from finetune_jax.config.schema import DOMAIN
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.training.initial.starting_state import run_data
@@ -56,10 +55,9 @@ def test_places_of_texts_without_a_tag_stay_without_one():
 
 
 def test_every_domain_has_the_order_that_it_had():
-    config = small.config()
-    entries = tuple(type(config)({**DOMAIN, "domain": name}) for name in "ab")
-    with config.unlocked():
-        config.data.domains = entries
+    given = small.editable(small.config())
+    given.data.domains = tuple({"domain": name} for name in "ab")
+    config = small.resolved(given)
     data = run_data(config)
     wanted = tuple(reversed(data.spec.domains["b"].class_names))
     looks = {"domains": {"b": {"class_names": list(wanted)}}}

@@ -203,9 +203,9 @@ def test_a_new_kind_of_data_is_a_folder_and_trains(waves, tmp_path, capsys):
     config = small.config(
         model="mlp", hidden=(8,), plan=(Phase(name="all", steps=2, peak_lr=0.1),)
     )
-    with config.unlocked():
-        config.task.name, config.data.name = "hear", "tones"
-        config.data.image_size = None
+    config = config.replaced(
+        task={"name": "hear"}, data={"name": "tones", "image_size": None}
+    )
     result = run(config, tmp_path / "run")
     assert result["steps"] == 2 and np.isfinite(result["final"]["test/loss"])
     assert "waveforms of any length" in capsys.readouterr().out
@@ -219,12 +219,10 @@ def test_a_new_kind_of_data_is_a_folder_and_trains(waves, tmp_path, capsys):
 
 def test_a_task_refuses_a_kind_of_data_that_it_does_not_take(waves, tmp_path):
     config = small.config(model="mlp", hidden=(8,))
-    with config.unlocked():
-        config.data.name, config.data.image_size = "tones", None
+    config = config.replaced(data={"name": "tones", "image_size": None})
     with pytest.raises(ValueError, match="waves with classes; such data is for 'hear'"):
         run(config, tmp_path / "run")
-    with config.unlocked():
-        config.data.train_size = 9
+    config = config.replaced(data={"train_size": 9})
     with pytest.raises(
         ValueError, match="config.data.train_size: 9, but the data has no"
     ):

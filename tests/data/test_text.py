@@ -200,9 +200,9 @@ def test_texts_and_images_are_not_taken_for_one_another(folder):
     with pytest.raises(UserError, match="'resnet20' takes no texts"):
         given = config(folder)
         bare = {k: v for k, v in given.model.items() if k not in TINY}
-        with given.unlocked():
-            given.model = {**bare, "name": "resnet20"}
-        make_setup(given)
+        given = small.editable(given)
+        given.model = {**bare, "name": "resnet20"}
+        make_setup(small.resolved(given))
     with pytest.raises(
         UserError,
         match="'classify' takes.*data is text with classes; such data is for 'text'",

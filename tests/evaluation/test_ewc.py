@@ -1,6 +1,5 @@
 """Elastic weight consolidation in a run: the domain's Fisher information holds weights."""
 
-import ml_collections
 import pytest
 import small
 from small import lines, same_result
@@ -23,16 +22,13 @@ def config(strength, also=True, **overrides):
         "init.fisher": "digits_again", "init.fisher_examples": 40,
         "evaluate.distance": True,
     } | overrides  # fmt: skip
-    config = small.config(
+    config = small.editable(small.config(
         model="mlp", plan=plan, hidden=(8,),
         overrides=[(key, str(value)) for key, value in keys.items()],
-    )  # fmt: skip
+    ))  # fmt: skip
     entry = {"label": "digits_again", "name": "digits", "train": "train"}
-    with config.unlocked():
-        config.evaluate.also = (ml_collections.ConfigDict(entry),) if also else ()
-    resolved, problems = small.configs.resolve(config)
-    assert not problems
-    return resolved
+    config.evaluate.also = (entry,) if also else ()
+    return small.resolved(config)
 
 
 @pytest.mark.slow

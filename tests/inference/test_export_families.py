@@ -261,8 +261,7 @@ def text_task(tmp_path, name, pool, **arguments):
     (texts.write_tagged if is_tagged else texts.write)(folder)
     make = text_configs.tag_config if is_tagged else text_configs.config
     config = make(folder)
-    with config.unlocked():
-        config.model.update(name=name, pool=pool, **arguments)
+    config = config.replaced(model={"name": name, "pool": pool, **arguments})
     data = run_data(config)
     task = small.task_of(config, data.spec)
     return config, task, data.train.take(np.arange(4))
@@ -324,8 +323,7 @@ def test_encoders_go_back_to_transformers(row, tmp_path):
     before = older(before) if names == "older" else before
     save_file(before, tmp_path / "w.safetensors")
     if kind == "BertModel":
-        with config.unlocked():
-            config.init.fresh = ("head/.*",)
+        config = config.replaced(init={"fresh": ("head/.*",)})
     trained = began(task, config, f"file:{tmp_path}/w.safetensors")
     assert_same(written(trained, tmp_path / "same")[0], before)
     trained = fine_tuned(trained)

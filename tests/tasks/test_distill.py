@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import small
 
-from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.features.cache import FeatureStore, Teachers
@@ -36,14 +35,11 @@ NOWHERE = "file:nowhere.npz"
 
 def config(members, model=None, plan=(), overrides=(), **task):
     model = model or {"name": "mlp", "hidden": (6,)}
-    given = small.config(model=model["name"], plan=plan)
-    with given.unlocked():
-        given.task = {"name": "distill", **task}
-        given.model.update(model)
-        given.model.members = tuple({"pretrained": NOWHERE, **m} for m in members)
-    resolved, problems = configs.resolve(given, overrides)
-    assert not problems, problems
-    return resolved
+    given = small.editable(small.config(model=model["name"], plan=plan))
+    given.task = {"name": "distill", **task}
+    given.model.update(model)
+    given.model.members = tuple({"pretrained": NOWHERE, **m} for m in members)
+    return small.resolved(given, overrides)
 
 
 def task(*arguments, **keywords):

@@ -41,8 +41,7 @@ def specs(classes=(10, 10), shapes=((8, 8, 1),) * 2, labelled=(True, False)):
 def task(spec=None, *, model="cnn", precision="float32", **arguments):
     own = CNN if model == "cnn" else {"hidden": (8, 8)}
     config = small.config(model=model, overrides=[("precision", precision)], **own)
-    with config.unlocked():
-        config.task = {"name": "domain_adapt", **arguments}
+    config = config.replaced(task={"name": "domain_adapt", **arguments})
     return small.task_of(config, spec or specs())
 
 
@@ -160,14 +159,15 @@ def test_a_stopped_run_with_adabn_ends_in_the_same_bits(tmp_path):
     noisy = {
         **DIGITS, "domain": "noisy", "labelled": False, "shift": (("noise", 0.4),),
     }  # fmt: skip
-    config = mixtures.config(
+    given = mixtures.config(
         {**DIGITS, "stratified": False}, noisy, task="domain_adapt", method="none",
         plan=(source, adabn), data={"batch_size": 64},
     )  # fmt: skip
-    with config.unlocked():
-        config.model.name, config.model.convolutions = "cnn", (8,)
-        config.model.dense, config.model.kernel_size = (32,), 3
-        del config.model["hidden"]
+    given = small.editable(given)
+    given.model.name, given.model.convolutions = "cnn", (8,)
+    given.model.dense, given.model.kernel_size = (32,), 3
+    del given.model["hidden"]
+    config = small.resolved(given)
     straight = run(config, tmp_path / "straight")
     before = [line for line in small.lines(tmp_path / "straight") if line["step"] == 20]
     before = [line for line in before if "test/noisy/accuracy" in line][-1]

@@ -42,8 +42,7 @@ def specs(classes=(10, 10), shapes=((8, 8, 1), (8, 8, 1)), share=8):
 def task(spec=None, *, model="cnn", precision="float32", **arguments):
     own = CNN if model == "cnn" else {"hidden": (8,)}
     config = small.config(model=model, overrides=[("precision", precision)], **own)
-    with config.unlocked():
-        config.task = {"name": "joint", **arguments}
+    config = config.replaced(task={"name": "joint", **arguments})
     return small.task_of(config, spec or specs())
 
 
@@ -325,10 +324,10 @@ def test_every_domain_begins_with_the_pretrained_weights(shared):
             ("init.fresh", "('.*head/.*',)"),
         ],
     )  # fmt: skip
-    with config.unlocked():
-        config.model.name = "resnet20"
-        del config.model["hidden"]
-    state, loaded = make_setup(config).start()
+    given = small.editable(config)
+    given.model.name = "resnet20"
+    del given.model["hidden"]
+    state, loaded = make_setup(small.resolved(given)).start()
     saved = read_weights("zoo:resnet20_fashion_mnist").tensors
     params, stats = named(state.params), named(state.batch_stats)
     assert loaded.layout and loaded.sha256

@@ -1,5 +1,6 @@
 """Segmentation from masks in files to masks that are predicted."""
 
+import dataclasses
 import functools
 import json
 
@@ -470,8 +471,8 @@ def test_a_run_killed_or_scanned_or_cached_ends_in_the_same_bits(
     def config(*overrides):
         resolved = data_config(folder, *views, taps, *overrides)
         if frozen:
-            resolved.plan[0].unlock()
-            resolved.plan[0].rules = small.HEAD
+            phase = dataclasses.replace(resolved.plan[0], rules=small.HEAD)
+            resolved = dataclasses.replace(resolved, plan=(phase,))
         return resolved
 
     results = {

@@ -227,16 +227,14 @@ def test_a_task_in_a_folder_elsewhere_trains_without_changing_the_package(tmp_pa
     program = f"""
 import sys
 sys.path[:0] = [{str(pathlib.Path(small.__file__).parent)!r}]
-import ml_collections, small
+import small
 import pathlib
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
-from finetune_jax.config import resolve
 config = small.config(model="mlp", hidden=(4,), plan=(Phase(name="all", steps=2),))
-with config.unlocked():
-    config.task = ml_collections.ConfigDict({{"name": "squared", "scale": 2.0}})
-resolved, problems = resolve(config)
-assert not problems, problems
+given = small.editable(config)
+given.task = {{"name": "squared", "scale": 2.0}}
+resolved = small.resolved(given)
 assert run(resolved, pathlib.Path({str(tmp_path / "run")!r}))["steps"] == 2
 """
     path = [str(pathlib.Path(tasks.__file__).parents[2]), str(tmp_path)]

@@ -434,8 +434,7 @@ def test_wrong_rules_are_all_refused_before_the_data_is_opened():
         (".*", "constant", math.inf), (".*", "constant", True),
     )  # fmt: skip
     given = config(("data.name", "idx"), ("data.dir", "nowhere"))
-    with given.unlocked():
-        given.init.schemes = rules
+    given = given.replaced(init={"schemes": rules})
     with pytest.raises(UserError) as error:
         make_setup(given)
     message = str(error.value)

@@ -386,9 +386,8 @@ def test_members_get_what_the_files_beside_their_own_weights_say(tmp_path):
         {"name": "resnet50", "pretrained": f"file:{tmp_path}/a/w.pth"},
         {"label": "start", "pretrained": "start"},
     ]  # fmt: skip
-    plain = config.copy_and_resolve_references()
-    with plain.unlocked():
-        plain.model.members = tuple(map(dict, teachers))
+    plain = small.editable(config)
+    plain.model.members = tuple(map(dict, teachers))
     config, problems = configs.resolve(plain)
     assert not problems
     with pytest.raises(UserError, match=r"members\[1\]\.stride_in='1x1' follows it"):
@@ -398,8 +397,7 @@ def test_members_get_what_the_files_beside_their_own_weights_say(tmp_path):
     assert full.model.members[1]["stride_in"] == "1x1"
     check(full)
     wrong = [dict(teachers[0], stride_in="3x3")]
-    with plain.unlocked():
-        plain.model.members = tuple(wrong)
+    plain.model.members = tuple(wrong)
     with pytest.raises(UserError, match=r"members\[0\]\.stride_in: '3x3'"):
         with_weight_defaults(configs.resolve(plain)[0])
 

@@ -778,16 +778,16 @@ def start(weights, task, **init):
         )
     else:
         config = small.config(model="mlp", hidden=(4,))
-    with config.unlocked():
-        config.model.hidden = (4,)
-        if task == "mutual":
-            config.task = {"name": "mutual"}
-            config.model.members = tuple(
-                {**entry, "pretrained": weights} for entry in MEMBERS
-            )
-        elif task == "of_all":
-            config.task = {"name": "mutual"}
-            config.model.members = MEMBERS
+    config = small.editable(config)
+    config.model.hidden = (4,)
+    if task == "mutual":
+        config.task = {"name": "mutual"}
+        config.model.members = tuple(
+            {**entry, "pretrained": weights} for entry in MEMBERS
+        )
+    elif task == "of_all":
+        config.task = {"name": "mutual"}
+        config.model.members = MEMBERS
     init = {"pretrained": None if task == "mutual" else weights, **init}
     overrides = [(f"init.{key}", str(value)) for key, value in init.items()]
     config, problems = configs.resolve(config, overrides)

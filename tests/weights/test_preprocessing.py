@@ -71,10 +71,7 @@ def test_files_beside_weights_are_read(name, values, wanted, tmp_path):
 
 def given(address, **data):
     config = small.config(overrides=[("init.pretrained", address)])
-    with config.unlocked():
-        config.data.image_size = None
-        config.data.update(data)
-    return config
+    return config.replaced(data={"image_size": None, **data})
 
 
 def test_the_weights_say_what_the_config_does_not(tmp_path):

@@ -104,9 +104,7 @@ def test_with_photos_a_plan_counts_updates(dogs, capsys):
 
 
 def test_photos_become_what_the_weights_expect(dogs):
-    found = config()
-    with found.unlocked():
-        found.data.dir = str(dogs)
+    found = config().replaced(data={"dir": str(dogs)})
     data = make_data(found.data, seed=0)
     assert data.spec.shape == data.spec.train_shape == (224, 224, 3)
     assert data.spec.dtype == "uint8" and len(data.spec.class_names) == CLASSES

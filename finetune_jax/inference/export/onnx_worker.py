@@ -37,7 +37,7 @@ def read_model(
     """Returns a function of inputs, the shape of one example, and the data's spec."""
     config = configs.from_json((handed / "config.json").read_text(), "config.json")
     # onnxruntime has no bfloat16 on CPU.
-    config.precision = "float32"
+    config = dataclasses.replace(config, precision="float32")
     spec = spec_from_json(json.loads((handed / "spec.json").read_text()), config.data)
     task = make_task(config.task, config.model, config.precision, spec)
     module: Any = task.models[""]

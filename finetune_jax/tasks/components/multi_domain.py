@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from finetune_jax.config import Config
+from finetune_jax.config.schema import Domain as DomainSection
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import Data
@@ -206,7 +207,9 @@ def make_domain_tasks(
     }
 
 
-def chosen_by(domains: Sequence[Config], names: tuple[str, ...]) -> tuple[str, ...]:
+def chosen_by(
+    domains: Sequence[DomainSection], names: tuple[str, ...]
+) -> tuple[str, ...]:
     """Returns the metrics of several domains that can choose a checkpoint.
 
     A domain without labels in training has none, and then there is no mean either.

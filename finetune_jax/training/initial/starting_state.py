@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_jax.config import Config, seeds
 from finetune_jax.config.members import weights_addresses, weights_entries
+from finetune_jax.config.schema import Init
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.pytrees import like, named, part, with_part
 from finetune_jax.core.registry import closest
@@ -254,7 +255,7 @@ def _with_classes(
     heads: Sequence[str],
     is_fresh: Callable[[str], bool],
     spec: DataSpec,
-    init: Config,
+    init: Init,
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns loaded variables with logits in the order of the data's classes, and lines.
 

@@ -4,7 +4,6 @@ transformers has `preprocessor_config.json`; timm has `pretrained_cfg` in `confi
 only its keys; an export of this project has `model.json`.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,8 +48,7 @@ def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
         found, where = beside(config.init.pretrained)
     if not found:
         return config, []
-    full = copy.deepcopy(config)
-    data, lines, taken = full.data, [], {}
+    lines, taken = [], {}
     if config.data.channels == 1:
         found |= {k: _mean(found[k]) for k in ("mean", "std") if k in found}
     for key, value in found.items():
@@ -59,7 +57,7 @@ def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
         if key in _GEOMETRY:
             is_given = any(config.data[one] is not None for one in _GEOMETRY)
         if not is_given:
-            data[key] = taken[key] = value
+            taken[key] = value
         elif not _same(given, value):
             lines.append(
                 f"config.data.{key}: {given!r}, but {where} says {value!r}, with which "
@@ -68,7 +66,7 @@ def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
     if taken:
         told = ", ".join(f"{key}={value!r}" for key, value in taken.items())
         lines.insert(0, f"config.data: {told}, as {where} says")
-    return full, lines
+    return config.replaced(data=taken) if taken else config, lines
 
 
 def beside(address: str) -> tuple[dict[str, Any], str | None]:
