@@ -3,7 +3,6 @@
 from finetune_jax.config.grids import grid as grid
 from finetune_jax.config.loading import default as default
 from finetune_jax.config.loading import differences as differences
-from finetune_jax.config.loading import entry_of as entry_of
 from finetune_jax.config.loading import flat as flat
 from finetune_jax.config.loading import from_json as from_json
 from finetune_jax.config.loading import load as load
