@@ -172,6 +172,8 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
     if config.data.text:
         unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
+    if config.init.fisher is None:
+        unread -= {"init.fisher_examples"}
     if config.init.pretrained is None:
         unread -= {"init.fresh", "init.input_channels", "init.accept"}
     if config.task.name == "mutual":  # What several models need is not kept.
