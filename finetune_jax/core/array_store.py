@@ -48,7 +48,7 @@ class Tables:
         """Returns the arrays of a table that is there and whole.
 
         Args:
-            key: Of the table.
+            key: Key of the table.
             table: Its shapes.
         """
         place = self.place(key)
@@ -100,8 +100,8 @@ class Tables:
         """Returns the arrays of a new table, which is kept if that can be.
 
         Args:
-            key: Of the table.
-            about: What it depends on.
+            key: Key of the table.
+            about: All that the table depends on.
             table: Its shapes.
             rows: Stretches of its arrays, in order.
             what: It is, for a person.

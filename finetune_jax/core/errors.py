@@ -31,7 +31,7 @@ class Problem:
     Attributes:
         key: Config key, relative to the section that is checked or from its root, such as
             'config.data.dir'; '' if no key is to blame.
-        text: What was found, and what to do.
+        text: The value that was found, and what to do.
     """
 
     key: str

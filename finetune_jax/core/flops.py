@@ -24,11 +24,11 @@ def count_flops(jaxpr: Any) -> float:
     and the like, which it counts apart.
 
     Args:
-        jaxpr: Of the program, such as `jax.jit(f).trace(...).jaxpr`.
+        jaxpr: Jaxpr of the program, such as `jax.jit(f).trace(...).jaxpr`.
     """
     needed = {id(variable) for variable in jaxpr.outvars}
     total = 0.0
-    # What nobody reads is not computed.
+    # XLA does not compute unused values.
     for equation in reversed(jaxpr.eqns):
         if any(id(variable) in needed for variable in equation.outvars):
             needed |= {id(variable) for variable in equation.invars}

@@ -32,7 +32,7 @@ def higher_is_better(name: str) -> bool:
 def is_better(name: str, value: float, best: float | None, change: float = 0.0) -> bool:
     """Returns whether a metric's value beats the best so far by more than `change`.
 
-    What is not a number beats nothing.
+    NaN is never better.
 
     >>> is_better("validation/loss", 0.4, 0.5), is_better("validation/accuracy", 0.4, 0.5)
     (True, False)

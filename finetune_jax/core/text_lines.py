@@ -73,7 +73,7 @@ def lines_of(text: str, where: object) -> list[str]:
     (['a', 'b\u2028c'], ['a', 'b'])
 
     Args:
-        text: What a file holds.
+        text: Content of a file.
         where: The file, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run carries from update to update, on the device and beside it."""
+"""State of a run that updates read and write."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from finetune_jax.core.pytrees import like, named
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What an update reads and writes; donated to it.
+    """State that an update reads and writes; donated to it.
 
     Attributes:
         step: Updates made so far, int32.
         params: Parameters by stage.
         batch_stats: Running averages of BatchNorm by stage; empty where there is none.
-        opt_state: Of the optimizer of the phase.
+        opt_state: State of the phase's optimizer.
         rng: Data of two keys, of augmentation and of all else that updates draw; never
             changed, draws fold `step` into them.
         ema: Averaged weights by name, of what learns in any phase; empty without them.
@@ -57,7 +57,7 @@ def averaged(state: TrainState, decay: float | None) -> Any:
         leaf = leaves[name]
         step = state.step.astype(leaf.dtype)
         share = 1 - jnp.minimum(decay, (1 + step) / (10 + step)).astype(leaf.dtype)
-        # What has not moved keeps its bits.
+        # A leaf that has not moved keeps its bits.
         return jnp.where(mean == leaf, leaf, mean + share * (leaf - mean))
 
     return {name: moved(name, mean) for name, mean in state.ema.items()}

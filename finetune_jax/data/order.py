@@ -95,7 +95,7 @@ def permutation(count: int, seed: int) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def _permutation_in_small_block(count: int, seed: int) -> np.ndarray:
     word = _SMALLEST_BLOCK // 2
-    # What follows what is soon known of the whole block.
+    # The successor of every number in the block, computed at once.
     block = np.arange(2**_SMALLEST_BLOCK)
     follows = _encrypted(block, seed, word).astype(np.uint16)
     found = follows[:count]

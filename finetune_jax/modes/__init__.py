@@ -1,1 +1,1 @@
-"""What the program does: one module a mode, `main(config, options) -> exit status`."""
+"""Modes of the command line: one module each, `main(config, options) -> exit status`."""

@@ -1,4 +1,4 @@
-"""What the command line says besides the config."""
+"""Flags of the command line besides the config."""
 
 import dataclasses
 import pathlib
@@ -14,7 +14,7 @@ class Options:
         inputs: Files and folders to predict.
         output: Where predictions or exports go; None is a place in the workdir.
         formats: In which a run is exported.
-        layout: Of the exported weights; None is the one that they came in.
+        layout: Layout of the exported weights; None is the layout of the imported ones.
     """
 
     config: str

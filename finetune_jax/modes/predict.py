@@ -101,7 +101,7 @@ def find_inputs(
         else:
             missing.append(f"--inputs: no file or folder {text!r}")
     if missing:
-        raise problems_error("What is to be predicted is not there:", missing)
+        raise problems_error("--inputs: these do not exist:", missing)
     if refused:
         raise problems_error(
             "--inputs: files that this model does not take:", refused, rule.advice

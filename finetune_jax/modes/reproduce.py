@@ -20,7 +20,7 @@ DIFFERENT_STATUS = 3
 # Numbers are the same within this if they differ by at most it, or by this share.
 TOLERANCE = 1e-3
 DIGESTS = ("params_sha256", "state_sha256", "frozen_sha256")
-# What the manifests of two runs may differ in without having to do with the bits.
+# Entries of the manifests of two runs that have no influence on the bits.
 _NO_CAUSE = ("command", "config", "seed")
 
 
@@ -79,9 +79,9 @@ def verdict(
 
     Args:
         lines: Of `metrics.jsonl` of one run.
-        others: Of the other.
-        result: What `result.json` of the one holds.
-        other: Of the other.
+        others: Metric lines of the other run.
+        result: `result.json` of the one run.
+        other: `result.json` of the other run.
     """
     pairs = list(differences(lines, others))
     digests = [key for key in DIGESTS if result.get(key) != other.get(key)]

@@ -52,7 +52,7 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
     other bits. Takes effect if no computation has been made yet.
 
     Args:
-        workdir: Of the run.
+        workdir: Workdir of the run.
         deterministic: Whether a GPU shall give the same bits again, at the cost of what
             autotuning and atomic additions save.
     """

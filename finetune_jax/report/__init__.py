@@ -1,1 +1,1 @@
-"""What a run tells: terminal, `metrics.jsonl`, manifest, plots."""
+"""Output of a run: workdir, manifest, metrics log, trackers, terminal, page."""

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a rerun needs to know besides the config."""
+"""`manifest.json`: data, weights, versions and devices of a run, for reruns."""
 
 import importlib.metadata
 import os
@@ -31,10 +31,10 @@ def make_manifest(
 
     Args:
         config: Resolved, as plain values.
-        data: What the data look like, of which predictions need to know.
-        data_fingerprint: Of the data that was read.
-        also_fingerprint: Of the data of other domains, by label.
-        weights_sha256: Of every weight file that was read, by path.
+        data: Description of the data, which predictions need.
+        data_fingerprint: Fingerprint of the data.
+        also_fingerprint: Fingerprint of the data of each other domain, by label.
+        weights_sha256: Digest of every weight file, by path.
         weights_layout: How their tensors are named, None where there are none.
     """
     return {

@@ -31,7 +31,7 @@ class Prediction:
         image: uint8 [H, W, C], C 1 or 3, as the model saw it before normalisation.
         truth: The example's class.
         top: (class, probability), best first.
-        name: Of the file, or such as 'test 17'.
+        name: Name of the file, or one such as 'test 17'.
     """
 
     image: np.ndarray
@@ -46,9 +46,9 @@ class ParameterRow:
 
     Attributes:
         name: Full.
-        stage: Of the model.
-        shape: Of the array.
-        scales: Of the learning rate in each phase; 0 is frozen.
+        stage: Stage of the model.
+        shape: Shape of the array.
+        scales: Factor of the learning rate in each phase; 0 is frozen.
     """
 
     name: str
@@ -82,7 +82,7 @@ class PhaseRow:
         warmup_steps: Updates over which the rate rises.
         clip_norm: Bound of the gradient's norm.
         accumulate_steps: Micro-batches of an update.
-        weight_decay: Of the parameters that decay.
+        weight_decay: Weight decay of the parameters that decay.
         optimizer_state: 'reset' or 'carry'.
     """
 

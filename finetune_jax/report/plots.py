@@ -61,7 +61,7 @@ def phase_labels(spans: Sequence[Span], width_in: float) -> list[str]:
     """Returns the names of phases, or their numbers where one name does not fit.
 
     Args:
-        spans: Of the phases.
+        spans: Spans of the phases.
         width_in: Inches that they share.
     """
     total = max(spans[-1].end - spans[0].first, 1) if spans else 1
@@ -116,8 +116,8 @@ def draw_curves(
     Args:
         panel: To draw on.
         lines: Of `metrics.jsonl`.
-        name: Of the metric, such as 'loss'.
-        spans: Of the phases.
+        name: Name of the metric, such as 'loss'.
+        spans: Spans of the phases.
         width_in: About how wide the panel is, in inches.
         best_step: Where the validation curve has a ring.
     """
@@ -182,7 +182,7 @@ def learning_curves(lines: Sequence[dict], path: pathlib.Path) -> None:
 
     Args:
         lines: Of `metrics.jsonl`.
-        path: Of the picture.
+        path: Path of the picture.
     """
     names, spans = curve_names(lines) or ["loss"], spans_of(lines)
     width_in = 3.9
@@ -213,8 +213,8 @@ def curve_figure(
 
     Args:
         lines: Of `metrics.jsonl`.
-        name: Of the metric.
-        spans: Of the phases.
+        name: Name of the metric.
+        spans: Spans of the phases.
         size_in: Width and height.
         best_step: Where the validation curve has a ring; None has none.
     """
@@ -310,7 +310,7 @@ def confusion_matrix(
     Args:
         counts: [K, K], a row a true class.
         class_names: In the order of the rows.
-        path: Of the picture.
+        path: Path of the picture.
         title: Above it.
     """
     _save(confusion_figure(counts, class_names, title), path, dpi=120)
@@ -328,8 +328,8 @@ def predicted(
     Args:
         prediction: [N, T].
         target: [N, T].
-        names: Of the targets; of many, the first are drawn.
-        path: Of the picture.
+        names: Names of the targets; only the first ones are drawn if there are many.
+        path: Path of the picture.
         title: Above it.
     """
     panels = min(len(names), 4)

@@ -25,14 +25,14 @@ def segments_figure(
 ) -> Figure:
     """Returns a picture: a column an example, with its image, mask and predicted mask.
 
-    What is ignored is white.
+    Ignored pixels are white.
 
     Args:
         images: uint8 [N, H, W, C], C 1 or 3.
         masks: uint8 [N, H, W], class indices.
-        predicted: Likewise.
-        names: Of the examples.
-        classes: Of the pixels.
+        predicted: Predicted class index of each pixel.
+        names: Names of the examples.
+        classes: Names of the pixels' classes.
     """
     count, colours = len(images), palette(len(classes))
     there = [k for k in range(len(classes)) if ((masks == k) | (predicted == k)).any()]

@@ -1,4 +1,4 @@
-"""What a person sees while a run runs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run for a person: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -53,7 +53,7 @@ class Terminal:
         """Starts the bar of a phase.
 
         Args:
-            name: Of the phase.
+            name: Name of the phase.
             first: Its first update.
             step: Where it starts or is taken up again.
             end: The update after its last.

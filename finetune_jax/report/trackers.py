@@ -29,8 +29,8 @@ class TensorBoard:
         """Opens a file in a folder.
 
         Args:
-            folder: Of the run's event files; each attempt of the run adds one.
-            first_step: What earlier attempts said of this step and later ones is void.
+            folder: Folder of the run's event files; each attempt of the run adds one.
+            first_step: First step; entries of earlier attempts from this step on are void.
         """
         try:
             from tensorboardX.event_file_writer import EventsWriter
@@ -74,7 +74,7 @@ class WeightsAndBiases:
         Args:
             project: Its project.
             workdir: Names the run, and keeps its files.
-            config: What the run's page shows of it.
+            config: Config for the run's page.
         """
         try:
             import wandb
@@ -126,7 +126,7 @@ def make_trackers(
     Args:
         report: The section `config.report`.
         config: Returns the whole config, plain.
-        workdir: Of the run.
+        workdir: Workdir of the run.
         first_step: The first step that has not been logged.
 
     Raises:

@@ -113,8 +113,8 @@ def check_same_inputs(workdir: pathlib.Path, inputs: dict) -> None:
     """Checks that a run taken up again reads what it began with.
 
     Args:
-        workdir: Of the run.
-        inputs: What the manifest would say of data and weights today.
+        workdir: Workdir of the run.
+        inputs: Entries of the manifest about data and weights, as they are today.
 
     Raises:
         UserError: Data or weights have changed since.

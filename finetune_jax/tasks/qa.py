@@ -22,7 +22,7 @@ from finetune_jax.tasks.task import LossOutput
 # Kinds of data and of labels.
 ACCEPTS = (("text", "answers"),)
 METRICS = ("exact_match", "f1", "loss")
-# Of the first and of the last token of an answer.
+# Logits of a token: it is the first, or the last, of an answer.
 LOGITS = 2
 
 

@@ -29,7 +29,7 @@ TEACHER_OUTPUTS = "taught"
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """What a loss reads besides variables and batch.
+    """Arguments of a loss besides variables and batch.
 
     Attributes:
         mode: How the stages run.
@@ -65,7 +65,7 @@ class LossOutput(flax.struct.PyTreeNode):
 
 
 class Task(abc.ABC):
-    """What is learned: models, loss, outputs and metrics.
+    """A task: models, loss, outputs and metrics.
 
     Implementations are final frozen dataclasses made of components; they share code by
     calling functions. 'variables' are {'params': ..., 'batch_stats': ...} of all models.

@@ -51,9 +51,9 @@ class Setup:
 
     Attributes:
         config: Resolved.
-        devices: Of the run.
+        devices: Devices of the run.
         data: Its splits.
-        task: What is learned.
+        task: Task of the run.
         plan: Phases with their length in steps.
         shapes: The state before the first phase, shapes only.
         random_states: Draws such states.

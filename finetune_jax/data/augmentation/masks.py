@@ -94,7 +94,7 @@ def make_mask_augment(
         )
 
     def one(mask_HxW: jax.Array, rng: jax.Array) -> jax.Array:
-        # What steps let in is 0, which so is what is ignored.
+        # Steps fill with 0, which thus marks ignored pixels.
         mask_HxWx1 = (mask_HxW[..., None] + jnp.uint8(1)).astype(jnp.uint8)
         for index, (name, *arguments) in enumerate(named):
             resizes = augment.AUGMENTATIONS[name].resizes

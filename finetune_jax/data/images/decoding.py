@@ -18,8 +18,8 @@ INTERPOLATIONS = {
 }
 # Rec. 601, as Pillow converts colour to grey.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
-# Of the longer side to the shorter one; beyond it an image resized by its shorter side
-# could fill the memory.
+# Largest ratio of the sides; beyond it an image resized by its shorter side could fill the
+# memory.
 _THIN = 100
 SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # Operations that make an image upright, by its EXIF orientation.
@@ -108,9 +108,9 @@ def read_sized(
 
     The image is bytes [H, W, 3] or [H, W, 1]; the size is that before it is fitted.
 
-    It is turned as its EXIF orientation says. What is transparent lies on white; of 16
-    bits the upper 8 are kept; palettes, CMYK and bilevel images become RGB or grey. Of an
-    animation it is the first image.
+    It is turned by its EXIF orientation. Transparent pixels lie on white; the upper 8 of 16
+    bits are kept; palettes, CMYK and bilevel images become RGB or grey. An animation gives
+    its first image.
 
     Args:
         file: Where it is, its bytes, or what Pillow opened already.

@@ -47,7 +47,7 @@ class Columns:
         label: int32 [N]: a code, or the bits of a number; zeros where there is none.
         values: Values of the codes of each category, and of the label: Arrow's
             arrays of strings.
-        sha256: Of the file.
+        sha256: Digest of the file.
     """
 
     path: pathlib.Path
@@ -171,7 +171,7 @@ def _found(
         path: The file.
         place: Place of its columns.
         schema: Schema of the file.
-        sha256: Of the file.
+        sha256: Digest of the file.
         verify: Whether their digests are looked at.
     """
     try:

@@ -49,7 +49,7 @@ class Format:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """What `config.data` says of tables.
+    """Options of `config.data` for tables.
 
     Attributes:
         label: Name of the column that is to be predicted.
