@@ -14,9 +14,9 @@ from finetune_jax.core.paths import printable
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.kind import FileRule
+from finetune_jax.data.reading.threads import attempts, check_readable
 from finetune_jax.data.source import not_finite
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.threads import attempts, check_readable
 
 SUFFIXES = (".npy", ".npz")
 # Files that are decoded before the model sees the first of them.

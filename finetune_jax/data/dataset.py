@@ -19,6 +19,7 @@ from finetune_jax.data.kind import (
     kind_named,
     kind_of,
 )
+from finetune_jax.data.reading.threads import attempts, check_readable
 from finetune_jax.data.source import (
     ArrayExamples,
     Source,
@@ -28,7 +29,6 @@ from finetune_jax.data.source import (
 )
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.splits import choose, overlaps, per_class
-from finetune_jax.data.threads import attempts, check_readable
 
 ADVICE = "Mend them, take them out, or pass them over: config.data.on_error=skip."
 

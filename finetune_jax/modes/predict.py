@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.paths import printable, user_path
-from finetune_jax.data.files import Unused, files_below
 from finetune_jax.data.kind import FileRule, kind_named
-from finetune_jax.data.threads import check_readable
+from finetune_jax.data.reading.files import Unused, files_below
+from finetune_jax.data.reading.threads import check_readable
 from finetune_jax.inference.predictor import open_predictor, open_reader
 from finetune_jax.modes.options import Options
 

@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
-from finetune_jax.data.files import is_litter
 from finetune_jax.data.images import depth
 from finetune_jax.data.images.decoding import Geometry, oriented_size, read_image
 from finetune_jax.data.images.image_formats import image_suffixes, why_no_image
@@ -22,6 +21,7 @@ from finetune_jax.data.images.mask_files import MaskFiles, read_mask
 from finetune_jax.data.kind import Resources, kind_named, kind_of
 from finetune_jax.data.loading import load_source
 from finetune_jax.data.preprocessing import ArraySpec, array_spec
+from finetune_jax.data.reading.files import is_litter
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import make_model
 from finetune_jax.models.layers.sizes import TooSmall, least_side

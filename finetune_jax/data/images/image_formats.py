@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from PIL import Image, UnidentifiedImageError
 
-from finetune_jax.data.files import Unused
+from finetune_jax.data.reading.files import Unused
 
 # Formats that Pillow opens and cannot decode by itself, or that are no pictures.
 _NOT_READ = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))

@@ -37,9 +37,9 @@ from finetune_jax.data.preprocessing import (
     domain_spec,
     pixels_from_json,
 )
+from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.source import Source
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.data.threads import attempts
 
 # Fields of `ArraySpec` that a program needs that prepares images for the model.
 _SERVED = ("resize", "interpolation", "mean", "std")

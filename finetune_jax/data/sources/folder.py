@@ -14,14 +14,14 @@ import numpy as np
 
 from finetune_jax.core.errors import DataMissing, UserError, problems_error
 from finetune_jax.core.paths import user_path
-from finetune_jax.data.files import SPLITS, Unused, files_below, visible
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import images_of, why_no_image
 from finetune_jax.data.labels import Classes, classes_of
+from finetune_jax.data.reading.files import SPLITS, Unused, files_below, visible
+from finetune_jax.data.reading.threads import in_threads
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
-from finetune_jax.data.threads import in_threads
 
 
 class ImageFiles:

@@ -21,14 +21,14 @@ from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.text_lines import lines_of
 from finetune_jax.data.augmentation.masks import IGNORED
-from finetune_jax.data.files import SPLITS, Unused, files_below, visible
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import image_suffixes, images_of
 from finetune_jax.data.images.mask_files import Colour, MaskFiles
 from finetune_jax.data.labels import class_name, near_twins
+from finetune_jax.data.reading.files import SPLITS, Unused, files_below, visible
+from finetune_jax.data.reading.threads import in_threads
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
-from finetune_jax.data.threads import in_threads
 
 MASKS = True
 _IGNORED_NAME = "ignored"

@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.registry import closest
-from finetune_jax.data.separated import (
+from finetune_jax.data.reading.separated import (
     Head,
     begin_of,
     first_cells,

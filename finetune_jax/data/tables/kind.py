@@ -9,6 +9,7 @@ from finetune_jax.core.errors import UserError, listed
 from finetune_jax.core.paths import printable
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
+from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.tables.encoding import (
     VOCABULARY,
@@ -24,7 +25,6 @@ from finetune_jax.data.tables.schema import (
 )
 from finetune_jax.data.tables.source import format_of, load_table, rows_to_predict
 from finetune_jax.data.tables.unknown import Unknown
-from finetune_jax.data.threads import attempts
 
 # Most columns that a line lists.
 _NAMES = 12

@@ -14,9 +14,9 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import DataMissing, UserError, problems_error
 from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
-from finetune_jax.data.files import SPLITS, not_used, visible
 from finetune_jax.data.kind import Prepared
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
+from finetune_jax.data.reading.files import SPLITS, not_used, visible
 from finetune_jax.data.rounding import may_lose, rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.tables.columns import (

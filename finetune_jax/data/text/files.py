@@ -13,8 +13,8 @@ from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.text_lines import decoded, lines_of
 from finetune_jax.data import sources
-from finetune_jax.data.files import SPLITS, not_used, visible
-from finetune_jax.data.separated import (
+from finetune_jax.data.reading.files import SPLITS, not_used, visible
+from finetune_jax.data.reading.separated import (
     begin_of,
     first_cells,
     head_of,

@@ -20,6 +20,7 @@ from finetune_jax.data.kind import (
     Resources,
     suffix_rule,
 )
+from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.files import inputs_of, load_texts, read_texts
 from finetune_jax.data.text.source import check_texts, text_inputs
@@ -32,7 +33,6 @@ from finetune_jax.data.text.tokens import (
     make_encoder,
     options_of,
 )
-from finetune_jax.data.threads import attempts
 
 # In the workdir.
 TOKENIZER = "tokenizer.json"

@@ -1,0 +1,1 @@
+"""Reading of files: which ones there are, separated values, threads."""
