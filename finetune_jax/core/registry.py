@@ -135,7 +135,9 @@ def call(
         UserError: Lists unknown, missing and unsuitable arguments.
     """
     defaults, grouped = _defaults(function, given)
-    if not isinstance(arguments, Mapping):
+    if hasattr(arguments, "keys"):  # A ConfigDict is no `Mapping`.
+        arguments = dict(arguments)
+    else:
         if len(arguments) > len(defaults):
             takes = f"({', '.join(defaults)})" if defaults else "no arguments"
             raise UserError(Problem(where, f"takes {takes}, not {tuple(arguments)!r}"))

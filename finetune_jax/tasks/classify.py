@@ -13,7 +13,7 @@ from finetune_jax.tasks.components.targets import (
     model_for,
 )
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 METRICS = ("accuracy", "loss")
 OPTIONS = TargetOptions()

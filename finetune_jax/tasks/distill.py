@@ -43,7 +43,7 @@ from finetune_jax.tasks.objectives.feature_losses import (
 )
 from finetune_jax.tasks.task import TEACHER_OUTPUTS, LossOutput, StepContext
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 MEMBERS = "teachers"
 METRICS = ("accuracy", "loss")

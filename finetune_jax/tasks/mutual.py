@@ -30,7 +30,7 @@ from finetune_jax.tasks.components.targets import (
 from finetune_jax.tasks.objectives import losses
 from finetune_jax.tasks.task import LossOutput
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
 MEMBERS = "members"
 METRICS = ("accuracy", "loss")

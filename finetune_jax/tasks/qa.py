@@ -19,7 +19,7 @@ from finetune_jax.tasks.components.text_inputs import TextInputs, questions, tok
 from finetune_jax.tasks.objectives.squad import match_scores
 from finetune_jax.tasks.task import LossOutput
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("text", "answers"),)
 METRICS = ("exact_match", "f1", "loss")
 # Logits of a token: it is the first, or the last, of an answer.

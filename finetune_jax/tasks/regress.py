@@ -15,7 +15,7 @@ from finetune_jax.tasks.components.targets import (
     regression_target,
 )
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "numbers"), ("vectors", "numbers"))
 METRICS = ("mse", "mae", "r2")
 

@@ -29,7 +29,7 @@ from finetune_jax.tasks.objectives import losses, metrics
 from finetune_jax.tasks.objectives.metrics import check_metrics
 from finetune_jax.tasks.task import LossOutput
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "masks"),)
 METRICS = ("mean_iou", "pixel_accuracy")
 # Weight of an update in which all pixels are ignored: too small to change a sum.

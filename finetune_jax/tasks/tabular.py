@@ -20,9 +20,9 @@ from finetune_jax.tasks.components.targets import (
     model_for,
 )
 
-# Default metrics for each value of `config.data.labels`.
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("tables", "classes"), ("tables", "numbers"))
+# Default metrics for each value of `config.data.labels`.
 METRICS = {
     "classes": ("accuracy", "loss", "roc_auc", "normalised_entropy", "f1_macro"),
     "numbers": ("mse", "mae", "r2"),

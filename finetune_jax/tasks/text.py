@@ -13,9 +13,9 @@ from finetune_jax.tasks.components.targets import (
 )
 from finetune_jax.tasks.components.text_inputs import TextInputs, check_encoder
 
-# Default metrics for each value of `config.data.labels`.
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("text", "classes"), ("text", "numbers"))
+# Default metrics for each value of `config.data.labels`.
 METRICS = {"classes": ("accuracy", "loss"), "numbers": ("mse", "mae", "r2")}
 OPTIONS = TargetOptions()
 

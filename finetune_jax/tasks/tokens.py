@@ -19,7 +19,7 @@ from finetune_jax.tasks.components.text_inputs import TextInputs, token_model
 from finetune_jax.tasks.objectives.entities import entity_scores
 from finetune_jax.tasks.task import LossOutput
 
-# Kinds of data and of labels.
+# Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("text", "tags"),)
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
 

@@ -170,13 +170,13 @@ def test_a_teachers_logits_are_taken_in_the_order_of_the_classes():
         ((MLP,), {"alpha": 0.0}, "nothing is learned from teachers"),
         ((MLP,), {"temperature": 0.0}, "more than 0"),
         ((MLP,), {"head": "theirs"}, "no 'theirs'"),
-        ((MLP,), {"head": "teacher"}, "what comes before the head"),
+        ((MLP,), {"head": "teacher"}, "the input of the head is"),
         ((MLP,), {"hints": (("stage9", "stage1"),)}, "no stage 'stage9'"),
         ((MLP,), {"hints": (("stage1", "head"),)}, "before a teacher's head"),
         ((WIDE,), {"hints": (("stage1", "stage1"),)}, "cannot be compared"),
         ((MLP,), {"attention": (("stage1", "stage1"),)}, "not maps or tokens"),
         ((MLP,), {"hints": ("stage1",)}, "is not .stage of the model"),
-        (({**MLP, "pretrained": "start"},), {}, "leave out what else"),
+        (({**MLP, "pretrained": "start"},), {}, "remove its other keys"),
     ],
 )
 def test_what_cannot_teach_is_refused(members, changes, message):
@@ -293,7 +293,7 @@ def test_where_images_are_augmented_answers_are_not_kept_and_it_says_why():
         )  # fmt: skip
         assert found is None
         assert (
-            f"answers of teachers are not kept: config.data.{[*changes][0]}" in said[-1]
+            f"outputs of teachers are not kept: config.data.{[*changes][0]}" in said[-1]
         )
 
 

@@ -103,12 +103,12 @@ def test_a_domain_alone_is_the_plain_task():
 def test_heads_are_each_domains_own_and_the_rest_is_shared():
     made = task(specs(classes=(10, 3)))
     names = named(run_once(lambda: random_state(made, 0)).params)
-    assert made.stages == ("stage1", "stage2", "one/head", "two/head")
+    assert made.models.stages == ("stage1", "stage2", "one/head", "two/head")
     assert names["two/head/logits/bias"].shape == (3,)
     assert "stage1/conv/kernel" in names or "stage1/Conv_0/kernel" in names
     assert not [n for n in names if n.startswith(("one/stage", "two/stage"))]
     named_stages = task(specs(), shared=("stage1/.*",))
-    assert named_stages.stages[:3] == ("stage1", "one/stage2", "one/head")
+    assert named_stages.models.stages[:3] == ("stage1", "one/stage2", "one/head")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from small import Trainer, lines, same_result, stop_at_once, task_of
 from finetune_jax import config as configs
 from finetune_jax import main
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.metric_names import higher_is_better
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.dataset import make_data
 from finetune_jax.plans.phase import Phase, as_config
@@ -86,7 +87,7 @@ def test_normalised_entropy_is_the_log_loss_over_that_of_the_shares():
     auc = metrics.metric("roc_auc")(logits, label)
     assert auc == pytest.approx(theirs.roc_auc_score(label, p[:, 1]), rel=1e-12)
     assert np.isnan(metrics.normalised_entropy(logits, np.zeros(50, int)))
-    assert not metrics.higher_is_better("test/normalised_entropy")
+    assert not higher_is_better("test/normalised_entropy")
 
 
 def test_what_does_not_go_together_is_named(tmp_path):
