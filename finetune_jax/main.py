@@ -1,4 +1,4 @@
-"""The command line: flags, their checks, and the mode that they ask for."""
+"""The command line: parses and checks the flags, then calls the mode."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from finetune_jax.core.errors import (
     TrainingError,
     UserError,
     is_of_disk,
-    problems_error,
+    raise_if,
     why_not_written,
 )
 from finetune_jax.core.paths import user_path
@@ -37,8 +37,8 @@ EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
 or --config.plan[0].peak_lr=0.01.
 
-exit status: 0 finished; 2 a mistake in what was asked; 75 stopped by a signal and saved,
-the same command goes on from there; 3 a rerun that differs; 1 anything else"""
+exit status: 0 finished; 2 invalid command line or config; 75 stopped by a signal and
+saved, the same command resumes; 3 a rerun that differs; 1 anything else"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,18 +50,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     """Returns the flags, and the overrides of the config as (key, text) pairs.
 
     Raises:
-        UserError: Lists every argument that there is not.
+        UserError: Lists every unknown argument.
     """
     parser = _Parser(
         prog="python -m finetune_jax.main",
-        description="Fine-tunes a pretrained model as a config file says.",
+        description="Fine-tunes a pretrained model; a config file says how.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", default="", metavar="FILE[:ARG]")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-TIME")
-    parser.add_argument("--mode", default="train", help=", ".join(MODES))
+    parser.add_argument(
+        "--mode", default="train", help=f"{', '.join(MODES)}; default: train"
+    )
     parser.add_argument(
         "--inputs", metavar="PATH", nargs="+", action="extend", default=[],
         help="files or folders to predict; may be repeated",
@@ -72,11 +74,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     )  # fmt: skip
     parser.add_argument(
         "--formats", metavar="NAMES", default="",
-        help=f"of an export, with commas between; default: {DEFAULT_FORMATS}",
+        help=f"formats of an export, separated by commas; default: {DEFAULT_FORMATS}",
     )  # fmt: skip
     parser.add_argument(
         "--layout", metavar="NAME",
-        help="of exported weights; default: the one that they came in",
+        help="layout of exported weights; default: that of the pretrained weights",
     )  # fmt: skip
     found, rest = parser.parse_known_args(arguments)
     overrides, problems = [], []
@@ -92,9 +94,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
             (name.removeprefix("--config."), value if equals else rest.pop(0))
         )
     if problems:
-        raise problems_error(
-            "The command line:", problems, parser.format_usage().strip()
-        )
+        raise UserError(*problems, advice=parser.format_usage().strip())
     return found, overrides
 
 
@@ -104,32 +104,33 @@ def _check_flags(
     """Checks that the mode reads every flag.
 
     Raises:
-        UserError: Lists those that it does not.
+        UserError: Lists the flags that it does not read.
     """
     problems = []
     if flags.mode in WORKDIR_HAS_CONFIG and flags.config:
-        problems.append(f"--config: --mode={flags.mode} takes that of the workdir")
+        problems.append(
+            f"--config: --mode={flags.mode} reads the config of the workdir; leave it out"
+        )
     problems += [
-        f"{name}: only {' and '.join(f'--mode={mode}' for mode in modes)}"
+        f"{name}: only {' and '.join(f'--mode={mode}' for mode in modes)} reads it"
         for name, modes in READ_BY.items()
         if flags.mode not in modes and getattr(flags, name.removeprefix("--"))
     ]
     if flags.mode in ("predict", "export"):
         problems += [
-            f"--config.{key}: predictions are made as the run was; there may be changed "
-            f"{', '.join(PREDICTIONS_MAY_CHANGE)}"
+            f"--config.{key}: --mode={flags.mode} uses the config of the run; only "
+            f"{', '.join(PREDICTIONS_MAY_CHANGE)} can be changed"
             for key, _ in overrides
             if not key.startswith(PREDICTIONS_MAY_CHANGE)
         ]
-    if problems:
-        raise problems_error("The command line:", problems)
+    raise_if(problems)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Does what the arguments ask for and returns the exit status.
+    """Runs the mode of the command line and returns the exit status.
 
     Raises:
-        UserError: Something in what was asked is wrong.
+        UserError: The command line or the config is invalid.
     """
     flags, overrides = parse(arguments)
     choose(MODES, flags.mode, "--mode")
@@ -137,7 +138,9 @@ def run(arguments: Sequence[str]) -> int:
     workdir = user_path(flags.workdir, "--workdir") if flags.workdir else None
     if flags.mode in WORKDIR_HAS_CONFIG:
         if workdir is None:
-            raise UserError(f"--mode={flags.mode} needs --workdir, the folder of a run")
+            raise UserError(
+                f"--workdir: missing; --mode={flags.mode} needs the folder of a run"
+            )
         reproduces = flags.mode == "reproduce"
         config = resolved_config("", workdir, overrides, reproduces=reproduces)
     else:
@@ -156,7 +159,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Runs the program; a user's mistake ends in one message and status 2."""
+    """Runs the program; a mistake of the user ends with one message and status 2."""
     for stream in (sys.stdout, sys.stderr):  # File names need not be UTF-8.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

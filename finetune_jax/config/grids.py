@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# (key, value) pairs of what a member has of its own.
+# (key, value) pairs that a member overrides.
 Overrides = tuple[tuple[str, Any], ...]
 
 
@@ -15,7 +15,7 @@ def grid(values: Mapping[str, Sequence[Any]]) -> tuple[Overrides, ...]:
     ((('plan[0].peak_lr', 0.1), ('seed', 0)), (('plan[0].peak_lr', 1.0), ('seed', 0)))
 
     Args:
-        values: Of each key, as the command line has it after `--config.`.
+        values: Values of each key, named as on the command line after `--config.`.
     """
     return tuple(
         tuple(zip(values, chosen)) for chosen in itertools.product(*values.values())

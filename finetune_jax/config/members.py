@@ -1,8 +1,8 @@
 """The models of a task that has several, as `config.model.members` describes them.
 
-The label of a member is what the names of its parameters begin with. What a member does
-not say is what `config.model` says: all of it if it has the same name, otherwise of
-classes, head and low-rank updates.
+The label of a member is the prefix of its parameter names. Keys that a member does not
+give are those of `config.model`: all of them if it has the same name, otherwise classes,
+head and low-rank updates.
 """
 
 import re
@@ -12,12 +12,12 @@ from typing import Any
 from finetune_jax.config.schema import Config
 from finetune_jax.core.metric_names import RESERVED
 
-# Of an entry, not of its model.
+# Keys of an entry that are no arguments of its model.
 _OWN = ("label", "pretrained", "entry")
 
 
 def labels_of(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the labels of the members, in order; they are names where none is given.
+    """Returns the labels of the members, in order; the default is the name.
 
     Args:
         model: The section `config.model`.
@@ -28,7 +28,7 @@ def labels_of(model: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def member_models(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns what describes each member, as `config.model` would a model, by label.
+    """Returns the section `model` of each member, by label.
 
     Args:
         model: The section `config.model`.
@@ -47,9 +47,9 @@ def member_models(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def weights_addresses(config: Config) -> dict[str, str]:
-    """Returns the address of the weights that models begin with, by their prefix.
+    """Returns the addresses of pretrained weights, by the prefix of the models.
 
-    Under '' are weights of all models: `config.init.pretrained`.
+    The prefix '' stands for all models: `config.init.pretrained`.
     """
     if config.init.pretrained is not None:
         return {"": config.init.pretrained}
@@ -58,24 +58,24 @@ def weights_addresses(config: Config) -> dict[str, str]:
 
 
 def weights_entries(config: Config) -> dict[str, str | None]:
-    """Returns the entry that is taken of the weights of models, by their prefix."""
+    """Returns the entries of pretrained weights, by the prefix of the models."""
     labelled = zip(labels_of(config.model), config.model.members)
     return {"": config.init.entry, **{label: e.entry for label, e in labelled}}
 
 
 def member_problems(config: Config, *, learn: bool) -> list[str]:
-    """Returns what is wrong with the labels and addresses of the members.
+    """Returns wrong labels and addresses of the members.
 
     Args:
-        config: Of the run.
-        learn: Whether the members do; otherwise they teach.
+        config: Config of the run.
+        learn: Whether the members are trained; otherwise they are teachers.
     """
     problems, seen = [], set()
     for index, label in enumerate(labels_of(config.model)):
         where = f"config.model.members[{index}]"
         if not re.fullmatch("[a-z0-9_]+", label):
             problems.append(
-                f"{where}.label: {label!r}; a-z, 0-9 and _ are what it may have"
+                f"{where}.label: {label!r}; only a-z, 0-9 and _ are possible"
             )
         elif label in RESERVED:
             problems.append(

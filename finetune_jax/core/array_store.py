@@ -67,7 +67,7 @@ class Tables:
         except OSError as error:
             self.say(f"{place} cannot be read: {error}")
             return None
-        except Exception as error:  # Whatever the damage leads to.
+        except Exception as error:  # Damage can raise any exception.
             wrong = str(error)
         self.say(f"{place} is damaged and made anew: {wrong}")
         discard(place)
@@ -168,8 +168,8 @@ def write_table(
     Returns where it is, and whether it was written here: another run may be faster.
 
     Args:
-        folder: Of tables.
-        count: Of its arrays.
+        folder: Folder of tables.
+        count: Number of its arrays.
         rows: Stretches of the arrays.
         named: Called when they are written, says where in the folder the table is to be,
             and what it depends on.

@@ -10,7 +10,7 @@ _CHOSEN: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend")
 
 
 def backend() -> str:
-    """Returns 'cpu', 'gpu' or 'tpu': what is being traced for."""
+    """Returns the platform that is being traced for: 'cpu', 'gpu' or 'tpu'."""
     return _CHOSEN.get(None) or jax.default_backend()
 
 

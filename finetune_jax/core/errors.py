@@ -103,6 +103,9 @@ def under(place: str, instead_of: str = "") -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if error.header and not instead_of:
+            error.header = f"{place}: {error.header}"
+            raise
         error.problems = tuple(p.under(place, instead_of) for p in error.problems)
         if instead_of:
             error.header = Problem("", error.header).under(place, instead_of).text
@@ -135,11 +138,11 @@ class DataMissing(UserError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, such as a loss that is not finite; status 1."""
+    """A run that cannot continue, such as a non-finite loss; status 1."""
 
 
 class NotFinite(TrainingError):
-    """A run whose loss or gradient is not finite."""
+    """A run with a non-finite loss or gradient."""
 
 
 def is_of_disk(error: OSError) -> bool:

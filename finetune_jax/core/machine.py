@@ -65,7 +65,7 @@ def free_at_once() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns what is free to the system; glibc keeps what a compiler has freed."""
+    """Returns freed memory to the system; glibc keeps memory that a compiler has freed."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

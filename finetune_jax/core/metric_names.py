@@ -7,7 +7,7 @@ RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
 
 
-# Begins the names of metrics of one class, of which there may be many.
+# Prefix of the metrics of single classes, which may be many.
 PER_CLASS = "iou_"
 
 

@@ -1,4 +1,4 @@
-"""Parameter names, and what is computed from a tree of named arrays."""
+"""Names, counts and digests of the arrays of a tree."""
 
 import hashlib
 import math
@@ -49,7 +49,7 @@ def part(tree: Any, prefix: str) -> Any:
 
 
 def with_part(tree: Any, prefix: str, of_model: Any) -> Any:
-    """Returns a tree with what it has of one model replaced, where it has anything."""
+    """Returns a tree with the subtree of one model replaced, if it has one."""
     if not prefix:
         return of_model
     return {**tree, prefix: of_model} if prefix in tree else tree

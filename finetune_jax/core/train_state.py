@@ -20,7 +20,7 @@ class TrainState(flax.struct.PyTreeNode):
         opt_state: State of the phase's optimizer.
         rng: Data of two keys, of augmentation and of all else that updates draw; never
             changed, draws fold `step` into them.
-        ema: Averaged weights by name, of what learns in any phase; empty without them.
+        ema: Averaged weights by name, of parameters trained in any phase; may be empty.
     """
 
     step: Any

@@ -1,8 +1,8 @@
-"""`--mode=plan`: what each phase trains and costs; no data, no accelerator, no compiling.
+"""`--mode=plan`: trained parameters and cost of each phase, without compiling anything.
 
-Everything is built by shape, and phases that would share a program are traced once.
-Where the data is not there, `data.image_size`, `data.channels` and `model.classes` stand
-for it, and lengths stay in epochs.
+Everything is built by shape, and phases that share a program are traced once. If the data
+is missing, `data.image_size`, `data.channels` and `model.classes` describe it, and lengths
+stay in epochs.
 """
 
 import functools
@@ -47,14 +47,14 @@ def main(config: Config, options: Options) -> int:
         print(line)
     data, is_there = data_of(config)
     setup = make_setup(config, data)
-    # Other domains and members are checked where there is data to check them with.
+    # Other domains and members can only be checked with the data.
     if is_there:
         open_domains(setup.config, setup.data)
     if config.population:
         members = member_configs(config)
         if is_there:
             member_setups(setup, members, decode=False)
-        print(f"{len(members)} members; this is the plan without what they override")
+        print(f"{len(members)} members; this is the plan without their overrides")
     task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
     for text in kind_named(spec.kind).lines(spec):
         print(text)
@@ -89,7 +89,7 @@ def main(config: Config, options: Options) -> int:
 
 
 def _learners(config: Config, task: Task) -> str:
-    """Returns what the models are called that learn, and those that teach them."""
+    """Returns the names of the trained models, and of their teachers."""
     prefixes = task.models.prefixes
     names = config.model.name if "" in prefixes else ", ".join(prefixes)
     teachers = ", ".join(labels_of(config.model))
@@ -97,7 +97,7 @@ def _learners(config: Config, task: Task) -> str:
 
 
 def _domains(spec: DataSpec) -> str:
-    """Returns what each domain's inputs are, and what an update has of them."""
+    """Returns input shape, classes and share of an update of each domain."""
     found = [
         f"{name} {'x'.join(map(str, of.shape))} ({len(of.class_names)} classes, "
         f"{of.share} an update{'' if of.labelled else ', without labels'})"
@@ -107,11 +107,11 @@ def _domains(spec: DataSpec) -> str:
 
 
 def data_of(config: Config) -> tuple[Data, bool]:
-    """Returns the data, and whether it is there; else data without examples.
+    """Returns (data, True), or (data without examples, False) if the data is missing.
 
     Raises:
-        UserError: The data is not there, and the config does not say enough; or the data
-            is there and does not fit.
+        UserError: The data is missing and the config does not describe it, or the data
+            does not fit the config.
     """
     try:
         return run_data(config), True
@@ -127,7 +127,7 @@ def data_of(config: Config) -> tuple[Data, bool]:
 
 
 def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) -> dict:
-    """Returns a batch, or k micro-batches, by shape; of domains a dict of theirs."""
+    """Returns the shapes of a batch or of k micro-batches; a dict of them for domains."""
 
     def leading(size: int) -> tuple[int, ...]:
         return (size,) if micro is None else (micro, size // micro)
@@ -157,7 +157,7 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
 
 def _flops(function: Callable, *arguments: Any) -> float:
     """Returns the operations of a function of arrays of these shapes."""
-    # Tracing makes many objects and no garbage; looking for it takes a sixth longer.
+    # Tracing makes no cyclic garbage; collecting it takes a sixth of the time.
     gc.disable()
     try:
         traced = jax.jit(function).trace(*arguments)

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, problems_error, raise_if
 from finetune_jax.core.paths import printable, user_path
 from finetune_jax.data.kind import FileRule, kind_named
 from finetune_jax.data.reading.files import Unused, files_below
@@ -100,8 +100,7 @@ def find_inputs(
             found.append(path)
         else:
             missing.append(f"--inputs: no file or folder {text!r}")
-    if missing:
-        raise problems_error("--inputs: these do not exist:", missing)
+    raise_if(missing)
     if refused:
         raise problems_error(
             "--inputs: files that this model does not take:", refused, rule.advice

@@ -1,14 +1,11 @@
-"""Resolves the config and sets the environment of jax, before jax starts."""
+"""Resolves the config and sets the environment of jax before jax is imported."""
 
 import os
 import pathlib
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.core.errors import (
-    UserError,
-    problems_error,
-)
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.workdir import read_config, read_manifest, read_recorded_config
@@ -23,10 +20,16 @@ def resolved_config(
     *,
     reproduces: bool = False,
 ) -> Config:
-    """Returns the config of the file, or else of the workdir, with the overrides.
+    """Returns the config of a file, or else of a workdir, with overrides.
+
+    Args:
+        address: FILE[:ARG] of `--config`; '' reads the workdir.
+        workdir: Workdir of a run.
+        overrides: (key, text) pairs of the command line.
+        reproduces: Whether to read the config of the manifest instead of config.json.
 
     Raises:
-        UserError: Lists everything in it that is wrong.
+        UserError: Lists everything that is wrong with it.
     """
     if address:
         given = configs.load(address)
@@ -35,26 +38,25 @@ def resolved_config(
     elif workdir is not None:
         given = read_config(workdir)
     else:
-        raise UserError("--config: which? For example --config=configs/resnet_head.py")
+        raise UserError(
+            "--config: missing; for example --config=configs/resnet_head.py"
+        )
     config, problems = configs.resolve(given, overrides)
     problems += plan_problems(config.plan)
-    if problems:
-        raise problems_error("The config cannot be run:", problems)
+    raise_if(problems)
     return config
 
 
 def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
-    """Sets NPROC, XLA_FLAGS and where programs are kept, before jax starts.
+    """Sets NPROC, XLA_FLAGS and the folder of compiled programs before jax starts.
 
-    The first two are as the manifest says when there is a run already.
-
-    XLA divides reductions by the number of host threads, so that another number gives
-    other bits. Takes effect if no computation has been made yet.
+    A run that is resumed gets NPROC and XLA_FLAGS from its manifest: XLA divides
+    reductions by the number of host threads, so another number changes the last bits.
 
     Args:
         workdir: Workdir of the run.
-        deterministic: Whether a GPU shall give the same bits again, at the cost of what
-            autotuning and atomic additions save.
+        deterministic: Whether a GPU gives the same bits again; without autotuning and
+            atomic additions it is slower.
     """
     manifest = (read_manifest(workdir) if workdir else None) or {}
     threads = str(manifest.get("nproc") or "")
@@ -72,10 +74,10 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
 
 
 def set_precision(precision: str) -> None:
-    """Allows 64-bit numbers where the config computes with them, and only there.
+    """Enables 64-bit numbers in jax for float64, and disables them otherwise.
 
-    Where they are allowed, what is drawn in 32 bits differs too: a run in a process that
-    made another one before would not have its bits.
+    They also change random numbers of 32 bits, so a run after one in float64 in the same
+    process would have other bits.
     """
     import jax
 

@@ -25,14 +25,13 @@ from finetune_jax.plans.phase import Group, Phase
 
 
 def by_name(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` over a flat dict {name: leaf} of the leaves that a mask lets through.
+    """Returns `tx` over a flat dict {name: leaf} of the leaves that a mask leaves visible.
 
-    optax marks what a mask hides by nodes without leaves. A state that holds them can be
-    restored from that of another mask without an error; a state of names cannot. What
-    `init` returns is copied, because some states alias the parameters and could not be
-    donated. A `value_fn` or `grad_fn` among the extra arguments is given a tree like the
-    parameters, with a node without leaves for each that the mask hides; a `grad_fn`
-    returns such a tree.
+    optax replaces masked leaves by empty nodes. A state with empty nodes can be restored
+    from the state of another mask without an error; a state of names cannot. `init` copies
+    its result, because some states alias the parameters and could not be donated. A
+    `value_fn` or `grad_fn` among the extra arguments takes a tree like the parameters, with
+    an empty node for each masked leaf; a `grad_fn` returns such a tree.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -84,7 +83,7 @@ def decays(phase: Phase, name: str) -> bool:
 
 
 def _clip(phase: Phase) -> Any:
-    """Returns the clipping of the whole gradient of what learns."""
+    """Returns the clipping of the gradient of all trained parameters."""
     if phase.clip_norm is not None:
         return optax.clip_by_global_norm(phase.clip_norm)
     if phase.clip_value is not None:
@@ -282,9 +281,9 @@ def compile_phase(phase: Phase) -> PhaseOptimizer:
 
 
 def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:
-    """Returns a fresh optimizer state with all that goes on taken from the old one.
+    """Returns a fresh optimizer state with the continued cohorts of the old one.
 
-    A cohort keeps its moments and its count whole; one that begins now stays fresh.
+    A continued cohort keeps its moments and its count; a new one stays fresh.
 
     Args:
         old: State at the end of the phase before.

@@ -1,8 +1,8 @@
-"""Regularisers: what is added to the loss, by name, over parameters that a regex names.
+"""Regularisers by name: penalties of the parameters that a regex matches.
 
 A penalty is a function of one parameter `w`, its value at the start and its Fisher
-information. L1 is none: its gradient never gives zeros, so it is a proximal step behind
-the optimizer. To add a penalty, write its function and name it in `PENALTIES`.
+information. L1 is a proximal step after the optimizer instead, because its gradient never
+gives exact zeros. To add a penalty, write its function and name it in `PENALTIES`.
 """
 
 import math
@@ -38,7 +38,7 @@ def _ewc(w: jax.Array, start: jax.Array, fisher: jax.Array) -> jax.Array:
 
 PENALTIES = {"l2": _l2, "l2_sp": _l2_sp, "ewc": _ewc}
 PROXIMAL = "l1"
-# Those that read the parameters of the start, and their Fisher information.
+# Penalties that read the parameters at the start, and their Fisher information.
 READS_START = ("l2_sp", "ewc")
 READS_FISHER = ("ewc",)
 
@@ -88,10 +88,10 @@ def penalty(
     """Returns the sum of all penalties, weighed by their strengths.
 
     Args:
-        entries: (name, strength, regex); the regex chooses among what learns.
+        entries: (name, strength, regex); the regex chooses among trained parameters.
         params: The tree of parameters.
         fixed: 'start' and 'fisher', by parameter name, where an entry reads them.
-        trained: Names of the parameters that learn.
+        trained: Names of the trained parameters.
     """
     leaves = named(params)
     total = jnp.zeros((), next(iter(leaves.values())).dtype)
@@ -120,8 +120,10 @@ def proximal(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the last link of a chain over {name: leaf}: the proximal step of L1.
 
-    After the update, what is nearer to zero than `learning_rate * scale * strength` is
-    zero, and the rest is nearer by that. Source: Parikh & Boyd 2014, section 6.5.2.
+    After the update, values nearer to zero than `learning_rate * scale * strength` become
+    zero, and all others move towards zero by that bound.
+
+    Source: Parikh & Boyd 2014, section 6.5.2.
     """
 
     def update(updates, state, params=None, *, learning_rate, **extra):

@@ -1,9 +1,9 @@
-"""Learning-rate schedules by name, and the rate of every update of a phase.
+"""Learning-rate schedules by name.
 
-All that optax has is optax's. A factory takes, by keyword, what it needs of `peak` (the
-highest rate), `steps` (updates after the warm-up), `end` (the last rate as a share of
-the peak) and `warmup`; its other arguments are `schedule_args`. One that takes no `end`
-has none, and one that takes `warmup` has its own use for it.
+Schedules of optax where it has them. A factory takes any of the keywords `peak` (the
+highest rate), `steps` (updates after the warm-up), `end` (the last rate as a share of the
+peak) and `warmup`; its other arguments are `schedule_args`. A schedule without `end`
+refuses `end_lr_scale`.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def _step(
         (all(0 < b < 1 for b in boundaries), f"boundaries {boundaries}; 0 < share < 1"),
         (0 < factor < 1, f"factor {factor}; more than 0 and less than 1"),
     )
-    # Boundaries that fall on one update all count.
+    # If several boundaries fall on one update, each multiplies.
     at = [round(share * steps) for share in boundaries]
     return optax.piecewise_constant_schedule(
         peak, {step: factor ** at.count(step) for step in at}
@@ -94,7 +94,7 @@ def _one_cycle(
     It starts at peak / div_factor and ends at that by final_div_factor. It reaches its
     peak at update floor(pct_start * steps) and would reach its end at update `steps`;
     torch's OneCycleLR has both one update earlier, pct_start counted in fractions, and
-    cycles the momentum besides, which stays as it is here.
+    also cycles the momentum, which is constant here.
 
     Source: Smith & Topin 2018; the cosines are fastai's.
     """

@@ -1,4 +1,4 @@
-"""What is trained when: phases as data, and strategies that return them."""
+"""Plans of training: phases as data, and strategies that return them."""
 
 from finetune_jax.plans.phase import Phase as Phase
 from finetune_jax.plans.phase import as_config as as_config

@@ -1,4 +1,4 @@
-"""Freezing and unfreezing as data: phases, plans and which parameters learn in them."""
+"""Plans of phases: lengths, rate groups and trained parameters of each phase."""
 
 import dataclasses
 import math
@@ -23,11 +23,11 @@ from finetune_jax.core.errors import (
 
 
 class Group(NamedTuple):
-    """A rate group: parameters with one scale whose optimizer state is of one age.
+    """A rate group: parameters with one scale and one age of their optimizer state.
 
     Attributes:
-        scale: Of the learning rate.
-        cohort: 0 for those whose state is oldest, 1 for the next, ... Phases that start
+        scale: Factor of the learning rate.
+        cohort: Rank by age of the optimizer state, 0 for the oldest. Phases that start
             fresh have one cohort, so equal phases have equal groups.
     """
 
@@ -82,7 +82,7 @@ def durations(
 
     Args:
         plan: Phases with steps or epochs.
-        examples: In the training split.
+        examples: Number of training examples.
         batch_size: Examples in one update.
 
     >>> durations([Phase(epochs=2)], examples=100, batch_size=32)[0].steps
@@ -120,7 +120,7 @@ def phase_at(
 
     Args:
         plan: Phases with `steps` set.
-        ends: Where the phases that are over really ended; a plateau may end one early.
+        ends: Steps at which finished phases ended; a plateau may end one early.
         step: An update; past the end the last phase is returned.
     """
     first = 0
@@ -169,9 +169,10 @@ def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
 
 
 def joined(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, int]:
-    """Returns for each parameter that learns in phase `index` the age of its state.
+    """Returns the phase in which the state of each trained parameter began.
 
-    That is the index of the phase from which on every phase trained and carried it.
+    From that phase on, up to phase `index`, every phase trained the parameter and carried
+    its state.
     """
     names = tuple(names)
     since: dict[str, int] = {}
@@ -183,7 +184,7 @@ def joined(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str,
 
 
 def groups(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, Group]:
-    """Returns the rate group of each parameter that learns in phase `index`."""
+    """Returns the rate group of each trained parameter of phase `index`."""
     names = tuple(names)
     since = joined(plan, index, names)
     cohorts = {phase: rank for rank, phase in enumerate(sorted(set(since.values())))}
@@ -194,7 +195,7 @@ def groups(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str,
 def carried_cohorts(
     plan: Sequence[Phase], index: int, names: Iterable[str]
 ) -> dict[int, int]:
-    """Returns which cohort of the phase before each cohort of phase `index` goes on."""
+    """Returns the previous phase's cohort that each cohort of a phase continues."""
     names = tuple(names)
     if index == 0:
         return {}
@@ -207,7 +208,7 @@ def carried_cohorts(
 def optimizer_state_moves(
     plan: Sequence[Phase], index: int, names: Iterable[str]
 ) -> dict[str, list[str]]:
-    """Returns whose optimizer state is 'kept', 'new' or 'dropped' on entering a phase."""
+    """Returns parameters whose state is 'kept', 'new' or 'dropped' at a phase's start."""
     names = tuple(names)
     before, now = joined(plan, index - 1, names), joined(plan, index, names)
     kept = [name for name in now if now[name] < index]
@@ -222,8 +223,8 @@ def check_plan(plan: Sequence[Phase], names: Iterable[str]) -> None:
     """Checks a plan against a model's parameter names.
 
     Raises:
-        UserError: All that does not fit: rules, a phase in which nothing learns and no
-            running average moves, state carried between different optimizers.
+        UserError: Lists rules that match nothing, phases that train nothing, and state
+            carried between different optimizers.
     """
     names = tuple(names)
     problems: list[Problem] = []

@@ -1,14 +1,13 @@
 """Fine-tuning strategies: functions that return plans.
 
-A plan is a tuple of phases and nothing else; a strategy that is not here is a tuple
-written by hand. `stages` are those with parameters, the first one first and the head
-last, as `models.stages_of` lists them. Every other keyword is a field of `Phase` and
-holds for every phase; where there are several, `steps`, `epochs` and `peak_lr` may be
-tuples with a value for each.
+A plan is a tuple of phases; any other strategy is a tuple written by hand. `stages` are
+the stages with parameters, the head last, as `models.stages_of` lists them. Every other
+keyword is a field of `Phase` for every phase; `steps`, `epochs` and `peak_lr` may be
+tuples with a value for each phase.
 
-Running averages of BatchNorm move in stages in which something learns, if a strategy
-does not say otherwise; those of frozen stages never do. Phases start with a fresh
-optimizer state; with `optimizer_state='carry'` what went on learning keeps its own.
+Running averages of BatchNorm move in trained stages unless a strategy says otherwise;
+in frozen stages they never move. Phases start with a fresh optimizer state; with
+`optimizer_state='carry'` parameters that were trained before keep theirs.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ Rules = tuple[tuple[str, float], ...]
 
 
 def head_only(*, name: str = "head", **fields) -> tuple[Phase, ...]:
-    """Returns a plan that trains the head and holds all else, BatchNorm included."""
+    """Returns a plan that trains the head and freezes the rest, BatchNorm included."""
     return _single(name, HEAD_ONLY, {"batch_stats": "hold", **fields})
 
 
@@ -53,15 +52,15 @@ def partial(
     """Returns a plan that trains a part of the model.
 
     Args:
-        stages: Of the model.
-        named: The stages that learn, or deeper parts such as 'stage2/block1'. The head is
-            not one of them if it is not named.
-        last: How many stages learn instead, the head being the last of them.
-        name: Of the phase.
-        **fields: Of the phase.
+        stages: Stages of the model.
+        named: Stages to train, or deeper parts such as 'stage2/block1'; the head only if it
+            is named.
+        last: Number of last stages to train instead; the head is one of them.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Raises:
-        UserError: Neither or both of `named` and `last`, or parts that there are not.
+        UserError: Neither or both of `named` and `last`, or unknown parts.
     """
     _check(stages, "partial")
     if bool(named) == (last is not None):
@@ -91,12 +90,12 @@ def surgical(
     The running averages of the block's whole stage move; `batch_stats='hold'` keeps them.
 
     Args:
-        stages: Of the model.
+        stages: Stages of the model.
         block: A stage, or a part of one such as 'stage2/block1'.
-        head: Whether the head learns too. The paper keeps the source's head, which needs
-            the source's classes; elsewhere the head is new, and must learn.
-        name: Of the phase.
-        **fields: Of the phase.
+        head: Whether to train the head too. The paper keeps the source's head, which needs
+            the source's classes; otherwise the head is new and must be trained.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Raises:
         UserError: The model has no such stage.
@@ -112,13 +111,13 @@ def surgical(
 def discriminative(
     stages: Sequence[str], *, decay: float, name: str = "all", **fields
 ) -> tuple[Phase, ...]:
-    """Returns a plan that trains all, each stage at `decay` times the rate of the next.
+    """Returns a plan that trains all stages, each at `decay` times the next one's rate.
 
     Args:
-        stages: Of the model.
+        stages: Stages of the model.
         decay: More than 0; the head has the whole rate. ULMFiT's is `ULMFIT_DECAY`.
-        name: Of the phase.
-        **fields: Of the phase.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Raises:
         UserError: `decay` is not more than 0.
@@ -146,10 +145,10 @@ def gradual(
     is given in steps, then linear to 1/32.
 
     Args:
-        stages: Of the model.
-        decay: Of the rate from a stage to the one before it; 1.0 is one rate for all,
+        stages: Stages of the model.
+        decay: Factor of the rate from a stage to the one before it; 1.0 is one rate,
             `ULMFIT_DECAY` the paper's discriminative fine-tuning.
-        **fields: Of the phases.
+        **fields: Fields of the phases.
 
     Raises:
         UserError: `decay` is not more than 0.
@@ -183,10 +182,10 @@ def progressive(
     the head alone, to `peak_lr`, for all.
 
     Args:
-        stages: Of the model.
-        peak_lr: Of the last phase.
-        start_scale: Of the first phase; chosen by us.
-        **fields: Of the phases.
+        stages: Stages of the model.
+        peak_lr: Peak rate of the last phase.
+        start_scale: Peak rate of the first phase as a share; chosen by us.
+        **fields: Fields of the phases.
 
     Raises:
         UserError: `start_scale` is not more than 0 and at most 1.
@@ -208,7 +207,7 @@ def two_stage(*, head_lr: float, all_lr: float, **fields) -> tuple[Phase, ...]:
     Args:
         head_lr: Peak rate of the first phase.
         all_lr: Peak rate of the second, commonly much lower.
-        **fields: Of the phases; `epochs=(5, 20)` are the lengths of each.
+        **fields: Fields of the phases; `epochs=(5, 20)` are the lengths of each.
 
     Source: Kumar et al. 2022.
     """
@@ -220,9 +219,9 @@ def alternating(stages: Sequence[str], *, cycles: int, **fields) -> tuple[Phase,
     """Returns a plan that trains the head and the backbone in turn, the head first.
 
     Args:
-        stages: Of the model.
-        cycles: How often each of them learns.
-        **fields: Of the phases; a tuple (head, backbone) holds for every cycle.
+        stages: Stages of the model.
+        cycles: Number of phases of each.
+        **fields: Fields of the phases; a tuple (head, backbone) holds for every cycle.
 
     Raises:
         UserError: `cycles` is less than 1, or there is no backbone.
@@ -251,13 +250,13 @@ def bias_only(
 ) -> tuple[Phase, ...]:
     """Returns a plan that trains the biases, those of BatchNorm included, and the head.
 
-    Running averages are held, so that the biases are all that tells the backbone from the
-    pretrained one.
+    Running averages are held, so that the backbone differs from the pretrained one in its
+    biases only.
 
     Args:
-        head: Whether the head learns; else not even its bias does.
-        name: Of the phase.
-        **fields: Of the phase.
+        head: Whether to train the head; if not, its bias is frozen too.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Source: Zaken et al. 2022 (BitFit).
     """
@@ -268,12 +267,12 @@ def bias_only(
 def norm_only(*, head: bool = True, name: str = "norms", **fields) -> tuple[Phase, ...]:
     """Returns a plan that trains scale and bias of the normalisations, and the head.
 
-    They are those of modules named bn, ln or norm, such as 'bn1' and 'expand_bn'.
+    Normalisations are modules named bn, ln or norm, such as 'bn1' and 'expand_bn'.
 
     Args:
-        head: Whether the head learns.
-        name: Of the phase.
-        **fields: Of the phase.
+        head: Whether to train the head.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Source: Frankle et al. 2021.
     """
@@ -283,13 +282,13 @@ def norm_only(*, head: bool = True, name: str = "norms", **fields) -> tuple[Phas
 def lora(*, head: bool = True, name: str = "lora", **fields) -> tuple[Phase, ...]:
     """Returns a plan that trains low-rank updates, and the head; see `model.lora_rank`.
 
-    Running averages are held, so that the updates are all that tells the backbone from
-    the pretrained one.
+    Running averages are held, so that the backbone differs from the pretrained one in its
+    low-rank updates only.
 
     Args:
-        head: Whether the head learns.
-        name: Of the phase.
-        **fields: Of the phase.
+        head: Whether to train the head.
+        name: Name of the phase.
+        **fields: Fields of the phase.
 
     Source: Hu et al. 2021.
     """
@@ -298,14 +297,14 @@ def lora(*, head: bool = True, name: str = "lora", **fields) -> tuple[Phase, ...
 
 
 def together(plans: Mapping[str, Sequence[Phase]]) -> tuple[Phase, ...]:
-    """Returns one plan in which each member learns what its own plan says.
+    """Returns one plan that trains each member as its own plan does.
 
     Args:
-        plans: Of each member, by its label, as a strategy returns it; as many phases,
-            which differ in names and rules alone. A phase's name is that of the first.
+        plans: Plan of each member, by label; all have as many phases, which differ in names
+            and rules alone. The phases are named as in the first plan.
 
     Raises:
-        UserError: They differ in something else.
+        UserError: The plans differ in other fields.
     """
     first, *others = plans.values()
     for label, plan in plans.items():
@@ -406,7 +405,7 @@ def _check(stages: Sequence[str], strategy: str, at_least: int = 1) -> None:
 
 
 def _check_parts(stages: Sequence[str], parts: Iterable[str], where: str) -> None:
-    # What lies deeper is checked against the model's names, with every other rule.
+    # Deeper parts are checked against the model's names, with every other rule.
     problems = [
         f"no stage {part.partition('/')[0]!r}"
         f"{registry.closest(part.partition('/')[0], stages)}"

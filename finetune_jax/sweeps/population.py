@@ -20,7 +20,13 @@ from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.core.errors import NotFinite, TrainingError, UserError, problems_error
+from finetune_jax.core.errors import (
+    NotFinite,
+    Problem,
+    TrainingError,
+    UserError,
+    raise_if,
+)
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.data.dataset import Data
@@ -94,8 +100,7 @@ def member_configs(config: Config) -> list[Config]:
         if same != index and not wrong:
             problems.append(f"{where}: the same as config.population[{same}]")
         found.append(member)
-    if problems:
-        raise problems_error("The population cannot be run:", problems)
+    raise_if(problems)
     return found
 
 
@@ -184,9 +189,9 @@ def member_setups(
         try:
             setups.append(make_setup(member, drawn[seed], like=setup))
         except UserError as error:
-            problems.append(f"config.population[{index}]: {error}")
-    if problems:
-        raise problems_error("The population cannot be run:", problems)
+            place = f"config.population[{index}]"
+            problems += [Problem(place, str(p)) for p in error.problems]
+    raise_if(problems)
     return setups
 
 

@@ -1,4 +1,4 @@
-"""From a config to what every mode starts from: devices, data, task, plan, structures."""
+"""Builds a run from its config: devices, data, task, plan, parameter shapes."""
 
 import dataclasses
 import functools
@@ -47,16 +47,16 @@ from finetune_jax.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """All that a run is, before its first update.
+    """A run before its first update.
 
     Attributes:
-        config: Resolved.
+        config: Resolved config.
         devices: Devices of the run.
-        data: Its splits.
+        data: Splits of the data.
         task: Task of the run.
-        plan: Phases with their length in steps.
-        shapes: The state before the first phase, shapes only.
-        random_states: Draws such states.
+        plan: Phases with their lengths in steps.
+        shapes: Shapes of the state before the first phase.
+        random_states: Function that draws random initial states.
     """
 
     config: Config
@@ -86,7 +86,7 @@ class Setup:
         return self.phases[index]
 
     def target(self, progress: Progress) -> TrainState:
-        """Returns a state of zeros with the structure that some progress implies."""
+        """Returns a state of zeros with the structure of a state at some progress."""
         shapes = self.with_ema(self.shapes)
         if progress.phase >= 0:
             init = self.phase(progress.phase).optimizer().init
@@ -94,10 +94,10 @@ class Setup:
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
     def fixed(self, start: TrainState, *, training: bool = True) -> dict[str, Any]:
-        """Returns what updates read and nobody updates, for their `fixed`.
+        """Returns the arrays that updates read and never change.
 
         Args:
-            start: The state before the first update.
+            start: State before the first update.
             training: Whether there will be updates.
         """
         teachers = self.task.teachers
@@ -114,7 +114,7 @@ class Setup:
         return {name for phase in self.plan for name, *_ in phase.regularise}
 
     def with_ema(self, state: TrainState) -> TrainState:
-        """Returns a state whose averaged weights, where the config wants any, begin."""
+        """Returns a state with averaged weights, if the config asks for them."""
         if self.config.evaluate.ema_decay is None:
             return state
         learns = {name for phase in self.phases for name in phase.groups}
@@ -128,7 +128,7 @@ class Setup:
         return views if self.data.spec.augment else None
 
     def in_memory(self) -> "Setup":
-        """Returns the run with its examples decoded, if the config lets them be kept.
+        """Returns the run with decoded examples in memory, if `data.memory_gb` allows.
 
         Raises:
             UserError: Lists the examples that cannot be read.
@@ -152,11 +152,11 @@ class Setup:
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
-    """Returns what is measured on each split, 'ema_' before what averaged weights give.
+    """Returns the metrics of each split; the prefix 'ema_' is for averaged weights.
 
     Raises:
-        UserError: No such task, one of other labels, or `config.task.metrics` is no
-            tuple.
+        UserError: Unknown task, labels that it does not take, or `config.task.metrics` is
+            no tuple.
     """
     arguments = dict(config.task)
     module = task_module(arguments["name"])
@@ -178,15 +178,15 @@ def metric_names(config: Config) -> tuple[str, ...]:
 def make_setup(
     config: Config, data: Data | None = None, like: Setup | None = None
 ) -> Setup:
-    """Returns all that a run is. Nothing is compiled, and nothing written.
+    """Returns the setup of a run. Nothing is compiled, and nothing is written.
 
     Args:
-        config: Resolved.
-        data: None reads what the config names.
-        like: Of another run of the same model, on data that look the same.
+        config: Resolved config.
+        data: Data of the run; None opens it.
+        like: Setup of another run of the same model, whose shapes are reused.
 
     Raises:
-        UserError: Anything in the config that does not fit anything else.
+        UserError: Parts of the config that contradict each other, the data or the model.
     """
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, *weights_addresses(config).values())

@@ -1,7 +1,12 @@
+import pathlib
+
 import ml_collections
 import pytest
 
 from finetune_jax import config as configs
+from finetune_jax.config.document import document
+from finetune_jax.config.fields import keys_of
+from finetune_jax.config.schema import Config, Seeds
 from finetune_jax.core.errors import UserError
 from finetune_jax.plans.phase import Phase, as_config
 
@@ -84,6 +89,8 @@ def test_the_command_line_sets(key, text, value):
         ("plan", "()", "a section"),
         ("data", "3", "a section"),
         ("data.dri", "x", "did you mean 'dir'"),
+        ("evaluate.ema_decay", "1.0", "less than 1"),
+        ("data.memory_gb", "-1", "at least 0"),
         ("evaluate.every_steps", "1", "not both"),
     ],
 )
@@ -141,3 +148,21 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         configs.load(str(path))
+
+
+def test_the_page_of_keys_is_that_of_the_schema():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text() == document() + "\n", (
+        "docs/config.md is stale: python -m finetune_jax.config.document > docs/config.md"
+    )
+
+
+def test_every_key_has_a_meaning():
+    def lacking(of):
+        for name, key in keys_of(of).items():
+            inside = key.section or key.entry
+            yield from lacking(inside) if inside else ()
+            if key.section is None and not key.meaning:
+                yield f"{of.__name__}.{name}"
+
+    assert not [*lacking(Config), *lacking(Seeds)]

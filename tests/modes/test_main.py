@@ -71,7 +71,7 @@ HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
         ([HEAD, "--config.data.augment=(1,)", "--config.parallel.devices=1"],
          "1 is not a step"),
         (["--config=pyproject.toml"], "not a Python file"),
-        (["--mode=evaluate"], "needs --workdir"),
+        (["--mode=evaluate"], "--workdir: missing"),
         (["--mode=evaluate", "--workdir=none"], "holds no run"),
         (["--config"], "expected one argument"),
     ],
@@ -134,7 +134,7 @@ def command(*arguments, **environment):
 def test_the_program_exits_2_without_a_traceback():
     done = command(IRIS, "--config.data.batch_sise=3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: The config cannot be run:")
+    assert done.stderr.startswith("error: --config.data.batch_sise: unknown")
 
 
 def test_a_run_can_be_evaluated_and_is_finished_when_run_again(tmp_path, capsys):

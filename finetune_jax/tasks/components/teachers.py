@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core import pytrees
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, problems_error, under
 from finetune_jax.models import model_of
 from finetune_jax.models.modes import EVALUATION, apply_model
 from finetune_jax.tasks.components.model_set import ModelSet
@@ -90,16 +90,10 @@ class Teacher:
         zeros = jax.tree.map(
             lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.shapes(shape)
         )
-        with_address = f"{self.where}.pretrained"
-        try:
+        with under(self.where), under(self.where, instead_of="config.init"):
             weights = read_weights(self.address, self.entry)
             weights = without_prefix(weights, dict(pytrees.named(zeros)))
             return load_weights(zeros, weights, accept=None)
-        except UserError as error:
-            # The reader of the weights names the key that usually has the address.
-            text = str(error).replace("config.init.pretrained", with_address)
-            text = text.replace("config.init.entry", f"{self.where}.entry")
-            raise UserError(f"{self.where}, a teacher: {text}") from error
 
     def layout(
         self, shape: tuple[int, ...], names: Sequence[str]

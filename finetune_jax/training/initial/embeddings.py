@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.registry import closest
@@ -108,8 +108,7 @@ def with_vectors(
             sha256 |= _take(leaves, entry, fitted)
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise problems_error("config.init.embeddings cannot be used:", problems)
+    raise_if(problems)
     return like(params, leaves), sha256
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_jax.config import Config, seeds
 from finetune_jax.config.members import weights_addresses, weights_entries
 from finetune_jax.config.schema import Init
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.pytrees import like, named, part, with_part
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
@@ -411,5 +411,4 @@ def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
         for pattern in fresh
         if not any(re.fullmatch(pattern, name) for name in names)
     ]
-    if problems:
-        raise problems_error("config.init.fresh does not fit the model:", problems)
+    raise_if(problems)
