@@ -47,7 +47,7 @@ def make_fixed(
     fixed = setup.fixed(start, training=training)
     if training and setup.regularisers & set(READS_FISHER):
         fisher = domain_fisher(
-            domain_named(domains, setup.config.init.fisher),
+            domain_named(domains, setup.config.init.fisher or ""),
             start,
             examples=setup.config.init.fisher_examples,
             seed=configs.seeds(setup.config)["order"],
