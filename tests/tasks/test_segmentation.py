@@ -428,10 +428,12 @@ def test_a_classifiers_weights_are_those_of_the_stages():
 
     zeros, saved = filled(found, 0.0), filled(classifier, 1.0)
     weights = Weights(address="file:x", tensors=named(saved), sha256={})
-    merged = load_weights(zeros, weights, fresh=("head/.*",), left_out=found.left_out())
+    merged = load_weights(
+        zeros, weights, fresh=("head/.*",), left_out=found.models.unused()
+    )
     for name, leaf in named(merged).items():
         assert (leaf == (0 if name.startswith("params/head/") else 1)).all()
-    assert set(found.left_out()) == {
+    assert set(found.models.unused()) == {
         "params/head/logits/kernel",
         "params/head/logits/bias",
     }
