@@ -47,11 +47,10 @@ def _section(of: type[Section], path: str) -> Iterator[str]:
 
 def _row(key: Key) -> str:
     kind = KINDS[key.kind] + (" or None" if key.is_optional else "")
-    limits = key.limits
     found = key.range()
-    if choices := limits.get("choices"):
+    if choices := key.limits.get("choices"):
         found = ", ".join(f"`{choice!r}`" for choice in choices)
-    if each := limits.get("each"):
+    if each := key.limits.get("each"):
         found = f"items: {each if isinstance(each, str) else ', '.join(each)}"
     cells = (f"`{key.name}`", kind, f"`{key.default!r}`", found, key.meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -15,37 +15,43 @@ LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4e38  # Updates are computed in float32.
 
 
+class Limits(typing.TypedDict, total=False):
+    """The range of a key.
+
+    Attributes:
+        above: Bound that values must exceed.
+        least: Smallest value.
+        below: Bound that values must not reach.
+        most: Largest value.
+        finite: Whether a number must be finite; it must be without this.
+        choices: All possible values.
+        each: All possible items of a tuple; or 'number' or 'positive'.
+    """
+
+    above: float
+    least: float
+    below: float
+    most: float
+    finite: bool
+    choices: tuple[Any, ...]
+    each: tuple[Any, ...] | str
+
+
 def key(
     default: Any,
     meaning: str,
     *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    finite: bool = True,
-    choices: tuple[Any, ...] = (),
-    each: tuple[Any, ...] | str = (),
     static: bool = True,
+    **limits: typing.Unpack[Limits],
 ) -> Any:
     """Returns the dataclass field of a key.
 
     Args:
         default: Value of a config that does not name the key; None is "not given".
         meaning: One sentence about it, for docs/config.md.
-        above: Bound that values must exceed.
-        least: Smallest value.
-        below: Bound that values must not reach.
-        most: Largest value.
-        finite: Whether a number must be finite.
-        choices: All possible values.
-        each: All possible items of a tuple; or 'number' or 'positive'.
         static: Whether a compiled step depends on the key: see `Phase.static`.
+        **limits: Range of the values.
     """
-    limits = {
-        "above": above, "least": least, "below": below, "most": most,
-        "finite": finite, "choices": choices, "each": each,
-    }  # fmt: skip
     metadata = {"meaning": meaning, "limits": limits, "static": static}
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=dict, metadata=metadata)
@@ -102,7 +108,7 @@ class Key:
         meaning: One sentence about it.
         section: Dataclass of the section that stands there; None for a value.
         entry: Dataclass of the entries of the table that stands there; None for a value.
-        limits: Keyword arguments of `key`.
+        limits: Range of the values.
     """
 
     name: str
@@ -112,7 +118,7 @@ class Key:
     meaning: str
     section: type | None
     entry: type | None
-    limits: Mapping[str, Any]
+    limits: Limits
 
     def as_kind(self, value: Any) -> Any:
         """Returns a value as one of the key's type, an int as a float, a list as a tuple.
@@ -130,35 +136,32 @@ class Key:
 
     def problem(self, value: Any) -> str | None:
         """Returns why a value of the right type is out of range, or None."""
-        limits = self.limits
-        if value is None or not limits:
+        if value is None:
             return None
-        if (choices := limits["choices"]) and value not in choices:
+        if (choices := self.limits.get("choices")) and value not in choices:
             hint = closest(str(value), map(str, choices))
             return f"{value!r} is not one of {choices}{hint}"
         if self.kind is tuple:
-            return _item_problem(value, limits["each"])
-        if self.kind not in (int, float) or _is_within(value, self.kind, limits):
+            return _item_problem(value, self.limits.get("each"))
+        if self.kind not in (int, float) or _is_within(value, self.kind, self.limits):
             return None
         return f"{value!r}; {self.range()} is needed"
 
     def range(self) -> str:
         """Returns the range in words; '' where there is none."""
-        if self.kind not in (int, float) or not self.limits:
-            return ""
         limits = self.limits
-        if None not in (limits["least"], limits["most"]):
+        if self.kind not in (int, float):
+            return ""
+        if "least" in limits and "most" in limits:
             return f"{limits['least']} to {limits['most']}"
         words = {
             "above": "more than {}", "least": "at least {}",
             "below": "less than {}", "most": "at most {}",
         }  # fmt: skip
         found = [
-            text.format(limits[name])
-            for name, text in words.items()
-            if limits[name] is not None
+            text.format(limits[name]) for name, text in words.items() if name in limits
         ]
-        if self.kind is float and limits["finite"]:
+        if self.kind is float and limits.get("finite", True):
             found.append("finite" if found else "a finite number")
         return " and ".join(found)
 
@@ -169,15 +172,13 @@ A_KIND = {
 }  # fmt: skip
 
 
-def _is_within(value: float, kind: type, limits: Mapping[str, Any]) -> bool:
-    largest = LARGEST_INT if kind is int and limits["most"] is None else math.inf
+def _is_within(value: float, kind: type, limits: Limits) -> bool:
+    largest = LARGEST_INT if kind is int and "most" not in limits else math.inf
     return (
-        (limits["above"] is None or value > limits["above"])
-        and (limits["least"] is None or value >= limits["least"])
-        and (limits["below"] is None or value < limits["below"])
-        and (limits["most"] is None or value <= limits["most"])
-        and value <= largest
-        and (not limits["finite"] or abs(value) < LARGEST_FLOAT)
+        limits.get("least", -math.inf) <= value <= limits.get("most", largest)
+        and value > limits.get("above", -math.inf)
+        and ("below" not in limits or value < limits["below"])
+        and (not limits.get("finite", True) or abs(value) < LARGEST_FLOAT)
     )
 
 
