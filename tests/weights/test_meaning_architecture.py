@@ -475,6 +475,7 @@ def exported(name, arguments):
         spec=small.spec((32, 32, 3)),
         model={"name": name, **arguments},
         variables={"params": {"head": {"logits": bias}}},
+        tokenizer={},
     )
     return trained
 
