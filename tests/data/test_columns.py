@@ -231,7 +231,7 @@ def test_what_a_faster_run_wrote_is_checked_and_taken(is_whole, tmp_path, monkey
         assert len(opened(path, cache)) == 20
         assert len(written(cache)) == len(verified) == 4
     else:
-        with pytest.raises(UserError, match="cannot be read again"):
+        with pytest.raises(UserError, match="the columns written there cannot be read"):
             opened(path, cache)
         assert not list((cache / "columns").iterdir())
 

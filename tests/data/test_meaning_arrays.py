@@ -320,7 +320,7 @@ def test_prepared_data_sets_that_do_not_fit_are_refused():
 
 def spec(pixels=None, dtype="uint8", shape=(*SIZE, 3)):
     return DataSpec(
-        kind="images",
+        kind="images" if len(shape) == 3 else "vectors",
         inputs=ArraySpec(pixels=pixels),
         shape=shape,
         train_shape=shape,

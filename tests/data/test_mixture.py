@@ -4,6 +4,7 @@ import mixtures
 import numpy as np
 import pytest
 
+from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest
 from finetune_jax.data import source as sources
@@ -113,11 +114,9 @@ def test_labels_that_training_may_not_know_cannot_leak(monkeypatch):
     [
         ((DIGITS, DIGITS), {}, "'digits' twice"),
         (({**DIGITS, "weight": 0.0},), {}, "all weights are 0"),
-        (({**DIGITS, "weight": -1.0},), {}, "-1.0; 0 or more"),
         (({**DIGITS, "domain": "test"},), {}, "names other things"),
         (({**DIGITS, "domain": "Digits 1"},), {}, "a-z, 0-9"),
         (({**DIGITS, "train": "train[:0]"},), {}, r"domains\[0\].train: .* is empty"),
-        (({**DIGITS, "sampling": "often"},), {}, "'often' is not one of"),
         (
             (DIGITS, {**mixtures.INVERTED, "validation": "train[:5]"}),
             {"validation": None},
@@ -137,6 +136,18 @@ def test_labels_that_training_may_not_know_cannot_leak(monkeypatch):
 def test_domains_that_cannot_be_are_refused_by_name(domains, data, message):
     with pytest.raises(UserError, match=message):
         run_data(mixtures.config(*domains, data=data))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("weight", -1.0, "at least 0"), ("sampling", "often", "not one of")],
+)
+def test_values_of_a_domain_out_of_range_are_refused_by_key(key, value, message):
+    given = configs.default()
+    given.data.domains = ({**DIGITS, key: value},)
+    _, (problem,) = configs.resolve(given)
+    assert str(problem).startswith(f"config.data.domains[0].{key}: ")
+    assert message in str(problem)
 
 
 def test_without_domains_there_is_nothing_to_mix():

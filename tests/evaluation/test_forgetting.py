@@ -14,7 +14,8 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.dataset import dataset_of
 from finetune_jax.data.source import array_source
-from finetune_jax.evaluation import diagnostics
+from finetune_jax.evaluation import cka as cka_module
+from finetune_jax.evaluation import fisher
 from finetune_jax.evaluation.cka import gram, similarity, stage_features
 from finetune_jax.evaluation.diagnostics import distances, make_extras, open_domains
 from finetune_jax.evaluation.fisher import fisher_information
@@ -110,7 +111,7 @@ def test_cka_is_that_of_the_definition(monkeypatch):
     by_features = np.linalg.norm(y.T @ x) ** 2
     by_features /= np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
     assert cka(one, other) == pytest.approx(by_features, rel=1e-12)
-    monkeypatch.setattr(diagnostics, "GRAM_COLUMNS", 8)
+    monkeypatch.setattr(cka_module, "GRAM_COLUMNS", 8)
     assert cka(one, other) == pytest.approx(expected, rel=1e-12)
 
 
@@ -264,7 +265,7 @@ def test_fisher_information_is_the_mean_of_squares_of_gradients(monkeypatch, exa
     for name, leaf in named(found).items():
         assert leaf.dtype == np.float32
         np.testing.assert_allclose(leaf, total[name] / examples, rtol=1e-4, atol=1e-9)
-    monkeypatch.setattr(diagnostics, "MOST_GRADIENTS", 4)
+    monkeypatch.setattr(fisher, "MOST_GRADIENTS", 4)
     chunked = fisher_information(task, params, {}, dataset, examples=examples, seed=5)
     for name, leaf in named(chunked).items():
         np.testing.assert_allclose(leaf, named(found)[name], rtol=1e-5, atol=1e-12)

@@ -165,7 +165,7 @@ def test_predicting_leaves_an_unfinished_save_alone(finished, tmp_path):
 
 def test_flags_that_the_mode_does_not_read_are_refused(finished):
     flags = ["--mode=predict", f"--workdir={finished}", "--inputs", "x"]
-    with pytest.raises(UserError, match="predictions are made as the run was"):
+    with pytest.raises(UserError, match="--mode=predict uses the config of the run"):
         program.run([*flags, "--config.data.mean=(0.9,)"])
     with pytest.raises(UserError, match="takes that of the workdir"):
         program.run([*flags, "--config=configs/resnet_head.py"])

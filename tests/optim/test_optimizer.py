@@ -205,4 +205,4 @@ def test_adaptive_clipping_bounds_a_unit_by_the_norm_of_its_weights():
 
 def test_at_most_one_clipping_is_taken():
     phase = Phase(steps=1, clip_norm=1.0, clip_value=1.0)
-    assert any("at most one" in problem for problem in phase.problems())
+    assert any("at most one" in str(problem) for problem in phase.problems())

@@ -188,6 +188,8 @@ def test_impossible_devices_are_refused():
         with pytest.raises(UserError, match=message):
             make_devices(SimpleNamespace(**asked))
     plan = (Phase(name="a", steps=1), Phase(name="b", steps=1, accumulate_steps=3))
-    with pytest.raises(UserError, match="phase 'b': 32 examples in 3 micro-batches"):
+    with pytest.raises(
+        UserError, match="32 examples in 3 micro-batches over 8 devices in phase 'b'"
+    ):
         check_batch(32, plan, 8)
     check_batch(48, plan, 8)
