@@ -167,7 +167,7 @@ def test_flags_that_the_mode_does_not_read_are_refused(finished):
     flags = ["--mode=predict", f"--workdir={finished}", "--inputs", "x"]
     with pytest.raises(UserError, match="--mode=predict uses the config of the run"):
         program.run([*flags, "--config.data.mean=(0.9,)"])
-    with pytest.raises(UserError, match="takes that of the workdir"):
+    with pytest.raises(UserError, match="reads the config of the workdir"):
         program.run([*flags, "--config=configs/resnet_head.py"])
     with pytest.raises(UserError, match="--output: only --mode=predict"):
         program.run(["--mode=plan", "--output=x", "--config=configs/resnet_head.py"])
