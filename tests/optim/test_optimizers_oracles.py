@@ -385,7 +385,10 @@ def test_lbfgs_steps_along_the_direction_of_its_paper_and_obeys_strong_wolfe():
 
         return sum(jax.tree.leaves(jax.tree.map(part, params, slopes, offsets)))
 
-    phase = Phase(steps=1, optimizer="lbfgs", optimizer_args={"memory": 4})
+    phase = Phase(
+        steps=1, optimizer="lbfgs", optimizer_args={"memory": 4},
+        peak_lr=1.0, schedule="constant", fixed_batch=True,
+    )  # fmt: skip
 
     def line(params):
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])

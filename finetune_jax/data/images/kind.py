@@ -48,7 +48,7 @@ _SERVED = ("resize", "interpolation", "mean", "std")
 class Images(Kind):
     """Images [H, W, C], bytes or floats."""
 
-    keys = ("image_size", "channels", "train_size", "resize", "augment", "mix")
+    keys = ("image_size", "channels", "train_size", "resize", "augment", "mix", "shift")
     absent = "the data has no images"
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:

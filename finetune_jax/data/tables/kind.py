@@ -46,8 +46,6 @@ class Tables(Kind):
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the table that `config.data` describes."""
-        if section["shift"]:
-            raise UserError("config.data.shift: tables cannot be shifted; leave it out")
         form = format_of(section["name"])
         table = load_table(
             section["name"],

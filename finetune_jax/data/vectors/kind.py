@@ -28,7 +28,7 @@ from finetune_jax.data.spec import DataSpec
 class Vectors(Kind):
     """Feature vectors: rows of numbers without names, [F]."""
 
-    keys = ("mix",)
+    keys = ("mix", "shift")
     absent = "{name} has no vectors of numbers"
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
