@@ -92,11 +92,12 @@ def test_many_updates_in_a_call_change_no_bit(tmp_path, capsys, monkeypatch, nam
     monkeypatch.setitem(efficientnet_lite.MODELS, "efficientnet_lite0", shallow)
     stepwise = outcome(tmp_path, plan, overrides, 1)
     assert (
-        "a call of its own: config.parallel.steps_per_call=1" in capsys.readouterr().out
+        "one update per call (no scan): config.parallel.steps_per_call=1"
+        in capsys.readouterr().out
     )
     assert outcome(tmp_path, plan, overrides, None) == stepwise
     assert outcome(tmp_path, plan, overrides, 3) == stepwise
-    assert "a call of its own" not in capsys.readouterr().out
+    assert "one update per call" not in capsys.readouterr().out
 
 
 def gradient_program(convolution):
@@ -139,7 +140,9 @@ def test_why_an_update_is_a_call_of_its_own_is_told(
     plan = (Phase(name="all", steps=2, **fields),)
     overrides = {"model.name": "mlp"} | overrides
     outcome(tmp_path, plan, overrides, None)
-    assert re.search(f"call of its own: .*{why}", capsys.readouterr().out)
+    assert re.search(
+        rf"one update per call \(no scan\): .*{why}", capsys.readouterr().out
+    )
 
 
 def test_calls_are_as_long_as_signals_may_wait():
