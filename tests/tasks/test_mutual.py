@@ -80,11 +80,11 @@ def test_what_cannot_learn_together_is_refused(members, changes, message):
 @pytest.mark.slow
 def test_each_member_is_named_and_starts_as_if_the_others_were_not_there():
     both, other = task(), task((SMALL, CNN))
-    assert both.stages == (
+    assert both.models.stages == (
         "large/stage1", "large/stage2", "large/head", "cnn/stage1", "cnn/stage2",
         "cnn/head",
     )  # fmt: skip
-    assert both.heads == ("large/head", "cnn/head")
+    assert both.models.heads == ("large/head", "cnn/head")
     ours, theirs = (named(random_state(t, 0).params) for t in (both, other))
     for name in (n for n in ours if n.startswith("cnn/")):
         np.testing.assert_array_equal(ours[name], theirs[name])
