@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_is_told(finished, tmp_path):
     assert "no 'onyx'" in str(error.value)
     with pytest.raises(UserError, match="--formats: only --mode=export"):
         program.run(["--mode=predict", f"--workdir={finished}", "--formats=jax"])
-    with pytest.raises(UserError, match="as the run was"):
+    with pytest.raises(UserError, match="--mode=export uses the config of the run"):
         export(finished, tmp_path / "out", "--config.data.mean=(0.9,)")
     with pytest.raises(UserError, match="holds no run"):
         export(tmp_path, tmp_path / "out")
