@@ -278,7 +278,7 @@ def test_answers_kept_are_the_same_bits_as_answers_computed(
         return run(ours, tmp_path / name)["state_sha256"]
 
     kept = made("kept", "auto")
-    assert "answers of teachers" in capsys.readouterr().out
+    assert "outputs of teachers" in capsys.readouterr().out
     assert kept == made("computed", "off")
 
 
