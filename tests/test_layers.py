@@ -127,10 +127,8 @@ def test_public_functions_take_at_most_eight_arguments():
     for name, node in functions():
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         count = sum(argument.arg not in ("self", "cls") for argument in arguments)
-        # `make` of a task and constructors of models unpack a section of the config;
-        # `key` constructs the dataclass field of a key.
+        # `make` of a task and constructors of models unpack a section of the config.
         unpacks = name.startswith(("tasks.", "models.")) and name.count(".") == 1
-        unpacks |= (name, node.name) == ("config.fields", "key")
         is_private = node.name.startswith("_")
         if count > 8 and not (is_private or unpacks):
             many.append(f"{name}.{node.name}: {count} arguments")

@@ -25,6 +25,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_json(path: pathlib.Path, values: dict) -> None:
-    """Writes a dict as JSON, whole or not at all."""
+def write_json(path: pathlib.Path, values: dict | list) -> None:
+    """Writes a dict, or a list, as JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")

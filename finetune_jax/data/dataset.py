@@ -73,10 +73,10 @@ class Dataset:
             "geometry": repr((self.geometry, self.shape)),
         }
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """`about` as a key in memory."""
-        return repr(self.about)
+        """Key of the split in memory: `about`, and the labels."""
+        return repr((self.about, digest({"label": self.label})))
 
     @property
     def nbytes(self) -> int:

@@ -152,12 +152,20 @@ class Kind(abc.ABC):
             `{name}` stands for `config.data.name`.
         hint: End of the message of a task that does not take this kind.
         can_mix: Whether data of this kind can be one of `config.data.domains`.
+        weight_keys: Keys of `config.data` that files beside pretrained weights may set.
     """
 
     keys: tuple[str, ...] = ()
     absent: str = "{name} has no such data"
     hint: str = ""
     can_mix: bool = True
+    weight_keys: tuple[str, ...] = (
+        "image_size",
+        "resize",
+        "interpolation",
+        "mean",
+        "std",
+    )
 
     def claims(self, section: Mapping[str, Any]) -> bool:
         """Returns whether `config.data` names data of this kind, of those of its source."""
@@ -344,6 +352,11 @@ def kind_of(section: Mapping[str, Any]) -> str:
         f"{where}: {name!r} holds texts; name their columns in config.data.text, such "
         "as ('sentence',)"
     )
+
+
+def weight_keys(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keys of `config.data` that files beside pretrained weights may set."""
+    return kind_named(kind_of(section)).weight_keys
 
 
 def restored(section: Mapping[str, Any], workdir: pathlib.Path) -> Any:

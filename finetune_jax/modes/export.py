@@ -6,7 +6,7 @@ import shutil
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, problems_error
-from finetune_jax.core.files import write_text
+from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.inference.export import (
@@ -15,8 +15,8 @@ from finetune_jax.inference.export import (
     text_encoders,
     weights,
 )
-from finetune_jax.inference.export.exported_model import trained_from, write_json
 from finetune_jax.inference.export.model_card import make_card
+from finetune_jax.inference.export.opened_run import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.options import Options
 from finetune_jax.report.workdir import read_json, read_manifest

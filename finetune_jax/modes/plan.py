@@ -23,7 +23,7 @@ from finetune_jax.core.flops import count_flops
 from finetune_jax.core.pytrees import count, named, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, no_data
-from finetune_jax.data.kind import kind_named, kind_of
+from finetune_jax.data.kind import kind_named, kind_of, weight_keys
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.eval_step import eval_step
@@ -42,7 +42,7 @@ from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
-    config, lines = with_weight_defaults(config)
+    config, lines = with_weight_defaults(config, weight_keys(config.data))
     for line in lines:
         print(line)
     data, is_there = data_of(config)

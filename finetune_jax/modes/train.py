@@ -4,6 +4,7 @@ import pathlib
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
+from finetune_jax.data.kind import weight_keys
 from finetune_jax.modes.options import Options
 from finetune_jax.report.workdir import check_same_run, new_workdir, read_json
 from finetune_jax.training.loop import Preempted
@@ -24,7 +25,8 @@ def _train(config: Config, workdir: pathlib.Path, stop: Stop) -> int:
     status, finished, result = 0, None, {}
     result_file = workdir / "result.json"
     try:
-        is_same = check_same_run(workdir, with_weight_defaults(config)[0])
+        filled, _ = with_weight_defaults(config, weight_keys(config.data))
+        is_same = check_same_run(workdir, filled)
         finished = read_json(result_file) if is_same else None
         if finished is not None:
             print("this run is finished")

@@ -30,6 +30,7 @@ from finetune_jax.core.errors import (
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.data.dataset import Data
+from finetune_jax.data.kind import weight_keys
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
@@ -127,7 +128,7 @@ def run_population(
         Preempted: The population was asked to stop; finished members stay finished.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, notes = with_weight_defaults(config)
+    config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     members = member_configs(config)
     setup = make_setup(config, data_of_run(config, workdir))

@@ -13,7 +13,7 @@ from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
-from finetune_jax.data.kind import kind_named, restored
+from finetune_jax.data.kind import kind_named, restored, weight_keys
 from finetune_jax.data.spec import check_reads_alike
 from finetune_jax.evaluation.diagnostics import (
     open_domains,
@@ -65,7 +65,7 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
-    config, notes = with_weight_defaults(config)
+    config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup.config, setup.data)

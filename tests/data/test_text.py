@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 import small
 import texts
+from safetensors.numpy import save_file
 from text_configs import TINY, config, tag_config
 
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.pytrees import named
 from finetune_jax.data.batches import shortened, training_batches
 from finetune_jax.data.text.tokens import TextLengths, make_encoder
+from finetune_jax.modes import plan
 from finetune_jax.modes import predict as predict_mode
 from finetune_jax.modes.options import Options
 from finetune_jax.pipeline import pipeline
 from finetune_jax.plans.phase import Phase
+from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.objectives.entities import entities, entity_scores
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.loop import Preempted
@@ -194,6 +198,18 @@ def test_tokenizer_and_model_must_fit(folder, tmp_path):
         make_setup(config(folder, model={"classes": 1}))
     assert find_tokenizer(None, f"file:{folder}/model.safetensors") == texts.tokenizer()
     assert find_tokenizer(None, "zoo:resnet20_fashion_mnist") is None
+
+
+def test_preprocessing_of_images_beside_weights_is_passed_over(folder, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 224}')
+    params = random_state(make_setup(config(folder)).task, 0).params
+    tensors = {
+        name: np.asarray(leaf) for name, leaf in named({"params": params}).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    address = f"file:{tmp_path}/model.safetensors"
+    chosen = config(folder, overrides=[("init.pretrained", address)])
+    assert plan.main(chosen, Options(config="", workdir=None)) == 0
 
 
 def test_texts_and_images_are_not_taken_for_one_another(folder):

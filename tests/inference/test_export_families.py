@@ -324,7 +324,8 @@ def test_encoders_go_back_to_transformers(row, tmp_path):
     save_file(before, tmp_path / "w.safetensors")
     if kind == "BertModel":
         config = config.replaced(init={"fresh": ("head/.*",)})
-    trained = began(task, config, f"file:{tmp_path}/w.safetensors")
+    address, tokenizer = f"file:{tmp_path}/w.safetensors", {"tokenizer.json": "{}"}
+    trained = began(task, config, address, tokenizer)
     assert_same(written(trained, tmp_path / "same")[0], before)
     trained = fine_tuned(trained)
     after, text = written(trained, tmp_path / "after")

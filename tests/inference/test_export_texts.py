@@ -36,6 +36,7 @@ def exported(tmp_path_factory):
     tensors = {k: np.array(v) for k, v in bert_oracles.tensors_of(module).items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(texts.tokenizer())
+    (folder / "preprocessor_config.json").write_text('{"size": 224}')
     (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
     plan = (Phase(name="all", steps=2, peak_lr=1e-2),)
     address = f"file:{folder}/model.safetensors"
@@ -60,7 +61,7 @@ def ours(workdir):
     inputs = np.zeros((len(rows), 2, 11), np.int32)
     for row, (ids, sentences) in enumerate(rows):
         inputs[row, :, : len(ids)] = ids, sentences
-    task, placed = predictor.setup.task, predictor.placed
+    task, placed = predictor.setup.task, predictor.state.placed
     batch = task.prepare({"inputs": inputs}, None, None)
     found = task.outputs(
         {"params": placed.params, "batch_stats": placed.batch_stats}, batch

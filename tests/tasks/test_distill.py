@@ -14,7 +14,7 @@ import small
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.features.cache import FeatureStore, Teachers
-from finetune_jax.inference.export.exported_model import trained_from
+from finetune_jax.inference.export.opened_run import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.models.modes import EVALUATION
 from finetune_jax.modes import plan as plan_mode

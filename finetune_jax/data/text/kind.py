@@ -52,6 +52,7 @@ class Text(Kind):
     )
     absent = "config.data.text names no columns"
     can_mix = False
+    weight_keys = ()
 
     def claims(self, section: Mapping[str, Any]) -> bool:
         """Returns whether columns of texts are named."""

@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import named
-from finetune_jax.inference.export.exported_model import Trained, write_json
+from finetune_jax.inference.export.exported_model import Trained
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Names the Python of an environment with jax2onnx and onnxruntime.

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.registry import closest
 from finetune_jax.inference.export import libraries, text_encoders
-from finetune_jax.inference.export.exported_model import Trained, write_json
+from finetune_jax.inference.export.exported_model import Trained
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.formats.safetensors_file import save_safetensors
 from finetune_jax.weights.layout import OURS, Layout, layouts

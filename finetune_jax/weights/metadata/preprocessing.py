@@ -5,7 +5,7 @@ only its keys; an export of this project has `model.json`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from finetune_jax.config import Config
@@ -18,11 +18,15 @@ from finetune_jax.weights.metadata.files import read_beside
 _RESAMPLED = {2: "bilinear", 3: "bicubic"}
 # Keys that are taken together: an image size and a crop of different sources do not fit.
 _GEOMETRY = ("image_size", "resize")
+# Keys of `config.data` that the files may set.
+KEYS = (*_GEOMETRY, "interpolation", "mean", "std")
 # ConvNeXts of transformers crop below this size and stretch from it on.
 _STRETCHED_FROM = 384
 
 
-def with_weight_defaults(config: Config) -> tuple[Config, list[str]]:
+def with_weight_defaults(
+    config: Config, keys: Collection[str] = KEYS
+) -> tuple[Config, list[str]]:
     """Returns the config with the preprocessing and the network of its weights.
 
     In `config.data` given values stay, and a line reports differences. `config.model` must
@@ -30,6 +34,7 @@ def with_weight_defaults(config: Config) -> tuple[Config, list[str]]:
 
     Args:
         config: Resolved config; None in `data` stands for values that are not given.
+        keys: Keys of `config.data` that the kind of the data takes from such files.
 
     Returns:
         The config, and lines about values that were filled in.
@@ -38,14 +43,17 @@ def with_weight_defaults(config: Config) -> tuple[Config, list[str]]:
         UserError: `config.model` is another network than that of the weights.
     """
     config, lines = architecture.with_variants(config)
-    config, more = _with_preprocessing(config)
+    config, more = _with_preprocessing(config, keys)
     return config, [*lines, *more]
 
 
-def _with_preprocessing(config: Config) -> tuple[Config, list[str]]:
+def _with_preprocessing(
+    config: Config, keys: Collection[str]
+) -> tuple[Config, list[str]]:
     found, where = {}, None
     if config.init.pretrained is not None:
         found, where = beside(config.init.pretrained)
+    found = {key: value for key, value in found.items() if key in keys}
     if not found:
         return config, []
     lines, taken = [], {}
