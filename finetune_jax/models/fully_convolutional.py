@@ -254,9 +254,9 @@ def as_maps(x: Any, size: tuple[int, int]) -> jax.Array:
                 return x[:, extra:].reshape(shape[0], rows, columns, shape[2])
     found = shape or f"a {type(x).__name__}"
     raise UserError(
-        f"config.model.name: its stages return {found}, neither maps [B, H, W, C] "
-        f"nor tokens of a grid over {size[0]}x{size[1]} pixels; segmentation needs a "
-        "convolutional model, or a ViT"
+        f"config.model.name: the model's last stage returns {found}. Segmentation needs "
+        "maps [B, H, W, C], or a token for each patch of the image "
+        f"({size[0]}x{size[1]} pixels): take a convolutional model, or a ViT."
     )
 
 

@@ -1,4 +1,4 @@
-"""A model family in a folder of its own, outside of the package."""
+"""A model family and a strategy in a folder of their own, outside of the package."""
 
 import json
 import os
@@ -53,9 +53,21 @@ def _waves(*, classes, head: Mapping, dtype=None, param_dtype=jnp.float32):
 
 MODELS = {"waves": _waves}
 """
+STRATEGY = """
+from finetune_jax.plans import Phase
+
+
+def last_first(stages, **fields):
+    return tuple(
+        Phase(name=stage, rules=((f"{stage}/.*", 1.0), (".*", 0.0)), **fields)
+        for stage in reversed(stages)
+    )
+"""
 CONFIG = """
+from strategies_of_mine import last_first
+
 from finetune_jax import config as configs
-from finetune_jax.plans import Phase, as_config
+from finetune_jax.plans import as_config
 
 
 def get_config():
@@ -64,7 +76,7 @@ def get_config():
     config.data.train = "train[:60%]"
     config.data.validation = "train[60%:]"
     config.model.name = "waves"
-    config.plan = as_config((Phase(name="all", steps=2),))
+    config.plan = as_config(last_first(("body", "head"), steps=1))
     return config
 """
 
@@ -76,8 +88,9 @@ def family_in(folder):
     return inside
 
 
-def test_a_family_elsewhere_on_the_path_is_trained(tmp_path):
+def test_a_family_and_a_strategy_elsewhere_on_the_path_are_trained(tmp_path):
     family_in(tmp_path / "mine")
+    (tmp_path / "mine" / "strategies_of_mine.py").write_text(STRATEGY)
     (tmp_path / "waves_iris.py").write_text(CONFIG)
     places = os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
     done = subprocess.run(
@@ -88,6 +101,9 @@ def test_a_family_elsewhere_on_the_path_is_trained(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 2
+    measured = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    phases = [json.loads(line)["phase"] for line in measured]
+    assert phases == ["head", "head", "body"]
 
 
 def test_another_installation_contributes_no_family(tmp_path, monkeypatch):

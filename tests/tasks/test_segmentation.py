@@ -374,7 +374,7 @@ def test_what_segmentation_does_not_know_is_refused(key, text, message):
 
 
 def test_a_model_without_maps_and_data_without_masks_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"neither maps \[B, H, W, C\]"):
+    with pytest.raises(UserError, match=r"needs maps \[B, H, W, C\]"):
         jax.eval_shape(task(model="mlp").init, jax.random.key(0))
     with pytest.raises(
         UserError, match="takes images with masks, but the data is images with classes"
