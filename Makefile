@@ -21,9 +21,10 @@ demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
 
 # Tests spend most of their time in the compiler. Those that compare neither bits nor
-# costs are compiled without optimisation.
+# costs are compiled without optimisation, and with the emitters that compile fastest.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -q
-QUICKLY := TEST_XLA_FLAGS=--xla_backend_optimization_level=0
+QUICKLY := TEST_XLA_FLAGS="--xla_backend_optimization_level=0 \
+	--xla_cpu_use_fusion_emitters=false"
 
 test: env
 	$(QUICKLY) $(PYTEST) -m "not slow and not bits and not exhaustive"

@@ -41,12 +41,12 @@ def modules():
 
 
 @functools.cache
-def parsed(path):
-    return ast.parse(path.read_text())
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def imports(path):
-    for node in ast.walk(parsed(path)):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finet"):
             base = node.module.removeprefix("finetune_jax").lstrip(".")
             for alias in node.names:
@@ -103,7 +103,7 @@ def test_tasks_do_not_import_one_another():
 def functions():
     """Yields module, name and node of every function and method."""
     for name, path in modules():
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef):
                 yield name, node
 
@@ -146,7 +146,7 @@ OBSCURE = re.compile(
 def test_docstrings_and_comments_name_their_nouns():
     found = []
     for name, path in modules():
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 docstring = ast.get_docstring(node) or ""
                 found += [f"{name}: {m.group()}" for m in OBSCURE.finditer(docstring)]

@@ -138,6 +138,7 @@ def test_an_odd_file_of_texts_is_read_alike_or_not_without_a_word(odd, tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.fast_runs("csv")
 def test_a_text_may_be_of_any_length(suffix, tmp_path):
     sep = {"csv": ",", "tsv": "\t"}[suffix]
     made = text_of(LONG, header=f"sentence{sep}label", sep=sep)

@@ -16,6 +16,7 @@ from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
 from finetune_jax.inference.export.onnx_model import VARIABLE, onnx_python
+from finetune_jax.inference.export.onnx_model import write as write_onnx
 from finetune_jax.models.peft.lora import UPDATES
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
@@ -187,9 +188,14 @@ def run_by_onnxruntime(folder, inputs, tmp_path):
         return dict(file)
 
 
-def test_onnx_without_its_environment_says_how_to_make_it(
-    finished, tmp_path, monkeypatch
-):
+def test_onnx_without_its_environment_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "/nowhere/python")
+    with pytest.raises(UserError, match="make onnx"):
+        write_onnx(None, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_format_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "/nowhere/python")
     with pytest.raises(UserError, match="make onnx"):
         export(finished, tmp_path / "out", formats="jax,onnx")

@@ -22,7 +22,8 @@ def finished(tmp_path_factory):
     """Returns the workdir of a run whose data is gone."""
     folder = tmp_path_factory.mktemp("pipeline")
     photos = pictures.make_folder(folder / "photos")
-    workdir = trained(folder / "run", photos, image_size=12, resize=14, steps=2)
+    data = {"image_size": 12, "resize": 14}
+    workdir = trained(folder / "run", photos, model="mlp", steps=2, **data)
     shutil.rmtree(photos)
     return workdir
 

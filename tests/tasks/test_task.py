@@ -3,10 +3,7 @@
 import abc
 import ast
 import importlib
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Generic, Protocol
 
 import flax.linen as nn
@@ -182,69 +179,3 @@ def test_public_functions_of_tasks_take_few_arguments():
         and len([*node.args.args, *node.args.kwonlyargs]) > 8
     ]
     assert not wrong
-
-
-ADDED = '''
-"""Classification with a squared loss on probabilities, as an outsider would add it."""
-
-import dataclasses
-
-import jax
-import jax.numpy as jnp
-
-from finetune_jax.tasks import classify
-
-METRICS = classify.METRICS
-
-
-@dataclasses.dataclass(frozen=True)
-class Squared:
-    scale: float
-
-    def loss(self, models, target, variables, batch, context):
-        logits, batch_stats = models.forward(
-            variables, batch["inputs"], mode=context.mode, first=context.first
-        )
-        wanted = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        squares = jnp.square(jax.nn.softmax(logits) - wanted).sum(axis=-1)
-        labels = target.loss(logits, batch)
-        return labels.replace(
-            total=self.scale * jnp.sum(squares * batch["weight"]),
-            batch_stats=batch_stats,
-        )
-
-
-def make(*, data, model, precision, scale: float = 1.0):
-    task = classify.make(data=data, model=model, precision=precision)
-    return dataclasses.replace(task, objective=Squared(scale=scale))
-'''
-
-
-def test_a_task_in_a_folder_elsewhere_trains_without_changing_the_package(tmp_path):
-    folder = tmp_path / "finetune_jax" / "tasks"
-    folder.mkdir(parents=True)
-    (folder / "squared.py").write_text(ADDED)
-    program = f"""
-import sys
-sys.path[:0] = [{str(pathlib.Path(small.__file__).parent)!r}]
-import small
-import pathlib
-from finetune_jax.plans.phase import Phase
-from finetune_jax.training.run import run
-config = small.config(model="mlp", hidden=(4,), plan=(Phase(name="all", steps=2),))
-given = small.editable(config)
-given.task = {{"name": "squared", "scale": 2.0}}
-resolved = small.resolved(given)
-assert run(resolved, pathlib.Path({str(tmp_path / "run")!r}))["steps"] == 2
-"""
-    path = [str(pathlib.Path(tasks.__file__).parents[2]), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "result.json").exists()

@@ -44,6 +44,8 @@ PLAN = (
     ),
 )  # fmt: skip
 
+SHORT = (Phase(name="head", steps=2, rules=small.HEAD, peak_lr=1e-2),)
+
 
 def config(plan=PLAN, **overrides):
     """Returns a config with dropout and augmentation, logged every update."""
@@ -69,6 +71,15 @@ def undisturbed(tmp_path_factory):
     return run(config(), workdir), workdir
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Returns the workdir of a finished run of two updates."""
+    workdir = tmp_path_factory.mktemp("short") / "run"
+    run(config(SHORT), workdir)
+    return workdir
+
+
+@pytest.mark.slow
 def test_a_run_writes_what_was_promised(undisturbed):
     result, workdir = undisturbed
     assert json.loads((workdir / "result.json").read_text()) == result
@@ -88,6 +99,7 @@ def test_a_run_writes_what_was_promised(undisturbed):
     assert (workdir / "report" / "confusion_matrix.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_the_log_has_a_line_for_every_measurement_in_order(undisturbed):
     result, workdir = undisturbed
     found = lines(workdir)
@@ -205,44 +217,42 @@ def test_phases_that_differ_in_rate_or_length_share_a_program(tmp_path, monkeypa
     assert result["steps"] == 12 and len(compiled) == 2
 
 
-def test_another_run_in_a_workdir_is_refused_and_nothing_changes(undisturbed, tmp_path):
-    workdir = undisturbed[1]
+def test_another_run_in_a_workdir_is_refused_and_nothing_changes(short, tmp_path):
+    workdir = short
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     with pytest.raises(UserError) as found:
-        run(config(seed=5), workdir)
+        run(config(SHORT, seed=5), workdir)
     assert "config.seed: 5 here, 0 there" in str(found.value)
     assert before == {
         p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()
     }
 
 
-def test_a_run_whose_weights_or_data_changed_is_not_taken_up(undisturbed, tmp_path):
+def test_a_run_whose_weights_or_data_changed_is_not_taken_up(short, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed[1], workdir)
+    shutil.copytree(short, workdir)
     (workdir / "result.json").unlink()
     manifest = json.loads((workdir / "manifest.json").read_text())
     manifest["data_fingerprint"] = "other"
     (workdir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="began with other inputs .data_fingerprint"):
-        run(config(), workdir)
+        run(config(SHORT), workdir)
 
 
-def test_a_damaged_first_checkpoint_stops_a_resume_with_a_message(
-    undisturbed, tmp_path
-):
+def test_a_damaged_first_checkpoint_stops_a_resume_with_a_message(short, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(undisturbed[1], workdir)
+    shutil.copytree(short, workdir)
     shutil.rmtree(workdir / "checkpoints" / "0")
     with pytest.raises(TrainingError, match="checkpoint 0"):
-        run(config(), workdir)
+        run(config(SHORT), workdir)
 
 
-def test_a_checkpoint_of_other_shapes_is_refused(undisturbed):
+def test_a_checkpoint_of_other_shapes_is_refused(short):
     from finetune_jax import main
 
     with pytest.raises(UserError, match="was saved by another model"):
         main.run([
-            "--mode=evaluate", f"--workdir={undisturbed[1]}", "--config.model.dense=(9,)",
+            "--mode=evaluate", f"--workdir={short}", "--config.model.dense=(9,)",
         ])  # fmt: skip
 
 

@@ -106,6 +106,7 @@ def by_timm(positions, **more):
     return tensors | {"pos_embed": table.astype(np.float32)} | more
 
 
+@pytest.mark.fast_runs("9-more0-48", "11-more3-64", "10-more5-48")
 @pytest.mark.parametrize("size", [48, 64])
 @pytest.mark.parametrize(
     "positions, more",

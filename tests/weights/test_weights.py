@@ -76,6 +76,7 @@ def test_every_format_gives_the_same_variables(name, suffix, tmp_path):
     assert weights.sha256 == {str(path): content}
 
 
+@pytest.mark.fast_runs("resnet50-transformers", "bert_base-sentence-transformers")
 @pytest.mark.parametrize(
     ("model", "name"), [(m, name) for m, names in FAMILIES.items() for name in names]
 )

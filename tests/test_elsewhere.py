@@ -1,4 +1,4 @@
-"""A model family and a strategy in a folder of their own, outside of the package."""
+"""A model family, a task and a strategy in folders outside of the package."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 from finetune_jax import models
 from finetune_jax.core import registry
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 FAMILY = """
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +53,40 @@ def _waves(*, classes, head: Mapping, dtype=None, param_dtype=jnp.float32):
 
 MODELS = {"waves": _waves}
 """
+TASK = '''
+"""Classification with a squared loss on probabilities, as an outsider would add it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from finetune_jax.tasks import classify
+
+METRICS = classify.METRICS
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared:
+    scale: float
+
+    def loss(self, models, target, variables, batch, context):
+        logits, batch_stats = models.forward(
+            variables, batch["inputs"], mode=context.mode, first=context.first
+        )
+        wanted = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        squares = jnp.square(jax.nn.softmax(logits) - wanted).sum(axis=-1)
+        labels = target.loss(logits, batch)
+        return labels.replace(
+            total=self.scale * jnp.sum(squares * batch["weight"]),
+            batch_stats=batch_stats,
+        )
+
+
+def make(*, data, model, precision, scale: float = 1.0):
+    task = classify.make(data=data, model=model, precision=precision)
+    return dataclasses.replace(task, objective=Squared(scale=scale))
+'''
 STRATEGY = """
 from finetune_jax.plans import Phase
 
@@ -76,6 +110,7 @@ def get_config():
     config.data.train = "train[:60%]"
     config.data.validation = "train[60%:]"
     config.model.name = "waves"
+    config.task = {"name": "squared", "scale": 2.0}
     config.plan = as_config(last_first(("body", "head"), steps=1))
     return config
 """
@@ -88,8 +123,10 @@ def family_in(folder):
     return inside
 
 
-def test_a_family_and_a_strategy_elsewhere_on_the_path_are_trained(tmp_path):
+def test_what_lies_elsewhere_on_the_path_trains_without_changing_the_package(tmp_path):
     family_in(tmp_path / "mine")
+    (tmp_path / "mine" / "finetune_jax" / "tasks").mkdir()
+    (tmp_path / "mine" / "finetune_jax" / "tasks" / "squared.py").write_text(TASK)
     (tmp_path / "mine" / "strategies_of_mine.py").write_text(STRATEGY)
     (tmp_path / "waves_iris.py").write_text(CONFIG)
     places = os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
