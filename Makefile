@@ -4,7 +4,7 @@ VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 
-# Both workers, all four passes and the processes that tests start share compiled modules.
+# Both workers, all three passes and the processes that tests start share compiled modules.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: env demo test test-slow test-exhaustive test-3.12 oracles onnx check lock clean
@@ -28,11 +28,10 @@ QUICKLY := TEST_XLA_FLAGS="--xla_backend_optimization_level=0 \
 
 test: env
 	$(QUICKLY) $(PYTEST) -m "not slow and not bits and not exhaustive"
-	$(PYTEST) -m "not slow and bits and not exhaustive" tests
 
 test-slow: env
 	$(QUICKLY) $(PYTEST) -m "slow and not bits and not exhaustive" tests
-	$(PYTEST) -m "slow and bits and not exhaustive" tests
+	$(PYTEST) -m "bits and not exhaustive" tests
 
 # Outside CI: all other cases of what CI shows with one of each kind. It takes hours.
 test-exhaustive: env

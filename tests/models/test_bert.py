@@ -334,6 +334,7 @@ def test_tensors_of_pretraining_are_left_and_others_are_refused():
         ("distilbert_base", 66_362_880 + 768 * 769),
     ],
 )
+@pytest.mark.fast_runs("minilm_l6-22713216")
 def test_a_model_has_its_published_size(name, parameters):
     model = make_model(name, {"head": {}}, classes=2)
     params = jax.eval_shape(

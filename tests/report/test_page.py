@@ -335,6 +335,7 @@ def browse(browser, page, width, *arguments):
 @pytest.mark.parametrize(
     "width", [pytest.param(1280, marks=pytest.mark.exhaustive), 800]
 )
+@pytest.mark.slow
 def test_a_browser_shows_every_section_and_nothing_sticks_out(tmp_path, browser, width):
     names = [f"n{i:08d}-a_class_name_without_any_space_{i}" for i in range(120)]
     path, copy = tmp_path / "page.html", tmp_path / "copy.html"

@@ -162,7 +162,7 @@ def test_tokens_become_maps_with_a_class_token_or_without():
     np.testing.assert_array_equal(as_maps(tokens, (8, 12)), maps)
     with_token = np.concatenate([np.zeros_like(tokens[:, :1]), tokens], axis=1)
     np.testing.assert_array_equal(as_maps(with_token, (8, 12)), maps)
-    with pytest.raises(UserError, match="nor tokens of a grid over 8x12"):
+    with pytest.raises(UserError, match="a token for each patch of the image .8x12"):
         as_maps(tokens[:, :4], (8, 12))
 
 

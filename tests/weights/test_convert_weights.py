@@ -89,6 +89,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_written(weights, tm
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_refused_and_stays(weights, tmp_path):
     output = tmp_path / "converted"
     output.mkdir()
@@ -99,6 +100,7 @@ def test_an_output_that_exists_is_refused_and_stays(weights, tmp_path):
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_there_are_refused(tmp_path):
     done = convert(f"file:{tmp_path}/none.pth", "resnet18", tmp_path / "converted")
     assert done.returncode == 2 and "no file" in done.stderr

@@ -177,6 +177,7 @@ def test_a_count_of_batches_is_needed_nowhere():
     assert digest(named(loaded)) == digest(values("resnet18"))
 
 
+@pytest.mark.fast_runs("resnet50-transformers", "bert_base-sentence-transformers")
 @pytest.mark.parametrize(
     ("model", "name"), [(m, name) for m, names in FAMILIES.items() for name in names]
 )
