@@ -13,6 +13,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.models import convnext, make_model
 from finetune_jax.tasks.components.text_inputs import tokens
+from finetune_jax.weights import addresses
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.layout import layouts
 from finetune_jax.weights.merge import load_weights
@@ -102,6 +103,7 @@ def empty_hub(folder, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(addresses, "_failures", {})
 
     def put(*files):
         root = folder / f"models--{REPOSITORY.replace('/', '--')}"

@@ -13,7 +13,9 @@ Nothing in a weight file is ever executed.
 import dataclasses
 import importlib.util
 import logging
+import math
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,10 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
 )
+# A failed connection takes half a minute of retries; the next ones are spared so long.
+_SPARED_S = 120.0
+# Time of the last failed connection, by the address of the hub.
+_failures: dict[str, float] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,18 +203,21 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
     Without a connection to the hub, the file is taken from the cache.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     # It logs every retry; the error below has the reason.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    found, offline = [], False
+    hub = constants.ENDPOINT
+    found = []
     for name in files:
+        offline = time.monotonic() - _failures.get(hub, -math.inf) < _SPARED_S
         try:
             return huggingface_hub.hf_hub_download(
                 repository, name, local_files_only=offline
             )
         except errors.LocalEntryNotFoundError as error:
-            offline = True
+            if not (offline or constants.HF_HUB_OFFLINE):
+                _failures[hub] = time.monotonic()
             found.append(f"{name}: {error}")
         except errors.EntryNotFoundError:
             found.append(f"{name}: not in the repository")

@@ -65,7 +65,9 @@ QUICK = ("iris_mlp.py:tiny",)
 REPEATED = (
     "distill_digits.py:teacher,tiny",
     "mnist_source.py:mlp,tiny", "mnist_target.py:cnn,tiny",
-    "tabular_transfer.py:source,tiny",
+    "pretrain_fashion_mnist.py:tiny",
+    "tabular_transfer.py:source,tiny", "tabular_transfer.py:target,tiny",
+    "vgg_partial.py:tiny",
 )  # fmt: skip
 
 

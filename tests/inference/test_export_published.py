@@ -129,6 +129,7 @@ def test_the_library_gives_our_logits_after_fine_tuning(library, tmp_path):
     assert_close(logits_of(loaded_back(other, folder), x), found, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_an_export_without_training_is_the_file_again(tmp_path):
     pytest.importorskip("torch")
     address, before = saved("torchvision", tmp_path)

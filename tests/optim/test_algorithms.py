@@ -122,6 +122,7 @@ def test_averaged_weights_are_a_warmed_up_running_mean():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, rtol", [("float64", 1e-6), ("float32", 1e-6)])
+@pytest.mark.ci_runs("float32-1e-06")
 def test_lbfgs_reaches_the_optimum_of_logistic_regression(precision, rtol):
     strength, batch = 1e-2, small.batch(examples=256)
     labels = np.random.default_rng(5).integers(0, 10, 256)

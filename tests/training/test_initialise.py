@@ -330,7 +330,7 @@ def variances(setup, state):
     [
         CNN,
         pytest.param(dict(model="mlp", hidden=(20, 10)), marks=pytest.mark.slow),
-        pytest.param(dict(model="resnet20"), marks=pytest.mark.slow),
+        pytest.param(dict(model="resnet20"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_lsuv_gives_every_layer_unit_variance_on_the_first_batch(arguments):

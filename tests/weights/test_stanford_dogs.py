@@ -96,7 +96,8 @@ def test_a_plan_needs_neither_photos_nor_weights(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_with_photos_a_plan_counts_updates(dogs, capsys):
+def test_with_photos_a_plan_counts_updates(dogs, tmp_path, capsys, monkeypatch):
+    empty_hub(tmp_path / "hub", monkeypatch)
     flags = ("--config.data.batch_size=4", "--config.parallel.devices=1")
     found = plan(dogs, capsys, *flags)
     # Nine tenths are for training: 324 photos, 81 updates an epoch.

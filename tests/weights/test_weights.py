@@ -378,6 +378,26 @@ def test_a_cached_repository_is_read_where_the_hub_is_not_reached(hub, monkeypat
     assert read_weights(f"hf:{REPOSITORY}").tensors["x"].tolist() == [0, 0]
 
 
+def test_a_hub_that_is_not_reached_is_not_asked_for_every_file(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def unknown_host(*arguments, **options):
+        asked.append(arguments)
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="no file could be read from hf:"):
+        read_weights(f"hf:{REPOSITORY}/a.safetensors")
+    first = len(asked)
+    with pytest.raises(UserError, match="no file could be read from hf:"):
+        read_weights(f"hf:{REPOSITORY}/b.safetensors")
+    assert 0 < first == len(asked)
+
+
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [
