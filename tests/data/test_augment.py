@@ -431,6 +431,7 @@ def test_a_change_of_colour_stays_between_0_and_1(name):
 
 @pytest.mark.bits
 @pytest.mark.parametrize("steps", PIPELINES)
+@pytest.mark.ci_runs("steps2")
 def test_an_image_depends_on_its_key_and_on_nothing_else(steps):
     function, batch, rngs = jax.jit(make_augment(steps, SIZE)), images(6), keys(6)
     whole = np.asarray(function(batch, rngs))
@@ -448,6 +449,7 @@ def test_an_image_depends_on_its_key_and_on_nothing_else(steps):
 @pytest.mark.slow
 @pytest.mark.bits
 @pytest.mark.parametrize("steps", PIPELINES)
+@pytest.mark.ci_runs("steps2")
 def test_compiling_changes_nothing_but_rounding(steps):
     batch = images(2)
     plain = make_augment(steps, SIZE)(batch, keys(2))

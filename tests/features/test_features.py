@@ -152,7 +152,7 @@ def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
         {"model.convolutions": (4, 6)},
     ],
 )
-@pytest.mark.ci_runs("override0", "override4")
+@pytest.mark.ci_runs("override0")
 def test_a_table_of_another_kind_is_not_used(tmp_path, override):
     alone = outcome(
         config(plan("head"), tmp_path / "own", **override), tmp_path / "alone"
@@ -357,7 +357,7 @@ def test_features_are_kept_over_devices(tmp_path, capfd, mode):
         ("resnet20", "head", "hold"),
     ],
 )
-@pytest.mark.ci_runs("resnet8-stage3-update", "resnet20-head-hold")
+@pytest.mark.ci_runs("resnet20-head-hold")
 def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_stats):
     stages = ("stem", "stage1", "stage2", "stage3", "head")
     phases = plan(*stages[stages.index(first) :], batch_stats=batch_stats)

@@ -88,7 +88,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(MEMBERS)))
-@pytest.mark.ci_runs("1", "5", "8")
+@pytest.mark.ci_runs("5")
 def test_a_member_has_the_bits_of_its_single_run(trained, tmp_path, number):
     folder, _ = trained
     member = member_configs(config(folder, MEMBERS))[number]

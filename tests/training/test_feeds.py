@@ -84,7 +84,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.ci_runs("two phases", "averaged, mixed, balanced, guarded", "views")
+@pytest.mark.ci_runs("two phases", "averaged, mixed, balanced, guarded")
 def test_many_updates_in_a_call_change_no_bit(tmp_path, capsys, monkeypatch, name):
     plan, overrides = CASES[name]
     made = efficientnet_lite.MODELS["efficientnet_lite0"]  # Here a block a stage.

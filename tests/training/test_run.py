@@ -145,7 +145,7 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
     assert lines(tmp_path / "run") == lines(undisturbed[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.bits
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp_path):
     result, stops = small.run_with_stops(config(), tmp_path / "run")

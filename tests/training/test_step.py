@@ -120,6 +120,7 @@ def distance(ours, theirs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [8, 3])
+@pytest.mark.ci_runs("3")
 def test_four_micro_batches_equal_one_batch(last):
     """Also with weights 8, 8, 8, 3: the last examples are padding of weight 0."""
     task = small.task()

@@ -33,9 +33,8 @@ def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_pictures):
     assert small.lines(workdir) == small.lines(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.ci_runs("gradual")
 @pytest.mark.bits
 def test_every_strategy_stopped_after_every_update_ends_in_the_same_bits(
     name, tmp_path, no_pictures
