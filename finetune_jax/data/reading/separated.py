@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.text_lines import check_begin
+from finetune_jax.data.reading.arrow import pa
 
 # Bytes of a file in which its names are looked for.
 BEGIN = 2**20
@@ -110,8 +111,6 @@ def begin_of(path: pathlib.Path) -> str:
     Raises:
         UserError: The file cannot be read, or is UTF-16.
     """
-    import pyarrow as pa
-
     try:
         with pa.input_stream(str(path)) as file:
             data = file.read(BEGIN)

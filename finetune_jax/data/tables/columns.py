@@ -24,6 +24,7 @@ from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.data.labels import class_name, spelling_of
+from finetune_jax.data.reading.arrow import pa
 from finetune_jax.data.tables.files import batches
 from finetune_jax.data.tables.schema import Format, Schema
 
@@ -304,8 +305,6 @@ def _coded(columns: Sequence[Any], known: Any) -> tuple[list[np.ndarray], Any]:
         columns: Dictionary-encoded, one stretch after the other.
         known: Values of the codes so far; new values follow. None is no value.
     """
-    import pyarrow as pa
-
     if known is None:
         known = columns[0].dictionary
     # Known values come first and keep their codes.
@@ -365,8 +364,6 @@ def _label_problems(
 
 def to_bytes(values: Mapping[str, Any]) -> np.ndarray:
     """Returns arrays of strings as a file of Arrow's has them, uint8."""
-    import pyarrow as pa
-
     lists = {
         name: pa.LargeListArray.from_arrays([0, len(array)], array)
         for name, array in values.items()
@@ -380,8 +377,6 @@ def to_bytes(values: Mapping[str, Any]) -> np.ndarray:
 
 def from_bytes(content: np.ndarray | bytes) -> dict[str, Any]:
     """Returns the arrays of strings that `to_bytes` wrote."""
-    import pyarrow as pa
-
     table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
     return {
         name: table.column(name).chunk(0).flatten() if table.num_rows else pa.array([])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax.data.reading.arrow import pc
 from finetune_jax.data.tables.encoding import WITH_FRACTION
 from finetune_jax.data.tables.number_forms import (
     PLAIN,
@@ -215,9 +216,6 @@ def _others(files: Mapping[pathlib.Path, Any]) -> str:
 
 def line_break_doubt(name: str, values: Any) -> str | None:
     """Returns that cells have several lines, as a quotation mark too many makes."""
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     found = values.filter(pc.match_substring_regex(values, "[\r\n]"))
     if not len(found):
         return None
@@ -229,9 +227,6 @@ def line_break_doubt(name: str, values: Any) -> str | None:
 
 def fraction_doubt(name: str, values: Any) -> str | None:
     """Returns that whole numbers are there with a fraction and without."""
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     found = values.filter(pc.match_substring_regex(values, WITH_FRACTION))
     if not len(found):
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.tables.columns import Columns, from_bytes, to_bytes
 from finetune_jax.data.tables.schema import (
     ROW_MISSING,
@@ -72,11 +73,6 @@ class Fitted:
             place: Place of the category.
             values: Arrow's array of strings.
         """
-        import pyarrow as pa
-        from pyarrow import compute
-
-        pc: Any = compute  # Its functions are made when it is imported.
-
         one = self.spec.categories[place]
         if one.hashed:
             size = one.rows - ROWS_BEFORE
@@ -100,10 +96,6 @@ def _whole_found(values: Any, known: Any, found: Any) -> Any:
         known: The known values, also an Arrow array of strings.
         found: Place of each value in the known ones, null where it is unknown.
     """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     without = functools.partial(pc.replace_substring_regex, values, "[.]0*$", "")
     others = [(WITH_FRACTION, without)]
     if pc.any(pc.ends_with(known, ".0")).as_py():

@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.registry import closest
+from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.reading.separated import (
     Head,
     begin_of,
@@ -191,10 +192,6 @@ def _form_of(
     parts: Sequence[Any], signs: Sequence[str], *, told: bool, commas: bool
 ) -> Form | None:
     """Returns how the cells of a column are written; None if they are no numbers."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     if not parts:
         return PLAIN
     values = pc.unique(pa.chunked_array(parts, pa.string()))
@@ -223,8 +220,6 @@ def _first_cells(
     Also the names of columns that are neither texts nor numbers, such as dates; numbers
     of Parquet have no texts.
     """
-    import pyarrow as pa
-
     if kind.delimiter is None:
         schema = _parquet(path).schema_arrow
         is_number = [pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal]
@@ -252,7 +247,6 @@ def _first_cells(
 
 
 def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -276,8 +270,6 @@ def batches(
         UserError: Lists lines that have not as many values as columns, are no UTF-8, or
             no numbers where numbers belong.
     """
-    import pyarrow as pa
-
     read = _parquet_batches if kind.delimiter is None else _separated_batches
     try:
         yield from read(path, kind, schema, block)
@@ -295,7 +287,6 @@ def batches(
 
 
 def _found_faults(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
-    import pyarrow as pa
 
     if kind.delimiter is None:
         return []
@@ -331,8 +322,6 @@ def _read_batch(batch: Any, kind: Format, schema: Schema) -> Any:
     Raises:
         ArrowInvalid: A cell of a column of numbers is none.
     """
-    import pyarrow as pa
-
     forms, signs, arrays = _forms_in(schema), signs_of(kind, schema), []
     for name in schema.is_number:
         column = batch.column(name)
@@ -348,10 +337,6 @@ def _read_batch(batch: Any, kind: Format, schema: Schema) -> Any:
 
 def _trimmed(column: Any, signs: Sequence[str]) -> Any:
     """Returns a dictionary-encoded column without blanks around its values."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     values = pc.utf8_trim_whitespace(column.dictionary)
     is_missing = pc.is_in(values, value_set=pa.array(signs, values.type))
     if not pc.any(is_missing).as_py() and values.equals(column.dictionary):
@@ -366,7 +351,6 @@ def _separated_texts(
     path: pathlib.Path, kind: Format, schema: Schema, block: int
 ) -> Iterator[Any]:
     """Yields the rows of a file; numbers of no known form are texts still."""
-    import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
     text = pa.dictionary(pa.int32(), pa.string())
@@ -436,8 +420,6 @@ def _blocks(file: Any, size: int) -> Iterator[memoryview]:
     Raises:
         ArrowInvalid: A line is longer.
     """
-    import pyarrow as pa
-
     rest = b""
     while more := file.read(size - len(rest)):
         content = rest + more
@@ -458,7 +440,6 @@ def _parquet(path: pathlib.Path) -> Any:
     Raises:
         UserError: It is none.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
     try:
@@ -470,10 +451,7 @@ def _parquet(path: pathlib.Path) -> Any:
 def _parquet_batches(
     path: pathlib.Path, kind: Format, schema: Schema, block: int
 ) -> Iterator[Any]:
-    import pyarrow as pa
-    from pyarrow import compute
 
-    pc: Any = compute  # Its functions are made when it is imported.
     wanted, kinds = schema.is_number, _parquet(path).schema_arrow
     rows = max(block // (16 * max(len(wanted), 1)), 1024)
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from finetune_jax.data.reading.arrow import pa, pc
+
 # Signs of money and of percents, which are taken away without being told to.
 _MONEY = ("$", "€", "£", "¥", "₹", "US$", "USD", "EUR", "GBP", "CHF", "JPY")
 _KNOWN = ("", "%", *_MONEY)
@@ -173,10 +175,6 @@ def parsed(texts: Any, form: Form, missing: Collection[str]) -> Any:
     Raises:
         ArrowInvalid: A cell is no such number.
     """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     if form == PLAIN:
         try:  # Cells that need nothing else are most, and this is fast.
             return pc.cast(texts, pa.float64())
@@ -209,10 +207,6 @@ def without(numbers: Any, signs: Collection[str]) -> Any:
         numbers: Arrow's array of float64.
         signs: Signs of cells without a value, numbers and others.
     """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     values = numbers_of(signs)
     if not values:
         return numbers

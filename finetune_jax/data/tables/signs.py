@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.tables import number_forms
 from finetune_jax.data.tables.files import batches
 from finetune_jax.data.tables.number_forms import PLAIN, Form, from_entries
@@ -51,10 +52,6 @@ def sign_doubts(
 
 def _found(batch: Any, left: set[str], kind: Format, schema: Schema) -> set[str]:
     """Returns the signs that cells of a batch of texts have."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     forms, found = from_entries(schema.forms), set[str]()
     values = {
         sign: number for sign in left for number in number_forms.numbers_of([sign])
@@ -75,11 +72,6 @@ def _found(batch: Any, left: set[str], kind: Format, schema: Schema) -> set[str]
 
 def _numbers(cells: Any, form: Form, signs: Sequence[str]) -> Any:
     """Returns the numbers of cells; none if some are dates, as Parquet has."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
-
     try:
         return pc.add(number_forms.parsed(cells, form, signs), 0.0)  # -0.0 is 0.0.
     except pa.ArrowInvalid:

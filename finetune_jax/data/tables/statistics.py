@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.tables import doubts
 from finetune_jax.data.tables.columns import Columns
 from finetune_jax.data.tables.encoding import Fitted, digest_of, logarithm
@@ -164,10 +165,6 @@ def _categories(
     is_told: Callable[[str], bool],
 ) -> tuple[tuple[Category, ...], dict[str, Any], list[str]]:
     """Returns the categories, their known values, and warnings."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     categories, known, warnings = [], {}, []
     fields = _fields(schema.categories)
     for place, name in enumerate(schema.categories):
@@ -245,10 +242,6 @@ def _continued(
     Raises:
         UserError: A column is another there.
     """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    pc: Any = compute  # Its functions are made when it is imported.
     theirs = {one.name: one for one in former.spec.numbers}
     coded = {one.name: one for one in former.spec.categories}
     problems = [
