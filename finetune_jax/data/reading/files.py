@@ -2,12 +2,15 @@
 
 import collections
 import dataclasses
+import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from finetune_jax.core.errors import DataMissing, UserError
 from finetune_jax.core.paths import printable, user_path
+from finetune_jax.data.reading.threads import in_threads
 
 # Names that operating systems, network disks and programs leave behind, case-folded.
 _LITTER = frozenset(
@@ -136,6 +139,49 @@ def files_below(
         folders[:] = [name for name in folders if not is_litter(name)]
         found += [here / name for name in files if not is_litter(name)]
     return sorted(found)
+
+
+def data_place(
+    directory: str | None, needed: str, kinds: str = "folder"
+) -> pathlib.Path:
+    """Returns the file or folder `config.data.dir`.
+
+    Args:
+        directory: `config.data.dir`.
+        needed: Message if that is None.
+        kinds: 'file', 'folder' or 'file or folder', whichever it may be.
+
+    Raises:
+        DataMissing: None is given, or it is not there.
+    """
+    if directory is None:
+        raise DataMissing(f"config.data.dir: {needed}")
+    place = user_path(directory, "config.data.dir")
+    is_there = {"file": place.is_file, "folder": place.is_dir}
+    if not any(is_there[kind]() for kind in kinds.split(" or ")):
+        raise DataMissing(f"config.data.dir: no {kinds} {directory!r}")
+    return place
+
+
+def digest_of_files(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> str:
+    """Returns a digest of files below a folder, of their names and their content.
+
+    Raises:
+        UserError: Lists the files that cannot be read.
+    """
+    paths = sorted(paths)
+    lines = [
+        f"{path.relative_to(root).as_posix()!a} {digest}"
+        for path, digest in zip(paths, in_threads(_digest_of, paths))
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest_of(path: pathlib.Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str, ...]:

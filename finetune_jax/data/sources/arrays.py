@@ -11,9 +11,9 @@ import pathlib
 
 import numpy as np
 
-from finetune_jax.core.errors import DataMissing, UserError, problems_error
-from finetune_jax.core.paths import user_path
+from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.images.array_files import read_arrays
+from finetune_jax.data.reading.files import data_place
 from finetune_jax.data.source import Source, array_source
 
 INPUTS = ("x", "inputs", "images", "image", "features")
@@ -27,11 +27,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         UserError: No such file, or none that this reads; nothing in it is executed.
     """
     del argument
-    if directory is None:
-        raise DataMissing("config.data.dir: arrays needs an .npz file")
-    path = user_path(directory, "config.data.dir")
-    if not path.is_file():
-        raise DataMissing(f"config.data.dir: no file {directory!r}")
+    path = data_place(directory, "arrays needs an .npz file", "file")
     arrays = read_arrays(path)
     if "" in arrays:
         raise UserError(

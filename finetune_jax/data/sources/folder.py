@@ -6,20 +6,24 @@ DIR/train/daisy/1.jpg, DIR/test/rose/2.jpg with splits of its own: train, valida
 """
 
 import collections
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetune_jax.core.errors import DataMissing, UserError, problems_error
-from finetune_jax.core.paths import user_path
+from finetune_jax.core.errors import problems_error
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import images_of, why_no_image
 from finetune_jax.data.labels import Classes, classes_of
-from finetune_jax.data.reading.files import SPLITS, Unused, files_below, visible
-from finetune_jax.data.reading.threads import in_threads
+from finetune_jax.data.reading.files import (
+    SPLITS,
+    Unused,
+    data_place,
+    digest_of_files,
+    files_below,
+    visible,
+)
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 
@@ -55,11 +59,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             classes, and a lack of classes.
     """
     del argument
-    if directory is None:
-        raise DataMissing("config.data.dir: folder needs the folder of the photos")
-    root = user_path(directory, "config.data.dir")
-    if not root.is_dir():
-        raise DataMissing(f"config.data.dir: no folder {directory!r}")
+    root = data_place(directory, "folder needs the folder of the photos")
     problems: list[str] = []
     unused = Unused()
     roots = _split_roots(root, problems, unused)
@@ -82,18 +82,14 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     splits = {split: _image_files(folders, classes) for split, folders in found.items()}
     if "all" not in splits:  # 'all' is put in such an order where it is cut.
         splits = {split: _mixed(files) for split, files in splits.items()}
+    paths = [path for part in splits.values() for path in part.paths]
     return Source(
         name=f"folder {directory}",
         splits=splits,
         class_names=classes.names,
-        fingerprint=lambda: _fingerprint(root, splits),
-        warnings=(
-            *classes.warnings,
-            *depth_warnings(
-                directory, [path for part in splits.values() for path in part.paths]
-            ),
-        ),
-        not_used=unused.lines(directory),
+        fingerprint=lambda: digest_of_files(root, paths),
+        warnings=(*classes.warnings, *depth_warnings(str(directory), paths)),
+        not_used=unused.lines(str(directory)),
     )
 
 
@@ -173,20 +169,3 @@ def _classes(
             others = f", but {len(files)} other files" if files else ""
             problems.append(f"{folder}: no images in it{others}")
     return classes
-
-
-def _digest_of(path: pathlib.Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _fingerprint(root: pathlib.Path, splits: Mapping[str, ImageFiles]) -> str:
-    paths = sorted(path for part in splits.values() for path in part.paths)
-    digests = in_threads(_digest_of, paths)
-    lines = [
-        f"{path.relative_to(root).as_posix()!a} {digest}"
-        for path, digest in zip(paths, digests)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

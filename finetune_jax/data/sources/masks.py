@@ -11,22 +11,25 @@ pixels that count nowhere.
 """
 
 import csv
-import hashlib
 import pathlib
-from collections.abc import Mapping
 
 import numpy as np
 
-from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_error
-from finetune_jax.core.paths import user_path
+from finetune_jax.core.errors import first_of, problems_error
 from finetune_jax.core.text_lines import lines_of
 from finetune_jax.data.augmentation.masks import IGNORED
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import image_suffixes, images_of
 from finetune_jax.data.images.mask_files import Colour, MaskFiles
 from finetune_jax.data.labels import class_name, near_twins
-from finetune_jax.data.reading.files import SPLITS, Unused, files_below, visible
-from finetune_jax.data.reading.threads import in_threads
+from finetune_jax.data.reading.files import (
+    SPLITS,
+    Unused,
+    data_place,
+    digest_of_files,
+    files_below,
+    visible,
+)
 from finetune_jax.data.source import Source
 from finetune_jax.data.splits import stratified_order
 
@@ -45,11 +48,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             PNG files, and problems of classes.csv.
     """
     del argument
-    if directory is None:
-        raise DataMissing("config.data.dir: masks needs the folder of images and masks")
-    root = user_path(directory, "config.data.dir")
-    if not root.is_dir():
-        raise DataMissing(f"config.data.dir: no folder {directory!r}")
+    root = data_place(directory, "masks needs the folder of images and masks")
     problems: list[str] = []
     unused = Unused()
     classes, colours = _classes(root / "classes.csv", problems)
@@ -76,19 +75,20 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             classes=len(classes),
             colours=colours,
         )
+    images = [path for part in splits.values() for path in part.images]
+    masks = [path for part in splits.values() for path in part.masks]
+    table = root / "classes.csv"
     return Source(
         name=f"masks {directory}",
         splits=splits,
         class_names=(),
         pixel_classes=classes,
-        fingerprint=lambda: _fingerprint(root, splits),
+        fingerprint=lambda: digest_of_files(root, [table, *images, *masks]),
         warnings=(
-            *(f"{root / 'classes.csv'}: {text}" for text in near_twins(classes)),
-            *depth_warnings(
-                directory, [path for part in splits.values() for path in part.images]
-            ),
+            *(f"{table}: {text}" for text in near_twins(classes)),
+            *depth_warnings(str(directory), images),
         ),
-        not_used=unused.lines(directory),
+        not_used=unused.lines(str(directory)),
     )
 
 
@@ -202,22 +202,3 @@ def _pairs(
         if not images.keys() & masks:
             problems.append(f"{folder}: no image that has a mask")
     return {name: (images[name], masks[name]) for name in sorted(images.keys() & masks)}
-
-
-def _digest_of(path: pathlib.Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _fingerprint(root: pathlib.Path, splits: Mapping[str, MaskFiles]) -> str:
-    paths = [root / "classes.csv"]
-    for part in splits.values():
-        paths += [*part.images, *part.masks]
-    paths = sorted(paths)
-    lines = [
-        f"{path.relative_to(root).as_posix()!a} {digest}"
-        for path, digest in zip(paths, in_threads(_digest_of, paths))
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -16,7 +16,7 @@ from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
 from finetune_jax.data.kind import Prepared
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
-from finetune_jax.data.reading.files import SPLITS, not_used, visible
+from finetune_jax.data.reading.files import SPLITS, data_place, not_used, visible
 from finetune_jax.data.rounding import may_lose, rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.tables.columns import (
@@ -229,13 +229,10 @@ def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.
     Raises:
         UserError: There are none, or two of the same split.
     """
-    if directory is None:
-        raise DataMissing(f"config.data.dir: the file or folder of {name!r} is needed")
-    place = user_path(directory, "config.data.dir")
+    needed = f"the file or folder of {name!r} is needed"
+    place = data_place(directory, needed, "file or folder")
     if place.is_file():
         return {"all": place}
-    if not place.is_dir():
-        raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
     found: dict[str, pathlib.Path] = {}
     problems: list[str] = []
     for path in visible(place, problems):

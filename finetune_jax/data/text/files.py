@@ -10,10 +10,9 @@ from typing import Any
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_error
-from finetune_jax.core.paths import user_path
 from finetune_jax.core.text_lines import decoded, lines_of
 from finetune_jax.data import sources
-from finetune_jax.data.reading.files import SPLITS, not_used, visible
+from finetune_jax.data.reading.files import SPLITS, data_place, not_used, visible
 from finetune_jax.data.reading.separated import (
     begin_of,
     first_cells,
@@ -76,15 +75,10 @@ def read_splits(
     Raises:
         UserError: No such files; or lists all that cannot be read.
     """
-    if directory is None:
-        raise DataMissing(
-            f"config.data.dir: the folder of the {suffix} files is needed"
-        )
-    place = user_path(directory, "config.data.dir")
+    needed = f"the folder of the {suffix} files is needed"
+    place = data_place(directory, needed, "file or folder")
     if place.is_file():
         return {"all": read(place, header)}
-    if not place.is_dir():
-        raise DataMissing(f"config.data.dir: no file or folder {directory!r}")
     problems: list[str] = []
     files = [
         path
