@@ -1,7 +1,7 @@
 """Batches of examples, for training in the order that a seed decides."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import grain
@@ -155,16 +155,30 @@ def training_batches(
         )
         batch = dataset.take(taken)
         batch["position"] = places_of(taken, batch_size, views)
-        return jax.tree.map(
+        return batch
+
+    return loaded(load, range(start, stop), micro_batches)
+
+
+def loaded(
+    load: Callable[[int], dict[str, Any]], updates: range, micro_batches: int
+) -> Iterator[dict[str, Any]]:
+    """Yields the batches of updates, arrays [k, b, ...].
+
+    Args:
+        load: Returns the batch of an update, arrays [k * b, ...]; called by threads.
+        updates: The updates, counted from the beginning of the run.
+        micro_batches: k, by which each batch is divided.
+    """
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    batches = grain.MapDataset.range(updates.start, updates.stop).map(load)
+    for batch in batches.to_iter_dataset(options):
+        yield jax.tree.map(
             lambda array: array.reshape(
                 micro_batches, len(array) // micro_batches, *array.shape[1:]
             ),
             batch,
         )
-
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    updates = grain.MapDataset.range(start, stop)
-    yield from updates.map(load).to_iter_dataset(options)
 
 
 def rows_of(

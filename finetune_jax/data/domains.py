@@ -7,14 +7,13 @@ random keys depend on the seed and the domain's own name alone, not on the other
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
-import jax
 import numpy as np
 
 from finetune_jax.config.schema import OF_DOMAIN
@@ -26,7 +25,7 @@ from finetune_jax.core.errors import (
     under,
 )
 from finetune_jax.core.metric_names import RESERVED
-from finetune_jax.data.batches import places_of, rows_of
+from finetune_jax.data.batches import loaded, places_of, rows_of
 from finetune_jax.data.dataset import Data, Dataset, make_data
 from finetune_jax.data.kind import kind_named, kind_of
 from finetune_jax.data.order import Order, training_order
@@ -169,17 +168,8 @@ def mixed_batches(
         stop: The update after the last.
     """
     orders = mixture.orders(seed)
-
-    def load(update: int) -> dict[str, Any]:
-        return jax.tree.map(
-            lambda array: array.reshape(
-                micro_batches, len(array) // micro_batches, *array.shape[1:]
-            ),
-            mixture.batch(update, orders),
-        )
-
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    yield from grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options)
+    load = functools.partial(mixture.batch, orders=orders)
+    return loaded(load, range(start, stop), micro_batches)
 
 
 def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:

@@ -138,26 +138,23 @@ def _seed_sequence(seed: int, count: int) -> list[int]:
 
     Source: ISO C++, [rand.util.seedseq].
     """
-    size, entropy = 2**32, [seed]
+    size = 2**32
     near = (count - (count - 1) // 2) // 2
     far = near + (count - 1) // 2
     x = [0x8B8B8B8B] * count
-    steps = max(len(entropy) + 1, count)
 
     def scrambled(value, factor):
         return factor * (value ^ value >> 27) % size
 
-    for k in range(steps):
+    for k in range(count):
         here, there, over = k % count, (k + near) % count, (k + far) % count
         one = scrambled(x[here] ^ x[there] ^ x[(k - 1) % count], 1664525)
-        if k == 0:
-            other = one + len(entropy)
-        else:
-            other = one + here + (entropy[k - 1] if k <= len(entropy) else 0)
+        # The number of seeds, and then the only one.
+        other = one + here + {0: 1, 1: seed}.get(k, 0)
         x[there] = (x[there] + one) % size
         x[over] = (x[over] + other) % size
         x[here] = other % size
-    for k in range(steps, steps + count):
+    for k in range(count, 2 * count):
         here, there, over = k % count, (k + near) % count, (k + far) % count
         total = (x[here] + x[there] + x[(k - 1) % count]) % size
         one = scrambled(total, 1566083941)

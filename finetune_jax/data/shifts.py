@@ -10,7 +10,6 @@ in every epoch and in every run.
 """
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -108,10 +107,8 @@ class ShiftedExamples:
         image = self.given.read(index, geometry)
         rng = np.random.default_rng((zlib.crc32(self.split.encode()), index))
         for name, *numbers in self.steps:
-            function, arguments = SHIFTS[name]
-            image = functools.partial(function, **dict(zip(arguments, numbers)))(
-                image, rng
-            )
+            function, _ = SHIFTS[name]
+            image = function(image, rng, *numbers)
         return image
 
     def name(self, index: int) -> str:
