@@ -15,7 +15,7 @@ from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.kind import FileRule
 from finetune_jax.data.reading.threads import attempts, check_readable
-from finetune_jax.data.source import not_finite
+from finetune_jax.data.source import infinity_problem
 from finetune_jax.data.spec import DataSpec
 
 SUFFIXES = (".npy", ".npz")
@@ -170,11 +170,8 @@ def check_numbers(array: np.ndarray, spec: DataSpec, name: str, fits: bool) -> N
         raise UserError(f"{name}: {array.shape}, but the model takes {spec.shape} each")
     if array.dtype.kind not in "uifb":
         raise UserError(f"{name}: {array.dtype}, but the model takes {spec.dtype}")
-    if array.dtype.kind == "f" and len(bad := not_finite(array)):
-        raise UserError(
-            f"{name}: {len(bad)} examples have NaN or infinity (in float32), the first is "
-            f"number {int(bad[0])}"
-        )
+    if problem := infinity_problem(array):
+        raise UserError(f"{name}: {problem}")
 
 
 def check_dtype(array: np.ndarray, spec: DataSpec, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.array_store import aligned_zeros
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import Problem, collected, raise_if, under
 from finetune_jax.core.pytrees import digest
 from finetune_jax.data.kind import (
     Lengths,
@@ -255,14 +255,11 @@ class Data:
         """
         if sum(part.nbytes for part in (self.train, *self.held_out.values())) > limit:
             return self
-        parts, problems = {"train": self.train, **self.held_out}, []
+        parts, problems = {"train": self.train, **self.held_out}, list[Problem]()
         for name, part in parts.items():
-            try:
+            with collected(problems), under(f"config.data.{name}"):
                 parts[name] = part.in_memory()
-            except UserError as error:
-                problems.append(f"config.data.{name}: {error}")
-        if problems:
-            raise UserError("\n".join(problems))
+        raise_if(problems)
         return dataclasses.replace(self, train=parts.pop("train"), held_out=parts)
 
 

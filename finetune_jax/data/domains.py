@@ -83,14 +83,11 @@ class DomainMixture:
         Raises:
             UserError: Lists the examples that cannot be read.
         """
-        parts, problems = {}, []
+        parts, problems = {}, list[Problem]()
         for name, part in self.parts.items():
-            try:
+            with collected(problems), under(f"domain {name!r}"):
                 parts[name] = part.in_memory()
-            except UserError as error:
-                problems.append(f"domain {name!r}: {error}")
-        if problems:
-            raise UserError("\n".join(problems))
+        raise_if(problems)
         return dataclasses.replace(self, parts=parts)
 
     def messages(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.core import registry
@@ -33,15 +33,8 @@ def load_source(name: str, directory: str | None) -> Source:
     return dataclasses.replace(source, fingerprint=once)
 
 
-def open_arrays(
-    section: Mapping[str, Any],
-    shapes: Callable[[Source, Mapping[str, Any]], tuple[tuple[int, ...], ...]],
-) -> Opened:
+def open_arrays(section: Mapping[str, Any]) -> Opened:
     """Returns the images or vectors that `config.data` describes.
-
-    Args:
-        section: `config.data`.
-        shapes: Returns the shape of images, and that before augmentation.
 
     Raises:
         UserError: No such source, its data cannot be read, or cannot be shifted.
@@ -54,11 +47,36 @@ def open_arrays(
 
     def prepare(train: Any) -> Prepared:
         del train
-        pair = (found[0], found[0]) if is_vectors else shapes(source, section)
-        inputs = array_spec(section, source.pixels)
+        shape = found[0] if is_vectors else _image_shape(source, section)
         return Prepared(
-            source=source, shape=pair[0], train_shape=pair[1], inputs=inputs
+            source=source,
+            shape=shape,
+            train_shape=train_shape(shape, section["train_size"]),
+            inputs=array_spec(section, source.pixels),
         )
 
     kind = "vectors" if is_vectors else "images"
     return Opened(kind=kind, source=source, prepare=prepare)
+
+
+def _image_shape(source: Source, section: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the shape of images as a model takes them.
+
+    Raises:
+        UserError: The images differ in size and `config.data` gives none.
+    """
+    found = {part.shape for part in source.splits.values()}
+    shape = found.pop() if len(found) == 1 else None
+    image_size, channels = section["image_size"], section["channels"]
+    if image_size is None and shape is None:
+        raise UserError(
+            f"config.data.image_size: the images of {source.name} differ in size; "
+            "say which size they shall have"
+        )
+    height, width = (image_size, image_size) if image_size else shape[:2]  # type: ignore
+    return height, width, channels or (shape[2] if shape else 3)
+
+
+def train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ...]:
+    """Returns the shape of images before augmentation, by `config.data.train_size`."""
+    return shape if train_size is None else (train_size, train_size, shape[2])

@@ -157,42 +157,38 @@ def array_source(
     Raises:
         UserError: Lists all that does not fit together.
     """
-    splits = {
-        split: (inputs, _flat(label)) for split, (inputs, label) in splits.items()
-    }
-    problems = _target_problems(splits, class_names, targets)
-    for split, pair in splits.items():
-        problems += [f"split {split!r}: {text}" for text in _split_problems(*pair)]
-    if len({inputs.shape[1:] for inputs, _ in splits.values()}) > 1:
-        shapes = {split: inputs.shape[1:] for split, (inputs, _) in splits.items()}
+    inputs = {split: array for split, (array, _) in splits.items()}
+    label = {split: _flat(array) for split, (_, array) in splits.items()}
+    problems = _target_problems(label, class_names, targets)
+    for split, array in inputs.items():
+        found = _split_problems(array, label[split])
+        problems += [f"split {split!r}: {text}" for text in found]
+    shapes = {split: array.shape[1:] for split, array in inputs.items()}
+    if len(set(shapes.values())) > 1:
         problems.append(f"the splits differ in shape: {shapes}")
     if problems:
         raise problems_error(f"The data {name} cannot be used:", problems)
-    inputs = {split: array for split, (array, _) in splits.items()}
-    label = {split: array for split, (_, array) in splits.items()}
     values, pixels, lines, problems = _read_inputs(inputs)
     if any(array.dtype.kind == "f" for array in label.values()):
-        names, found = (
-            (),
-            {
-                split: array.reshape(len(array), -1).astype(np.float32)
-                for split, array in label.items()
-            },
-        )
-        width = next(iter(found.values())).shape[1]
+        names = ()
+        indices = {
+            split: array.reshape(len(array), -1).astype(np.float32)
+            for split, array in label.items()
+        }
+        width = next(iter(indices.values())).shape[1]
         if targets is None:
             numbered = [f"target{i + 1}" for i in range(width)]
             targets = numbered if width > 1 else ["target"]
         lines += _likely_classes(label)
     else:
-        classes, found = _classes(label, class_names)
+        classes, indices = _classes(label, class_names)
         names, targets = classes.names, ()
         lines += classes.warnings
         problems += classes.problems
     if problems:
         raise problems_error(f"The data {name} cannot be used:", problems)
     examples = {
-        split: ArrayExamples(values=values[split], label=found[split])
+        split: ArrayExamples(values=values[split], label=indices[split])
         for split in splits
     }
     return Source(
@@ -230,11 +226,8 @@ def _split_problems(inputs: np.ndarray, label: np.ndarray) -> list[str]:
         )
     if inputs.dtype.kind not in "uifb":
         problems.append(f"inputs are {inputs.dtype}, not numbers")
-    elif inputs.dtype.kind == "f" and len(bad := not_finite(inputs)):
-        problems.append(
-            f"{len(bad)} examples have NaN or infinity (in float32), "
-            f"the first is number {int(bad[0])}"
-        )
+    elif problem := infinity_problem(inputs):
+        problems.append(problem)
     return problems + _label_problems(label)
 
 
@@ -338,19 +331,30 @@ def _label_problems(label: np.ndarray) -> list[str]:
     ]
 
 
-def not_finite(values: np.ndarray) -> np.ndarray:
-    """Returns the rows that have numbers that are not finite as float32."""
+def infinity_problem(
+    values: np.ndarray, wrong: str = "NaN or infinity (in float32)"
+) -> str | None:
+    """Returns how many examples have floats that are not finite as float32, if any.
+
+    Args:
+        values: Numbers [N, ...].
+        wrong: Name of such floats, for the message.
+    """
+    if values.dtype.kind != "f":
+        return None
     is_right = np.abs(values) <= np.finfo(np.float32).max
-    return np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
+    bad = np.flatnonzero(~is_right.reshape(len(values), -1).all(axis=1))
+    if not len(bad):
+        return None
+    return f"{len(bad)} examples have {wrong}, the first is number {int(bad[0])}"
 
 
 def _target_problems(
-    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    label: Mapping[str, np.ndarray],
     class_names: Sequence[str] | None,
     targets: Sequence[str] | None,
 ) -> list[str]:
     """Returns the problems of labels that are floating-point numbers."""
-    label = {split: label for split, (_, label) in splits.items()}
     kinds = {split: str(values.dtype) for split, values in label.items()}
     if all(values.dtype.kind != "f" for values in label.values()):
         return [] if targets is None else [f"names of targets, but labels are {kinds}"]
@@ -367,12 +371,8 @@ def _target_problems(
     elif targets is not None and (len(targets),) not in widths:
         problems.append(f"{len(targets)} names of targets, but labels have {widths}")
     for split, values in label.items():
-        if values.dtype.kind == "f":
-            if len(bad := not_finite(values)):
-                problems.append(
-                    f"split {split!r}: {len(bad)} examples have labels that are NaN or "
-                    f"infinite, the first is number {int(bad[0])}"
-                )
+        if problem := infinity_problem(values, "labels that are NaN or infinite"):
+            problems.append(f"split {split!r}: {problem}")
     return problems
 
 

@@ -28,7 +28,7 @@ from finetune_jax.data.images.image_formats import why_no_image
 from finetune_jax.data.images.mask_writer import MaskWriter
 from finetune_jax.data.images.pixels import to_predict
 from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
-from finetune_jax.data.loading import open_arrays
+from finetune_jax.data.loading import open_arrays, train_shape
 from finetune_jax.data.preprocessing import (
     ArraySpec,
     array_spec,
@@ -53,7 +53,7 @@ class Images(Kind):
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the images, or the vectors, that `config.data` describes."""
-        return open_arrays(section, _shapes)
+        return open_arrays(section)
 
     def check(self, spec: DataSpec) -> None:
         """Checks that the preprocessing fits the inputs."""
@@ -87,7 +87,7 @@ class Images(Kind):
         spec = DataSpec(
             kind="images",
             shape=shape,
-            train_shape=_train_shape(shape, section["train_size"]),
+            train_shape=train_shape(shape, section["train_size"]),
             dtype="uint8",
             inputs=array_spec(section),
             augment=section["augment"],
@@ -183,31 +183,6 @@ class Images(Kind):
             return {**record, "mask": writer.write(record["mask"], name)}
 
         return written
-
-
-def _shapes(
-    source: Source, section: Mapping[str, Any]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shape of images, and the shape before augmentation.
-
-    Raises:
-        UserError: The images differ in size and `config.data` gives none.
-    """
-    found = {part.shape for part in source.splits.values()}
-    shape = found.pop() if len(found) == 1 else None
-    image_size, channels = section["image_size"], section["channels"]
-    if image_size is None and shape is None:
-        raise UserError(
-            f"config.data.image_size: the images of {source.name} differ in size; "
-            "say which size they shall have"
-        )
-    height, width = (image_size, image_size) if image_size else shape[:2]  # type: ignore
-    wanted = height, width, channels or (shape[2] if shape else 3)
-    return wanted, _train_shape(wanted, section["train_size"])
-
-
-def _train_shape(shape: tuple[int, ...], train_size: int | None) -> tuple[int, ...]:
-    return shape if train_size is None else (train_size, train_size, shape[2])
 
 
 def _decoded(

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import DataMissing, UserError, problems_error
+from finetune_jax.core.errors import (
+    DataMissing,
+    Problem,
+    UserError,
+    collected,
+    problems_error,
+    raise_if,
+)
 from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
 from finetune_jax.data.kind import Prepared
@@ -151,14 +158,11 @@ def load_table(
         raise UserError(
             f"{directory}: no columns but the label; nothing to predict from"
         )
-    splits, problems = {}, []
+    splits, problems = {}, list[Problem]()
     for split, path in files.items():
-        try:
+        with collected(problems):
             splits[split] = open_columns(path, kind, schema, cache_dir)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_if(problems)
     source = _labelled(f"{name} {directory}", splits, schema)
     warnings = [
         text for path in files.values() for text in _warnings(path, kind, schema)

@@ -33,7 +33,7 @@ class Vectors(Kind):
 
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the vectors that `config.data` describes."""
-        return open_arrays(section, _no_images)
+        return open_arrays(section)
 
     def check(self, spec: DataSpec) -> None:
         """Checks that the preprocessing fits the inputs."""
@@ -72,10 +72,6 @@ class Vectors(Kind):
     def describe(self, spec: DataSpec) -> str:
         """Returns the dtype and the number of features."""
         return f"{spec.dtype} {spec.shape[0]}"
-
-
-def _no_images(source: Source, section: Mapping[str, Any]) -> Any:
-    raise AssertionError(f"{source.name}, {section['name']}: vectors have one shape")
 
 
 KIND = Vectors()
