@@ -27,47 +27,42 @@ def in_order_of_run(data: Data, looks: Mapping[str, Any]) -> Data:
     """
     if not data.spec.domains:
         return _ordered(data, looks.get("class_names"))
-    found = data
     for domain, theirs in (looks.get("domains") or {}).items():
         if domain in data.spec.domains:
-            found = _domain_ordered(found, domain, theirs.get("class_names"))
-    return found
+            data = _ordered(data, theirs.get("class_names"), domain)
+    return data
 
 
-def _ordered(data: Data, wanted: Any) -> Data:
-    places = _places(data.spec, wanted, "")
+def _ordered(data: Data, wanted: Any, domain: str | None = None) -> Data:
+    """Returns the data, or one of its domains, with its classes in the order wanted."""
+    own = data.spec if domain is None else data.spec.domains[domain]
+    where = "" if domain is None else f"domain {domain!r}"
+    places = _places(own, wanted, where and f"{where}, ")
     if places is None:
         return data
-    return dataclasses.replace(
-        data,
-        spec=_spec(data.spec, wanted, places),
-        train=_numbered(data.train, places),
-        warnings=(*data.warnings, _told("config.data", data.spec)),
-        held_out={k: _numbered(part, places) for k, part in data.held_out.items()},
+    warning = (
+        f"config.data{where and f', {where}'}: the classes are in another order than when "
+        f"the run began, {', '.join(own.class_names[:20])}; they are numbered by name as "
+        "the run has them"
     )
 
-
-def _domain_ordered(data: Data, domain: str, wanted: Any) -> Data:
-    own = data.spec.domains[domain]
-    places = _places(own, wanted, f"domain {domain!r}, ")
-    if places is None:
-        return data
-
-    def mixture(part: Any) -> Any:
+    def ordered(part: Any) -> Any:
+        if domain is None:
+            return _numbered(part, places)
         numbered = _numbered(part.parts[domain], places)
         return dataclasses.replace(part, parts={**part.parts, domain: numbered})
 
     spec = _spec(own, wanted, places)
-    domains = {**data.spec.domains, domain: spec}
-    first = next(iter(domains.values()))
+    if domain is not None:
+        domains = {**data.spec.domains, domain: spec}
+        names = next(iter(domains.values())).class_names
+        spec = dataclasses.replace(data.spec, domains=domains, class_names=names)
     return dataclasses.replace(
         data,
-        spec=dataclasses.replace(
-            data.spec, domains=domains, class_names=first.class_names
-        ),
-        train=mixture(data.train),
-        warnings=(*data.warnings, _told(f"config.data, domain {domain!r}", own)),
-        held_out={split: mixture(part) for split, part in data.held_out.items()},
+        spec=spec,
+        train=ordered(data.train),
+        warnings=(*data.warnings, warning),
+        held_out={split: ordered(part) for split, part in data.held_out.items()},
     )
 
 
@@ -80,7 +75,8 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
     names = list(spec.class_names)
     if not names or not isinstance(wanted, list | tuple):
         return None
-    wanted = _names(wanted)
+    # As the data are read today.
+    wanted = list(map(class_name, wanted))
     if wanted == names:
         return None
     if set(wanted) != set(names):
@@ -101,18 +97,6 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
     return np.array([wanted.index(name) for name in names], np.int32)
 
 
-def _told(where: str, spec: DataSpec) -> str:
-    return (
-        f"{where}: the classes are in another order than when the run began, "
-        f"{', '.join(spec.class_names[:20])}; they are numbered by name as the run has them"
-    )
-
-
-def _names(written: Sequence[Any]) -> list[str]:
-    """Returns the class names of a manifest as the data are read today."""
-    return [class_name(name) for name in written]
-
-
 def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec:
     counts = spec.train_counts
     if len(counts) == len(places):
@@ -120,7 +104,7 @@ def _spec(spec: DataSpec, wanted: Sequence[str], places: np.ndarray) -> DataSpec
         ordered[places] = counts
         counts = tuple(ordered.tolist())
     return dataclasses.replace(
-        spec, class_names=tuple(_names(wanted)), train_counts=counts
+        spec, class_names=tuple(map(class_name, wanted)), train_counts=counts
     )
 
 

@@ -12,7 +12,7 @@ import decimal
 import math
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,8 @@ def classes_of(
 
 def _given_problems(names: Sequence[str], found: Sequence[str]) -> list[str]:
     """Returns the problems of class names that are given, and of labels outside them."""
-    problems = [f"class name {n!r} twice" for n, c in _times(names).items() if c > 1]
+    times = collections.Counter(names)
+    problems = [f"class name {name!r} twice" for name in times if times[name] > 1]
     if outside := [name for name in found if name not in names]:
         told = ", ".join(f"{n!r}{closest(n, names)}" for n in outside[:_SHOWN])
         problems.append(
@@ -145,13 +146,9 @@ def _given_problems(names: Sequence[str], found: Sequence[str]) -> list[str]:
     return problems
 
 
-def _times(values: Iterable[Hashable]) -> collections.Counter:
-    return collections.Counter(values)
-
-
 def _merged(name_of: Mapping[str, str], counts: Mapping[str, int], unit: str) -> str:
     """Returns a line about spellings that became one class; '' if there are none."""
-    times = _times(name_of.values())
+    times = collections.Counter(name_of.values())
     told = [
         f"{counts[text]} {unit} of {text!a} are read as {name!r}"
         for text, name in sorted(name_of.items())

@@ -9,7 +9,7 @@ import numpy as np
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.images.pixels import Pixels
 from finetune_jax.data.source import Source
-from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.spec import DataSpec, as_tuples
 
 # Largest mean and deviation of values in [0, 1] that is plausible; chosen by us.
 _LARGEST = 2
@@ -48,8 +48,7 @@ def array_spec(section: Mapping[str, Any], pixels: Pixels | None = None) -> Arra
         section: `config.data`, or an entry of it with the same keys.
         pixels: How the values of image arrays were read.
     """
-    given: dict[str, Any] = {k: section[k] for k in KEYS if section[k] is not None}
-    given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    given = {k: as_tuples(section[k]) for k in KEYS if section[k] is not None}
     return ArraySpec(**given, pixels=pixels)
 
 

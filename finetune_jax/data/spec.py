@@ -132,14 +132,14 @@ def spec_from_json(plain: Mapping[str, Any], section: Mapping[str, Any]) -> Data
         ValueError, TypeError, KeyError: `plain` is damaged.
     """
     fields = {field.name for field in dataclasses.fields(DataSpec)} - {"inputs"}
-    known: dict[str, Any] = {k: _as_tuple(plain[k]) for k in fields & plain.keys()}
+    known: dict[str, Any] = {k: as_tuples(plain[k]) for k in fields & plain.keys()}
     # The preprocessing of domains is in their own entries.
     known["domains"] = {
         name: spec_from_json(domain, {**section, **domain})
         for name, domain in plain.get("domains", {}).items()
     }
     known["kind"] = kind = plain.get("kind") or _former_kind(plain)
-    known |= {key: _as_tuple(section[key]) for key in ("augment", "mix")}
+    known |= {key: as_tuples(section[key]) for key in ("augment", "mix")}
     spec = DataSpec(**known, inputs=kind_named(kind).inputs_from_json(plain, section))
     shapes = (*spec.shape, *spec.train_shape)
     if not (
@@ -210,5 +210,6 @@ def _read_otherwise(spec: DataSpec, plain: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+def as_tuples(value: Any) -> Any:
+    """Returns a value of JSON with tuples for its lists."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value

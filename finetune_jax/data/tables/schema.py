@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import Problem, collected, problems_error
+from finetune_jax.core.registry import check_regex
+from finetune_jax.data.spec import as_tuples
 from finetune_jax.data.tables.number_forms import from_entries
 
 KINDS = ("number", "category", "ignore")
@@ -151,7 +153,7 @@ def table_options_of(config: Mapping[str, Any], found: Format) -> TableOptions:
     """
     names = [field.name for field in dataclasses.fields(TableOptions)]
     options = TableOptions(**{name: config[name] for name in names})
-    problems = []
+    problems, wrong = list[str](), list[Problem]()
     plainly = {"mean": (0.0,), "std": (1.0,), "augment": (), "mix": ()}
     for name, default in plainly.items():
         if config[name] not in (None, default):
@@ -177,9 +179,11 @@ def table_options_of(config: Mapping[str, Any], found: Format) -> TableOptions:
         )
     patterns = [e[0] for e in options.columns if isinstance(e, tuple) and e]
     for key, given in (("columns", patterns), ("log_columns", options.log_columns)):
-        problems += _regex_problems(f"config.data.{key}", given)
-    if problems:
-        raise problems_error("config.data does not fit:", problems)
+        for pattern in given:
+            with collected(wrong):
+                check_regex(pattern, f"config.data.{key}")
+    if problems or wrong:
+        raise problems_error("config.data does not fit:", [*problems, *wrong])
     label = options.label
     if found.label is not None and label == TableOptions().label:
         label = found.label
@@ -194,16 +198,6 @@ def table_options_of(config: Mapping[str, Any], found: Format) -> TableOptions:
         ),
         log_columns=tuple(pattern.strip() for pattern in options.log_columns),
     )
-
-
-def _regex_problems(where: str, patterns: Sequence[Any]) -> list[str]:
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            problems.append(f"{where}: {pattern!r} is no regex: {error}")
-    return problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,17 +321,13 @@ def _shown(name: str) -> str:
     return " ".join(name.split()) or repr(name)
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
 def table_from_json(plain: Mapping[str, Any]) -> TableSpec:
     """Returns the spec that a manifest has.
 
     Raises:
         KeyError, TypeError, ValueError: It is not such a thing.
     """
-    schema = {key: _as_tuples(value) for key, value in plain["schema"].items()}
+    schema = {key: as_tuples(value) for key, value in plain["schema"].items()}
     spec = TableSpec(
         schema=Schema(**schema),
         numbers=tuple(Number(**one) for one in plain["numbers"]),

@@ -21,7 +21,7 @@ from finetune_jax.data.kind import (
     suffix_rule,
 )
 from finetune_jax.data.reading.threads import attempts
-from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.spec import DataSpec, as_tuples
 from finetune_jax.data.text.files import inputs_of, load_texts, read_texts
 from finetune_jax.data.text.source import check_texts, text_inputs
 from finetune_jax.data.text.token_counts import counts_for
@@ -79,10 +79,7 @@ class Text(Kind):
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> TextSpec:
         """Returns the options and the vocabulary."""
         text = plain["text"]
-        options: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in text["options"].items()
-        }
+        options = {key: as_tuples(value) for key, value in text["options"].items()}
         return TextSpec(**{**text, "options": TextOptions(**options)})
 
     def inputs_to_json(self, spec: DataSpec) -> dict[str, Any]:
