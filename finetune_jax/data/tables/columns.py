@@ -322,8 +322,7 @@ def infinite(numbers: np.ndarray, schema: Schema, row: int) -> list[str]:
         schema: The columns.
         row: Number of rows before them.
     """
-    if not (infinite := np.abs(numbers) > np.finfo(np.float32).max).any():
-        return []
+    infinite = np.abs(numbers) > np.finfo(np.float32).max
     return [
         f"row {row + at + 1}: {schema.numbers[place]!r} is infinite, or too large"
         for at, place in np.argwhere(infinite)[:20]

@@ -247,7 +247,6 @@ def _first_cells(
 
 
 def _is_text(kind: Any) -> bool:
-
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -270,9 +269,13 @@ def batches(
         UserError: Lists lines that have not as many values as columns, are no UTF-8, or
             no numbers where numbers belong.
     """
-    read = _parquet_batches if kind.delimiter is None else _separated_batches
+    if kind.delimiter is None:
+        found = _parquet_batches(path, schema, block)
+    else:
+        found = _separated_texts(path, kind, schema, block)
     try:
-        yield from read(path, kind, schema, block)
+        for batch in found:
+            yield _read_batch(batch, kind, schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise problems_error(
             f"{path} cannot be read:",
@@ -287,7 +290,6 @@ def batches(
 
 
 def _found_faults(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
-
     if kind.delimiter is None:
         return []
     head, signs = table_head(path, kind, schema.names), signs_of(kind, schema)
@@ -307,13 +309,6 @@ def _names(found: Sequence[str], schema: Schema) -> list[str]:
     """Returns a file's names of columns as a schema has them, perhaps with blanks."""
     known = {name.strip(): name for name in schema.is_number}
     return [known.get(name, name) for name in found]
-
-
-def _separated_batches(
-    path: pathlib.Path, kind: Format, schema: Schema, block: int
-) -> Iterator[Any]:
-    for batch in _separated_texts(path, kind, schema, block):
-        yield _read_batch(batch, kind, schema)
 
 
 def _read_batch(batch: Any, kind: Format, schema: Schema) -> Any:
@@ -448,10 +443,8 @@ def _parquet(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: not a Parquet file: {error}") from error
 
 
-def _parquet_batches(
-    path: pathlib.Path, kind: Format, schema: Schema, block: int
-) -> Iterator[Any]:
-
+def _parquet_batches(path: pathlib.Path, schema: Schema, block: int) -> Iterator[Any]:
+    """Yields the rows of a file; numbers that are written as texts are texts still."""
     wanted, kinds = schema.is_number, _parquet(path).schema_arrow
     rows = max(block // (16 * max(len(wanted), 1)), 1024)
 
@@ -468,4 +461,4 @@ def _parquet_batches(
     with _parquet(path) as file:
         for batch in file.iter_batches(batch_size=rows, columns=list(wanted)):
             arrays = [read(name, batch.column(name)) for name in wanted]
-            yield _read_batch(pa.record_batch(arrays, names=list(wanted)), kind, schema)
+            yield pa.record_batch(arrays, names=list(wanted))

@@ -115,19 +115,13 @@ def form_of(
             separators.insert(0, (".", ","))
         plain = separators.pop(separators.index(("", ".")))
         separators.insert(1 if separators[0] == (".", ",") else 0, plain)
-    forms = [
-        Form(before=before, after=after, thousands=thousands, decimal=decimal)
-        for thousands, decimal in separators
-    ]
-    fitting = [form for form in forms if _all_fit(form, usual)]
-    if fitting and fitting[0].decimal == "," and not commas and _may_be_groups(usual):
-        return None
-    return fitting[0] if fitting else None
-
-
-def _all_fit(form: Form, usual: Iterable[str]) -> bool:
-    pattern = re.compile(form.pattern(strict=True))
-    return all(pattern.fullmatch(text) for text in usual)
+    for thousands, decimal in separators:
+        form = Form(before=before, after=after, thousands=thousands, decimal=decimal)
+        pattern = re.compile(form.pattern(strict=True))
+        if all(map(pattern.fullmatch, usual)):
+            is_unclear = decimal == "," and not commas and _may_be_groups(usual)
+            return None if is_unclear else form
+    return None
 
 
 def _may_be_groups(usual: Iterable[str]) -> bool:

@@ -5,8 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -52,14 +51,12 @@ class Table:
     """A table's columns, before anything is fitted.
 
     Attributes:
-        name: For messages.
         splits: Columns by split.
         schema: Schema of the columns.
         options: Options of the data.
         source: Source of the labels; the inputs are not encoded yet.
     """
 
-    name: str
     splits: Mapping[str, Columns]
     schema: Schema
     options: TableOptions
@@ -76,25 +73,25 @@ class Table:
             UserError: `saved` is for other columns.
         """
         warnings: list[str] = []
+        columns = list(self.splits.values())
         if saved is None:
             former, where = None, "config.data.fitted"
             if self.options.fitted is not None:
                 folder = user_path(self.options.fitted, where)
                 former = read_fitted(folder, where)
-            columns = list(self.splits.values())
             saved, warnings = fit(columns, train, self.schema, self.options, former)
         elif saved.spec.schema != self.schema:
             raise UserError(
-                f"{self.name}: the columns are not those that the run was trained on "
-                f"({', '.join(saved.spec.schema.inputs)})"
+                f"{self.source.name}: the columns are not those that the run was trained "
+                f"on ({', '.join(saved.spec.schema.inputs)})"
             )
-        unknown = held_out_unknown(self.splits.values(), train, saved)
+        unknown = held_out_unknown(columns, train, saved)
         splits = {
             split: ArrayExamples(
-                values=_encoded(columns, saved),
+                values=Encoded(columns=one, encoder=saved.encoder(one.values)),
                 label=self.source.splits[split].label,
             )
-            for split, columns in self.splits.items()
+            for split, one in self.splits.items()
         }
         spec = json.dumps(saved.spec.to_json(), sort_keys=True)
         content = f"{self.source.fingerprint()} {spec}"
@@ -110,10 +107,6 @@ class Table:
             fitted=saved,
             warnings=(*warnings, *unknown),
         )
-
-
-def _encoded(columns: Columns, fitted: Fitted) -> Any:
-    return Encoded(columns=columns, encoder=fitted.encoder(columns.values))
 
 
 def format_of(name: str) -> Format:
@@ -153,7 +146,13 @@ def load_table(
         schema = infer_schema(list(files.values()), kind, options)
     else:
         schema = saved.spec.schema
-        _check_columns(files.values(), kind, schema)
+        absent = [
+            f"{path}: {text}"
+            for path in files.values()
+            for text in _absent(path, kind, schema.names, schema.is_number)
+        ]
+        if absent:
+            raise problems_error("The columns are not those of the run:", absent)
     if not schema.inputs:
         raise UserError(
             f"{directory}: no columns but the label; nothing to predict from"
@@ -164,9 +163,9 @@ def load_table(
             splits[split] = open_columns(path, kind, schema, cache_dir)
     raise_if(problems)
     source = _labelled(f"{name} {directory}", splits, schema)
-    warnings = [
-        text for path in files.values() for text in _warnings(path, kind, schema)
-    ]
+    warnings: list[str] = []
+    for path in files.values() if kind.delimiter is not None else ():
+        warnings += table_head(path, kind, schema.names).warnings(path)
     warnings += _label_doubts(splits, kind, schema)
     warnings += sign_doubts(list(files.values()), kind, schema)
     source = dataclasses.replace(
@@ -174,16 +173,7 @@ def load_table(
         warnings=(*source.warnings, *warnings),
         not_used=not_used(directory, set(files.values())),
     )
-    return Table(
-        name=source.name, splits=splits, schema=schema, options=options, source=source
-    )
-
-
-def _warnings(path: pathlib.Path, kind: Format, schema: Schema) -> list[str]:
-    """Returns warnings about how a file is written."""
-    if kind.delimiter is None:
-        return []
-    return table_head(path, kind, schema.names).warnings(path)
+    return Table(splits=splits, schema=schema, options=options, source=source)
 
 
 def _label_doubts(
@@ -209,22 +199,16 @@ def _label_doubts(
     return [doubt] if doubt else []
 
 
-def _check_columns(paths: Iterable[pathlib.Path], kind: Format, schema: Schema) -> None:
-    """Checks that files have the columns of a schema.
-
-    Raises:
-        UserError: Lists the columns that are missing.
-    """
-    problems = []
-    for path in paths:
-        there = [name.strip() for name in columns_of(path, kind, schema.names)]
-        problems += [
-            f"{path}: no column {name!r}{registry.closest(name, there)}"
-            for name in schema.is_number
-            if name.strip() not in there
-        ]
-    if problems:
-        raise problems_error("The columns are not those of the run:", problems)
+def _absent(
+    path: pathlib.Path, kind: Format, header: Sequence[str], wanted: Iterable[str]
+) -> list[str]:
+    """Returns a line for each of some columns that a file does not have."""
+    there = [name.strip() for name in columns_of(path, kind, header)]
+    return [
+        f"no column {name!r}{registry.closest(name, there)}"
+        for name in wanted
+        if name.strip() not in there
+    ]
 
 
 def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.Path]:
@@ -333,13 +317,8 @@ def rows_to_predict(
         others = tuple(name for name in header if name != own)
         if cells_in(path, kind, header) == len(others):
             header, schema = others, dataclasses.replace(schema, names=others)
-    there = [name.strip() for name in columns_of(path, kind, header)]
-    absent = [name for name in schema.inputs if name.strip() not in there]
-    if absent:
-        raise problems_error(
-            f"{path} cannot be predicted:",
-            [f"no column {name!r}{registry.closest(name, there)}" for name in absent],
-        )
+    if absent := _absent(path, kind, header, schema.inputs):
+        raise problems_error(f"{path} cannot be predicted:", absent)
     row = 0
     for batch in batches(path, kind, schema):
         columns = {name: batch.column(name) for name in schema.categories}

@@ -50,15 +50,16 @@ def fit(
         return any(re.fullmatch(pattern, name) for pattern, _ in options.columns)
 
     numbers, odd = _numbers(columns, ordered, schema, options, is_told)
-    counts = _counts(columns, ordered, schema)
+    counts = code_counts(columns, ordered, schema)
     categories, known, rare = _categories(
         columns, counts, len(train), schema, options, is_told
     )
     warnings = [*doubts.form_doubts(schema, is_told), *odd, *rare]
     if former is not None:
         numbers, known = _continued(numbers, known, former, options)
+    rows = {name: len(values) + ROWS_BEFORE for name, values in known.items()}
     categories = tuple(
-        one if one.hashed else _with_rows(one, len(known[one.name]))
+        dataclasses.replace(one, rows=rows.get(one.name, one.rows))
         for one in categories
     )
     spec = TableSpec(
@@ -67,14 +68,10 @@ def fit(
     return Fitted(spec=spec, known=known), warnings
 
 
-def _with_rows(one: Category, known: int) -> Category:
-    return dataclasses.replace(one, rows=known + ROWS_BEFORE)
-
-
 def _parts(
     columns: Sequence[Columns], ordered: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the file and the rows in it of some training rows after the other."""
+    """Yields the file and the rows in it of some rows after the other."""
     begin = 0
     for at, one in enumerate(columns):
         first, last = np.searchsorted(ordered, [begin, begin + len(one)])
@@ -141,10 +138,16 @@ def _numbers(
     return numbers, [text for text in warnings if text]
 
 
-def _counts(
+def code_counts(
     columns: Sequence[Columns], ordered: np.ndarray, schema: Schema
 ) -> list[list[np.ndarray]]:
-    """Returns how often each code of each category occurs, by file; -1 comes first."""
+    """Returns how often each code of each category occurs, by file; -1 comes first.
+
+    Args:
+        columns: Columns of all files.
+        ordered: Rows to count, ascending indices in the concatenation of all rows.
+        schema: The columns.
+    """
     found = [
         [np.zeros(len(one.values[name]) + 1, np.int64) for name in schema.categories]
         for one in columns

@@ -2,14 +2,15 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune_jax.data.tables.columns import Columns
-from finetune_jax.data.tables.encoding import CHUNK, Fitted
+from finetune_jax.data.tables.encoding import Fitted
 from finetune_jax.data.tables.schema import ROW_MISSING, ROW_UNSEEN, TableSpec
+from finetune_jax.data.tables.statistics import code_counts
 
 # Share of unknown values above which a line tells them.
 _LARGE = 0.2
@@ -60,7 +61,7 @@ class Unknown:
 
 
 def held_out_unknown(
-    columns: Iterable[Columns], train: np.ndarray, fitted: Fitted
+    columns: Sequence[Columns], train: np.ndarray, fitted: Fitted
 ) -> list[str]:
     """Returns a line for each file with many unknown values.
 
@@ -72,37 +73,40 @@ def held_out_unknown(
         train: Training rows, indices in the concatenation of all rows.
         fitted: Known values.
     """
-    lines, begin, ordered = [], 0, np.sort(train)
-    for one in columns:
-        first, last = np.searchsorted(ordered, [begin, begin + len(one)])
-        is_held = np.ones(len(one), bool)
-        is_held[ordered[first:last] - begin] = False
-        begin += len(one)
-        if is_held.any():
-            lines += _lines_of(one, np.flatnonzero(is_held), fitted)
-    return lines
+    is_held = np.ones(sum(map(len, columns)), bool)
+    is_held[train] = False
+    counts = code_counts(columns, np.flatnonzero(is_held), fitted.spec.schema)
+    return [
+        line
+        for one, own in zip(columns, counts)
+        for line in _lines(one.path, _shares(one, own, fitted))
+    ]
 
 
-def _lines_of(columns: Columns, rows: np.ndarray, fitted: Fitted) -> list[str]:
-    """Returns a line about some rows of one file, if many values are unknown."""
-    categories = fitted.spec.categories
-    counts = [np.zeros(len(columns.values[one.name]) + 1, int) for one in categories]
-    for start in range(0, len(rows), CHUNK) if categories else ():
-        codes = columns.codes[rows[start : start + CHUNK]] + 1
-        for place, count in enumerate(counts):
-            count += np.bincount(codes[:, place], minlength=len(count))
+def _shares(
+    columns: Columns, counts: Sequence[np.ndarray], fitted: Fitted
+) -> list[str]:
+    """Returns the categories of a file that have many unknown values.
+
+    Args:
+        columns: Columns of the file.
+        counts: From `code_counts`, for each category.
+        fitted: Known values.
+    """
     shares = []
-    for place, (one, count) in enumerate(zip(categories, counts)):
+    for place, (one, count) in enumerate(zip(fitted.spec.categories, counts)):
         values, count = columns.values[one.name], count[1:]
+        if one.hashed:
+            continue
         is_unknown = fitted.rows_of(place, values) == ROW_UNSEEN
         unknown, there = int(count[is_unknown].sum()), int(count.sum())
-        if unknown > _LARGE * there and not one.hashed:
+        if unknown > _LARGE * there:
             found = np.flatnonzero(is_unknown & (count > 0))[:_SHOWN]
             told = f", such as {_shown(values.take(found))}"
             if len(fitted.known[one.name]):
                 told += f", but known are {_shown(fitted.known[one.name])}"
             shares.append(_share(one.name, unknown, there) + told)
-    return _lines(columns.path, shares)
+    return shares
 
 
 def _share(name: str, unknown: int, there: int) -> str:
