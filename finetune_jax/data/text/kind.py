@@ -24,7 +24,6 @@ from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.spec import DataSpec, as_tuples
 from finetune_jax.data.text.files import inputs_of, load_texts, read_texts
 from finetune_jax.data.text.source import check_texts, text_inputs
-from finetune_jax.data.text.token_counts import counts_for
 from finetune_jax.data.text.tokens import (
     Rows,
     TextLengths,
@@ -173,9 +172,8 @@ class TextReader:
 
     def _read(self, path: pathlib.Path) -> tuple[Rows, Dataset]:
         rows = read_texts(path, self.options)
-        counts = counts_for(self.encoder, self.options.max_tokens)
-        dataset = text_inputs(rows, self.spec, self.encoder, counts)
-        for line in counts.lines():
+        dataset, lines = text_inputs(rows, self.spec, self.encoder)
+        for line in lines:
             print(f"warning: {printable(f'{path}: {line}')}")
         return rows, dataset
 
@@ -201,8 +199,7 @@ class TextReader:
             unit="number",
         )
         check_texts(rows, self.options)
-        counts = counts_for(self.encoder, self.options.max_tokens)
-        dataset = text_inputs(rows, self.spec, self.encoder, counts)
+        dataset, _ = text_inputs(rows, self.spec, self.encoder)
         return alone, [(range(len(texts)), dataset)]
 
 

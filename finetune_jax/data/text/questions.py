@@ -242,27 +242,19 @@ def encode_questions(
 def _encoded(encoder: Any, asked: Sequence[Asked]) -> list[tuple[Asked, Any, Passage]]:
     """Returns each question, its tokens with those of all the passage, and the passage."""
     texts = list(dict.fromkeys(one.passage for one in asked))
-    passages = {
-        text: (found, Passage(text=text, characters=_characters(found)))
-        for text, found in zip(
-            texts, encoder.encode_batch(texts, add_special_tokens=False)
-        )
-    }
-    questions = encoder.encode_batch(
-        [one.question for one in asked], add_special_tokens=False
-    )
+    passages = {}
+    for text, found in zip(
+        texts, encoder.encode_batch(texts, add_special_tokens=False)
+    ):
+        characters = np.array(found.offsets, np.int32).reshape(-1, 2)
+        passages[text] = found, Passage(text=text, characters=characters)
+    asking = [one.question for one in asked]
+    questions = encoder.encode_batch(asking, add_special_tokens=False)
     return [
-        (
-            one,
-            encoder.post_process(question, passages[one.passage][0]),
-            passages[one.passage][1],
-        )
+        (one, encoder.post_process(question, found), passage)
         for one, question in zip(asked, questions)
+        for found, passage in [passages[one.passage]]
     ]
-
-
-def _characters(encoding: Any) -> np.ndarray:
-    return np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
 
 def _windows(

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from finetune_jax.data.text.tokens import (
     make_encoder,
     packed,
     text_problems,
-    vocabulary_of,
 )
 
 _SHOWN = 50
@@ -64,34 +63,19 @@ class Encoded:
     digested: bytes = b""
 
 
-class Encode(Protocol):
-    """Encodes rows of texts with one form of labels."""
-
-    def __call__(
-        self,
-        splits: Mapping[str, Rows],
-        options: TextOptions,
-        encoder: Any,
-        counts: TokenCounts,
-        *,
-        labelled: bool,
-    ) -> Encoded:
-        """Returns the texts of all splits, with stand-ins for labels if not `labelled`."""
-        ...
-
-
 class LabelForm(NamedTuple):
     """Functions for texts with one form of labels.
 
     Attributes:
         problems: Returns what cannot be used in a file with labels.
         input_problems: Returns what cannot be used in a file without labels.
-        encode: Returns the texts of all splits.
+        encode: Returns the texts of all splits by name, with stand-ins for labels if
+            not `labelled`; takes the options, the tokenizer and the counts too.
     """
 
     problems: Callable[[Rows, TextOptions], list[str]]
     input_problems: Callable[[Rows, TextOptions], list[str]]
-    encode: Encode
+    encode: Callable[..., Encoded]
 
 
 def text_source(
@@ -145,7 +129,7 @@ def text_source(
     )
     return source, TextSpec(
         options=options,
-        vocabulary=vocabulary_of(encoder),
+        vocabulary=max(encoder.get_vocab(with_added_tokens=True).values()) + 1,
         unanswerable=found.unanswerable,
     )
 
@@ -160,32 +144,34 @@ def check_texts(rows: Rows, options: TextOptions) -> None:
         raise UserError("\n  ".join(first_of(problems)))
 
 
-def text_inputs(
-    rows: Rows, spec: DataSpec, encoder: Any, counts: TokenCounts
-) -> Dataset:
-    """Returns texts to predict as a dataset, the windows of a passage together.
+def text_inputs(rows: Rows, spec: DataSpec, encoder: Any) -> tuple[Dataset, list[str]]:
+    """Returns texts to predict as a dataset, and lines about their tokens.
+
+    The windows of a passage are together.
 
     Args:
         rows: Rows that `check_texts` has checked.
         spec: Description of the run's data.
         encoder: The run's tokenizer, from `make_encoder`.
-        counts: Counts to which the tokens are added.
 
     Raises:
         UserError: Lists the questions that leave no room for a passage.
     """
     options: TextOptions = spec.inputs.options
-    encode = FORMS[options.labels].encode
+    encode, counts = (
+        FORMS[options.labels].encode,
+        counts_for(encoder, options.max_tokens),
+    )
     found = encode({"all": rows}, options, encoder, counts, labelled=False)
     length = _length(found.tokens.values(), options)
-    values = packed(found.tokens["all"], length)
-    return unlabelled(
-        values,
+    dataset = unlabelled(
+        packed(found.tokens["all"], length),
         dataclasses.replace(spec, shape=(2, length)),
         name=rows.where,
         label=found.label["all"],
         notes=found.notes,
     )
+    return dataset, counts.lines()
 
 
 def _encode_one_label(

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,26 +65,22 @@ def tag_problems(rows: Rows, options: TextOptions) -> list[str]:
 
 
 def encode_words(
-    encoder: Any, texts: Sequence[Sequence[str]], counts: TokenCounts | None = None
+    encoder: Any, texts: Sequence[Sequence[str]], counts: TokenCounts
 ) -> tuple[list[tuple[list[int], list[int]]], list[list[int | None]]]:
     """Returns ids and sentences of each text, and of each token the word that it begins.
 
     Args:
         encoder: From `make_encoder`.
         texts: Words of each.
-        counts: The tokens are added, if given.
+        counts: The tokens are added.
     """
     found = encoder.encode_batch([list(words) for words in texts], is_pretokenized=True)
-    if counts is not None:
-        counts.add(found)
+    counts.add(found)
     tokens = [(one.ids, [kind + 1 for kind in one.type_ids]) for one in found]
-    begins = []
-    for one in found:
-        before, places = None, []
-        for word in one.word_ids:
-            places.append(word if word is not None and word != before else None)
-            before = word
-        begins.append(places)
+    begins = [
+        [word if word != last else None for last, word in pairs]
+        for pairs in (itertools.pairwise((None, *one.word_ids)) for one in found)
+    ]
     return tokens, begins
 
 

@@ -79,14 +79,9 @@ def counts_for(encoder: Any, longest: int) -> TokenCounts:
         encoder: From `texts.make_encoder`.
         longest: `config.data.max_tokens`.
     """
-    return TokenCounts(longest=longest, unknown_id=_unknown_id(encoder))
-
-
-def _unknown_id(encoder: Any) -> int:
-    """Returns the id of unknown tokens; -1 if there is none."""
     if hasattr(encoder.model, "unk_token"):
         token = encoder.model.unk_token
         found = None if token is None else encoder.token_to_id(token)
     else:  # Unigram has an id, of which Python knows nothing.
         found = json.loads(encoder.to_str())["model"].get("unk_id")
-    return -1 if found is None else found
+    return TokenCounts(longest=longest, unknown_id=-1 if found is None else found)

@@ -210,11 +210,6 @@ def make_encoder(tokenizer: str, max_tokens: int) -> Any:
     return encoder
 
 
-def vocabulary_of(encoder: Any) -> int:
-    """Returns the number of ids that a tokenizer may give."""
-    return max(encoder.get_vocab(with_added_tokens=True).values()) + 1
-
-
 def encode(
     encoder: Any, texts: Sequence[Sequence[str]], counts: TokenCounts | None = None
 ) -> list[tuple[list[int], list[int]]]:
