@@ -25,7 +25,7 @@ from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import bytes_problem, depth_warnings
 from finetune_jax.data.images.image_formats import why_no_image
-from finetune_jax.data.images.mask_writer import MaskWriter
+from finetune_jax.data.images.mask_files import MaskWriter
 from finetune_jax.data.images.pixels import to_predict
 from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
 from finetune_jax.data.loading import open_arrays, train_shape

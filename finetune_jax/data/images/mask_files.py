@@ -12,8 +12,8 @@ from finetune_jax.data.augmentation.masks import IGNORED, palette
 from finetune_jax.data.images.decoding import (
     SIXTEEN_BIT,
     Geometry,
-    fit_named,
     orientation_of,
+    oriented_size,
     read_sized,
 )
 
@@ -114,13 +114,6 @@ def unfitted(
     return np.asarray(canvas.resize(size, Image.Resampling.NEAREST))
 
 
-def write_mask(mask_HxW: np.ndarray, classes: int, path: pathlib.Path) -> None:
-    """Writes a PNG file whose pixels are class indices, shown in colours."""
-    image = Image.fromarray(mask_HxW)
-    image.putpalette(palette(classes).tobytes())
-    image.save(path, format="png")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskFiles:
     """The images and masks of one split; read when asked for.
@@ -171,13 +164,37 @@ def with_mask(image_HxWxC: np.ndarray, mask_HxW: np.ndarray) -> np.ndarray:
     return np.concatenate([image_HxWxC, mask_HxW[..., None]], axis=-1)
 
 
-def fit_with_mask(
-    image_HxWxC: np.ndarray, mask_HxW: np.ndarray, geometry: Geometry, name: str
-) -> np.ndarray:
-    """Returns an image in memory and its mask, fitted, [H, W, C + 1].
+class MaskWriter:
+    """Writes predicted masks as PNG files of class indices, as large as their images."""
 
-    Raises:
-        UserError: Names the image, whose shape cannot be fitted.
-    """
-    fitted = fit_named(image_HxWxC, geometry, name)
-    return with_mask(fitted, fit_mask(mask_HxW, geometry))
+    def __init__(self, folder: pathlib.Path, geometry: Geometry, classes: int):
+        """Stores where masks go, how images were resized, and the number of classes.
+
+        The folder is made with the first mask.
+        """
+        self._folder, self._geometry, self._classes = folder, geometry, classes
+        self._names: set[str] = set()
+
+    def write(self, mask: np.ndarray, name: str) -> str:
+        """Returns the file of a mask, whose pixels are class indices, shown in colours.
+
+        Args:
+            mask: Class indices, uint8 [H, W].
+            name: Name of its image, a file, or such as 'x.npy#3'.
+        """
+        self._folder.mkdir(exist_ok=True)
+        path, stem = pathlib.Path(name), pathlib.Path(name).stem
+        if path.is_file():
+            mask = unfitted(mask, self._geometry, oriented_size(path))
+        else:
+            stem = path.name.replace("#", "_")
+        unique, number = stem, 1
+        while unique in self._names:
+            number += 1
+            unique = f"{stem}_{number}"
+        self._names.add(unique)
+        file = self._folder / f"{unique}.png"
+        image = Image.fromarray(mask)
+        image.putpalette(palette(self._classes).tobytes())
+        image.save(file, format="png")
+        return str(file)

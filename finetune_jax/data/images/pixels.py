@@ -73,23 +73,19 @@ class Extent:
 
 def extent_of(arrays: Iterable[np.ndarray]) -> Extent:
     """Returns the range of arrays of one kind of number, which are not all empty."""
-    low, high, whole, kinds, dtypes = np.inf, -np.inf, True, set(), {}
+    low, high, whole, dtypes = np.inf, -np.inf, True, dict[np.dtype, None]()
     for array in arrays:
-        dtypes[str(array.dtype)] = None
+        dtypes[array.dtype] = None
         is_float = array.dtype.kind == "f"
-        kinds.add(
-            "floats" if is_float else "bytes" if array.dtype == np.uint8 else "integers"
-        )
         for start in range(0, len(array), _PART) if array.size else ():
             part = array[start : start + _PART]
             low, high = min(low, float(part.min())), max(high, float(part.max()))
             whole = whole and (not is_float or bool((part == np.rint(part)).all()))
-    kind = (
-        "floats" if "floats" in kinds else "bytes" if kinds == {"bytes"} else "integers"
-    )
-    return Extent(
-        kind=kind, dtype=" and ".join(dtypes), low=low, high=high, whole=whole
-    )
+    kind = "bytes" if set(dtypes) == {np.dtype(np.uint8)} else "integers"
+    if any(dtype.kind == "f" for dtype in dtypes):
+        kind = "floats"
+    name = " and ".join(map(str, dtypes))
+    return Extent(kind=kind, dtype=name, low=low, high=high, whole=whole)
 
 
 def decided(extent: Extent) -> tuple[Pixels | None, str]:

@@ -25,11 +25,9 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         UserError: Not an IDX file, or one cut short.
     """
     try:
-        data = (
-            gzip.decompress(path.read_bytes())
-            if path.suffix == ".gz"
-            else (path.read_bytes())
-        )
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES:

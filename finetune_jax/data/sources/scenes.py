@@ -20,8 +20,8 @@ import numpy as np
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation.masks import IGNORED
-from finetune_jax.data.images.decoding import Geometry
-from finetune_jax.data.images.mask_files import fit_with_mask, with_mask
+from finetune_jax.data.images.decoding import Geometry, fit_named
+from finetune_jax.data.images.mask_files import fit_mask, with_mask
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.splits import named_splits
 
@@ -67,9 +67,10 @@ class Scenes:
     def read(self, index: int, geometry: Geometry | None = None) -> np.ndarray:
         """Returns one image, bytes [H, W, C + 1]: the last channel is its mask."""
         image, mask = self._composed(index)
-        if geometry is None:
-            return with_mask(image, mask)
-        return fit_with_mask(image, mask, geometry, self.name(index))
+        if geometry is not None:
+            image = fit_named(image, geometry, self.name(index))
+            mask = fit_mask(mask, geometry)
+        return with_mask(image, mask)
 
     def name(self, index: int) -> str:
         """Returns split and number of one image."""

@@ -66,29 +66,25 @@ class TfdsExamples:
         name, content = self.name(index), self._records[index][self._inputs_key]
         if isinstance(content, bytes) and content.startswith(_JPEG):
             return read_image(content, geometry, name=name, upright=False)
-        value = self._value(content)
+        value = self._stored(content)
+        if self.pixels is None:
+            value = value.astype(self.dtype, copy=False)
+        else:
+            value = read_as(value[None], self.pixels)[0]
         return value if geometry is None else fit_named(value, geometry, name)
 
     def name(self, index: int) -> str:
         """Returns the number of one example."""
         return f"example {index}"
 
-    def _value(self, content: Any) -> np.ndarray:
+    def _stored(self, content: Any) -> np.ndarray:
         value = np.asarray(self._decode(content))
-        value = value[..., None] if value.ndim == 2 else value
-        if self.pixels is None:
-            return value.astype(self.dtype, copy=False)
-        return read_as(value[None], self.pixels)[0]
+        return value[..., None] if value.ndim == 2 else value
 
     def values(self) -> Iterator[np.ndarray]:
         """Yields every example as it is stored, images as [1, H, W, C]."""
         for index in range(len(self)):
-            value = np.asarray(self._decode(self._records[index][self._inputs_key]))
-            yield (value[..., None] if value.ndim == 2 else value)[None]
-
-    def set_pixels(self, pixels: Pixels) -> None:
-        """Sets how the values of images are read."""
-        self.pixels, self.dtype = pixels, pixels.dtype
+            yield self._stored(self._records[index][self._inputs_key])[None]
 
 
 def _opened(
@@ -207,7 +203,7 @@ def _pixels(
     if pixels is None:
         raise UserError(f"config.data.name: {name}: images: {line}")
     for part in examples.values():
-        part.set_pixels(pixels)
+        part.pixels, part.dtype = pixels, pixels.dtype
     if shape[-1] in (2, 4) and len(shape) == 4:
         line += f"{'; ' if line else ''}the last channel, alpha, is laid on white"
     told = f"{name}: images: {line}" if line else ""
@@ -264,17 +260,13 @@ def _plain(record: Mapping[str, Any], features: Any, where: str) -> dict[str, An
 
 def _keys(tfds: Any, name: str, info: Any) -> tuple[str, str]:
     """Returns the names of the feature to classify and of the label."""
-    kinds = (tfds.features.Image, tfds.features.Tensor)
-    labels = [
-        key
-        for key, feature in info.features.items()
-        if isinstance(feature, tfds.features.ClassLabel)
-    ]
-    inputs = [
-        key
-        for key, feature in info.features.items()
-        if isinstance(feature, kinds) and key not in labels
-    ]
+
+    def named(*kinds: type) -> list[str]:
+        return [key for key, one in info.features.items() if isinstance(one, kinds)]
+
+    labels = named(tfds.features.ClassLabel)
+    inputs = named(tfds.features.Image, tfds.features.Tensor)
+    inputs = [key for key in inputs if key not in labels]  # Which are tensors, too.
     if info.supervised_keys and all(k in info.features for k in info.supervised_keys):
         pair = tuple(info.supervised_keys[:2])
         if pair[0] in inputs and pair[1] in labels:

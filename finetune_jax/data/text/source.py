@@ -158,10 +158,8 @@ def text_inputs(rows: Rows, spec: DataSpec, encoder: Any) -> tuple[Dataset, list
         UserError: Lists the questions that leave no room for a passage.
     """
     options: TextOptions = spec.inputs.options
-    encode, counts = (
-        FORMS[options.labels].encode,
-        counts_for(encoder, options.max_tokens),
-    )
+    encode = FORMS[options.labels].encode
+    counts = counts_for(encoder, options.max_tokens)
     found = encode({"all": rows}, options, encoder, counts, labelled=False)
     length = _length(found.tokens.values(), options)
     dataset = unlabelled(
