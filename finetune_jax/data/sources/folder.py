@@ -79,9 +79,10 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         raise problems_error(
             f"config.data.dir: {directory} cannot be used:", problems, told
         )
-    splits = {split: _image_files(folders, classes) for split, folders in found.items()}
-    if "all" not in splits:  # 'all' is put in such an order where it is cut.
-        splits = {split: _mixed(files) for split, files in splits.items()}
+    splits = {
+        split: _image_files(folders, classes, mixed=split != "all")
+        for split, folders in found.items()
+    }
     paths = [path for part in splits.values() for path in part.paths]
     return Source(
         name=f"folder {directory}",
@@ -94,23 +95,23 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
 
 
 def _image_files(
-    folders: Mapping[str, Sequence[pathlib.Path]], classes: Classes
+    folders: Mapping[str, Sequence[pathlib.Path]], classes: Classes, *, mixed: bool
 ) -> ImageFiles:
-    """Returns the images of a split, in the order of the classes."""
-    label_of = {name: classes.index[name] for name in folders}
-    pairs = [
-        (path, label_of[name])
-        for name in sorted(folders, key=lambda name: (label_of[name], name))
-        for path in folders[name]
-    ]
-    label = np.array([label for _, label in pairs], np.int32)
-    return ImageFiles([path for path, _ in pairs], label)
+    """Returns the images of a split.
 
-
-def _mixed(files: ImageFiles) -> ImageFiles:
-    """Returns the files in an order of which every stretch has all classes."""
-    order = stratified_order(files.label, seed=0)
-    return ImageFiles([files.paths[i] for i in order], files.label[order])
+    Args:
+        folders: Images of each class.
+        classes: All classes.
+        mixed: Whether every stretch has all classes, instead of one class after the
+            other; 'all' is put in such an order where it is cut.
+    """
+    names = sorted(folders, key=lambda name: (classes.index[name], name))
+    paths = [path for name in names for path in folders[name]]
+    label = classes.of(name for name in names for _ in folders[name])
+    if mixed:
+        order = stratified_order(label, seed=0)
+        paths, label = [paths[i] for i in order], label[order]
+    return ImageFiles(paths, label)
 
 
 def _split_roots(
@@ -119,7 +120,7 @@ def _split_roots(
     """Returns the folder of each split; {'all': root} where there are none."""
     inside = visible(root, problems, unused)
     splits = [
-        (SPLITS[path.name.lower()], path)
+        path
         for path in inside
         if path.name.lower() in SPLITS
         and path.is_dir()
@@ -127,25 +128,24 @@ def _split_roots(
     ]
     if not splits:
         return {"all": root}
-    if "train" not in dict(splits):
-        problems.append(f"{root}: there are splits, but none is train")
+    found: dict[str, pathlib.Path] = {}
     for path in inside:
-        if path in [split for _, split in splits]:
-            continue
-        if not path.is_dir() and (reason := why_no_image(path)):
+        if path in splits:
+            name = SPLITS[path.name.lower()]
+            if name in found:
+                problems.append(
+                    f"{path}: the same split as {found[name]}; have one of them"
+                )
+            found[name] = path
+        elif not path.is_dir() and (reason := why_no_image(path)):
             unused.add(path, reason)
         else:
             problems.append(
                 f"{path}: neither a split nor in one; beside train there may be "
                 f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
             )
-    found: dict[str, pathlib.Path] = {}
-    for name, path in splits:
-        if name in found:
-            problems.append(
-                f"{path}: the same split as {found[name]}; have one of them"
-            )
-        found[name] = path
+    if "train" not in found:
+        problems.append(f"{root}: there are splits, but none is train")
     return found
 
 

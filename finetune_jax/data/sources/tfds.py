@@ -107,7 +107,6 @@ def _opened(
     try:
         builder: Any = tfds.builder(argument, **options)
         info = builder.info
-        splits = list(info.splits)
         # Images come as they are stored, to be decoded here.
         decoders = {
             key: tfds.decode.SkipDecoding()
@@ -116,14 +115,14 @@ def _opened(
         }
         records = {
             split: builder.as_data_source(split=split, decoders=decoders)
-            for split in splits
+            for split in info.splits
         }
     except Exception as error:  # TFDS raises errors of many kinds, not all documented.
         raise DataMissing(
             f"config.data.name: tfds:{argument} cannot be read from "
             f"{directory or 'the default folder of TFDS'}: {error}"
         ) from error
-    if not splits:
+    if not records:
         raise DataMissing(
             f"config.data.name: tfds:{argument} is not prepared in "
             f"{directory or 'the default folder of TFDS'}. Prepare it there with "
