@@ -177,7 +177,7 @@ def torch_accuracy(setup, state, epochs: int) -> float:
     optimizer = torch.optim.SGD(head.parameters(), lr=RATE, momentum=0.9)
     order = training_order(found[0].label, configs.seeds(setup.config)["order"])
     for update in range(-(-epochs * len(labels[0]) // BATCH)):
-        rows = order.positions(update * BATCH, (update + 1) * BATCH)
+        rows = order(update * BATCH, (update + 1) * BATCH)
         loss = torch.nn.functional.cross_entropy(
             head(features[0][rows]), labels[0][rows]
         )

@@ -107,22 +107,6 @@ def shortened(split: Any, *, by_length: bool = False) -> Any:
     return Shortened(dataset=split, lengths=split.lengths, order=order)
 
 
-def training_positions(
-    label: np.ndarray, *, seed: int, batch_size: int, update: int, sampling: str
-) -> np.ndarray:
-    """Returns which examples of the training split an update takes, int [batch_size].
-
-    Args:
-        label: Class index of each training example.
-        seed: Seed of the order.
-        batch_size: Examples in one update.
-        update: Counted from the beginning of the run.
-        sampling: 'uniform' or 'balanced'.
-    """
-    places = update * batch_size, (update + 1) * batch_size
-    return training_order(label, seed, sampling).positions(*places)
-
-
 def training_batches(
     dataset: BatchSource,
     *,
@@ -195,7 +179,7 @@ def rows_of(
         views: Rows of an example, one for each epoch in turn; None is one row.
     """
     places = np.arange(start * batch_size, stop * batch_size)
-    rows = order.positions(start * batch_size, stop * batch_size)
+    rows = order(start * batch_size, stop * batch_size)
     return rows if views is None else rows * views + places // epoch % views
 
 

@@ -1,7 +1,7 @@
 """The order of training examples: a function of (seed, place) alone."""
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -11,12 +11,9 @@ _ROUNDS = 4
 _SMALLEST_BLOCK = 16
 
 
-class Order(Protocol):
-    """An endless order of the examples of a split."""
-
-    def positions(self, start: int, stop: int) -> np.ndarray:
-        """Returns the positions in the split at places `start` to `stop`, int64."""
-        ...
+# An endless order of the examples of a split: a function of two places that returns the
+# positions in the split from the first place to before the second, int64.
+Order = Callable[[int, int], np.ndarray]
 
 
 def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> Order:
@@ -32,45 +29,27 @@ def training_order(label: np.ndarray, seed: int, sampling: str = "uniform") -> O
             classes take turns, and each goes through its own examples in such epochs.
     """
     if sampling == "uniform":
-        return Uniform(len(label), seed)
-    return Balanced(label, seed)
+        return functools.partial(_uniform, len(label), seed)
+    members = [np.flatnonzero(label == value) for value in np.unique(label)]
+    classes = [
+        grain.MapDataset.source(positions.tolist()).seed(seed).shuffle().repeat()
+        for positions in members
+    ]
+    order = grain.MapDataset.mix(classes)
+    return lambda start, stop: np.array(
+        [order[i] for i in range(start, stop)], np.int64
+    )
 
 
-class Uniform:
-    """Epochs, each a new shuffle; the order is that of `grain.MapDataset.shuffle`."""
-
-    def __init__(self, count: int, seed: int):
-        """Takes the number of examples and the seed."""
-        self._count, self._seed = count, seed
-
-    def positions(self, start: int, stop: int) -> np.ndarray:
-        """Returns the positions at places `start` to `stop`."""
-        count, found = self._count, []
-        while start < stop:
-            epoch, first = divmod(start, count)
-            last = min(count, first + stop - start)
-            shuffled = permutation(count, (self._seed + epoch) % 2**32)
-            found.append(shuffled[first:last])
-            start += last - first
-        return np.concatenate(found, dtype=np.int64)
-
-
-class Balanced:
-    """The classes take turns, each in epochs of its own."""
-
-    def __init__(self, label: np.ndarray, seed: int):
-        """Takes the class index of each example and the seed."""
-        members = [np.flatnonzero(label == value) for value in np.unique(label)]
-        classes = [
-            grain.MapDataset.source(positions.tolist()).seed(seed).shuffle().repeat()
-            for positions in members
-        ]
-        self._order = grain.MapDataset.mix(classes)
-
-    def positions(self, start: int, stop: int) -> np.ndarray:
-        """Returns the positions at places `start` to `stop`."""
-        found = [self._order[place] for place in range(start, stop)]
-        return np.array(found, np.int64)
+def _uniform(count: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Returns positions in epochs that are shuffled as by `grain.MapDataset.shuffle`."""
+    found = []
+    while start < stop:
+        epoch, first = divmod(start, count)
+        last = min(count, first + stop - start)
+        found.append(permutation(count, (seed + epoch) % 2**32)[first:last])
+        start += last - first
+    return np.concatenate(found, dtype=np.int64)
 
 
 def permutation(count: int, seed: int) -> np.ndarray:

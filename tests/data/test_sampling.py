@@ -18,7 +18,7 @@ LABEL = np.repeat([0, 1, 2], (50, 10, 3))
 
 
 def drawn(seed, count, sampling="balanced"):
-    return training_order(LABEL, seed, sampling).positions(0, count)
+    return training_order(LABEL, seed, sampling)(0, count)
 
 
 def test_balanced_sampling_draws_every_class_equally_often():
@@ -41,7 +41,7 @@ def test_balanced_sampling_goes_through_a_class_before_it_repeats():
 def test_the_order_depends_on_the_seed_alone():
     assert (drawn(5, 90) != drawn(6, 90)).any()
     for sampling in ("balanced", "uniform"):
-        part = training_order(LABEL, 5, sampling).positions(60, 72)
+        part = training_order(LABEL, 5, sampling)(60, 72)
         np.testing.assert_array_equal(part, drawn(5, 90, sampling)[60:72])
 
 
@@ -69,7 +69,7 @@ def test_epochs_follow_one_another_as_grain_has_them():
     wanted = grain.MapDataset.range(63).shuffle(seed=2**32 - 1).repeat()
     order = training_order(LABEL, 2**32 - 1)
     np.testing.assert_array_equal(
-        order.positions(50, 150), [wanted[place] for place in range(50, 150)]
+        order(50, 150), [wanted[place] for place in range(50, 150)]
     )
 
 

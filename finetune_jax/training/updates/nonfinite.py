@@ -16,9 +16,9 @@ from finetune_jax.config import Config
 from finetune_jax.core.errors import NotFinite
 from finetune_jax.core.files import write_json
 from finetune_jax.core.pytrees import named
-from finetune_jax.data.batches import training_positions
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import DomainMixture
+from finetune_jax.data.order import training_order
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.training.progress import Progress
@@ -109,11 +109,7 @@ class Guard:
         seed = configs.seeds(config)["order"]
         if isinstance(dataset, DomainMixture):
             return dataset.examples_of(update, dataset.orders(seed))
-        positions = training_positions(
-            dataset.label,
-            seed=seed,
-            batch_size=config.data.batch_size,
-            update=update,
-            sampling=config.data.sampling,
-        )
+        order = training_order(dataset.label, seed, config.data.sampling)
+        size = config.data.batch_size
+        positions = order(update * size, (update + 1) * size)
         return {str(p): dataset.name(int(p)) for p in positions}
