@@ -124,11 +124,6 @@ def arrays_to_json(spec: DataSpec) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key in KEYS or value}
 
 
-def pixels_from_json(plain: Mapping[str, Any]) -> Pixels | None:
-    """Returns how the run of a manifest has read the values of image arrays."""
-    return None if plain.get("pixels") is None else Pixels(**plain["pixels"])
-
-
 def domain_spec(
     spec: DataSpec, source: Source, given: Mapping[str, Any], where: str
 ) -> DataSpec:

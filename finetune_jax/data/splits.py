@@ -57,16 +57,13 @@ def named_splits(
         if not stratified or values.ndim > 1:
             values = np.zeros(len(values))
         order = stratified_order(values, seed)
-        bounds = {
-            name: (round(start * len(order)), round(stop * len(order)))
+        size = len(order)
+        return {
+            name: order[round(start * size) : round(stop * size)]
             for name, (start, stop) in CUTS.items()
         }
-        return {name: order[start:stop] for name, (start, stop) in bounds.items()}
     ends = np.cumsum([len(values) for values in label.values()])
-    return {
-        name: np.arange(end - len(values), end)
-        for (name, values), end in zip(label.items(), ends)
-    }
+    return dict(zip(label, np.split(np.arange(ends[-1]), ends[:-1])))
 
 
 def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import bytes_problem, depth_warnings
 from finetune_jax.data.images.image_formats import why_no_image
 from finetune_jax.data.images.mask_files import MaskWriter
-from finetune_jax.data.images.pixels import to_predict
+from finetune_jax.data.images.pixels import Pixels, to_predict
 from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
 from finetune_jax.data.loading import open_arrays, train_shape
 from finetune_jax.data.preprocessing import (
@@ -35,7 +35,6 @@ from finetune_jax.data.preprocessing import (
     arrays_to_json,
     check_preprocessing,
     domain_spec,
-    pixels_from_json,
 )
 from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.source import Source
@@ -61,7 +60,8 @@ class Images(Kind):
 
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> ArraySpec:
         """Returns the preprocessing of images."""
-        return array_spec(section, pixels_from_json(plain))
+        pixels = plain.get("pixels")
+        return array_spec(section, pixels and Pixels(**pixels))
 
     def inputs_to_json(self, spec: DataSpec) -> dict[str, Any]:
         """Returns the preprocessing, and how pixels were read."""

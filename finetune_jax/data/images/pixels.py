@@ -287,24 +287,19 @@ def _other_ranges(splits: Mapping[str, np.ndarray], pixels: Pixels) -> str | Non
 
 
 def read_as(array: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """Returns images [N, H, W, C] of a range that was decided, without alpha."""
+    """Returns images [N, H, W, C] of a range that was decided, alpha laid on white."""
     if pixels.scale == "16 bits":
         array = (array >> 8).astype(np.uint8)
     elif pixels.scale == "255":
         array = (array / 255).astype(np.float32)
     else:
         array = array.astype(pixels.dtype, copy=False)
-    if array.shape[-1] not in (2, 4):
+    if array.shape[-1] not in (2, 4) or not len(array):
         return array
-    return np.stack([without_alpha(image) for image in array]) if len(array) else array
-
-
-def without_alpha(image: np.ndarray) -> np.ndarray:
-    """Returns an image of bytes, or of floats in [0, 1], with its alpha laid on white."""
-    if image.dtype == np.uint8:
-        return on_white(image)
-    alpha = image[..., -1:]
-    return image[..., :-1] * alpha + (1 - alpha)
+    if array.dtype == np.uint8:
+        return np.stack([on_white(image) for image in array])
+    alpha = array[..., -1:]
+    return array[..., :-1] * alpha + (1 - alpha)
 
 
 def to_predict(

@@ -67,7 +67,8 @@ class Unused:
                 by_reason.setdefault(reason, []).append(path.suffix.lower())
             parts = [f"{_counted(s)} ({reason})" for reason, s in by_reason.items()]
             count = len(self.reasons)
-            found.append(f"{where}: {_files(count)} not used: {'; '.join(parts)}")
+            files = "1 file" if count == 1 else f"{count:,} files"
+            found.append(f"{where}: {files} not used: {'; '.join(parts)}")
         if self.litter:
             names = [path.name for path in sorted(self.litter)]
             shown = ", ".join(map(repr, list(dict.fromkeys(names))[:_NAMED]))
@@ -78,10 +79,6 @@ class Unused:
                 f"{'entry' if count == 1 else 'entries'} not used: {shown}{more}"
             )
         return tuple(map(printable, found))
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
 
 
 def _counted(suffixes: list[str]) -> str:

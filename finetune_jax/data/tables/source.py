@@ -32,6 +32,7 @@ from finetune_jax.data.tables.columns import (
     infinite,
     open_columns,
 )
+from finetune_jax.data.tables.doubts import sign_doubts
 from finetune_jax.data.tables.encoding import Encoded, Fitted, read_fitted
 from finetune_jax.data.tables.files import (
     batches,
@@ -41,7 +42,6 @@ from finetune_jax.data.tables.files import (
     table_head,
 )
 from finetune_jax.data.tables.schema import Format, Schema, TableOptions
-from finetune_jax.data.tables.signs import sign_doubts
 from finetune_jax.data.tables.statistics import fit
 from finetune_jax.data.tables.unknown import held_out_unknown
 
