@@ -25,7 +25,7 @@ from finetune_jax.core.errors import (
     under,
 )
 from finetune_jax.core.metric_names import RESERVED
-from finetune_jax.data.batches import loaded, places_of, rows_of
+from finetune_jax.data.batches import loaded
 from finetune_jax.data.dataset import Data, Dataset, make_data
 from finetune_jax.data.kind import kind_named, kind_of
 from finetune_jax.data.order import Order, training_order
@@ -117,13 +117,11 @@ class DomainMixture:
 
     def examples_of(self, update: int, orders: Mapping[str, Order]) -> list[str]:
         """Returns the names of an update's examples, each with its domain's."""
-        domains, own = self.domains_of(update)
-        found = []
-        for domain in domains:
-            part = self.parts[domain]
-            rows = self._rows(domain, orders[domain], own)
-            found += [f"{domain}: {part.name(int(row))}" for row in rows]
-        return found
+        return [
+            f"{domain}: {self.parts[domain].name(int(row))}"
+            for domain, rows in self._rows(update, orders).items()
+            for row in rows
+        ]
 
     def batch(
         self, update: int, orders: Mapping[str, Order]
@@ -136,20 +134,23 @@ class DomainMixture:
             update: Counted from the beginning of the run.
             orders: From `orders`.
         """
-        domains, own = self.domains_of(update)
         found = {}
-        for domain in domains:
-            draw, rows = self.draws[domain], self._rows(domain, orders[domain], own)
+        for domain, rows in self._rows(update, orders).items():
             batch = self.parts[domain].take(rows)
-            batch["position"] = places_of(rows, draw.examples, None)
-            if not draw.labelled:
+            batch["position"] = np.arange(len(rows), dtype=np.int32)
+            if not self.draws[domain].labelled:
                 del batch["label"]
             found[domain] = batch
         return found
 
-    def _rows(self, domain: str, order: Order, own: int) -> np.ndarray:
-        size = self.draws[domain].examples
-        return rows_of(order, len(self.parts[domain]), size, own, own + 1, None)
+    def _rows(self, update: int, orders: Mapping[str, Order]) -> dict[str, np.ndarray]:
+        """Returns the positions of an update's examples in the split, by domain."""
+        domains, own = self.domains_of(update)
+        sizes = {domain: self.draws[domain].examples for domain in domains}
+        return {
+            domain: orders[domain](own * size, (own + 1) * size)
+            for domain, size in sizes.items()
+        }
 
 
 def mixed_batches(

@@ -303,10 +303,8 @@ def _signs_in(batch: Any, left: set[str], kind: Format, schema: Schema) -> set[s
         found |= set(cells.filter(there).to_pylist())
         if is_number and values:
             numbers = _numbers_in(cells, forms.get(name, PLAIN), words)
-            there = pc.is_in(
-                pa.array([*values.values()]), value_set=numbers
-            ).to_pylist()
-            found |= {sign for sign, is_there in zip(values, there) if is_there}
+            there = pc.is_in(pa.array([*values.values()]), value_set=numbers)
+            found |= {sign for sign, is_ in zip(values, there.to_pylist()) if is_}
     return found
 
 
