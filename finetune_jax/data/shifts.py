@@ -36,15 +36,10 @@ def rotate(
 ) -> np.ndarray:
     """Returns an image turned counterclockwise about its centre, black where it was not."""
     del rng
-    channels = [
-        np.asarray(
-            Image.fromarray(image_HxWxC[..., channel]).rotate(
-                degrees, resample=Image.Resampling.BILINEAR
-            )
-        )
-        for channel in range(image_HxWxC.shape[-1])
-    ]
-    return np.stack(channels, axis=-1)
+    channels = map(Image.fromarray, np.moveaxis(image_HxWxC, -1, 0))
+    method = Image.Resampling.BILINEAR
+    turned = [np.asarray(one.rotate(degrees, resample=method)) for one in channels]
+    return np.stack(turned, axis=-1)
 
 
 def noise(image_HxWxC: np.ndarray, rng: np.random.Generator, std: float) -> np.ndarray:

@@ -126,14 +126,11 @@ def mixed(
         own_rng = jax.random.fold_in(rng, pair)
         which_rng = jax.random.fold_in(own_rng, len(entries))
         which = jax.random.randint(which_rng, (), 0, len(entries))
-        kept, share = zip(
-            *(
-                MIXTURES[name].function(
-                    jax.random.fold_in(own_rng, index), shape, *arguments
-                )
-                for index, (name, *arguments) in enumerate(entries)
-            )
-        )
+        drawn = []
+        for index, (name, *arguments) in enumerate(entries):
+            entry_rng = jax.random.fold_in(own_rng, index)
+            drawn.append(MIXTURES[name].function(entry_rng, shape, *arguments))
+        kept, share = zip(*drawn)
         whole = jnp.broadcast_shapes(*(k.shape for k in kept))
         kept = jnp.stack([jnp.broadcast_to(k, whole) for k in kept])
         return kept[which], jnp.stack(share)[which]

@@ -302,13 +302,9 @@ def _resized(
 ) -> np.ndarray:
     if image.shape[:2] == size:
         return image
-    method, (height, width) = INTERPOLATIONS[interpolation], size
+    method, size = INTERPOLATIONS[interpolation], (size[1], size[0])
     if image.dtype == np.uint8 and image.shape[-1] == 3:
-        return np.asarray(Image.fromarray(image).resize((width, height), method))
-    planes = [
-        Image.fromarray(np.ascontiguousarray(image[..., plane])).resize(
-            (width, height), method
-        )
-        for plane in range(image.shape[-1])
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+        return np.asarray(Image.fromarray(image).resize(size, method))
+    planes = map(np.ascontiguousarray, np.moveaxis(image, -1, 0))
+    resized = [np.asarray(Image.fromarray(one).resize(size, method)) for one in planes]
+    return np.stack(resized, axis=-1)

@@ -107,9 +107,7 @@ def visible(
 
 
 def files_below(
-    folder: pathlib.Path,
-    problems: list[str] | None = None,
-    unused: Unused | None = None,
+    folder: pathlib.Path, problems: list[str], unused: Unused
 ) -> list[pathlib.Path]:
     """Returns all visible files below a folder; links are followed, circles are not.
 
@@ -118,11 +116,10 @@ def files_below(
         problems: Gets a line for every folder that cannot be opened.
         unused: Gets the litter.
     """
-    told: list[str] = [] if problems is None else problems
     found, seen = [], set()
 
     def refused(error: OSError) -> None:
-        told.append(f"{error.filename}: cannot be opened: {error.strerror}")
+        problems.append(f"{error.filename}: cannot be opened: {error.strerror}")
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=refused):
         here = pathlib.Path(place)
@@ -130,9 +127,8 @@ def files_below(
             folders.clear()
             continue
         seen.add(here.resolve())
-        if unused is not None:
-            litter = filter(is_litter, (*folders, *files))
-            unused.litter.update(here / name for name in litter)
+        litter = filter(is_litter, (*folders, *files))
+        unused.litter.update(here / name for name in litter)
         folders[:] = [name for name in folders if not is_litter(name)]
         found += [here / name for name in files if not is_litter(name)]
     return sorted(found)
@@ -194,7 +190,7 @@ def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str
     unused = Unused()
     for path in visible(place, [], unused):
         if path.is_dir():
-            for file in files_below(path, None, unused):
+            for file in files_below(path, [], unused):
                 unused.add(file, "in subfolders")
         elif path not in used:
             unused.add(path, "no files of a split")

@@ -61,10 +61,9 @@ class Vectors(Kind):
 
         def check(array: np.ndarray, name: str, alone: bool) -> np.ndarray:
             check_numbers(array, spec, name, array.shape[1:] == spec.shape)
-            is_bytes = array.dtype == np.uint8
-            return check_dtype(
-                array if is_bytes else array.astype(np.float32), spec, name
-            )
+            if array.dtype != np.uint8:
+                array = array.astype(np.float32)
+            return check_dtype(array, spec, name)
 
         files = suffix_rule(SUFFIXES, "arrays", more)
         return ArrayReader(spec=spec, files=files, check=check)
