@@ -123,14 +123,16 @@ def collected(problems: list[Problem]) -> Iterator[None]:
         problems += [Problem.of(str(error))] if error.header else error.problems
 
 
-def raise_if(problems: Iterable[Problem | str], header: str = "") -> None:
+def raise_if(
+    problems: Iterable[Problem | str], header: str = "", advice: str = ""
+) -> None:
     """Raises one user error if there are problems.
 
     Raises:
         UserError: Lists all of them.
     """
     if problems := tuple(problems):
-        raise UserError(*problems, header=header)
+        raise UserError(*problems, header=header, advice=advice)
 
 
 class DataMissing(UserError):

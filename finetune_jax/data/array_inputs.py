@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.paths import printable
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.images.array_files import read_arrays
@@ -122,9 +122,8 @@ class ArrayReader:
             for place, item in enumerate(given)
             if not isinstance(item, types)
         ]
-        if problems:
-            takes = "paths, Pillow's images or arrays" if self.images else "arrays"
-            raise problems_error(f"The model takes {takes}, but there are:", problems)
+        takes = "paths, Pillow's images or arrays" if self.images else "arrays"
+        raise_if(problems, f"The model takes {takes}, but there are:")
         groups: list[tuple[Sequence[int], Dataset]] = []
         files = [n for n, item in enumerate(given) if not isinstance(item, np.ndarray)]
         if files and self.images:

@@ -18,7 +18,7 @@ import numpy as np
 from finetune_jax import config as configs
 from finetune_jax import data
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data import sources
 from finetune_jax.data.source import Source
 
@@ -384,8 +384,7 @@ def check_keys(section: Mapping[str, Any], name: str) -> None:
             for key in kind.keys
             if key not in own and section[key] != plain[key]
         }
-    if problems:
-        raise problems_error("config.data does not fit:", problems.values())
+    raise_if(problems.values(), "config.data does not fit:")
 
 
 def suffix_rule(suffixes: Collection[str], what: str, more: str = "") -> FileRule:

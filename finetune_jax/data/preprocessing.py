@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.images.pixels import Pixels
 from finetune_jax.data.source import Source
 from finetune_jax.data.spec import DataSpec, as_tuples
@@ -92,8 +92,7 @@ def check_preprocessing(spec: DataSpec) -> None:
             f"config.data.resize: {given.resize}, but {spec.shape[0]}x{spec.shape[1]} is "
             "cut out of the resized image; make it at least as large, or None"
         )
-    if problems:
-        raise problems_error("The preprocessing does not fit the data:", problems)
+    raise_if(problems, "The preprocessing does not fit the data:")
 
 
 def _magnitude_problem(given: ArraySpec) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.images.decoding import Geometry
 from finetune_jax.data.source import ExampleReader, Source
@@ -117,8 +117,7 @@ def shifted(source: Source, steps: Sequence[Any]) -> Source:
     Raises:
         UserError: Lists unknown steps, and steps that the data cannot take.
     """
-    if problems := _problems(source, steps):
-        raise problems_error(f"The data {source.name} cannot be shifted:", problems)
+    raise_if(_problems(source, steps), f"The data {source.name} cannot be shifted:")
     splits: Mapping[str, ExampleReader] = {
         split: ShiftedExamples(given=examples, steps=tuple(steps), split=split)
         for split, examples in source.splits.items()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.images.decoding import Geometry, fit_named
 from finetune_jax.data.images.pixels import Pixels, read_images
 from finetune_jax.data.labels import (
@@ -166,8 +166,7 @@ def array_source(
     shapes = {split: array.shape[1:] for split, array in inputs.items()}
     if len(set(shapes.values())) > 1:
         problems.append(f"the splits differ in shape: {shapes}")
-    if problems:
-        raise problems_error(f"The data {name} cannot be used:", problems)
+    raise_if(problems, f"The data {name} cannot be used:")
     values, pixels, lines, problems = _read_inputs(inputs)
     if any(array.dtype.kind == "f" for array in label.values()):
         names = ()
@@ -185,8 +184,7 @@ def array_source(
         names, targets = classes.names, ()
         lines += classes.warnings
         problems += classes.problems
-    if problems:
-        raise problems_error(f"The data {name} cannot be used:", problems)
+    raise_if(problems, f"The data {name} cannot be used:")
     examples = {
         split: ArrayExamples(values=values[split], label=indices[split])
         for split in splits
@@ -396,10 +394,9 @@ def check_no_classes(source: Source, config: Mapping[str, Any]) -> None:
         for key, default in (("per_class", None), ("sampling", "uniform"), ("mix", ()))
         if config[key] != default
     ]
-    if problems:
-        kinds = {"numbers": source.targets, "masks": source.pixel_classes}
-        kind = next((name for name, given in kinds.items() if given), "parts of texts")
-        raise problems_error(f"The labels of {source.name} are {kind}:", problems)
+    kinds = {"numbers": source.targets, "masks": source.pixel_classes}
+    kind = next((name for name, given in kinds.items() if given), "parts of texts")
+    raise_if(problems, f"The labels of {source.name} are {kind}:")
 
 
 def check_classes(source: Source, label: np.ndarray, train: np.ndarray) -> None:
@@ -451,8 +448,5 @@ def check_labelled(
         for split, indices in chosen.items()
         if (training or split != "train") and (count := int((label[indices] < 0).sum()))
     ]
-    if problems:
-        advice = "Choose another split; labels of test splits are often not published."
-        raise problems_error(
-            f"The data {source.name} cannot be used:", problems, advice
-        )
+    advice = "Choose another split; labels of test splits are often not published."
+    raise_if(problems, f"The data {source.name} cannot be used:", advice)

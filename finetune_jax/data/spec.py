@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune_jax.core.errors import listed, problems_error
+from finetune_jax.core.errors import listed, raise_if
 from finetune_jax.data.kind import kind_named
 from finetune_jax.data.labels import class_name
 
@@ -181,12 +181,11 @@ def check_reads_alike(spec: DataSpec, plain: Mapping[str, Any], where: str) -> N
     for name, own in spec.domains.items():
         then = plain.get("domains", {}).get(name, {})
         problems += [f"domain {name!r}: {text}" for text in _read_otherwise(own, then)]
-    if problems:
-        raise problems_error(
-            f"{where}: the data are not read as the run has read them:",
-            problems,
-            "Bring the data back, or train again.",
-        )
+    raise_if(
+        problems,
+        f"{where}: the data are not read as the run has read them:",
+        "Bring the data back, or train again.",
+    )
 
 
 def _read_otherwise(spec: DataSpec, plain: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.data.augmentation import steps as augment
 
 # The index of a pixel that counts nowhere, as in PASCAL VOC.
@@ -88,10 +88,7 @@ def make_mask_augment(
         for index, (name, *_) in enumerate(named)
         if name not in MOVES
     ]
-    if problems:
-        raise problems_error(
-            "config.data.augment does not fit:", problems, f"Use {', '.join(MOVES)}."
-        )
+    raise_if(problems, "config.data.augment does not fit:", f"Use {', '.join(MOVES)}.")
 
     def one(mask_HxW: jax.Array, rng: jax.Array) -> jax.Array:
         # Steps fill with 0, which thus marks ignored pixels.

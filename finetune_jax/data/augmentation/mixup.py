@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.data.augmentation.steps import Argument, inside_box, step_problems
 
 # The key of an update folded with a number that no place in a batch has: those are the
@@ -161,5 +161,4 @@ def check_mix(entries: Sequence[Any], shape: tuple[int, ...]) -> None:
         if not found and MIXTURES[entry[0]].needs_images and len(shape) != 3:
             found = [f"{where}: {entry[0]!r} needs images, inputs are {shape}; 'mixup'"]
         problems += found
-    if problems:
-        raise problems_error("config.data.mix does not fit:", problems)
+    raise_if(problems, "config.data.mix does not fit:")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.augmentation.colour import color_jitter
 from finetune_jax.data.augmentation.rand_augment import MAX_MAGNITUDE, rand_augment
 
@@ -318,8 +318,7 @@ def make_augment(
             f"config.data.augment[{index}]", step, AUGMENTATIONS, ("pad_crop", 2)
         )
     ]
-    if problems:
-        raise problems_error("config.data.augment does not fit:", problems)
+    raise_if(problems, "config.data.augment does not fit:")
     if size and stored:
         _check_size([name for name, *_ in steps], size, stored)
 

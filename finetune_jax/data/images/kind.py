@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, problems_error, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
 from finetune_jax.data.array_inputs import (
@@ -218,8 +218,7 @@ def _check_depth(places: Sequence[int], images: Sequence[Any]) -> None:
         for place, image in zip(places, images)
         if isinstance(image, Image.Image) and (problem := bytes_problem(image))
     ]
-    if problems:
-        raise problems_error("Some images would become black:", problems)
+    raise_if(problems, "Some images would become black:")
     for line in depth_warnings("inputs", images):
         warnings.warn(line, stacklevel=2)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from finetune_jax.core.errors import UserError, first_of, problems_error
+from finetune_jax.core.errors import UserError, first_of, raise_if
 
 _SHOWN = 50
 
@@ -52,9 +52,8 @@ def check_readable(errors: Sequence[UserError | None], advice: str = "") -> None
         UserError: Lists the messages.
     """
     problems = [str(error) for error in errors if error is not None]
-    if problems:
-        raise problems_error(
-            f"{len(problems)} of {len(errors)} examples cannot be read:",
-            first_of(problems, _SHOWN),
-            advice or "Mend them, or take them out of the data.",
-        )
+    raise_if(
+        first_of(problems, _SHOWN),
+        f"{len(problems)} of {len(errors)} examples cannot be read:",
+        advice or "Mend them, or take them out of the data.",
+    )

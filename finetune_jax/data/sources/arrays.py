@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.reading.files import data_place
 from finetune_jax.data.source import Source, array_source
@@ -58,8 +58,7 @@ def _splits(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> tuple:
         problems.append("no inputs")
     if "all" in inputs and len(inputs) > 1:
         problems.append("x beside x_SPLIT: have one or the other")
-    if problems:
-        raise problems_error(f"{path} cannot be used:", problems)
+    raise_if(problems, f"{path} cannot be used:")
     splits = {split: (inputs[split], labels[split]) for split in inputs}
     return splits, *(None if n is None else _texts(n, path) for n in names)
 

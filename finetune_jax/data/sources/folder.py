@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import depth_warnings
 from finetune_jax.data.images.image_formats import images_of, why_no_image
@@ -74,11 +74,8 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         problems += [
             f"{text}. Each class is a folder of its own" for text in classes.problems
         ]
-    if problems:
-        told = "\n".join(unused.lines("config.data.dir"))
-        raise problems_error(
-            f"config.data.dir: {directory} cannot be used:", problems, told
-        )
+    told = "\n".join(unused.lines("config.data.dir"))
+    raise_if(problems, f"config.data.dir: {directory} cannot be used:", told)
     splits = {
         split: _image_files(folders, classes, mixed=split != "all")
         for split, folders in found.items()

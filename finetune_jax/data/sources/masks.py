@@ -15,7 +15,7 @@ import pathlib
 
 import numpy as np
 
-from finetune_jax.core.errors import first_of, problems_error
+from finetune_jax.core.errors import first_of, raise_if
 from finetune_jax.core.text_lines import lines_of
 from finetune_jax.data.augmentation.masks import IGNORED
 from finetune_jax.data.images.depth import depth_warnings
@@ -56,13 +56,11 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         split: _pairs(path, problems, unused)
         for split, path in _split_roots(root, problems, unused).items()
     }
-    if problems:
-        told = "\n".join(unused.lines("config.data.dir"))
-        raise problems_error(
-            f"config.data.dir: {directory} cannot be used:",
-            first_of(problems, _SHOWN),
-            told,
-        )
+    raise_if(
+        first_of(problems, _SHOWN),
+        f"config.data.dir: {directory} cannot be used:",
+        "\n".join(unused.lines("config.data.dir")),
+    )
     splits = {}
     for split, found in pairs.items():
         names = list(found)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import DataMissing, UserError, problems_error
+from finetune_jax.core.errors import DataMissing, UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.data.images.decoding import Geometry, fit_named, read_image
 from finetune_jax.data.images.pixels import (
@@ -174,10 +174,7 @@ def _class_names(
     given = list(feature.names or map(str, range(feature.num_classes or 0)))
     counts = {text: int((labels == place).sum()) for place, text in enumerate(given)}
     classes = classes_of(counts, name, given=given, unit="examples")
-    if classes.problems:
-        raise problems_error(
-            f"config.data.name: {name} cannot be used:", classes.problems
-        )
+    raise_if(classes.problems, f"config.data.name: {name} cannot be used:")
     return classes.names, classes.warnings
 
 

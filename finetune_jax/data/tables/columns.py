@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.array_store import ABOUT, discard, sha256_of, write_table
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.data.labels import class_name, spelling_of
@@ -240,9 +240,8 @@ def _converted(
             problems += _label_problems(whole, schema, values, kind, first)
             if len(problems) > 20:
                 break
-    if problems:
-        more = ["and perhaps more"] if len(problems) > 20 else []
-        raise problems_error(f"{path} cannot be used:", problems[:20] + more)
+    more = ["and perhaps more"] if len(problems) > 20 else []
+    raise_if(problems[:20] + more, f"{path} cannot be used:")
     # In an order of which threads decide nothing.
     values = {name: values[name] for name in coded if name in values}
     yield [nothing, nothing, nothing, to_bytes(values)]

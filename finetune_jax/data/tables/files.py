@@ -15,7 +15,7 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, problems_error, raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.reading.separated import (
@@ -69,13 +69,6 @@ def table_head(path: pathlib.Path, kind: Format, header: Sequence[str]) -> Head:
         UserError: The file is empty, not UTF-8, or has a name twice.
     """
     assert kind.delimiter is not None
-    if kind.header:  # Files of this kind never begin with names.
-        return Head(
-            names=tuple(header),
-            lines=0,
-            delimiter=kind.delimiter,
-            expected=kind.delimiter,
-        )
     return head_of(path, header, delimiter=kind.delimiter, quotes=kind.quotes)
 
 
@@ -118,14 +111,13 @@ def infer_schema(
             for pattern in patterns
             if not any(re.fullmatch(pattern, name) for name in first)
         ]
-    if problems:
-        advice = ""
-        if kind.delimiter is not None and not kind.header:
-            advice = (
-                "config.data.header names the columns of files that do not begin with "
-                "them; if these are texts, name their columns in config.data.text."
-            )
-        raise problems_error("The columns do not fit:", problems, advice)
+    advice = ""
+    if kind.delimiter is not None and not kind.header:
+        advice = (
+            "config.data.header names the columns of files that do not begin with "
+            "them; if these are texts, name their columns in config.data.text."
+        )
+    raise_if(problems, "The columns do not fit:", advice)
     kinds = {name: given_kind(name, kind, options) for name in first}
     kinds.pop(options.label)
     forms = _forms(paths, kind, options, kinds)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_jax.core.errors import Problem, collected, problems_error
+from finetune_jax.core.errors import Problem, collected, raise_if
 from finetune_jax.core.registry import check_regex
 from finetune_jax.data.spec import as_tuples
 from finetune_jax.data.tables.number_forms import from_entries
@@ -182,8 +182,7 @@ def table_options_of(config: Mapping[str, Any], found: Format) -> TableOptions:
         for pattern in given:
             with collected(wrong):
                 check_regex(pattern, f"config.data.{key}")
-    if problems or wrong:
-        raise problems_error("config.data does not fit:", [*problems, *wrong])
+    raise_if([*problems, *wrong], "config.data does not fit:")
     label = options.label
     if found.label is not None and label == TableOptions().label:
         label = found.label

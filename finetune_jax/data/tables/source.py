@@ -15,7 +15,6 @@ from finetune_jax.core.errors import (
     Problem,
     UserError,
     collected,
-    problems_error,
     raise_if,
 )
 from finetune_jax.core.paths import user_path
@@ -151,8 +150,7 @@ def load_table(
             for path in files.values()
             for text in _absent(path, kind, schema.names, schema.is_number)
         ]
-        if absent:
-            raise problems_error("The columns are not those of the run:", absent)
+        raise_if(absent, "The columns are not those of the run:")
     if not schema.inputs:
         raise UserError(
             f"{directory}: no columns but the label; nothing to predict from"
@@ -239,8 +237,7 @@ def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.
     if not found:
         suffixes = " or ".join(suffix or "without one" for suffix in kind.suffixes)
         raise DataMissing(f"config.data.dir: no files {suffixes} in {directory!r}")
-    if problems:
-        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    raise_if(problems, f"config.data.dir: {directory} cannot be used:")
     return dict(sorted(found.items(), key=lambda item: item[0] != "train"))
 
 
@@ -276,8 +273,7 @@ def _labelled(name: str, splits: Mapping[str, Columns], schema: Schema) -> Sourc
                 "config.data.labels='numbers' says so"
             )
         found = classes_of(counts, f"config.data.label: {schema.label!r}")
-        if found.problems:
-            raise problems_error(f"The data {name} cannot be used:", found.problems)
+        raise_if(found.problems, f"The data {name} cannot be used:")
         classes, warnings = found.names, found.warnings
         labels = {
             split: found.of(values)[splits[split].label]
@@ -317,8 +313,7 @@ def rows_to_predict(
         others = tuple(name for name in header if name != own)
         if cells_in(path, kind, header) == len(others):
             header, schema = others, dataclasses.replace(schema, names=others)
-    if absent := _absent(path, kind, header, schema.inputs):
-        raise problems_error(f"{path} cannot be predicted:", absent)
+    raise_if(_absent(path, kind, header, schema.inputs), f"{path} cannot be predicted:")
     row = 0
     for batch in batches(path, kind, schema):
         columns = {name: batch.column(name) for name in schema.categories}
@@ -329,8 +324,7 @@ def rows_to_predict(
         with np.errstate(over="ignore"):  # Refused below.
             encoded = encoder(numbers, places)
         problems = problems or _overflown(encoded, schema, row)
-        if problems:
-            raise problems_error(f"{path} cannot be predicted:", problems)
+        raise_if(problems, f"{path} cannot be predicted:")
         row += len(encoded)
         yield encoded
 

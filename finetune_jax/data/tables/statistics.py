@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.tables import doubts
 from finetune_jax.data.tables.columns import Columns
@@ -263,10 +263,7 @@ def _continued(
         if one.hashed != (options.hash_rows is not None)
         or (one.hashed and one.rows != ROWS_BEFORE + (options.hash_rows or 0))
     ]
-    if problems:
-        raise problems_error(
-            f"config.data.fitted: {options.fitted} does not fit:", problems
-        )
+    raise_if(problems, f"config.data.fitted: {options.fitted} does not fit:")
     joined = dict(known)
     for name in known:
         if name in former.known:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import DataMissing, UserError, first_of, problems_error
+from finetune_jax.core.errors import DataMissing, UserError, first_of, raise_if
 from finetune_jax.core.text_lines import decoded, lines_of
 from finetune_jax.data import sources
 from finetune_jax.data.reading.files import SPLITS, data_place, not_used, visible
@@ -105,8 +105,7 @@ def read_splits(
         raise DataMissing(f"config.data.dir: no {suffix} files in {directory!r}")
     if found and not problems and not {"train", "all"} & set(found):
         problems.append(f"{place}: no train{suffix}")
-    if problems:
-        raise problems_error(f"config.data.dir: {directory} cannot be used:", problems)
+    raise_if(problems, f"config.data.dir: {directory} cannot be used:")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.paths import printable
 from finetune_jax.data.array_inputs import shown
 from finetune_jax.data.dataset import Dataset
@@ -187,10 +187,9 @@ class TextReader:
             for place, item in enumerate(texts)
             if not isinstance(item, types)
         ]
-        if problems:
-            takes = "texts, or dicts with" if str in types else "dicts with"
-            named = " and ".join(map(repr, columns))
-            raise problems_error(f"The model takes {takes} {named}:", problems)
+        takes = "texts, or dicts with" if str in types else "dicts with"
+        named = " and ".join(map(repr, columns))
+        raise_if(problems, f"The model takes {takes} {named}:")
         rows = Rows(
             where="inputs",
             columns=columns,

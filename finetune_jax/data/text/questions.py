@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import first_of, problems_error
+from finetune_jax.core.errors import first_of, problems_error, raise_if
 from finetune_jax.data.text.tokens import Rows, TextOptions, text_problems
 
 # Questions whose tokens are kept at once before they become arrays.
@@ -226,9 +226,7 @@ def encode_questions(
                 tokens.append((ids, sentences))
                 notes.append(Window(question=question, first=first, skipped=skipped))
                 labels.append(_places(span, first, skipped, count))
-    if problems:
-        problems = first_of(problems, _SHOWN)
-        raise problems_error("Questions are too long:", problems)
+    raise_if(first_of(problems, _SHOWN), "Questions are too long:")
     kept = np.empty(len(notes), object)
     kept[:] = notes
     return Windows(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, first_of, problems_error
+from finetune_jax.core.errors import UserError, first_of, raise_if
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.rounding import rounding_doubt
@@ -102,16 +102,13 @@ def text_source(
             "config.data.tokenizer: texts need one, and none lies beside the weights; "
             "give its address, such as file:DIR/tokenizer.json or hf:OWNER/REPO"
         )
-    if problems:
-        problems = first_of(problems, _SHOWN)
-        raise problems_error(f"The data {name} cannot be used:", problems)
+    raise_if(first_of(problems, _SHOWN), f"The data {name} cannot be used:")
     assert tokenizer is not None
     encoder = make_encoder(tokenizer, options.max_tokens)
     warnings = tuple(text for rows in splits.values() for text in rows.warnings)
     counts = counts_for(encoder, options.max_tokens)
     found = form.encode(splits, options, encoder, counts, labelled=True)
-    if found.classes.problems:
-        raise problems_error(f"The data {name} cannot be used:", found.classes.problems)
+    raise_if(found.classes.problems, f"The data {name} cannot be used:")
     length = _length(found.tokens.values(), options)
     examples = {
         split: ArrayExamples(values=packed(rows, length), label=found.label[split])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.text.token_counts import TokenCounts
 
@@ -113,8 +113,7 @@ def options_of(config: Mapping[str, Any]) -> TextOptions:
             problems.append(f"config.data.{name}: {config[name]!r} are not names")
     if not all(type(n) is int and n > 0 for n in options.buckets):
         problems.append(f"config.data.buckets: {options.buckets!r}; lengths are needed")
-    if problems:
-        raise problems_error("config.data does not fit:", problems)
+    raise_if(problems, "config.data does not fit:")
     return options
 
 
