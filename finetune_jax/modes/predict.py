@@ -12,7 +12,7 @@ from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, problems_error, raise_if
 from finetune_jax.core.paths import printable, user_path
 from finetune_jax.data.kind import FileRule, kind_named
-from finetune_jax.data.reading.files import Unused, files_below
+from finetune_jax.data.reading.files import FileNotes, files_below
 from finetune_jax.data.reading.threads import check_readable
 from finetune_jax.inference.predictor import open_predictor, open_reader
 from finetune_jax.modes.options import Options
@@ -113,11 +113,10 @@ def _inside(
     folder: pathlib.Path, text: str, rule: FileRule
 ) -> tuple[list[pathlib.Path], list[str]]:
     """Returns the files below a folder that fit a rule, and lines about all others."""
-    problems: list[str] = []
-    unused, inside = Unused(), []
-    for path in files_below(folder, problems, unused):
+    notes, inside = FileNotes(), []
+    for path in files_below(folder, notes):
         if reason := rule.why_not(path):
-            unused.add(path, reason)
+            notes.add(path, reason)
         else:
             inside.append(path)
-    return inside, [*unused.lines(text), *problems]
+    return inside, [*notes.lines(text), *notes.problems]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from PIL import Image, UnidentifiedImageError
 
-from finetune_jax.data.reading.files import Unused
+from finetune_jax.data.reading.files import FileNotes
 
 # Formats that Pillow opens and cannot decode by itself, or that are no pictures.
 _NOT_READ = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"))
@@ -75,12 +75,12 @@ def _is_special(path: pathlib.Path) -> bool:
         return False
 
 
-def images_of(files: Iterable[pathlib.Path], unused: Unused) -> list[pathlib.Path]:
-    """Returns the images among files; all others are noted in `unused`."""
+def images_of(files: Iterable[pathlib.Path], notes: FileNotes) -> list[pathlib.Path]:
+    """Returns the images among files; all others are in the notes."""
     found = []
     for path in files:
         if reason := why_no_image(path):
-            unused.add(path, reason)
+            notes.add(path, reason)
         else:
             found.append(path)
     return found

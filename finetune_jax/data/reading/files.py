@@ -39,16 +39,18 @@ def is_litter(name: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unused:
-    """Files of a data set or of inputs that are left out, to be told in lines.
+class FileNotes:
+    """Notes about files of a data set or of inputs that are left out, and problems.
 
     Attributes:
-        reasons: Reason by file.
+        reasons: Reason by file that is left out.
         litter: Hidden files and folders, and those of the system.
+        problems: Lines about folders that cannot be opened, and what callers add.
     """
 
     reasons: dict[pathlib.Path, str] = dataclasses.field(default_factory=dict)
     litter: set[pathlib.Path] = dataclasses.field(default_factory=set)
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, path: pathlib.Path, reason: str) -> None:
         """Notes that a file is not used."""
@@ -86,40 +88,33 @@ def _counted(suffixes: list[str]) -> str:
     return ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in counts)
 
 
-def visible(
-    folder: pathlib.Path, problems: list[str], unused: Unused | None = None
-) -> list[pathlib.Path]:
+def visible(folder: pathlib.Path, notes: FileNotes) -> list[pathlib.Path]:
     """Returns the files and folders in a folder without litter, sorted.
 
     Args:
         folder: The folder.
-        problems: Gets a line if the folder cannot be opened.
-        unused: Gets the litter.
+        notes: Gets the litter, and a line if the folder cannot be opened.
     """
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:
-        problems.append(f"{folder}: cannot be opened: {error}")
+        notes.problems.append(f"{folder}: cannot be opened: {error}")
         return []
-    if unused is not None:
-        unused.litter.update(path for path in inside if is_litter(path.name))
+    notes.litter.update(path for path in inside if is_litter(path.name))
     return [path for path in inside if not is_litter(path.name)]
 
 
-def files_below(
-    folder: pathlib.Path, problems: list[str], unused: Unused
-) -> list[pathlib.Path]:
+def files_below(folder: pathlib.Path, notes: FileNotes) -> list[pathlib.Path]:
     """Returns all visible files below a folder; links are followed, circles are not.
 
     Args:
         folder: The folder.
-        problems: Gets a line for every folder that cannot be opened.
-        unused: Gets the litter.
+        notes: Gets the litter, and a line for every folder that cannot be opened.
     """
     found, seen = [], set()
 
     def refused(error: OSError) -> None:
-        problems.append(f"{error.filename}: cannot be opened: {error.strerror}")
+        notes.problems.append(f"{error.filename}: cannot be opened: {error.strerror}")
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=refused):
         here = pathlib.Path(place)
@@ -128,7 +123,7 @@ def files_below(
             continue
         seen.add(here.resolve())
         litter = filter(is_litter, (*folders, *files))
-        unused.litter.update(here / name for name in litter)
+        notes.litter.update(here / name for name in litter)
         folders[:] = [name for name in folders if not is_litter(name)]
         found += [here / name for name in files if not is_litter(name)]
     return sorted(found)
@@ -187,11 +182,11 @@ def not_used(directory: str | None, used: Collection[pathlib.Path]) -> tuple[str
     place = None if directory is None else user_path(directory, "config.data.dir")
     if place is None or not place.is_dir():
         return ()
-    unused = Unused()
-    for path in visible(place, [], unused):
+    notes = FileNotes()
+    for path in visible(place, notes):
         if path.is_dir():
-            for file in files_below(path, [], unused):
-                unused.add(file, "in subfolders")
+            for file in files_below(path, notes):
+                notes.add(file, "in subfolders")
         elif path not in used:
-            unused.add(path, "no files of a split")
-    return unused.lines(str(directory))
+            notes.add(path, "no files of a split")
+    return notes.lines(str(directory))

@@ -18,7 +18,7 @@ from finetune_jax.data.images.image_formats import images_of, why_no_image
 from finetune_jax.data.labels import Classes, classes_of
 from finetune_jax.data.reading.files import (
     SPLITS,
-    Unused,
+    FileNotes,
     data_place,
     digest_of_files,
     files_below,
@@ -60,10 +60,10 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     """
     del argument
     root = data_place(directory, "folder needs the folder of the photos")
-    problems: list[str] = []
-    unused = Unused()
-    roots = _split_roots(root, problems, unused)
-    found = {split: _classes(path, problems, unused) for split, path in roots.items()}
+    notes = FileNotes()
+    problems = notes.problems
+    roots = _split_roots(root, notes)
+    found = {split: _classes(path, notes) for split, path in roots.items()}
     counts: collections.Counter[str] = collections.Counter()
     for folders in found.values():
         counts.update({name: len(images) for name, images in folders.items()})
@@ -74,7 +74,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         problems += [
             f"{text}. Each class is a folder of its own" for text in classes.problems
         ]
-    told = "\n".join(unused.lines("config.data.dir"))
+    told = "\n".join(notes.lines("config.data.dir"))
     raise_if(problems, f"config.data.dir: {directory} cannot be used:", told)
     splits = {
         split: _image_files(folders, classes, mixed=split != "all")
@@ -87,7 +87,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
         class_names=classes.names,
         fingerprint=lambda: digest_of_files(root, paths),
         warnings=(*classes.warnings, *depth_warnings(str(directory), paths)),
-        not_used=unused.lines(str(directory)),
+        not_used=notes.lines(str(directory)),
     )
 
 
@@ -111,17 +111,15 @@ def _image_files(
     return ImageFiles(paths, label)
 
 
-def _split_roots(
-    root: pathlib.Path, problems: list[str], unused: Unused
-) -> dict[str, pathlib.Path]:
+def _split_roots(root: pathlib.Path, notes: FileNotes) -> dict[str, pathlib.Path]:
     """Returns the folder of each split; {'all': root} where there are none."""
-    inside = visible(root, problems, unused)
+    inside = visible(root, notes)
     splits = [
         path
         for path in inside
         if path.name.lower() in SPLITS
         and path.is_dir()
-        and any(inner.is_dir() for inner in visible(path, problems, unused))
+        and any(inner.is_dir() for inner in visible(path, notes))
     ]
     if not splits:
         return {"all": root}
@@ -130,39 +128,37 @@ def _split_roots(
         if path in splits:
             name = SPLITS[path.name.lower()]
             if name in found:
-                problems.append(
+                notes.problems.append(
                     f"{path}: the same split as {found[name]}; have one of them"
                 )
             found[name] = path
         elif not path.is_dir() and (reason := why_no_image(path)):
-            unused.add(path, reason)
+            notes.add(path, reason)
         else:
-            problems.append(
+            notes.problems.append(
                 f"{path}: neither a split nor in one; beside train there may be "
                 f"{', '.join(sorted(set(SPLITS) - {'train'}))}"
             )
     if "train" not in found:
-        problems.append(f"{root}: there are splits, but none is train")
+        notes.problems.append(f"{root}: there are splits, but none is train")
     return found
 
 
-def _classes(
-    root: pathlib.Path, problems: list[str], unused: Unused
-) -> dict[str, list[pathlib.Path]]:
+def _classes(root: pathlib.Path, notes: FileNotes) -> dict[str, list[pathlib.Path]]:
     """Returns the images of each class folder, in an order that is always the same."""
     classes = {}
-    for folder in visible(root, problems, unused):
+    for folder in visible(root, notes):
         if not folder.is_dir():
             if reason := why_no_image(folder):
-                unused.add(folder, reason)
+                notes.add(folder, reason)
             else:
-                problems.append(f"{folder}: not in the folder of a class")
+                notes.problems.append(f"{folder}: not in the folder of a class")
             continue
-        files = files_below(folder, problems, unused)
-        images = images_of(files, unused)
+        files = files_below(folder, notes)
+        images = images_of(files, notes)
         if images:
             classes[folder.name] = images
         else:
             others = f", but {len(files)} other files" if files else ""
-            problems.append(f"{folder}: no images in it{others}")
+            notes.problems.append(f"{folder}: no images in it{others}")
     return classes

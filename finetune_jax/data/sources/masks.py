@@ -24,7 +24,7 @@ from finetune_jax.data.images.mask_files import Colour, MaskFiles
 from finetune_jax.data.labels import class_name, near_twins
 from finetune_jax.data.reading.files import (
     SPLITS,
-    Unused,
+    FileNotes,
     data_place,
     digest_of_files,
     files_below,
@@ -49,17 +49,15 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     """
     del argument
     root = data_place(directory, "masks needs the folder of images and masks")
-    problems: list[str] = []
-    unused = Unused()
-    classes, colours = _classes(root / "classes.csv", problems)
+    notes = FileNotes()
+    classes, colours = _classes(root / "classes.csv", notes.problems)
     pairs = {
-        split: _pairs(path, problems, unused)
-        for split, path in _split_roots(root, problems, unused).items()
+        split: _pairs(path, notes) for split, path in _split_roots(root, notes).items()
     }
     raise_if(
-        first_of(problems, _SHOWN),
+        first_of(notes.problems, _SHOWN),
         f"config.data.dir: {directory} cannot be used:",
-        "\n".join(unused.lines("config.data.dir")),
+        "\n".join(notes.lines("config.data.dir")),
     )
     splits = {}
     for split, found in pairs.items():
@@ -86,7 +84,7 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
             *(f"{table}: {text}" for text in near_twins(classes)),
             *depth_warnings(str(directory), images),
         ),
-        not_used=unused.lines(str(directory)),
+        not_used=notes.lines(str(directory)),
     )
 
 
@@ -131,69 +129,66 @@ def _classes(
     return tuple(names), colours
 
 
-def _split_roots(
-    root: pathlib.Path, problems: list[str], unused: Unused
-) -> dict[str, pathlib.Path]:
+def _split_roots(root: pathlib.Path, notes: FileNotes) -> dict[str, pathlib.Path]:
     """Returns the folder of each split; {'all': root} where there are none."""
     if (root / "images").is_dir():
         return {"all": root}
     found: dict[str, pathlib.Path] = {}
-    for path in visible(root, problems, unused):
+    for path in visible(root, notes):
         name = SPLITS.get(path.name.lower())
         if name is None or not path.is_dir():
             if path.name != "classes.csv":
-                _leave_out(path, problems, unused)
+                _leave_out(path, notes)
             continue
         if name in found:
-            problems.append(
+            notes.problems.append(
                 f"{path}: the same split as {found[name]}; have one of them"
             )
         found[name] = path
     if "train" not in found:
-        problems.append(f"{root}: neither a folder images, nor train with one in it")
+        notes.problems.append(
+            f"{root}: neither a folder images, nor train with one in it"
+        )
     return found
 
 
-def _leave_out(path: pathlib.Path, problems: list[str], unused: Unused) -> None:
+def _leave_out(path: pathlib.Path, notes: FileNotes) -> None:
     """Notes that a file, or all files of a folder, are not used."""
-    files = files_below(path, problems, unused) if path.is_dir() else [path]
+    files = files_below(path, notes) if path.is_dir() else [path]
     for file in files:
-        unused.add(file, _NO_PLACE)
+        notes.add(file, _NO_PLACE)
 
 
-def _named(
-    place: pathlib.Path, problems: list[str], unused: Unused
-) -> dict[str, pathlib.Path]:
+def _named(place: pathlib.Path, notes: FileNotes) -> dict[str, pathlib.Path]:
     """Returns the images below a folder by their name without suffix."""
     found: dict[str, pathlib.Path] = {}
     if not place.is_dir():
-        problems.append(f"{place}: no such folder")
+        notes.problems.append(f"{place}: no such folder")
         return found
-    for path in images_of(files_below(place, problems, unused), unused):
+    for path in images_of(files_below(place, notes), notes):
         inner = path.relative_to(place)
         is_known = path.suffix.lower() in image_suffixes()
         name = (inner.with_suffix("") if is_known else inner).as_posix()
         if name in found:
-            problems.append(f"{path}: the same name as {found[name]}")
+            notes.problems.append(f"{path}: the same name as {found[name]}")
         found[name] = path
     return found
 
 
 def _pairs(
-    folder: pathlib.Path, problems: list[str], unused: Unused
+    folder: pathlib.Path, notes: FileNotes
 ) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
     """Returns image and mask of each name, in the order of the names."""
-    images, masks = (
-        _named(folder / kind, problems, unused) for kind in ("images", "masks")
-    )
+    images, masks = (_named(folder / kind, notes) for kind in ("images", "masks"))
+    problems = notes.problems
     problems += [
         f"{path}: not a PNG file; move it elsewhere, or save it so"
         for path in masks.values()
         if path.suffix.lower() in image_suffixes() - frozenset(_PNG)
     ]
-    for path in visible(folder, problems, unused):
+    for path in visible(folder, notes):
         if path.name not in ("images", "masks", "classes.csv"):
-            _leave_out(path, problems, unused)
+            _leave_out(path, notes)
     if all(kind.is_dir() for kind in (folder / "images", folder / "masks")):
         problems += [f"{images[n]}: no mask" for n in sorted(images.keys() - masks)]
         problems += [f"{masks[n]}: no image" for n in sorted(masks.keys() - images)]

@@ -21,7 +21,13 @@ from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
 from finetune_jax.data.kind import Prepared
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
-from finetune_jax.data.reading.files import SPLITS, data_place, not_used, visible
+from finetune_jax.data.reading.files import (
+    SPLITS,
+    FileNotes,
+    data_place,
+    not_used,
+    visible,
+)
 from finetune_jax.data.rounding import may_lose, rounding_doubt
 from finetune_jax.data.source import ArrayExamples, Source
 from finetune_jax.data.tables.columns import (
@@ -219,25 +225,24 @@ def _files(name: str, directory: str | None, kind: Format) -> dict[str, pathlib.
     place = data_place(directory, needed, "file or folder")
     if place.is_file():
         return {"all": place}
-    found: dict[str, pathlib.Path] = {}
-    problems: list[str] = []
-    for path in visible(place, problems):
+    found, notes = dict[str, pathlib.Path](), FileNotes()
+    for path in visible(place, notes):
         if not path.is_file() or path.suffix.lower() not in kind.suffixes:
             continue
         split = SPLITS.get(path.stem.lower(), path.stem)
         if split in found:
-            problems.append(
+            notes.problems.append(
                 f"{path}: the split {split!r} is {found[split].name} already"
             )
         elif any(sign in split for sign in "[]+: "):
-            problems.append(
+            notes.problems.append(
                 f"{path}: a split cannot have '[', ']', '+', ':' or a blank"
             )
         found[split] = path
     if not found:
         suffixes = " or ".join(suffix or "without one" for suffix in kind.suffixes)
         raise DataMissing(f"config.data.dir: no files {suffixes} in {directory!r}")
-    raise_if(problems, f"config.data.dir: {directory} cannot be used:")
+    raise_if(notes.problems, f"config.data.dir: {directory} cannot be used:")
     return dict(sorted(found.items(), key=lambda item: item[0] != "train"))
 
 

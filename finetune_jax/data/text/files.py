@@ -12,7 +12,13 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import DataMissing, UserError, first_of, raise_if
 from finetune_jax.core.text_lines import decoded, lines_of
 from finetune_jax.data import sources
-from finetune_jax.data.reading.files import SPLITS, data_place, not_used, visible
+from finetune_jax.data.reading.files import (
+    SPLITS,
+    FileNotes,
+    data_place,
+    not_used,
+    visible,
+)
 from finetune_jax.data.reading.separated import (
     begin_of,
     first_cells,
@@ -79,10 +85,11 @@ def read_splits(
     place = data_place(directory, needed, "file or folder")
     if place.is_file():
         return {"all": read(place, header)}
-    problems: list[str] = []
+    notes = FileNotes()
+    problems = notes.problems
     files = [
         path
-        for path in visible(place, problems)
+        for path in visible(place, notes)
         if path.is_file() and path.suffix.lower() == suffix
     ]
     found: dict[str, Rows] = {}
