@@ -194,7 +194,7 @@ def array_source(
         splits=examples,
         class_names=names,
         targets=tuple(targets),
-        fingerprint=lambda: _fingerprint(examples),
+        fingerprint=lambda: digest_of_arrays(examples),
         warnings=tuple(f"{name}: {line}" for line in lines),
         pixels=pixels,
     )
@@ -374,10 +374,20 @@ def _target_problems(
     return problems
 
 
-def _fingerprint(splits: Mapping[str, ArrayExamples]) -> str:
-    digester = hashlib.sha256()
+def digest_of_arrays(
+    splits: Mapping[str, ArrayExamples], rest: bytes = b"", *, dtypes: bool = True
+) -> str:
+    """Returns a digest of examples in memory.
+
+    Args:
+        splits: Examples by split.
+        rest: Other content that counts.
+        dtypes: Whether dtypes of inputs count, which are the same for all texts.
+    """
+    digester = hashlib.sha256(rest)
     for name, examples in sorted(splits.items()):
-        digester.update(f"{name}{examples.values.shape}{examples.dtype}".encode())
+        dtype = examples.dtype if dtypes else ""
+        digester.update(f"{name}{examples.values.shape}{dtype}".encode())
         digester.update(np.ascontiguousarray(examples.values).data)
         digester.update(np.ascontiguousarray(examples.label).data)
     return digester.hexdigest()

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from finetune_jax.core.errors import UserError, first_of, raise_if
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.labels import Classes, classes_of, spelling_of
 from finetune_jax.data.rounding import rounding_doubt
-from finetune_jax.data.source import ArrayExamples, Source
+from finetune_jax.data.source import ArrayExamples, Source, digest_of_arrays
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.questions import answer_problems, asked_in, encode_questions
 from finetune_jax.data.text.tags import (
@@ -119,7 +118,7 @@ def text_source(
         splits=examples,
         class_names=found.classes.names,
         targets=(options.label,) if options.labels == "numbers" else (),
-        fingerprint=lambda: _fingerprint(examples, found.digested),
+        fingerprint=lambda: digest_of_arrays(examples, found.digested, dtypes=False),
         groups=found.groups,
         notes=found.notes,
         warnings=(*warnings, *found.classes.warnings, *counts.lines()),
@@ -289,15 +288,6 @@ def _labels(
     counts = collections.Counter(text for texts in spelled.values() for text in texts)
     classes = classes_of(counts, f"config.data.label: {options.label!r}")
     return {split: classes.of(texts) for split, texts in spelled.items()}, classes
-
-
-def _fingerprint(splits: Mapping[str, ArrayExamples], rest: bytes = b"") -> str:
-    digester = hashlib.sha256(rest)
-    for name, examples in sorted(splits.items()):
-        digester.update(f"{name}{examples.values.shape}".encode())
-        digester.update(examples.values.data)
-        digester.update(examples.label.data)
-    return digester.hexdigest()
 
 
 _ONE_LABEL = LabelForm(_problems, text_problems, _encode_one_label)
