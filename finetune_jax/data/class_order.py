@@ -81,14 +81,10 @@ def _places(spec: DataSpec, wanted: Any, where: str) -> np.ndarray | None:
         return None
     if set(wanted) != set(names):
         lines = [
-            f"{name!r} is not a class of the run{closest(name, wanted)}"
-            for name in names
-            if name not in wanted
-        ]
-        lines += [
-            f"{name!r} is not a class of the data{closest(name, names)}"
-            for name in wanted
-            if name not in names
+            f"{name!r} is not a class of the {place}{closest(name, theirs)}"
+            for place, own, theirs in (("run", names, wanted), ("data", wanted, names))
+            for name in own
+            if name not in theirs
         ]
         raise UserError(
             f"config.data: {where}the classes are not those that the run began with: "

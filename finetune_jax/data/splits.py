@@ -99,8 +99,7 @@ def select(splits: Mapping[str, np.ndarray], text: str, where: str) -> np.ndarra
     if not len(selected):
         sizes = ", ".join(f"{name} {len(i)}" for name, i in splits.items())
         raise UserError(f"{where}: {text!r} is empty; the splits hold {sizes}.")
-    repeated = len(selected) - len(np.unique(selected))
-    if repeated:
+    if repeated := len(selected) - len(np.unique(selected)):
         raise UserError(f"{where}: {text!r} names {repeated} examples twice")
     return selected
 
@@ -193,17 +192,13 @@ def _members(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def overlaps(chosen: Mapping[str, np.ndarray]) -> list[str]:
     """Returns a warning for any two splits that share examples."""
+    pairs = (("train", "test"), ("train", "validation"), ("validation", "test"))
     found = []
-    for one, other in (
-        ("train", "test"),
-        ("train", "validation"),
-        ("validation", "test"),
-    ):
-        if one in chosen and other in chosen:
-            shared = len(np.intersect1d(chosen[one], chosen[other]))
-            if shared:
-                found.append(
-                    f"data.{one} and data.{other} share {shared} examples: what is "
-                    f"measured on data.{other} says little about new data"
-                )
+    for one, other in pairs:
+        shared = np.intersect1d(chosen.get(one, ()), chosen.get(other, ()))
+        if len(shared):
+            found.append(
+                f"data.{one} and data.{other} share {len(shared)} examples: what is "
+                f"measured on data.{other} says little about new data"
+            )
     return found

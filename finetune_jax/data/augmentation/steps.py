@@ -311,13 +311,10 @@ def make_augment(
             Or images that do not come out in `size`.
     """
     steps = [(step,) if isinstance(step, str) else step for step in steps]
-    problems = [
-        problem
-        for index, step in enumerate(steps)
-        for problem in step_problems(
-            f"config.data.augment[{index}]", step, AUGMENTATIONS, ("pad_crop", 2)
-        )
-    ]
+    problems = []
+    for index, step in enumerate(steps):
+        where = f"config.data.augment[{index}]"
+        problems += step_problems(where, step, AUGMENTATIONS, ("pad_crop", 2))
     raise_if(problems, "config.data.augment does not fit:")
     if size and stored:
         _check_size([name for name, *_ in steps], size, stored)

@@ -99,7 +99,7 @@ def open_columns(
             key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
             return folder / key[:32], {**about, "of": str(path), "bytes": before[0]}
 
-        found, is_ours = None, False
+        found = None
         if _may_be_there(folder, before[0]):
             found = _found(path, named()[0], schema, digest.result(), verify=True)
         if found is None:
@@ -114,8 +114,7 @@ def open_columns(
                     f"{folder}: {error}"
                 ) from error
             # Columns that were just written are not digested again.
-            verify = not is_ours
-            found = _found(path, place, schema, digest.result(), verify=verify)
+            found = _found(path, place, schema, digest.result(), verify=not is_ours)
             if found is None:
                 raise UserError(f"{place}: the columns written there cannot be read")
     if not len(found):

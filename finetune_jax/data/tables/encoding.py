@@ -4,7 +4,6 @@ A run keeps both, so that later rows are encoded the same, to the bit.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -96,18 +95,17 @@ def _whole_found(values: Any, known: Any, found: Any) -> Any:
         known: The known values, also an Arrow array of strings.
         found: Place of each value in the known ones, null where it is unknown.
     """
-    without = functools.partial(pc.replace_substring_regex, values, "[.]0*$", "")
-    others = [(WITH_FRACTION, without)]
+    # Which values are sought in another form, and how their end is replaced.
+    others = [(WITH_FRACTION, "[.]0*$", "")]
     if pc.any(pc.ends_with(known, ".0")).as_py():
-        end, between = (pa.scalar(text, values.type) for text in (".0", ""))
-        joined = functools.partial(pc.binary_join_element_wise, values, end, between)
-        others.append((WHOLE, joined))
-    for pattern, other in others:
+        others.append((WHOLE, "$", ".0"))
+    for pattern, end, other in others:
         is_sought = pc.and_(
             pc.match_substring_regex(values, pattern), pc.is_null(found)
         )
         if pc.any(is_sought).as_py():
-            places = pc.index_in(other(), value_set=known)
+            replaced = pc.replace_substring_regex(values, end, other)
+            places = pc.index_in(replaced, value_set=known)
             found = pc.if_else(is_sought, places, found)
     return found
 

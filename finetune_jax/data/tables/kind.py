@@ -84,10 +84,8 @@ class Tables(Kind):
         """Returns the columns by kind, with the share of missing values."""
         table: TableSpec = spec.inputs
         parts = []
-        for kind, columns in (
-            ("number", table.numbers),
-            ("category", table.categories),
-        ):
+        kinds = {"number": table.numbers, "category": table.categories}
+        for kind, columns in kinds.items():
             names = [
                 f"{one.name} ({one.missing:.1%} missing)" if one.missing else one.name
                 for one in columns

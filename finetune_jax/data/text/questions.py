@@ -118,9 +118,8 @@ def answers_of(value: Any) -> list[tuple[Any, Any]] | None:
     >>> answers_of([{"text": "Bern", "answer_start": 4}]), answers_of([]), answers_of("no")
     ([('Bern', 4)], [], None)
     """
-    keys = ("text", "answer_start")
     if isinstance(value, Mapping):
-        texts, begins = (value.get(key) for key in keys)
+        texts, begins = value.get("text"), value.get("answer_start")
         if not isinstance(texts, list) or not isinstance(begins, list):
             return None
         return list(zip(texts, begins)) if len(texts) == len(begins) else None
