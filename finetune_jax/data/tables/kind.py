@@ -47,18 +47,13 @@ class Tables(Kind):
     def open(self, section: Mapping[str, Any], resources: Resources) -> Opened:
         """Returns the table that `config.data` describes."""
         form = format_of(section["name"])
-        table = load_table(
+        return load_table(
             section["name"],
             section["dir"],
             form,
             table_options_of(section, form),
             section["cache_dir"],
             resources.fitted,
-        )
-        return Opened(
-            kind="tables",
-            source=table.source,
-            prepare=lambda train: table.prepared(train, resources.fitted),
         )
 
     def inputs_from_json(self, plain: Mapping[str, Any], section: Mapping) -> TableSpec:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,8 @@ from finetune_jax.core.errors import (
     collected,
     raise_if,
 )
-from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
-from finetune_jax.data.kind import Prepared
+from finetune_jax.data.kind import Opened, Prepared
 from finetune_jax.data.labels import MANY_CLASSES, classes_of
 from finetune_jax.data.reading.files import (
     SPLITS,
@@ -38,7 +38,7 @@ from finetune_jax.data.tables.columns import (
     open_columns,
 )
 from finetune_jax.data.tables.doubts import sign_doubts
-from finetune_jax.data.tables.encoding import Encoded, Fitted, read_fitted
+from finetune_jax.data.tables.encoding import Encoded, Fitted
 from finetune_jax.data.tables.files import (
     batches,
     cells_in,
@@ -49,69 +49,6 @@ from finetune_jax.data.tables.files import (
 from finetune_jax.data.tables.schema import Format, Schema, TableOptions
 from finetune_jax.data.tables.statistics import fit
 from finetune_jax.data.tables.unknown import held_out_unknown
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table's columns, before anything is fitted.
-
-    Attributes:
-        splits: Columns by split.
-        schema: Schema of the columns.
-        options: Options of the data.
-        source: Source of the labels; the inputs are not encoded yet.
-    """
-
-    splits: Mapping[str, Columns]
-    schema: Schema
-    options: TableOptions
-    source: Source
-
-    def prepared(self, train: np.ndarray, saved: Fitted | None) -> Prepared:
-        """Returns the encoded rows.
-
-        Args:
-            train: The training rows, indices in the concatenation of the splits.
-            saved: Statistics and vocabularies of a run; None fits them.
-
-        Raises:
-            UserError: `saved` is for other columns.
-        """
-        warnings: list[str] = []
-        columns = list(self.splits.values())
-        if saved is None:
-            former, where = None, "config.data.fitted"
-            if self.options.fitted is not None:
-                folder = user_path(self.options.fitted, where)
-                former = read_fitted(folder, where)
-            saved, warnings = fit(columns, train, self.schema, self.options, former)
-        elif saved.spec.schema != self.schema:
-            raise UserError(
-                f"{self.source.name}: the columns are not those that the run was trained "
-                f"on ({', '.join(saved.spec.schema.inputs)})"
-            )
-        unknown = held_out_unknown(columns, train, saved)
-        splits = {
-            split: ArrayExamples(
-                values=Encoded(columns=one, encoder=saved.encoder(one.values)),
-                label=self.source.splits[split].label,
-            )
-            for split, one in self.splits.items()
-        }
-        spec = json.dumps(saved.spec.to_json(), sort_keys=True)
-        content = f"{self.source.fingerprint()} {spec}"
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        shape = (saved.spec.width,)
-        return Prepared(
-            source=dataclasses.replace(
-                self.source, splits=splits, fingerprint=lambda: digest
-            ),
-            shape=shape,
-            train_shape=shape,
-            inputs=saved.spec,
-            fitted=saved,
-            warnings=(*warnings, *unknown),
-        )
 
 
 def format_of(name: str) -> Format:
@@ -131,8 +68,8 @@ def load_table(
     options: TableOptions,
     cache_dir: str | None,
     saved: Fitted | None = None,
-) -> Table:
-    """Returns the table that `config.data` describes.
+) -> Opened:
+    """Returns the table that `config.data` describes; its inputs are not encoded yet.
 
     Args:
         name: `config.data.name`.
@@ -177,7 +114,49 @@ def load_table(
         warnings=(*source.warnings, *warnings),
         not_used=not_used(directory, set(files.values())),
     )
-    return Table(splits=splits, schema=schema, options=options, source=source)
+
+    def prepare(train: np.ndarray) -> Prepared:
+        fitted, doubts = saved, list[str]()
+        if fitted is None:
+            fitted, doubts = fit(list(splits.values()), train, schema, options)
+        return _prepared(source, splits, train, fitted, doubts)
+
+    return Opened(kind="tables", source=source, prepare=prepare)
+
+
+def _prepared(
+    source: Source,
+    columns: Mapping[str, Columns],
+    train: np.ndarray,
+    fitted: Fitted,
+    doubts: Sequence[str],
+) -> Prepared:
+    """Returns the encoded rows.
+
+    Args:
+        source: Source of the labels.
+        columns: Columns by split.
+        train: The training rows, indices in the concatenation of the splits.
+        fitted: Statistics and vocabularies.
+        doubts: Warnings about them.
+    """
+    splits = {}
+    for split, one in columns.items():
+        rows: Any = Encoded(columns=one, encoder=fitted.encoder(one.values))
+        splits[split] = ArrayExamples(values=rows, label=source.splits[split].label)
+    unknown = held_out_unknown(list(columns.values()), train, fitted)
+    spec = json.dumps(fitted.spec.to_json(), sort_keys=True)
+    content = f"{source.fingerprint()} {spec}"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    shape = (fitted.spec.width,)
+    return Prepared(
+        source=dataclasses.replace(source, splits=splits, fingerprint=lambda: digest),
+        shape=shape,
+        train_shape=shape,
+        inputs=fitted.spec,
+        fitted=fitted,
+        warnings=(*doubts, *unknown),
+    )
 
 
 def _label_doubts(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.errors import UserError, raise_if
+from finetune_jax.core.paths import user_path
 from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.tables import doubts
 from finetune_jax.data.tables.columns import Columns
-from finetune_jax.data.tables.encoding import Fitted, digest_of, logarithm
+from finetune_jax.data.tables.encoding import Fitted, digest_of, logarithm, read_fitted
 from finetune_jax.data.tables.schema import (
     ROWS_BEFORE,
     Category,
@@ -30,7 +31,6 @@ def fit(
     train: np.ndarray,
     schema: Schema,
     options: TableOptions,
-    former: Fitted | None,
 ) -> tuple[Fitted, list[str]]:
     """Returns the statistics and known values of columns, and warnings.
 
@@ -38,12 +38,15 @@ def fit(
         columns: Columns of all files.
         train: The training rows, indices in the concatenation of all rows.
         schema: The columns.
-        options: Options of the data.
-        former: Statistics and known values of a run to continue; None begins anew.
+        options: Options of the data; they may name a run whose statistics and known
+            values are continued.
 
     Raises:
-        UserError: A column is another in the former run.
+        UserError: A column is another in that run, or it cannot be read.
     """
+    former, where = None, "config.data.fitted"
+    if options.fitted is not None:
+        former = read_fitted(user_path(options.fitted, where), where)
     ordered = np.sort(train)
 
     def is_told(name: str) -> bool:
