@@ -98,14 +98,6 @@ class DomainMixture:
             for name, message in part.messages().items()
         }
 
-    def domains_of(self, update: int) -> tuple[tuple[str, ...], int]:
-        """Returns the domains of an update, and its number among those that have them."""
-        names = tuple(self.draws)
-        if not self.takes_turns:
-            return names, update
-        own, turn = divmod(update, len(names))
-        return names[turn : turn + 1], own
-
     def orders(self, seed: int) -> dict[str, Order]:
         """Returns the order of training of each domain that is trained on."""
         return {
@@ -145,12 +137,15 @@ class DomainMixture:
 
     def _rows(self, update: int, orders: Mapping[str, Order]) -> dict[str, np.ndarray]:
         """Returns the positions of an update's examples in the split, by domain."""
-        domains, own = self.domains_of(update)
-        sizes = {domain: self.draws[domain].examples for domain in domains}
-        return {
-            domain: orders[domain](own * size, (own + 1) * size)
-            for domain, size in sizes.items()
-        }
+        domains, own = list(self.draws), update
+        if self.takes_turns:  # Then `own` counts the updates of one domain.
+            own, turn = divmod(update, len(domains))
+            domains = [domains[turn]]
+        found = {}
+        for domain in domains:
+            size = self.draws[domain].examples
+            found[domain] = orders[domain](own * size, (own + 1) * size)
+        return found
 
 
 def mixed_batches(
