@@ -19,8 +19,6 @@ _SAME = {"\u2212": "-", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'"}
 # (thousands, decimal) in the order in which they are tried.
 _SEPARATORS = (("", "."), (",", "."), ("", ","), (".", ","))
 _RARE_SEPARATORS = ((" ", "."), (" ", ","), ("'", "."), ("'", ","))
-# Values that are looked at before all are.
-_FEW = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,11 +97,9 @@ def form_of(
     usual = [text for text in map(_usual, texts) if text not in _NOTHING]
     if not usual:
         return PLAIN
-    around = {_around(text) for text in usual[:_FEW]}
-    around = around if len(around) > 1 else {_around(text) for text in usual}
-    if len(around) > 1:
+    before, after = _around(usual[0])
+    if any(_around(text) != (before, after) for text in usual):
         return None
-    ((before, after),) = around
     if not told and not (before in _KNOWN and after in _KNOWN):
         return None
     separators = list(_SEPARATORS) + (list(_RARE_SEPARATORS) if told else [])

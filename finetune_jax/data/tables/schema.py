@@ -131,13 +131,11 @@ def rule(name: str, kind: str) -> str:
     >>> rule("age", "number")
     "config.data.columns=(('age', 'number'),)"
     """
-    pattern = name
     try:
         is_plain = re.fullmatch(name, name) is not None
     except re.error:
         is_plain = False
-    if not is_plain:
-        pattern = re.escape(name)
+    pattern = name if is_plain else re.escape(name)
     return f"config.data.columns=(({pattern!r}, {kind!r}),)"
 
 
