@@ -104,13 +104,10 @@ def form_of(
         return None
     separators = list(_SEPARATORS) + (list(_RARE_SEPARATORS) if told else [])
     if commas:
-        separators.sort(key=lambda one: one[1] == ".")
         # Points before three digits each are rather between thousands.
-        if any("." in text for text in usual):
-            separators.remove((".", ","))
-            separators.insert(0, (".", ","))
-        plain = separators.pop(separators.index(("", ".")))
-        separators.insert(1 if separators[0] == (".", ",") else 0, plain)
+        first = [(".", ",")] if any("." in text for text in usual) else []
+        separators.sort(key=lambda one: one[1] == ".")
+        separators = list(dict.fromkeys([*first, ("", "."), *separators]))
     for thousands, decimal in separators:
         form = Form(before=before, after=after, thousands=thousands, decimal=decimal)
         pattern = re.compile(form.pattern(strict=True))
