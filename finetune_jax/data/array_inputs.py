@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core.errors import UserError, raise_if
-from finetune_jax.core.paths import printable
+from finetune_jax.core.paths import printable, user_path
 from finetune_jax.data.dataset import Dataset, unlabelled
 from finetune_jax.data.images.array_files import read_arrays
 from finetune_jax.data.kind import FileRule
@@ -128,6 +128,7 @@ class ArrayReader:
         files = [n for n, item in enumerate(given) if not isinstance(item, np.ndarray)]
         if files and self.images:
             found = [given[place] for place in files]
+            found = [user_path(one) if isinstance(one, str) else one for one in found]
             self.images.check(files, found)
             dataset, errors = self.images.read(found)
             check_readable(errors, "Leave them out.")

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data.images.decoding import Geometry, fit_named
-from finetune_jax.data.images.pixels import Pixels, read_images
+from finetune_jax.data.images.pixels import Images, Pixels, read_images
 from finetune_jax.data.labels import (
     MANY_CLASSES,
     Classes,
@@ -167,7 +167,8 @@ def array_source(
     if len(set(shapes.values())) > 1:
         problems.append(f"the splits differ in shape: {shapes}")
     raise_if(problems, f"The data {name} cannot be used:")
-    values, pixels, lines, problems = _read_inputs(inputs)
+    read = _read_inputs(inputs)
+    lines, problems = [*read.warnings], [*read.problems]
     if any(array.dtype.kind == "f" for array in label.values()):
         names = ()
         indices = {
@@ -186,7 +187,7 @@ def array_source(
         problems += classes.problems
     raise_if(problems, f"The data {name} cannot be used:")
     examples = {
-        split: ArrayExamples(values=values[split], label=indices[split])
+        split: ArrayExamples(values=read.values[split], label=indices[split])
         for split in splits
     }
     return Source(
@@ -196,7 +197,7 @@ def array_source(
         targets=tuple(targets),
         fingerprint=lambda: digest_of_arrays(examples),
         warnings=tuple(f"{name}: {line}" for line in lines),
-        pixels=pixels,
+        pixels=read.pixels,
     )
 
 
@@ -229,11 +230,10 @@ def _split_problems(inputs: np.ndarray, label: np.ndarray) -> list[str]:
     return problems + _label_problems(label)
 
 
-def _read_inputs(inputs: Mapping[str, np.ndarray]) -> tuple:
-    """Returns values by split, how pixels were read, warnings and problems."""
+def _read_inputs(inputs: Mapping[str, np.ndarray]) -> Images:
+    """Returns inputs by split as they are read, images or vectors."""
     if all(array.ndim > 2 for array in inputs.values()):
-        images = read_images(inputs)
-        return images.values, images.pixels, [*images.warnings], [*images.problems]
+        return read_images(inputs)
     values = {
         split: array if array.dtype == np.uint8 else array.astype(np.float32)
         for split, array in inputs.items()
@@ -242,7 +242,7 @@ def _read_inputs(inputs: Mapping[str, np.ndarray]) -> tuple:
     if len({array.dtype for array in values.values()}) > 1:
         dtypes = {split: str(array.dtype) for split, array in inputs.items()}
         problems.append(f"the splits differ in the dtype of inputs: {dtypes}")
-    return values, None, [], problems
+    return Images(values=values, problems=tuple(problems))
 
 
 def _classes(

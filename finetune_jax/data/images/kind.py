@@ -11,7 +11,6 @@ from PIL import Image
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error, raise_if
-from finetune_jax.core.paths import user_path
 from finetune_jax.data import sources
 from finetune_jax.data.array_inputs import (
     SUFFIXES,
@@ -195,7 +194,6 @@ def _decoded(
         spec: Description of the run's data.
     """
     geometry = KIND.geometry(spec, training=False)
-    images = [user_path(item) if isinstance(item, str) else item for item in images]
     found = attempts(lambda image: read_image(image, geometry), images)
     errors = [error for _, error in found]
     good = [values for values, error in found if error is None]
@@ -212,7 +210,6 @@ def _check_depth(places: Sequence[int], images: Sequence[Any]) -> None:
     Raises:
         UserError: Lists Pillow's images of more than 8 bits that hold bytes.
     """
-    images = [user_path(item) if isinstance(item, str) else item for item in images]
     problems = [
         f"input {place}: {problem}"
         for place, image in zip(places, images)

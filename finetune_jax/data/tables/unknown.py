@@ -96,7 +96,7 @@ def _shares(
     shares = []
     for place, (one, count) in enumerate(zip(fitted.spec.categories, counts)):
         values, count = columns.values[one.name], count[1:]
-        if one.hashed:
+        if one.hashed or not count.any():
             continue
         is_unknown = fitted.rows_of(place, values) == ROW_UNSEEN
         unknown, there = int(count[is_unknown].sum()), int(count.sum())

@@ -32,8 +32,8 @@ def words_of(value: Any) -> list[str] | None:
 def word_problems(rows: Rows, options: TextOptions) -> list[str]:
     """Returns the rows of a file whose texts have no words."""
     (column,), problems = options.text, missing_columns(rows, options.text)
-    if problems or not rows.cells:
-        return problems or [f"{rows.where}: no rows"]
+    if problems:
+        return problems
     for line, row in zip(rows.lines, rows.cells):
         words, at = words_of(row.get(column)), f"{rows.where}, {rows.unit} {line}"
         if words is None:

@@ -138,13 +138,14 @@ def _window_problems(options: TextOptions) -> list[str]:
 
 
 def missing_columns(rows: Rows, wanted: Sequence[str]) -> list[str]:
-    """Returns which of some columns a file lacks."""
-    return [
+    """Returns which of some columns a file lacks, or that it has no rows."""
+    missing = [
         f"{rows.where}: no column {column!r}{closest(column, rows.columns)} "
         f"There are: {', '.join(rows.columns)}."
         for column in wanted
         if column not in rows.columns
     ]
+    return missing if missing or rows.cells else [f"{rows.where}: no rows"]
 
 
 def text_problems(
@@ -157,10 +158,9 @@ def text_problems(
         options: Options with the columns of texts.
         wanted: Other columns that are required.
     """
-    missing = missing_columns(rows, (*options.text, *wanted))
-    if missing or not rows.cells:
-        return missing or [f"{rows.where}: no rows"]
-    problems = []
+    problems = missing_columns(rows, (*options.text, *wanted))
+    if problems:
+        return problems
     for line, row in zip(rows.lines, rows.cells):
         for column in options.text:
             value, at = row.get(column), f"{rows.where}, {rows.unit} {line}"
