@@ -94,13 +94,12 @@ def decided(extent: Extent) -> tuple[Pixels | None, str]:
     Where the range is not clear the first is None, and the line says what to do. The line
     is empty for bytes, and for floats in [0, 1].
     """
-    high = extent.high
     rule = _float_scale if extent.kind == "floats" else _integer_scale
     scale, line = rule(extent)
     if scale is None:
         return None, f"{extent}: {line}"
     lines = [part for part in (line, _darkness(extent, scale)) if part]
-    pixels = Pixels(scale=scale, low=extent.low, high=high)
+    pixels = Pixels(scale=scale, low=extent.low, high=extent.high)
     return pixels, f"{extent}: {'; '.join(lines)}" if lines else ""
 
 

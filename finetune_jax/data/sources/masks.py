@@ -61,13 +61,12 @@ def load(directory: str | None = None, argument: str | None = None) -> Source:
     )
     splits = {}
     for split, found in pairs.items():
-        names = list(found)
         if split != "all":  # 'all' is put in such an order where it is cut.
-            order = stratified_order(np.zeros(len(names)), seed=0)
-            names = [names[index] for index in order]
+            order = stratified_order(np.zeros(len(found)), seed=0)
+            found = [found[index] for index in order]
         splits[split] = MaskFiles(
-            images=tuple(found[name][0] for name in names),
-            masks=tuple(found[name][1] for name in names),
+            images=tuple(image for image, _ in found),
+            masks=tuple(mask for _, mask in found),
             classes=len(classes),
             colours=colours,
         )
@@ -177,7 +176,7 @@ def _named(place: pathlib.Path, notes: FileNotes) -> dict[str, pathlib.Path]:
 
 def _pairs(
     folder: pathlib.Path, notes: FileNotes
-) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
+) -> list[tuple[pathlib.Path, pathlib.Path]]:
     """Returns image and mask of each name, in the order of the names."""
     images, masks = (_named(folder / kind, notes) for kind in ("images", "masks"))
     problems = notes.problems
@@ -194,4 +193,4 @@ def _pairs(
         problems += [f"{masks[n]}: no image" for n in sorted(masks.keys() - images)]
         if not images.keys() & masks:
             problems.append(f"{folder}: no image that has a mask")
-    return {name: (images[name], masks[name]) for name in sorted(images.keys() & masks)}
+    return [(images[name], masks[name]) for name in sorted(images.keys() & masks)]
