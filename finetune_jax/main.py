@@ -93,8 +93,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         overrides.append(
             (name.removeprefix("--config."), value if equals else rest.pop(0))
         )
-    if problems:
-        raise UserError(*problems, advice=parser.format_usage().strip())
+    raise_if(problems, advice=parser.format_usage().strip())
     return found, overrides
 
 

@@ -373,7 +373,7 @@ def from_json(text: str, where: str) -> Config:
         config, problems = resolve(json.loads(text))
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: not the config of a run: {error}") from error
-    raise_if(problems, header=f"{where} is the config of another version:")
+    raise_if(problems, f"{where} is the config of another version:")
     return config
 
 

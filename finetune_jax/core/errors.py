@@ -128,6 +128,11 @@ def raise_if(
 ) -> None:
     """Raises one user error if there are problems.
 
+    Args:
+        problems: Problems, in order.
+        header: First line of the message; '' begins with the first problem.
+        advice: Last line of the message; '' for none.
+
     Raises:
         UserError: Lists all of them.
     """

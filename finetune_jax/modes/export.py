@@ -5,7 +5,7 @@ import pathlib
 import shutil
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
@@ -84,10 +84,7 @@ def checked_formats(formats: tuple[str, ...]) -> tuple[str, ...]:
         for name in formats
         if name not in FORMATS
     ]
-    if problems:
-        raise problems_error(
-            "The command line:", problems, f"There are {', '.join(FORMATS)}."
-        )
+    raise_if(problems, "The command line:", f"There are {', '.join(FORMATS)}.")
     return tuple(dict.fromkeys(formats))
 
 

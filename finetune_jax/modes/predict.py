@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import UserError, problems_error, raise_if
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.paths import printable, user_path
 from finetune_jax.data.kind import FileRule, kind_named
 from finetune_jax.data.reading.files import FileNotes, files_below
@@ -101,10 +101,7 @@ def find_inputs(
         else:
             missing.append(f"--inputs: no file or folder {text!r}")
     raise_if(missing)
-    if refused:
-        raise problems_error(
-            "--inputs: files that this model does not take:", refused, rule.advice
-        )
+    raise_if(refused, "--inputs: files that this model does not take:", rule.advice)
     lines += [f"warning: {line}" for line in rule.warnings(found)]
     return found, lines
 

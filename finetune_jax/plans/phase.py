@@ -108,8 +108,7 @@ def durations(
                 )
                 problems.append(Problem(f"config.plan[{index}].warmup_steps", text))
         phases.append(phase)
-    if problems:
-        raise UserError(*problems)
+    raise_if(problems)
     return tuple(phases)
 
 
@@ -254,5 +253,4 @@ def check_plan(plan: Sequence[Phase], names: Iterable[str]) -> None:
         else:
             continue
         problems.append(Problem(f"{place}.optimizer_state", text))
-    if problems:
-        raise UserError(*problems)
+    raise_if(problems)

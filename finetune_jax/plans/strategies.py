@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.plans.phase import Phase
 
 HEAD = "head/.*"
@@ -347,9 +347,8 @@ def _sequence(
         for key, values in each.items()
         if len(values) != len(parts)
     ]
-    if problems:
-        names = ", ".join(name for name, _ in parts)
-        raise problems_error(f"strategies.{strategy}: phases {names}", problems)
+    names = ", ".join(name for name, _ in parts)
+    raise_if(problems, f"strategies.{strategy}: phases {names}")
     phases = []
     for index, (name, rules) in enumerate(parts):
         own = {key: values[index] for key, values in each.items()}
@@ -412,5 +411,4 @@ def _check_parts(stages: Sequence[str], parts: Iterable[str], where: str) -> Non
         for part in parts
         if part.partition("/")[0] not in stages
     ]
-    if problems:
-        raise problems_error(f"{where}:", problems, f"There are: {', '.join(stages)}.")
+    raise_if(problems, f"{where}:", f"There are: {', '.join(stages)}.")

@@ -19,7 +19,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from finetune_jax.core.errors import TrainingError, problems_error, why_not_written
+from finetune_jax.core.errors import TrainingError, raise_if, why_not_written
 from finetune_jax.core.machine import give_back_memory
 from finetune_jax.core.pytrees import leaf_digests, named
 from finetune_jax.core.registry import closest
@@ -130,12 +130,11 @@ class Checkpoints:
             f"{n}: not in the checkpoint{closest(n, saved)}" for n in names - saved
         ]
         problems += [f"{n}: only in the checkpoint" for n in saved - names]
-        if problems:
-            raise problems_error(
-                f"Checkpoint {step} in {self.folder} was saved in another phase or by "
-                "another model:",
-                sorted(problems),
-            )
+        raise_if(
+            sorted(problems),
+            f"Checkpoint {step} in {self.folder} was saved in another phase or by "
+            "another model:",
+        )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             state = self._manager.restore(step, args=args)["state"]
@@ -156,11 +155,9 @@ class Checkpoints:
             for n in sorted(names)
             if (leaves[n].shape, leaves[n].dtype) != (shapes[n].shape, shapes[n].dtype)
         ]
-        if problems:
-            raise problems_error(
-                f"Checkpoint {step} in {self.folder} was saved by another model:",
-                problems,
-            )
+        raise_if(
+            problems, f"Checkpoint {step} in {self.folder} was saved by another model:"
+        )
         give_back_memory()
         return TrainState(**state)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.config import Config, seeds
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.batches import training_batches
@@ -68,11 +68,10 @@ def scale_layers(
         return dict(zip(order, map(float, found)))
 
     seen = measured()
-    if never := sorted(set(chosen) - set(seen)):
-        raise problems_error(
-            "config.init.schemes, 'lsuv': the model does not run these layers:",
-            never,
-        )
+    raise_if(
+        sorted(set(chosen) - set(seen)),
+        "config.init.schemes, 'lsuv': the model does not run these layers:",
+    )
     for name in tuple(order):
         tolerance, rounds = chosen[name]
         for _ in range(int(rounds)):
