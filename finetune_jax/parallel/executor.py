@@ -1,11 +1,12 @@
 """Executors compile the programs of a run and run them, for one run or for several."""
 
+import abc
 import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,21 +21,12 @@ LONGEST = 256
 SHORT_S, LONG_S = 0.15, 0.4
 
 
-class Pace(Protocol):
-    """The number of updates of a call."""
+class Pace:
+    """The number of updates of a call: fixed, or adapted to take a fraction of a second.
 
-    @property
-    def updates(self) -> int:
-        """Number of updates of the next call."""
-        ...
-
-    def took(self, seconds: float) -> None:
-        """Notes the duration of a call."""
-        ...
-
-
-class OwnPace:
-    """A pace that is fixed, or adapts so that a call takes a fraction of a second."""
+    Attributes:
+        updates: Number of updates of the next call.
+    """
 
     def __init__(self, chosen: int | None):
         """Takes the number of updates of a call; None adapts it."""
@@ -66,7 +58,8 @@ class Batches:
     is_large: bool = False
 
 
-class Executor(Protocol):
+@dataclasses.dataclass(kw_only=True)
+class Executor(abc.ABC):
     """Compiles and runs the programs of a run.
 
     Attributes:
@@ -75,11 +68,15 @@ class Executor(Protocol):
     """
 
     devices: Devices
-    compile_s: float
+    compile_s: float = 0.0
+    _training: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    _resident: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Returns `make()`, computed once for each key."""
-        ...
+        if key not in self._training:
+            self._training[key] = make()
+        return self._training[key]
 
     def resident(self, split: Any, make: Callable[[], Any]) -> Any:
         """Returns a split on the devices; the split of the last call is kept.
@@ -88,8 +85,11 @@ class Executor(Protocol):
             split: The split, compared by identity.
             make: Returns its arrays on the host.
         """
-        ...
+        if not self._resident or self._resident[0][0] is not split:
+            self._resident[:] = [(split, self.devices.place(make()))]
+        return self._resident[0][1]
 
+    @abc.abstractmethod
     def train_program(
         self,
         key: Hashable,
@@ -108,8 +108,8 @@ class Executor(Protocol):
             frozen: Returns names of the leaves of the state that no update changes.
             is_resident: Whether the third argument is a split on the devices.
         """
-        ...
 
+    @abc.abstractmethod
     def rows(
         self, name: str, step: Callable, arguments: tuple, batches: Batches
     ) -> dict[str, np.ndarray]:
@@ -121,7 +121,6 @@ class Executor(Protocol):
             arguments: Placed arguments.
             batches: The split.
         """
-        ...
 
     def pace(self, key: Hashable, chosen: int | None) -> Pace:
         """Returns the pace of the calls of a phase.
@@ -130,35 +129,15 @@ class Executor(Protocol):
             key: Key of the phase's program.
             chosen: Number of updates of a call; None adapts it.
         """
-        ...
+        del key
+        return Pace(chosen)
 
 
 @dataclasses.dataclass(kw_only=True)
-class DeviceExecutor:
-    """Runs each program for one run. Runs of one model may share it, one after another.
+class DeviceExecutor(Executor):
+    """Runs each program for one run. Runs of one model may share it, one after another."""
 
-    Attributes:
-        devices: Devices that arrays are placed on.
-        compile_s: Seconds spent on compiling evaluation programs.
-    """
-
-    devices: Devices
-    compile_s: float = 0.0
-    _training: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     _evaluation: dict[Hashable, Callable] = dataclasses.field(default_factory=dict)
-    _resident: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns `make()`, computed once for each key."""
-        if key not in self._training:
-            self._training[key] = make()
-        return self._training[key]
-
-    def resident(self, split: Any, make: Callable[[], Any]) -> Any:
-        """Returns a split on the devices; the split of the last call is kept."""
-        if not self._resident or self._resident[0][0] is not split:
-            self._resident[:] = [(split, self.devices.place(make()))]
-        return self._resident[0][1]
 
     def train_program(
         self,
@@ -196,11 +175,6 @@ class DeviceExecutor:
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: batches.count], *parts
         )
-
-    def pace(self, key: Hashable, chosen: int | None) -> Pace:
-        """Returns a new pace."""
-        del key
-        return OwnPace(chosen)
 
     def end_training(self) -> None:
         """Frees the compiled updates and the training data on the devices."""

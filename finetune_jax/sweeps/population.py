@@ -34,7 +34,7 @@ from finetune_jax.data.kind import weight_keys
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
-from finetune_jax.parallel.executor import DeviceExecutor
+from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.workdir import (
@@ -218,7 +218,7 @@ class _Population:
     stop: Stop
     terminal: Terminal
     store: FeatureStore | None
-    executor: DeviceExecutor | VectorisedExecutor
+    executor: Executor
 
     def run(self) -> list[dict[str, Any]]:
         """Returns the result of each member, trained before or now.

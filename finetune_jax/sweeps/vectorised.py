@@ -7,6 +7,7 @@ vmapped; measurements wait until no member waits for updates. Arrays that all me
 content. The others do not wait for a member that has ended.
 """
 
+import copy
 import functools
 import time
 import weakref
@@ -23,13 +24,7 @@ from finetune_jax.core.machine import memory
 from finetune_jax.core.pytrees import named, nbytes
 from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
-from finetune_jax.parallel.executor import (
-    Batches,
-    DeviceExecutor,
-    OwnPace,
-    Pace,
-    outputs,
-)
+from finetune_jax.parallel.executor import Batches, Executor, Pace, outputs
 from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.sweeps.lockstep import Lockstep, Request
 from finetune_jax.training.setup import Setup
@@ -90,48 +85,43 @@ def _own(setup: Setup, index: int) -> Any:
     return learns, stats, jax.eval_shape(phase.optimizer().init, params), ema
 
 
-class SharedPace:
+class SharedPace(Pace):
     """A pace that all members keep, by the seconds that their common call took."""
 
-    def __init__(self, pace: Pace, executor: "VectorisedExecutor"):
-        """Takes the pace of one run."""
-        self._pace, self._executor, self._seen = pace, executor, 0
-
-    @property
-    def updates(self) -> int:
-        """Number of updates of the next call."""
-        return self._pace.updates
+    def __init__(self, chosen: int | None, executor: "VectorisedExecutor"):
+        """Takes the number of updates of a call; None adapts it."""
+        super().__init__(chosen)
+        self._executor, self._seen = executor, 0
 
     def took(self, seconds: float) -> None:
         """Notes, once a call, its duration without waiting for other members."""
         del seconds
         if self._executor.calls > self._seen:
             self._seen = self._executor.calls
-            self._pace.took(self._executor.call_s)
+            super().took(self._executor.call_s)
 
 
-class VectorisedExecutor:
+class VectorisedExecutor(Executor):
     """Runs the programs of several members as one, vmapped over them.
+
+    Equal arrays are placed once, and compiling is part of the calls.
 
     Attributes:
         size: Largest number of members of a program.
-        devices: The device; equal arrays are placed once.
-        compile_s: 0; compiling is part of the calls.
         calls: Number of training calls so far.
         call_s: Seconds that the last of them took.
     """
 
     def __init__(self, size: int, devices: Devices):
         """Takes the largest number of members, and the device."""
-        self.size = size
         shared: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self.devices: Devices = MeshDevices(mesh=devices.mesh, shared=shared)
-        self.compile_s = 0.0
+        super().__init__(devices=MeshDevices(mesh=devices.mesh, shared=shared))
+        self.size = size
         self.calls, self.call_s = 0, 0.0
         # Programs of several members; None if one does not fit into memory.
         self._programs: dict[Any, Compiled | None] = {}
-        self._of_one = DeviceExecutor(devices=self.devices)
         self._lockstep = Lockstep()
+        self._urgency = WAITS
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
         """Runs the training of some members in lockstep.
@@ -141,17 +131,9 @@ class VectorisedExecutor:
         """
         self._lockstep.run(works)
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Returns `make()`, computed once for each key."""
-        return self._of_one.once(key, make)
-
-    def resident(self, split: Any, make: Callable[[], Any]) -> Any:
-        """Returns a split on the device; the split of the last call is kept."""
-        return self._of_one.resident(split, make)
-
     def pace(self, key: Hashable, chosen: int | None) -> Pace:
         """Returns the pace of a phase, which all members share."""
-        return self.once(("pace", key), lambda: SharedPace(OwnPace(chosen), self))
+        return self.once(("pace", key), lambda: SharedPace(chosen, self))
 
     def train_program(
         self,
@@ -225,35 +207,26 @@ class VectorisedExecutor:
         self, name: str, step: Callable, arguments: tuple, batches: Batches
     ) -> dict[str, np.ndarray]:
         """Returns the outputs of a step for a split, once no member waits for updates."""
-        return self.ask_rows(name, step, arguments, batches, WAITS)
-
-    def urgent(self) -> "UrgentExecutor":
-        """Returns an executor whose measurements do not wait for updates."""
-        return UrgentExecutor(self)
-
-    def ask_rows(
-        self,
-        name: str,
-        step: Callable,
-        arguments: tuple,
-        batches: Batches,
-        urgency: int,
-    ) -> dict[str, np.ndarray]:
-        """Returns the outputs of a step for a split, in the order of the urgencies."""
         request = Request(
             signature=((name, batches.key), _signature(arguments)),
             given=arguments,
             answer=functools.partial(self._rows, name, step, batches),
-            urgency=urgency,
+            urgency=self._urgency,
         )
         return self._lockstep.ask(request)
 
+    def urgent(self) -> "VectorisedExecutor":
+        """Returns the executor of a member that makes no more updates.
+
+        Its measurements do not wait for updates: its result is written before the updates
+        of the other members go on.
+        """
+        urgent = copy.copy(self)
+        urgent._urgency = URGENT
+        return urgent
+
     def _rows(
-        self,
-        name: str,
-        step: Callable,
-        batches: Batches,
-        given: list[tuple],
+        self, name: str, step: Callable, batches: Batches, given: list[tuple]
     ) -> list[dict[str, np.ndarray]]:
         """Returns the rows of each member."""
         stacks = _Stacks(given, alone=[])
@@ -308,26 +281,6 @@ class VectorisedExecutor:
         assert len(given) > 1  # A program for one runs whether it fits or not.
         middle = -(-len(given) // 2)
         return answer(given[:middle]) + answer(given[middle:])
-
-
-class UrgentExecutor:
-    """The executor of a member that makes no more updates: it is measured at once.
-
-    Its result is then written before the updates of the others go on.
-    """
-
-    def __init__(self, executor: VectorisedExecutor):
-        """Takes the executor of all members."""
-        self._executor = executor
-        self.devices, self.compile_s = executor.devices, 0.0
-        self.once, self.resident = executor.once, executor.resident
-        self.train_program, self.pace = executor.train_program, executor.pace
-
-    def rows(
-        self, name: str, step: Callable, arguments: tuple, batches: Batches
-    ) -> dict[str, np.ndarray]:
-        """Returns the outputs of a step for a split, before updates of other members."""
-        return self._executor.ask_rows(name, step, arguments, batches, URGENT)
 
 
 def free_bytes(devices: Devices) -> int | None:

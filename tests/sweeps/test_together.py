@@ -13,7 +13,7 @@ import finetune_jax.parallel.compiling
 import finetune_jax.sweeps.population
 import finetune_jax.sweeps.vectorised
 from finetune_jax.core.backend import traced_for
-from finetune_jax.parallel.executor import SHORT_S, OwnPace
+from finetune_jax.parallel.executor import SHORT_S
 from finetune_jax.parallel.pmap import PmapDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_json
@@ -310,7 +310,7 @@ def test_programs_are_compiled_for_halves():
 
 def test_members_keep_one_pace():
     together = VectorisedExecutor(5, make_setup(config(())).devices)
-    pace = SharedPace(OwnPace(None), together)
+    pace = SharedPace(None, together)
     made = []
     for _ in range(3):
         together.calls, together.call_s = together.calls + 1, SHORT_S / 2

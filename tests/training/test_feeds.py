@@ -14,7 +14,7 @@ import finetune_jax.training.run
 from finetune_jax.data.order import training_order
 from finetune_jax.models import efficientnet_lite
 from finetune_jax.models.kernels.convolution import convolve
-from finetune_jax.parallel.executor import LONG_S, LONGEST, OwnPace
+from finetune_jax.parallel.executor import LONG_S, LONGEST, Pace
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -150,7 +150,7 @@ def test_calls_are_as_long_as_signals_may_wait():
     data = setup.data.train
     feed = Scanned(
         data, training_order(data.label, 0), data.take(np.arange(2)),
-        start=0, batch_size=2, micro_batches=1, views=None, pace=OwnPace(None),
+        start=0, batch_size=2, micro_batches=1, views=None, pace=Pace(None),
     )  # fmt: skip
     rates = np.zeros(1000, np.float32)
     made = []
