@@ -102,7 +102,7 @@ def forward_seconds(setup, state, photos: np.ndarray) -> float:
         }
         for at in range(0, whole, BATCH)
     ]
-    fixed = (state.params, state.batch_stats, {})
+    fixed = (state.params, state.batch_stats)
     jax.block_until_ready(step(*fixed, batches[0]))
     begin = time.perf_counter()
     for batch in batches:

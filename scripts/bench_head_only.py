@@ -50,7 +50,7 @@ def programs(address: str, batch_size: int) -> dict:
     made: dict[str, tuple] = {
         "forward": (
             functools.partial(eval_step, task=task),
-            (state.params, state.batch_stats, {}, flat),
+            (state.params, state.batch_stats, flat),
         )
     }
     for name, rules in (("head only", HEAD_ONLY), ("full", EVERYTHING)):

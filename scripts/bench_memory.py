@@ -83,7 +83,7 @@ def programs(address: str, overrides: list[tuple[str, str]]) -> tuple[int, int]:
     )  # fmt: skip
     evaluate = compiled(
         devices.over_devices(functools.partial(eval_step, task=task, first=update.first)),
-        state.params, state.batch_stats, {}, zeros(task.batch_spec, size),
+        state.params, state.batch_stats, zeros(task.batch_spec, size),
     )  # fmt: skip
     return program_bytes(train.call), program_bytes(evaluate.call)
 

@@ -47,7 +47,7 @@ def trained(kind, task, phase, batches):
         losses.append(found)
     whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches[0])
     whole = devices.place_batch(whole, batch_axis=0)
-    arguments = (placed.params, placed.batch_stats, {}, whole)
+    arguments = (placed.params, placed.batch_stats, whole)
     predict = functools.partial(eval_step, task=task)
     outputs = compiled(devices.over_devices(predict), *arguments).call(*arguments)
     return devices.to_host(placed), losses, devices.rows_to_host(outputs)["logits"]

@@ -89,12 +89,8 @@ class _OnDomain:
         step = functools.partial(eval_step, task=domain.task)
         for kind, params in evaluator.weights(placed).items():
             variables = with_head(params, placed.batch_stats, self._placed or {})
-            outputs = evaluator.rows(
-                f"also {domain.label}",
-                step,
-                (*variables, evaluator.fixed["task"]),
-                domain.test,
-            )
+            name = f"also {domain.label}"
+            outputs = evaluator.rows(name, step, variables, domain.test)
             metrics = domain.task.metrics(outputs, {"label": domain.test.label})
             found |= {
                 f"{domain.label}/{kind}{name}": value for name, value in metrics.items()

@@ -11,7 +11,6 @@ from finetune_jax.tasks.task import Task
 def eval_step(
     params: Any,
     batch_stats: Any,
-    fixed: Any,
     batch: dict,
     *,
     task: Task,
@@ -23,13 +22,11 @@ def eval_step(
     Args:
         params: From `eval_params`.
         batch_stats: Running averages.
-        fixed: Arrays of the loss; outputs do not read them.
         batch: Arrays [b, ...], with 'inputs', or with 'features', the input of `first`.
         task: Has the outputs.
         first: The stage up to which the model is computed on its own.
         domain: The domain of the batch, in a task of several.
     """
-    del fixed
     variables = {"params": params, "batch_stats": batch_stats}
     if domain is not None and task.domains is not None:
         variables = task.domains.variables_of(domain, variables)

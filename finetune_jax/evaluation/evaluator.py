@@ -32,7 +32,6 @@ class Evaluator:
     Attributes:
         task: Task, with outputs and metrics.
         executor: Compiles the programs and runs them.
-        fixed: Placed arrays that updates read and nobody updates; 'task' is the task's.
         training: Whether updates come between measurements.
         ema: Whether averaged weights are measured too.
         chosen_ema: Whether predictions are made with averaged weights.
@@ -45,7 +44,6 @@ class Evaluator:
 
     task: Task
     executor: Executor
-    fixed: Any
     batch_size: int
     training: bool = False
     ema: bool = False
@@ -101,7 +99,7 @@ class Evaluator:
         first = prefix and prefix.first
         step = functools.partial(eval_step, task=self.task, first=first, domain=domain)
         params = eval_params(placed, ema=ema)
-        arguments = params, placed.batch_stats, self.fixed["task"]
+        arguments = params, placed.batch_stats
         examples: BatchSource = dataset
         if self._is_cached(prefix, ema):
             assert self.store is not None and prefix is not None

@@ -152,7 +152,7 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
     batch = _batches(task, task.batch_spec, batch_size)
-    return _flops(step, state.params, state.batch_stats, {}, batch)
+    return _flops(step, state.params, state.batch_stats, batch)
 
 
 def _flops(function: Callable, *arguments: Any) -> float:

@@ -68,7 +68,7 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def over_devices(self, step: Callable) -> Any:
-        """Returns the jitted or pmapped `step(params, batch_stats, fixed, batch)`."""
+        """Returns the jitted or pmapped `step(*arguments, batch)`."""
 
 
 def rounded_up(devices: Devices, examples: int) -> int:

@@ -49,6 +49,7 @@ from finetune_jax.sweeps.vectorised import VectorisedExecutor, members_at_once
 from finetune_jax.tasks.objectives.metrics import loss_beside
 from finetune_jax.training.assembly import (
     make_evaluator,
+    make_fixed,
     make_loop,
     make_store,
 )
@@ -332,7 +333,8 @@ class _Population:
         )
         held = HeldCheckpoints(keep=setup.config.checkpoint.keep)
         loop = make_loop(
-            setup, evaluator, held, setup.with_ema(start), Progress(),
+            setup, evaluator, make_fixed(setup, start, self.domains), held,
+            (setup.with_ema(start), Progress()),
             workdir=folder, terminal=Terminal(quiet=True), stop=self.stop,
         )  # fmt: skip
         try:

@@ -30,11 +30,7 @@ from finetune_jax.training.updates.programs import Updates
 
 
 def make_fixed(
-    setup: Setup,
-    start: TrainState,
-    domains: tuple[Domain, ...] = (),
-    *,
-    training: bool = True,
+    setup: Setup, start: TrainState, domains: tuple[Domain, ...] = ()
 ) -> dict[str, Any]:
     """Returns the placed arrays that updates read and nobody updates.
 
@@ -42,10 +38,9 @@ def make_fixed(
         setup: Setup of the run.
         start: State before the first update, on the host.
         domains: Other domains, one of which may give the Fisher information.
-        training: Whether there will be updates.
     """
-    fixed = setup.fixed(start, training=training)
-    if training and setup.regularisers & set(READS_FISHER):
+    fixed = setup.fixed(start)
+    if setup.regularisers & set(READS_FISHER):
         fisher = domain_fisher(
             domain_named(domains, setup.config.init.fisher or ""),
             start,
@@ -80,7 +75,6 @@ def make_evaluator(
     return Evaluator(
         task=setup.task,
         executor=executor,
-        fixed=make_fixed(setup, start, domains, training=training),
         batch_size=evaluate.batch_size,
         training=training,
         ema=evaluate.ema_decay is not None,
@@ -94,9 +88,9 @@ def make_evaluator(
 def make_loop(
     setup: Setup,
     evaluator: Evaluator,
+    fixed: dict[str, Any],
     checkpoints: Checkpoints | HeldCheckpoints,
-    state: TrainState,
-    progress: Progress,
+    begun: tuple[TrainState, Progress],
     *,
     workdir: pathlib.Path,
     terminal: Terminal,
@@ -107,14 +101,15 @@ def make_loop(
     Args:
         setup: Setup of the run.
         evaluator: Evaluator of its states, whose executor makes the updates too.
+        fixed: Arrays from `make_fixed`.
         checkpoints: Checkpoints of the run.
-        state: State to begin with or to continue from, on the host.
-        progress: Progress of the run at this state.
+        begun: State to begin with or to continue from, on the host, and the progress of
+            the run at this state.
         workdir: Folder that gets the metrics.
         terminal: Terminal that a person reads.
         stop: Whether the run was asked to stop.
     """
-    config = setup.config
+    config, (state, progress) = setup.config, begun
     trackers = make_trackers(
         config.report,
         lambda: json.loads(configs.to_json(config)),
@@ -143,7 +138,7 @@ def make_loop(
         updates=Updates(
             setup=setup,
             executor=evaluator.executor,
-            fixed=evaluator.fixed,
+            fixed=fixed,
             say=terminal.say,
         ),
         state=state,

@@ -34,6 +34,7 @@ from finetune_jax.report.workdir import (
 )
 from finetune_jax.training.assembly import (
     make_evaluator,
+    make_fixed,
     make_loop,
     make_store,
 )
@@ -222,8 +223,9 @@ def _resumed(
     found = checkpoints.newest(setup.target, terminal.warn)
     if begun and not found:  # Every checkpoint was damaged.
         start, _ = setup.start()
-    state, progress = found or (setup.with_ema(start), Progress())
+    begun_at = found or (setup.with_ema(start), Progress())
     if found:
+        state, progress = found
         if progress.best_step is not None and (
             progress.best_step not in checkpoints.steps()
         ):
@@ -235,7 +237,7 @@ def _resumed(
     store = make_store(setup, terminal)
     evaluator = make_evaluator(setup, start, domains, executor=executor, store=store)
     return make_loop(
-        setup, evaluator, checkpoints, state, progress,
+        setup, evaluator, make_fixed(setup, start, domains), checkpoints, begun_at,
         workdir=workdir, terminal=terminal, stop=stop,
     )  # fmt: skip
 

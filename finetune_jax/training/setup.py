@@ -93,16 +93,15 @@ class Setup:
             shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def fixed(self, start: TrainState, *, training: bool = True) -> dict[str, Any]:
+    def fixed(self, start: TrainState) -> dict[str, Any]:
         """Returns the arrays that updates read and never change.
 
         Args:
             start: State before the first update.
-            training: Whether there will be updates.
         """
         teachers = self.task.teachers
         found: dict[str, Any] = {"task": {}}
-        if teachers is not None and training:
+        if teachers is not None:
             found["task"] = teachers.variables(start)
         if self.regularisers & set(READS_START):
             found["start"] = dict(named(start.params))

@@ -106,7 +106,7 @@ def test_metrics_are_scikit_learns_over_all_pixels_of_uneven_batches():
     for rows in (slice(0, 5), slice(5, 7)):
         part = {name: array[rows] for name, array in whole.items()}
         step = functools.partial(eval_step, task=found)
-        parts.append(jax.jit(step)(params, stats, {}, part))
+        parts.append(jax.jit(step)(params, stats, part))
     outputs = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     measured = found.metrics(outputs, {})
     counted = whole["mask"] != IGNORED

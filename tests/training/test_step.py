@@ -86,7 +86,7 @@ def test_a_head_only_step_costs_a_forward_pass():
     step = flops(trainer.step, state, {"task": {}}, batch, rate, rate)
     whole = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), batch)
     predict = functools.partial(eval_step, task=task)
-    forward = flops(predict, state.params, state.batch_stats, {}, whole)
+    forward = flops(predict, state.params, state.batch_stats, whole)
     assert 1.0 <= step / forward <= 1.05
     full = small.Trainer(task, Phase(name="all", **EVERYTHING_ON))
     assert flops(full.step, full.state, {"task": {}}, batch, rate, rate) > 2.5 * forward
