@@ -45,16 +45,15 @@ class PhaseSetup:
         return self.compiled.transformation(self.groups)
 
     def update(
-        self,
-        task: Task,
-        ema_decay: float | None = None,
-        *,
-        guarded: bool = False,
-        views: int | None = None,
-        rows: int = 1,
-        at_a_time: int | None = None,
+        self, task: Task, ema_decay: float | None = None, **options: Any
     ) -> Update:
-        """Returns the static description of the phase's updates."""
+        """Returns the static description of the phase's updates.
+
+        Args:
+            task: Task of the run.
+            ema_decay: Decay of the averaged weights; None keeps no averages.
+            **options: Other fields of `Update` that have a default.
+        """
         return Update(
             task=task,
             optimizer=self.optimizer(),
@@ -64,10 +63,7 @@ class PhaseSetup:
             repeats=self.phase.fixed_batch,
             regularise=self.phase.regularise,
             ema_decay=ema_decay,
-            guarded=guarded,
-            views=views,
-            rows=rows,
-            at_a_time=at_a_time,
+            **options,
         )
 
     def frozen(self, state: TrainState) -> dict[str, Any]:

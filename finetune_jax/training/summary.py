@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.data.dataset import Dataset
@@ -62,7 +61,7 @@ def write_report(
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"
         if draw := FIGURES.get(spec.labels):
-            figures |= draw(setup_of, outputs, dataset, folder, caption)
+            figures |= draw(_Shown(setup_of, outputs, dataset, folder, caption))
     config = read_json(workdir / "config.json") or {}
     page = Page(
         title=_title(config),
@@ -77,49 +76,72 @@ def write_report(
     write_page(page, folder / "index.html")
 
 
-def _draw_predicted(
-    setup: Setup,
-    outputs: dict[str, np.ndarray],
-    dataset: Dataset,
-    folder: pathlib.Path,
-    caption: str,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """A held-out split with the outputs of the best state.
+
+    Attributes:
+        setup: Setup of the run, or of one domain.
+        outputs: Outputs, a row an example.
+        dataset: The split.
+        folder: Folder that gets the figures.
+        caption: Caption of the figures.
+    """
+
+    setup: Setup
+    outputs: dict[str, np.ndarray]
+    dataset: Dataset
+    folder: pathlib.Path
+    caption: str
+
+    def name(self, position: int) -> str:
+        """Returns the name of an example, with the innermost folder at most."""
+        return "/".join(pathlib.PurePath(self.dataset.name(position)).parts[-2:])
+
+
+def _draw_predicted(shown: _Shown) -> dict[str, Any]:
     """Writes a plot of predicted and true numbers; the page shows the file."""
-    found, path = outputs["prediction"], folder / "predicted.png"
-    plots.predicted(found, dataset.label, setup.data.spec.targets, path, caption)
+    plots.predicted(
+        shown.outputs["prediction"],
+        shown.dataset.label,
+        shown.setup.data.spec.targets,
+        shown.folder / "predicted.png",
+        shown.caption,
+    )
     return {}
 
 
-def _draw_segments(
-    setup: Setup,
-    outputs: dict[str, np.ndarray],
-    dataset: Dataset,
-    folder: pathlib.Path,
-    caption: str,
-) -> dict[str, Any]:
-    """Writes a picture of predicted masks, and returns it for the page."""
-    figure = _segments(setup, outputs["prediction"], dataset)
-    (folder / "segments.png").write_bytes(plots.png(figure))
-    return {"segments": for_page(figure, f"Of {caption}")}
+def _draw_segments(shown: _Shown) -> dict[str, Any]:
+    """Writes predicted masks of a sample of the examples, and returns them for the page."""
+    positions = _spread(len(shown.dataset), SHOWN_MASKS)
+    taken = shown.dataset.take(positions)
+    images = kind_named(shown.setup.data.spec.kind).thumbnails(taken["inputs"])
+    assert images is not None
+    figure = segments_figure(
+        images,
+        taken["mask"],
+        shown.outputs["prediction"][positions],
+        [shown.name(position) for position in positions],
+        shown.setup.data.spec.pixel_classes,
+    )
+    (shown.folder / "segments.png").write_bytes(plots.png(figure))
+    return {"segments": for_page(figure, f"Of {shown.caption}")}
 
 
-def _draw_confusion(
-    setup: Setup,
-    outputs: dict[str, np.ndarray],
-    dataset: Dataset,
-    folder: pathlib.Path,
-    caption: str,
-) -> dict[str, Any]:
+def _draw_confusion(shown: _Shown) -> dict[str, Any]:
     """Writes the confusion matrix, and returns it and a sample of predictions."""
-    if "logits" not in outputs:
+    if "logits" not in shown.outputs:
         return {}
-    names, path = setup.data.spec.class_names, folder / "confusion_matrix.png"
+    names = shown.setup.data.spec.class_names
     # A model may have more logits than the data has classes.
-    outputs["logits"] = outputs["logits"][:, : len(names)]
-    counts = confusion_matrix(outputs["logits"], dataset.label)
-    plots.confusion_matrix(counts, names, path, caption)
-    right, wrong = _predictions(setup, outputs, dataset)
-    return {"confusion": (counts, names, caption), "right": right, "wrong": wrong}
+    shown.outputs["logits"] = shown.outputs["logits"][:, : len(names)]
+    counts = confusion_matrix(shown.outputs["logits"], shown.dataset.label)
+    path = shown.folder / "confusion_matrix.png"
+    plots.confusion_matrix(counts, names, path, shown.caption)
+    right, wrong = _predictions(shown)
+    return {
+        "confusion": (counts, names, shown.caption), "right": right, "wrong": wrong
+    }  # fmt: skip
 
 
 # By the kind of labels; predictions of all others have no figure.
@@ -153,20 +175,12 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _phases(setup: Setup, progress: Progress) -> list[PhaseRow]:
     starts = [0, *progress.ends]
+    names = {field.name for field in dataclasses.fields(PhaseRow)}
     return [
         PhaseRow(
-            name=phase.name,
             first_step=start,
             end_step=end,
-            optimizer=phase.optimizer,
-            schedule=phase.schedule,
-            peak_lr=phase.peak_lr,
-            batch_stats=phase.batch_stats,
-            warmup_steps=phase.warmup_steps,
-            clip_norm=phase.clip_norm,
-            accumulate_steps=phase.accumulate_steps,
-            weight_decay=phase.weight_decay,
-            optimizer_state=phase.optimizer_state,
+            **{name: phase[name] for name in phase if name in names},
         )
         for phase, start, end in zip(setup.plan, starts, progress.ends)
     ]
@@ -187,21 +201,24 @@ def _parameters(setup: Setup) -> list[ParameterRow]:
     return sorted(rows, key=lambda row: setup.task.models.stages.index(row.stage))
 
 
-def _predictions(
-    setup: Setup, outputs: dict[str, np.ndarray], dataset: Dataset
-) -> tuple[list[Prediction], list[Prediction]]:
+def _spread(count: int, most: int) -> np.ndarray:
+    """Returns at most so many positions, evenly spread over `count` examples."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def _predictions(shown: _Shown) -> tuple[list[Prediction], list[Prediction]]:
     """Returns a sample of the correct predictions, and the most certain wrong ones."""
+    setup, dataset = shown.setup, shown.dataset
     pictures = kind_named(setup.data.spec.kind).thumbnails
     if pictures(dataset.take(np.arange(1))["inputs"]) is None:
         return [], []
-    records = setup.task.records(outputs, {})
+    records = setup.task.records(shown.outputs, {})
     certain = np.array([record["top"][0]["probability"] for record in records])
-    is_right = np.argmax(outputs["logits"], axis=-1) == dataset.label
+    is_right = np.argmax(shown.outputs["logits"], axis=-1) == dataset.label
     right, wrong = np.flatnonzero(is_right), np.flatnonzero(~is_right)
-    spread = np.linspace(0, len(right) - 1, min(SHOWN, len(right))).round().astype(int)
     worst = wrong[np.argsort(-certain[wrong], kind="stable")][:SHOWN]
 
-    def shown(positions: np.ndarray) -> list[Prediction]:
+    def listed(positions: np.ndarray) -> list[Prediction]:
         if not len(positions):
             return []
         images = pictures(dataset.take(positions)["inputs"])
@@ -214,26 +231,9 @@ def _predictions(
                     (entry["class"], entry["probability"])
                     for entry in records[position]["top"][:3]
                 ),
-                name="/".join(pathlib.PurePath(dataset.name(position)).parts[-2:]),
+                name=shown.name(position),
             )
             for position, image in zip(positions, images)
         ]
 
-    return shown(right[spread]), shown(worst)
-
-
-def _segments(setup: Setup, predicted: np.ndarray, dataset: Dataset) -> Figure:
-    """Returns a figure of a sample of the examples, with their masks."""
-    count = min(SHOWN_MASKS, len(dataset))
-    positions = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    taken = dataset.take(positions)
-    images = kind_named(setup.data.spec.kind).thumbnails(taken["inputs"])
-    assert images is not None
-    names = ["/".join(pathlib.PurePath(dataset.name(p)).parts[-2:]) for p in positions]
-    return segments_figure(
-        images,
-        taken["mask"],
-        predicted[positions],
-        names,
-        setup.data.spec.pixel_classes,
-    )
+    return listed(right[_spread(len(right), SHOWN)]), listed(worst)
