@@ -6,7 +6,6 @@ stay in epochs.
 """
 
 import functools
-import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from finetune_jax.config import Config
 from finetune_jax.config.members import labels_of
 from finetune_jax.core.errors import DataMissing, UserError
 from finetune_jax.core.flops import count_flops
+from finetune_jax.core.machine import uncollected
 from finetune_jax.core.pytrees import count, named, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, no_data
@@ -157,12 +157,8 @@ def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
 
 def _flops(function: Callable, *arguments: Any) -> float:
     """Returns the operations of a function of arrays of these shapes."""
-    # Tracing makes no cyclic garbage; collecting it takes a sixth of the time.
-    gc.disable()
-    try:
+    with uncollected():
         traced = jax.jit(function).trace(*arguments)
-    finally:
-        gc.enable()
     return count_flops(traced.jaxpr.jaxpr)
 
 

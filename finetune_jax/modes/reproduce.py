@@ -1,5 +1,6 @@
 """`--mode=reproduce`: runs a finished run again, and says whether it is the same."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,19 +89,15 @@ def verdict(
     found: dict[str, Any] = {"verdict": "same bits", "tolerance": TOLERANCE}
     if not pairs and not digests:
         return found
-    within = all(is_close(one, another) for _, _, one, another in pairs)
+    within = all(is_close(*values) for _, _, *values in pairs)
     found["verdict"] = "same within the tolerance" if within else "different"
     found["digests_that_differ"] = digests
     if pairs:
-        step, name, one, another = pairs[0]
-        found["first"] = {"step": step, "metric": name, "then": one, "now": another}
+        keys = "step", "metric", "then", "now"
+        found["first"] = dict(zip(keys, pairs[0]))
         found["numbers_that_differ"] = len(pairs)
-        numbers = [p for p in pairs if not is_close(p[2], p[3])]
-        if numbers:
-            step, name, one, another = numbers[0]
-            found["first_beyond"] = {
-                "step": step, "metric": name, "then": one, "now": another
-            }  # fmt: skip
+        if beyond := [pair for pair in pairs if not is_close(*pair[2:])]:
+            found["first_beyond"] = dict(zip(keys, beyond[0]))
     then, now = result.get("final", {}), other.get("final", {})
     found["final"] = {
         name: {"then": then.get(name), "now": now.get(name)}
@@ -113,18 +110,12 @@ def differences(
     lines: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int | None, str, Any, Any]]:
     """Yields (step, metric, then, now) for all that differs, but for `time/`."""
-    for index in range(max(len(lines), len(others))):
-        one = lines[index] if index < len(lines) else {}
-        other = others[index] if index < len(others) else {}
+    for one, other in itertools.zip_longest(lines, others, fillvalue={}):
         for name in dict.fromkeys((*one, *other)):
             if name.startswith("time/") or one.get(name) == other.get(name):
                 continue
-            yield (
-                one.get("step", other.get("step")),
-                name,
-                one.get(name),
-                other.get(name),
-            )
+            step = one.get("step", other.get("step"))
+            yield step, name, one.get(name), other.get(name)
 
 
 def is_close(one: Any, other: Any) -> bool:

@@ -28,10 +28,17 @@ class Compiled:
     compile_s: float
 
 
-def compiled(jitted: Any, *arguments: Any) -> Compiled:
-    """Returns a jitted or pmapped function compiled for the shapes of its arguments."""
+def compiled(jitted: Any, *arguments: Any, options: Any = None) -> Compiled:
+    """Returns a jitted or pmapped function compiled for the shapes of its arguments.
+
+    Args:
+        jitted: Function to compile.
+        *arguments: Arguments, for their shapes.
+        options: Options of XLA; None is `CPU_OPTIONS` on CPU.
+    """
     begin = time.perf_counter()
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    if options is None and jax.default_backend() == "cpu":
+        options = CPU_OPTIONS
     with uncollected():
         lowered = jitted.lower(*arguments)
     program = lowered.compile(compiler_options=options)
@@ -55,9 +62,6 @@ def compiled_for_few(function: Callable, *arguments: Any) -> Callable:
         function: Function to compile.
         *arguments: Arguments, for their shapes.
     """
-    options: Any = {"xla_backend_optimization_level": 1}
-    with uncollected():
-        lowered = jax.jit(function).lower(*arguments)
-    program = lowered.compile(compiler_options=options)
-    give_back_memory()
+    options = {"xla_backend_optimization_level": 1}
+    program = compiled(jax.jit(function), *arguments, options=options).call
     return lambda *given: jax.tree.map(np.asarray, program(*given))

@@ -1,9 +1,11 @@
 """The contract of the devices of a run: where arrays lie, how a pure step is compiled."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 from jax.sharding import Mesh
 
 from finetune_jax.core.backend import backend
@@ -11,24 +13,22 @@ from finetune_jax.core.machine import threads
 from finetune_jax.parallel.compiling import Compiled
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices(abc.ABC):
     """The devices of a run.
 
     Attributes:
         mesh: Mesh of all devices, with axes 'data' and 'fsdp'.
+        axis_name: Name of the axis to sum over by hand; None where the compiler does it.
     """
 
     mesh: Mesh
+    axis_name: ClassVar[str | None] = None
 
     @property
     def count(self) -> int:
         """Number of devices."""
         return self.mesh.size
-
-    @property
-    @abc.abstractmethod
-    def axis_name(self) -> str | None:
-        """Name of the axis to sum over by hand; None where the compiler does it."""
 
     @abc.abstractmethod
     def place(self, tree: Any, *, own: bool = False) -> Any:
@@ -48,9 +48,13 @@ class Devices(abc.ABC):
     def to_host(self, tree: Any) -> Any:
         """Returns a placed state as numpy arrays, one copy of each."""
 
-    @abc.abstractmethod
     def rows_of(self, lowered: Any) -> Any:
         """Returns shape and dtype of a row of each output of a lowered program."""
+        leading = 1 if self.axis_name is None else 2  # Under pmap one is the devices.
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[leading:], leaf.dtype),
+            lowered.out_info,
+        )
 
     @abc.abstractmethod
     def rows_to_host(self, tree: Any) -> Any:

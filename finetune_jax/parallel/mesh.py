@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune_jax.core.pytrees import leaf_digest
 from finetune_jax.parallel.compiling import Compiled, compiled
@@ -22,20 +22,13 @@ class MeshDevices(Devices):
     """Devices under `jit`: batches are divided over 'data', large leaves over 'fsdp'.
 
     Attributes:
-        mesh: Mesh of all devices.
         shared: Placed arrays by the digest of their values: equal arrays are placed once,
             and must not be donated. None places copies.
     """
 
-    mesh: Mesh
     shared: MutableMapping[str, jax.Array] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
-
-    @property
-    def axis_name(self) -> str | None:
-        """None: the compiler adds the sums over devices."""
-        return None
 
     def _sharding(self, leaf: Any) -> NamedSharding:
         """Returns the sharding of a leaf: its longest divisible axis is divided."""
@@ -75,13 +68,6 @@ class MeshDevices(Devices):
     def to_host(self, tree: Any) -> Any:
         """Returns a placed state as numpy arrays."""
         return jax.tree.map(lambda leaf: np.array(leaf), tree)
-
-    def rows_of(self, lowered: Any) -> Any:
-        """Returns shape and dtype of a row of each output."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-            lowered.out_info,
-        )
 
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays."""

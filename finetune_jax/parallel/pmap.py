@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -17,18 +17,9 @@ AXIS = "data"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PmapDevices(Devices):
-    """Devices under `pmap`: the state is repeated, batches are divided.
+    """Devices under `pmap`: the state is repeated, batches are divided."""
 
-    Attributes:
-        mesh: Mesh of all devices.
-    """
-
-    mesh: Mesh
-
-    @property
-    def axis_name(self) -> str | None:
-        """Name of the axis that the step sums over."""
-        return AXIS
+    axis_name: ClassVar[str | None] = AXIS
 
     def place(self, tree: Any, *, own: bool = False) -> Any:
         """Returns a copy of the tree on every device."""
@@ -57,13 +48,6 @@ class PmapDevices(Devices):
     def to_host(self, tree: Any) -> Any:
         """Returns the first device's copy of a placed state as numpy arrays."""
         return jax.tree.map(lambda leaf: np.array(_first(leaf)), tree)
-
-    def rows_of(self, lowered: Any) -> Any:
-        """Returns shape and dtype of a row of each output."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype),
-            lowered.out_info,
-        )
 
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays, the devices' rows one after another."""
