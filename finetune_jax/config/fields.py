@@ -113,12 +113,12 @@ class Key:
 
     name: str
     kind: type
-    is_optional: bool
-    default: Any
-    meaning: str
-    section: type | None
-    entry: type | None
-    limits: Limits
+    is_optional: bool = False
+    default: Any = None
+    meaning: str = ""
+    section: type | None = None
+    entry: type | None = None
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
     def as_kind(self, value: Any) -> Any:
         """Returns a value as one of the key's type, an int as a float, a list as a tuple.

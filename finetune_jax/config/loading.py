@@ -275,8 +275,6 @@ def _override(
     is_free = of is None or of.is_open
     if not isinstance(node, dict) or not last or (known is None and not is_free):
         names = list(node) if isinstance(node, dict) else []
-        if is_free and of is None and seen and not isinstance(node, dict):
-            names = []
         problems.append(Problem(place, f"unknown{closest(last, names)}"))
     elif known is None:
         _override_free(node, last, text, place, problems)
@@ -303,10 +301,7 @@ def _override_free(
     value = _parse(text, type(before))
     if isinstance(before, tuple) and not isinstance(value, tuple | str):
         value = (value,)
-    like = Key(
-        name=name, kind=type(before), is_optional=False, default=before, meaning="",
-        section=None, entry=None, limits={},
-    )  # fmt: skip
+    like = Key(name=name, kind=type(before))
     _assign(node, like, value, place.removeprefix("--"), problems)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -131,7 +131,7 @@ def phase_at(
     raise AssertionError("A plan has at least one phase.")
 
 
-def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
+def scales(phase: Phase, names: Collection[str]) -> dict[str, float]:
     """Returns the scale of the learning rate of each parameter; 0.0 is frozen.
 
     Raises:
@@ -139,7 +139,6 @@ def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     unmatched, taken = [], set()
-    names = tuple(names)
     for name in names:
         for index, (pattern, scale) in enumerate(phase.rules):
             if re.fullmatch(pattern, name):
@@ -167,13 +166,12 @@ def scales(phase: Phase, names: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def joined(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, int]:
+def joined(plan: Sequence[Phase], index: int, names: Collection[str]) -> dict[str, int]:
     """Returns the phase in which the state of each trained parameter began.
 
     From that phase on, up to phase `index`, every phase trained the parameter and carried
     its state.
     """
-    names = tuple(names)
     since: dict[str, int] = {}
     for position, phase in enumerate(plan[: index + 1]):
         before = since if phase.optimizer_state == "carry" else {}
@@ -182,9 +180,10 @@ def joined(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str,
     return since
 
 
-def groups(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str, Group]:
+def groups(
+    plan: Sequence[Phase], index: int, names: Collection[str]
+) -> dict[str, Group]:
     """Returns the rate group of each trained parameter of phase `index`."""
-    names = tuple(names)
     since = joined(plan, index, names)
     cohorts = {phase: rank for rank, phase in enumerate(sorted(set(since.values())))}
     scale = scales(plan[index], names)
@@ -192,10 +191,9 @@ def groups(plan: Sequence[Phase], index: int, names: Iterable[str]) -> dict[str,
 
 
 def carried_cohorts(
-    plan: Sequence[Phase], index: int, names: Iterable[str]
+    plan: Sequence[Phase], index: int, names: Collection[str]
 ) -> dict[int, int]:
     """Returns the previous phase's cohort that each cohort of a phase continues."""
-    names = tuple(names)
     if index == 0:
         return {}
     old, new = (
@@ -205,10 +203,9 @@ def carried_cohorts(
 
 
 def optimizer_state_moves(
-    plan: Sequence[Phase], index: int, names: Iterable[str]
+    plan: Sequence[Phase], index: int, names: Collection[str]
 ) -> dict[str, list[str]]:
     """Returns parameters whose state is 'kept', 'new' or 'dropped' at a phase's start."""
-    names = tuple(names)
     before, now = joined(plan, index - 1, names), joined(plan, index, names)
     kept = [name for name in now if now[name] < index]
     return {
@@ -218,14 +215,13 @@ def optimizer_state_moves(
     }
 
 
-def check_plan(plan: Sequence[Phase], names: Iterable[str]) -> None:
+def check_plan(plan: Sequence[Phase], names: Collection[str]) -> None:
     """Checks a plan against a model's parameter names.
 
     Raises:
         UserError: Lists rules that match nothing, phases that train nothing, and state
             carried between different optimizers.
     """
-    names = tuple(names)
     problems: list[Problem] = []
     for index, phase in enumerate(plan):
         place = f"config.plan[{index}]"

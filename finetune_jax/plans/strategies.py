@@ -156,11 +156,9 @@ def gradual(
     Source: Howard & Ruder 2018, sec. 3.2 and 3.3.
     """
     _check(stages, "gradual")
-    slanted = {"schedule": "linear", "end_lr_scale": 1 / 32}
-    if "schedule" in fields:
-        slanted = {}
-    parts = _unfreezing(stages, decay, "gradual")
-    phases = _sequence(parts, {**slanted, **fields}, "gradual")
+    if "schedule" not in fields:
+        fields = {"schedule": "linear", "end_lr_scale": 1 / 32, **fields}
+    phases = _sequence(_unfreezing(stages, decay, "gradual"), fields, "gradual")
     if "warmup_steps" in fields:
         return phases
     return tuple(
@@ -260,8 +258,7 @@ def bias_only(
 
     Source: Zaken et al. 2022 (BitFit).
     """
-    fields = {"batch_stats": "hold", **fields}
-    return _single(name, _among(BIASES, head), fields)
+    return _single(name, _among(BIASES, head), {"batch_stats": "hold", **fields})
 
 
 def norm_only(*, head: bool = True, name: str = "norms", **fields) -> tuple[Phase, ...]:
@@ -292,8 +289,7 @@ def lora(*, head: bool = True, name: str = "lora", **fields) -> tuple[Phase, ...
 
     Source: Hu et al. 2021.
     """
-    fields = {"batch_stats": "hold", **fields}
-    return _single(name, _among(LORA, head), fields)
+    return _single(name, _among(LORA, head), {"batch_stats": "hold", **fields})
 
 
 def together(plans: Mapping[str, Sequence[Phase]]) -> tuple[Phase, ...]:

@@ -20,10 +20,11 @@ from finetune_jax.inference.export import weights
 from finetune_jax.inference.export.exported_model import Trained
 from finetune_jax.models import convnext, efficientnet_lite, vit
 from finetune_jax.tasks.components.random_state import random_state
-from finetune_jax.training.initial.starting_state import layout_of, run_data
+from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.weights.addresses import read_weights
-from finetune_jax.weights.layout import layouts
+from finetune_jax.weights.layout import layouts, recognise
 from finetune_jax.weights.merge import load_weights
+from finetune_jax.weights.prefixes import without_prefix
 
 pytestmark = pytest.mark.slow
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -127,6 +128,8 @@ def began(task, config, address, tokenizer=None):
     start = {"params": shapes.params, "batch_stats": shapes.batch_stats}
     start = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), start)
     variables = load_weights(start, found, fresh=config.init.fresh)
+    fitting = without_prefix(found, named(start)).tensors
+    layout = recognise(named(start), fitting, address).name if fitting else None
     return Trained(
         task=task,
         spec=task.inputs.data,
@@ -136,7 +139,7 @@ def began(task, config, address, tokenizer=None):
         config=configs.to_json(config),
         pretrained=address,
         weights_sha256=found.sha256,
-        came_in=layout_of(shapes, found),
+        came_in=layout,
         layout=None,
         tokenizer=tokenizer or {},
     )

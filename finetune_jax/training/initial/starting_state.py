@@ -59,15 +59,6 @@ def run_data(config: Config, fitted: Any = None) -> Data:
     return make_data(config.data, seed=seed, resources=resources)
 
 
-def layout_of(shapes: TrainState, weights: Weights) -> str | None:
-    """Returns the name of the layout of weights; None for word vectors."""
-    if not weights.tensors:
-        return None
-    names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
-    fitting = without_prefix(weights, names)
-    return recognise(names, fitting.tensors, weights.address).name
-
-
 def told_of(
     weights: Weights | None, precision: str, accept: Sequence[str] = ()
 ) -> list[str]:
@@ -225,21 +216,26 @@ def _with_model_loaded(
     *, others: Sequence[str], spec: DataSpec, config: Config,
 ) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
     """Returns variables with the weights of one model, their layout, and lines about it."""
-    init, mine = config.init, _of_model(variables, prefix, others)
+    init, models = config.init, task.models
+    mine = {
+        kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
+        for kind, tree in variables.items()
+    }
+    stem = models[prefix].stages[0] if prefix else models.stages[0]
     fitting = without_prefix(read, named(mine))
     layout = recognise(named(mine), fitting.tensors, read.address)
     loaded = load_weights(
         mine,
         fitting,
         fresh=init.fresh,
-        adapt_stem=_first_stage(task, prefix)
-        if init.input_channels == "adapt"
-        else None,
-        left_out=() if prefix else task.models.unused(),
+        adapt_stem=stem if init.input_channels == "adapt" else None,
+        left_out=() if prefix else models.unused(),
         prefix=prefix,
         accept=init.accept,
     )
-    is_fresh, heads = fresh_in(read, init.fresh, prefix), _last_stages(task, prefix)
+    is_fresh, heads = fresh_in(read, init.fresh, prefix), models.heads
+    if prefix in models.prefixes:
+        heads = (models[prefix].stages[-1],)
     loaded, lines = _with_classes(loaded, read, heads, is_fresh, spec, init)
     merged = {
         kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
@@ -278,16 +274,6 @@ def _with_classes(
     for stage in kept_heads:
         loaded = kept.placed(loaded, stage)
     return loaded, [kept.told] if kept.told else []
-
-
-def _of_model(
-    variables: Mapping[str, Any], prefix: str, others: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the variables of one model."""
-    return {
-        kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
-        for kind, tree in variables.items()
-    }
 
 
 def _with_domains_loaded(
@@ -355,42 +341,11 @@ def _wanted(
     """
     if not weights or task.domains is not None:
         return None
-    not_loaded = _not_loaded(weights, fresh, others)
-    return lambda name: not_loaded(name) or is_matched(name, data.fitted)
-
-
-def _first_stage(task: Task, prefix: str) -> str:
-    """Returns the first stage of a model, without its prefix."""
-    names = [
-        stage
-        for stage in task.models.stages
-        if not prefix or stage.startswith(f"{prefix}/")
-    ]
-    return names[0].removeprefix(f"{prefix}/") if prefix else names[0]
-
-
-def _last_stages(task: Task, prefix: str) -> list[str]:
-    """Returns the last stage of a model without its prefix, or those of all models."""
-    models = task.models
-    if prefix == "" and "" not in models.prefixes:
-        return list(models.heads)
-    by_prefix = dict(zip(models.prefixes, models.heads))
-    return [by_prefix[prefix].removeprefix(f"{prefix}/" if prefix else "")]
-
-
-def _not_loaded(
-    weights: Mapping[str, Weights], fresh: Sequence[str], others: Sequence[str]
-) -> Callable[[str], bool]:
-    """Returns whether a leaf is not taken from the weights, by its full name.
-
-    Args:
-        weights: Weights by the prefix of the model.
-        fresh: Regexes of leaves that are not taken from the weights.
-        others: Prefixes of models without weights.
-    """
     is_fresh = {p: fresh_in(w, fresh, p) for p, w in weights.items()}
 
     def wanted(name: str) -> bool:
+        if is_matched(name, data.fitted):
+            return True
         kind, _, rest = name.partition("/")
         prefix, _, inside = rest.partition("/")
         if prefix in is_fresh:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,36 +42,12 @@ class Call:
     batch: Callable[[int], Mapping[str, np.ndarray]]
 
 
-class Feed(Protocol):
-    """A source of calls for the updates of a phase."""
-
-    # Part of the program's key, besides the phase.
-    kind: tuple[Any, ...]
-
-    def program(self, step: Callable) -> Callable:
-        """Returns the function to compile, of the state, the fixed arrays and a call.
-
-        Args:
-            step: One update, `train_step` with its static arguments given.
-        """
-        ...
-
-    def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
-        """Returns the next call, of at least one update.
-
-        Args:
-            rates: Learning rates of the updates that may be made, float32.
-            progress: Share of the phase that is over before each.
-        """
-        ...
-
-    def took(self, seconds: float) -> None:
-        """Notes the duration of a call."""
-        ...
-
-
 class Stepwise:
-    """A feed of one update per call."""
+    """A feed of one update per call.
+
+    Attributes:
+        kind: Part of the program's key, besides the phase.
+    """
 
     def __init__(self, batches: Iterator[dict], devices: Devices, *, repeats: bool):
         """Starts the feed.
@@ -89,11 +65,20 @@ class Stepwise:
         self.kind = ("stepwise", "features" in begun, TEACHER_OUTPUTS in begun)
 
     def program(self, step: Callable) -> Callable:
-        """Returns the update itself."""
+        """Returns the function to compile, the update itself.
+
+        Args:
+            step: One update, `train_step` with its static arguments given.
+        """
         return step
 
     def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
-        """Returns the call of the next update."""
+        """Returns the call of the next update.
+
+        Args:
+            rates: Learning rates of the updates that may be made, float32.
+            progress: Share of the phase that is over before each.
+        """
         batch = next(self._batches)
         placed = self._devices.place_batch(batch, batch_axis=1)
         return Call(
@@ -105,7 +90,13 @@ class Stepwise:
 
 
 class Scanned:
-    """A feed of many updates per call, from examples on the device."""
+    """A feed of many updates per call, from examples on the device.
+
+    Its methods take the arguments of those of `Stepwise`.
+
+    Attributes:
+        kind: Part of the program's key, besides the phase.
+    """
 
     def __init__(
         self,
@@ -180,6 +171,10 @@ class Scanned:
     def took(self, seconds: float) -> None:
         """Adapts the number of updates of the next calls."""
         self._pace.took(seconds)
+
+
+# A source of calls for the updates of a phase.
+Feed = Stepwise | Scanned
 
 
 def many_steps(
