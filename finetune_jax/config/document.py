@@ -1,8 +1,9 @@
 """`python -m finetune_jax.config.document > docs/config.md`: every key of the config."""
 
+import re
 from collections.abc import Iterator
 
-from finetune_jax.config.fields import Key, Section, keys_of
+from finetune_jax.config.fields import A_KIND, Key, Section, keys_of
 from finetune_jax.config.schema import Config, Seeds
 
 HEADER = """\
@@ -13,10 +14,6 @@ line overrides them, as in `--config.data.batch_size=32` or
 `--config.plan[0].peak_lr=0.01`. This page is written by
 `python -m finetune_jax.config.document > docs/config.md`.
 """
-KINDS = {
-    int: "integer", float: "number", str: "string", bool: "True or False",
-    tuple: "tuple", dict: "dict",
-}  # fmt: skip
 
 
 def document() -> str:
@@ -46,7 +43,8 @@ def _section(of: type[Section], path: str) -> Iterator[str]:
 
 
 def _row(key: Key) -> str:
-    kind = KINDS[key.kind] + (" or None" if key.is_optional else "")
+    kind = re.sub("^an? ", "", A_KIND[key.kind])
+    kind += " or None" if key.is_optional else ""
     found = key.range()
     if choices := key.limits.get("choices"):
         found = ", ".join(f"`{choice!r}`" for choice in choices)

@@ -105,9 +105,8 @@ def module(package: ModuleType, name: str, where: str) -> ModuleType:
     Raises:
         UserError: The package has no such module.
     """
-    known = {name: name for name in names(package)}
-    found = choose(known, name, where)
-    return importlib.import_module(f"{package.__name__}.{found}")
+    choose(dict.fromkeys(names(package)), name, where)
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 class OutOfRange(ValueError):

@@ -15,7 +15,6 @@ from finetune_jax.core.errors import (
     UserError,
     collected,
     listed,
-    raise_if,
     under,
 )
 from finetune_jax.core.metric_names import RESERVED
@@ -112,7 +111,7 @@ def find_domains(
     for index, entry in enumerate(config.evaluate.also):
         where = f"config.evaluate.also[{index}]"
         with collected(problems), under(where, instead_of="config.data"):
-            raise_if(_entry_problems(entry, f"{where}.", config))
+            _check_head(entry, f"{where}.", config)
             found.append(_domain(entry, config, data, f"{where}.", weights))
     if not problems:
         with collected(problems), under("config.evaluate.also"):
@@ -142,17 +141,19 @@ def _label_problems(config: Config) -> list[str]:
     return problems
 
 
-def _entry_problems(entry: Also, where: str, config: Config) -> list[str]:
-    """Returns the problems of an entry that show before its data is opened."""
-    problems = []
+def _check_head(entry: Also, where: str, config: Config) -> None:
+    """Checks the head of an entry before its data is opened.
+
+    Raises:
+        UserError: The head is unknown, or there are no weights to take it from.
+    """
     if entry.head not in HEADS:
         hint = closest(entry.head, HEADS)
-        problems.append(f"{where}head: {entry.head!r} is not one of {HEADS}{hint}")
-    elif entry.head == "pretrained" and config.init.pretrained is None:
-        problems.append(
+        raise UserError(f"{where}head: {entry.head!r} is not one of {HEADS}{hint}")
+    if entry.head == "pretrained" and config.init.pretrained is None:
+        raise UserError(
             f"{where}head: 'pretrained', but config.init.pretrained is None"
         )
-    return problems
 
 
 def _domain(

@@ -28,7 +28,7 @@ from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.options import Options
-from finetune_jax.plans.phase import Phase, scales
+from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
@@ -191,27 +191,21 @@ def _row(
     opt_state_bytes: int,
     forward: float,
 ) -> list[str]:
-    parts, params = phase.phase, named(state.params)
+    parts, params, models = phase.phase, named(state.params), task.models
     trained = {name: params[name] for name in phase.groups}
-    learning = [stage for stage in task.models.stages if stage in phase.mode.learning]
-    rates = sorted(set(scales(parts, params).values()) - {0.0}, reverse=True)
-    by_rate = {
-        rate: sorted(
-            {
-                stage_of(n, task.models.prefixes)
-                for n, g in phase.groups.items()
-                if g.scale == rate
-            },
-            key=task.models.stages.index,
-        )
-        for rate in rates
-    }
-    if len(rates) > 1:
-        learning = [f"{', '.join(by_rate[rate])} (x{rate:g})" for rate in rates]
+    by_rate: dict[float, set[str]] = {}
+    for name, group in phase.groups.items():
+        by_rate.setdefault(group.scale, set()).add(stage_of(name, models.prefixes))
+    lines = [", ".join(s for s in models.stages if s in phase.mode.learning) or "none"]
+    if len(by_rate) > 1:
+        lines = [
+            f"{', '.join(sorted(by_rate[rate], key=models.stages.index))} (x{rate:g})"
+            for rate in sorted(by_rate, reverse=True)
+        ]
     return [
         parts.name,
         _length(parts),
-        "\n".join(learning) if len(rates) > 1 else ", ".join(learning) or "none",
+        "\n".join(lines),
         f"{count(trained):,}",
         f"{count(state.params) - count(trained):,}",
         f"{opt_state_bytes:,} bytes",

@@ -68,7 +68,7 @@ class Checkpoints:
             TrainingError: The checkpoint cannot be written; earlier ones are whole.
         """
         step = int(state.step)
-        tree = _as_dict(state)
+        tree = dict(vars(state))
         meta = {
             "progress": dataclasses.asdict(progress),
             "leaves": leaf_digests(tree),
@@ -124,7 +124,7 @@ class Checkpoints:
             UserError: Checkpoint and target differ in structure; lists the names.
             DamagedCheckpoint: The files are incomplete, or have changed.
         """
-        meta, wanted = self._meta(step), _as_dict(target)
+        meta, wanted = self._meta(step), dict(vars(target))
         saved, names = set(meta["leaves"]), set(named(wanted))
         problems = [
             f"{n}: not in the checkpoint{closest(n, saved)}" for n in names - saved
@@ -265,10 +265,6 @@ def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
     """Returns the steps to delete: neither first, best, due, nor among the newest."""
     kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
     return [step for step in steps[:-keep] if step not in kept]
-
-
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}  # type: ignore
 
 
 def _digest(meta: dict) -> str:

@@ -272,7 +272,7 @@ class Loop:
             placed = self._rolled_back(phase, step)
         self.clock.train_s += time.perf_counter() - begin
         name, restores = phase.phase.name, phase.phase.plateau_restore
-        best = self._best()
+        before = dataclasses.replace(self.progress)
         # If the phase's best state is to be restored, the other splits wait for it.
         all_splits = over and not restores
         if over or due:
@@ -287,7 +287,7 @@ class Loop:
                 state = self._best_of_phase(state)
                 placed = self.setup.devices.place(state)
                 if self.progress.best_step == step:  # The replaced state was the best.
-                    self._set_best(*best)
+                    self._set_best(before.best, before.best_step, before.best_loss)
             if not all_splits:
                 self._measure(placed, prefix, name, step, ("test",))
             self._check_frozen(state, phase)
@@ -327,14 +327,8 @@ class Loop:
         if name not in found:
             return
         value, loss = found[name], found.get(loss_beside(name))
-        best, _, best_loss = self._best()
-        if replaces(name, value, best, loss, best_loss):
+        if replaces(name, value, self.progress.best, loss, self.progress.best_loss):
             self._set_best(value, step, loss)
-
-    def _best(self) -> tuple[float | None, int | None, float | None]:
-        """Returns metric, step and loss of the best state so far."""
-        progress = self.progress
-        return progress.best, progress.best_step, progress.best_loss
 
     def _set_best(
         self, value: float | None, step: int | None, loss: float | None

@@ -208,15 +208,9 @@ def make_setup(
         shapes, random_states = like.shapes, like.random_states
     if data.spec.train_examples:  # Else lengths stay in epochs.
         plan = durations(plan, data.spec.train_examples, config.data.batch_size)
-    names = tuple(named(shapes.params))
-    check_plan(plan, names)
-    check_rules(
-        rules,
-        named(shapes.params),
-        task=task,
-        spec=data.spec,
-        fresh=config.init.fresh,
-    )
+    params = named(shapes.params)
+    check_plan(plan, params)
+    check_rules(rules, params, task=task, spec=data.spec, fresh=config.init.fresh)
     setup = Setup(
         config=config,
         devices=devices,
