@@ -5,12 +5,11 @@ give are those of `config.model`: all of them if it has the same name, otherwise
 head and low-rank updates.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.config.schema import Config
-from finetune_jax.core.metric_names import RESERVED
+from finetune_jax.core.metric_names import label_problem
 
 # Keys of an entry that are no arguments of its model.
 _OWN = ("label", "pretrained", "entry")
@@ -70,20 +69,11 @@ def member_problems(config: Config, *, learn: bool) -> list[str]:
         config: Config of the run.
         learn: Whether the members are trained; otherwise they are teachers.
     """
-    problems, seen = [], set()
-    for index, label in enumerate(labels_of(config.model)):
+    problems, labels = [], labels_of(config.model)
+    for index, label in enumerate(labels):
         where = f"config.model.members[{index}]"
-        if not re.fullmatch("[a-z0-9_]+", label):
-            problems.append(
-                f"{where}.label: {label!r}; only a-z, 0-9 and _ are possible"
-            )
-        elif label in RESERVED:
-            problems.append(
-                f"{where}.label: {label!r} names other metrics; choose another"
-            )
-        elif label in seen:
-            problems.append(f"{where}.label: {label!r} twice; give each its own label")
-        seen.add(label)
+        if text := label_problem(label, labels[:index]):
+            problems.append(f"{where}.label: {text}")
         both = config.model.members[index].pretrained, config.init.pretrained
         if both[0] is None and not learn:
             problems.append(

@@ -1,6 +1,8 @@
 """Names of metrics: which are better when lower, which belong to one class."""
 
 import math
+import re
+from collections.abc import Collection
 
 # Prefixes of metric names, which no domain, model or label may have.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
@@ -9,6 +11,23 @@ LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "ma
 
 # Prefix of the metrics of single classes, which may be many.
 PER_CLASS = "iou_"
+
+
+def label_problem(label: str, others: Collection[str]) -> str | None:
+    """Returns why a label cannot begin the names of metrics, or None.
+
+    >>> label_problem("test", ())
+    "'test' names other metrics; choose another"
+
+    Args:
+        label: Label of a domain or of a model.
+        others: Labels before it.
+    """
+    if not re.fullmatch("[a-z0-9_]+", label):
+        return f"{label!r}; a-z, 0-9 and _ are possible"
+    if label in RESERVED:
+        return f"{label!r} names other metrics; choose another"
+    return f"{label!r} twice; give each its own label" if label in others else None
 
 
 def is_of_class(name: str) -> bool:

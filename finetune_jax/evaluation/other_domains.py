@@ -17,7 +17,7 @@ from finetune_jax.core.errors import (
     listed,
     under,
 )
-from finetune_jax.core.metric_names import RESERVED
+from finetune_jax.core.metric_names import label_problem
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
@@ -120,16 +120,12 @@ def find_domains(
 
 
 def _label_problems(config: Config) -> list[str]:
-    problems, seen = [], set()
-    for index, entry in enumerate(config.evaluate.also):
-        where, label = f"config.evaluate.also[{index}].label", entry.label
-        if not re.fullmatch("[a-z0-9_]+", label):
-            problems.append(f"{where}: {label!r}; a-z, 0-9 and _ are what it may have")
-        elif label in RESERVED:
-            problems.append(f"{where}: {label!r} names other metrics; choose another")
-        elif label in seen:
-            problems.append(f"{where}: {label!r} twice; give each its own")
-        seen.add(label)
+    labels = [entry.label for entry in config.evaluate.also]
+    problems = [
+        f"config.evaluate.also[{index}].label: {text}"
+        for index, label in enumerate(labels)
+        if (text := label_problem(label, labels[:index]))
+    ]
     if config.init.fisher is not None:
         entries = {entry.label: entry for entry in config.evaluate.also}
         where, label = "config.init.fisher", config.init.fisher
