@@ -135,15 +135,12 @@ def run(arguments: Sequence[str]) -> int:
     choose(MODES, flags.mode, "--mode")
     _check_flags(flags, overrides)
     workdir = user_path(flags.workdir, "--workdir") if flags.workdir else None
-    if flags.mode in WORKDIR_HAS_CONFIG:
-        if workdir is None:
-            raise UserError(
-                f"--workdir: missing; --mode={flags.mode} needs the folder of a run"
-            )
-        reproduces = flags.mode == "reproduce"
-        config = resolved_config("", workdir, overrides, reproduces=reproduces)
-    else:
-        config = resolved_config(flags.config, workdir, overrides)
+    if flags.mode in WORKDIR_HAS_CONFIG and workdir is None:
+        raise UserError(
+            f"--workdir: missing; --mode={flags.mode} needs the folder of a run"
+        )
+    reproduces = flags.mode == "reproduce"
+    config = resolved_config(flags.config, workdir, overrides, reproduces=reproduces)
     pin_environment(workdir, config.deterministic)
     set_precision(config.precision)
     options = Options(

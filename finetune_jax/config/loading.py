@@ -194,22 +194,15 @@ def _assign(
 
 def _built(of: type[Section], tree: Mapping[str, Any]) -> Any:
     """Returns the dataclass of a section; a ConfigDict if the section is open."""
-    if of.is_open:
-        values = {
-            name: tuple(_built(known.entry, entry) for entry in tree[name])
-            for name, known in keys_of(of).items()
-            if known.entry is not None
-        }
-        return ml_collections.ConfigDict({**tree, **values}).lock()
     values = dict(tree)
     for name, known in keys_of(of).items():
-        if known.section is not None:
-            values[name] = _built(known.section, tree[name])
-        elif known.entry is not None:
+        if known.entry is not None:
             values[name] = tuple(_built(known.entry, entry) for entry in tree[name])
+        elif known.section is not None and not of.is_open:
+            values[name] = _built(known.section, tree[name])
         elif name == "seed" and isinstance(tree[name], dict):
             values[name] = Seeds(**tree[name])
-    return of(**values)
+    return ml_collections.ConfigDict(values).lock() if of.is_open else of(**values)
 
 
 def _section_problems(

@@ -173,19 +173,17 @@ class Evaluator:
         found = {}
         for split, dataset in splits.items():
             for kind, ema in self._kinds.items():
-                if not isinstance(dataset, DomainMixture):
+                if isinstance(dataset, DomainMixture):
+                    domains = {
+                        domain: metrics_of(part, ema, domain)
+                        for domain, part in dataset.parts.items()
+                    }
+                    for domain, own in domains.items():
+                        found |= {f"{split}/{domain}/{kind}{n}": own[n] for n in own}
+                    metrics = mean_metrics(domains)
+                else:
                     metrics = metrics_of(dataset, ema)
-                    found |= {f"{split}/{kind}{n}": v for n, v in metrics.items()}
-                    continue
-                domains = {
-                    domain: metrics_of(part, ema, domain)
-                    for domain, part in dataset.parts.items()
-                }
-                for domain, metrics in domains.items():
-                    own = f"{split}/{domain}/{kind}"
-                    found |= {f"{own}{name}": v for name, v in metrics.items()}
-                means = mean_metrics(domains)
-                found |= {f"{split}/{kind}{name}": v for name, v in means.items()}
+                found |= {f"{split}/{kind}{n}": v for n, v in metrics.items()}
         for extra in self.extras:
             found |= extra(self, placed)
         return found
