@@ -10,7 +10,12 @@ BATCH_SIZE = "config.data.batch_size"
 
 
 def check_batch(
-    batch_size: int, plan: Sequence[Phase], devices: int, key: str = BATCH_SIZE
+    batch_size: int,
+    plan: Sequence[Phase],
+    devices: int,
+    key: str = BATCH_SIZE,
+    *,
+    mix: Sequence[Any] = (),
 ) -> None:
     """Checks that accumulation and devices divide the examples of an update.
 
@@ -19,9 +24,11 @@ def check_batch(
         plan: Phases of the run.
         devices: Devices that share a batch.
         key: Config key that the number of examples comes from.
+        mix: `config.data.mix`, for which every device needs whole pairs of examples in
+            every micro-batch; empty needs none.
 
     Raises:
-        UserError: Lists every phase in which they do not.
+        UserError: Lists every phase in which they do not, or divide a pair.
     """
     raise_if(
         Problem(
@@ -32,27 +39,6 @@ def check_batch(
         for phase in plan
         if batch_size % (phase.accumulate_steps * devices)
     )
-
-
-def check_pairs(
-    mix: Sequence[Any],
-    batch_size: int,
-    plan: Sequence[Phase],
-    devices: int,
-    key: str = BATCH_SIZE,
-) -> None:
-    """Checks that every device gets whole pairs of examples in every micro-batch.
-
-    Args:
-        mix: `config.data.mix`, which mixes pairs; empty needs none.
-        batch_size: Examples in one update.
-        plan: Phases of the run.
-        devices: Devices that share a batch.
-        key: Config key that the number of examples comes from.
-
-    Raises:
-        UserError: Lists every phase in which a pair would be divided.
-    """
     raise_if(
         Problem(
             key,

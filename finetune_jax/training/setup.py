@@ -24,7 +24,7 @@ from finetune_jax.optim.regularisers import (
 )
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.make import make_devices
-from finetune_jax.plans.micro_batches import check_batch, check_pairs
+from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase, check_plan, durations, plan_from_config
 from finetune_jax.tasks import check_members, make_task, task_module
 from finetune_jax.tasks.components.multi_domain import (
@@ -197,8 +197,7 @@ def make_setup(
     raise_if([*split_problems(task, data), *domain_problems(config, data)])
     for index, domain in enumerate(data.spec.domains.values()):
         key = f"config.data.domains[{index}].weight"
-        check_batch(domain.share, plan, devices.count, key)
-        check_pairs(domain.mix, domain.share, plan, devices.count, key)
+        check_batch(domain.share, plan, devices.count, key, mix=domain.mix)
     if task.teachers is not None:
         raise_if(task.teachers.problems())
     if like is None:
@@ -278,9 +277,8 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         text = "None, but a plateau needs every_steps or every_epochs to be seen"
         problems.append(Problem("config.evaluate.every_steps", text))
     raise_if(problems)
-    check_batch(config.data.batch_size, plan, devices)
-    if not config.data.domains:
-        check_pairs(config.data.mix, config.data.batch_size, plan, devices)
+    mix = () if config.data.domains else config.data.mix
+    check_batch(config.data.batch_size, plan, devices, mix=mix)
 
 
 def _compiled(phase: Phase, config: Config) -> PhaseOptimizer:

@@ -12,7 +12,7 @@ import small
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.augmentation import mixup
 from finetune_jax.models.modes import EVALUATION, Mode
-from finetune_jax.plans.micro_batches import check_pairs
+from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.task import StepContext
 
@@ -271,12 +271,12 @@ def test_batches_that_tear_pairs_are_refused():
         Phase(name="odd", steps=1, accumulate_steps=4),
         Phase(name="three", steps=1, accumulate_steps=3),
     )
-    check_pairs(BOTH, 24, plan, 1)
-    check_pairs((), 12, plan, 4)
+    check_batch(24, plan, 1, mix=BOTH)
+    check_batch(12, plan[:1], 4, mix=())
     with pytest.raises(UserError, match=r"^config\.data\.batch_size: ") as found:
-        check_pairs(BOTH, 12, plan, 1)
+        check_batch(12, plan, 1, mix=BOTH)
     wanted = "12 examples in 4 micro-batches over 1 devices in phase 'odd'"
     assert wanted in str(found.value)
     assert "'one'" not in str(found.value) and "'three'" not in str(found.value)
     with pytest.raises(UserError, match="over 4 devices"):
-        check_pairs(BOTH, 12, plan[:1], 4)
+        check_batch(12, plan[:1], 4, mix=BOTH)

@@ -149,7 +149,7 @@ def test_calls_are_as_long_as_signals_may_wait():
     setup = make_setup(small.config(model="mlp"))
     data = setup.data.train
     feed = Scanned(
-        data, training_order(data.label, 0), data.take(np.arange(2)),
+        examples=data, order=training_order(data.label, 0), placed=data.take(np.arange(2)),
         start=0, batch_size=2, micro_batches=1, views=None, pace=Pace(None),
     )  # fmt: skip
     rates = np.zeros(1000, np.float32)

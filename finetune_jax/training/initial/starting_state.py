@@ -17,6 +17,7 @@ from finetune_jax.data.dataset import Data, make_data
 from finetune_jax.data.domains import make_mixture
 from finetune_jax.data.kind import Resources
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.multi_domain import Domains
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.embeddings import is_matched, matched, with_vectors
@@ -24,7 +25,7 @@ from finetune_jax.training.initial.lsuv import first_examples
 from finetune_jax.training.initial.random_states import RandomStates
 from finetune_jax.training.initial.schemes import initialise, make_rules
 from finetune_jax.weights.addresses import Weights, read_weights
-from finetune_jax.weights.layout import recognise
+from finetune_jax.weights.layout import Layout, recognise
 from finetune_jax.weights.merge import fresh_in, load_weights, taken_line
 from finetune_jax.weights.metadata import architecture
 from finetune_jax.weights.metadata.labels import check_labels, is_output
@@ -216,64 +217,66 @@ def _with_model_loaded(
     *, others: Sequence[str], spec: DataSpec, config: Config,
 ) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
     """Returns variables with the weights of one model, their layout, and lines about it."""
-    init, models = config.init, task.models
+    init = config.init
     mine = {
         kind: {k: v for k, v in part(tree, prefix).items() if k not in others}
         for kind, tree in variables.items()
     }
+    loaded, fitting, layout, lines = _with_weights(
+        task.models, mine, read, prefix=prefix, fresh=init.fresh, spec=spec, init=init
+    )
+    merged = {
+        kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
+        for kind, tree in variables.items()
+    }
+    is_fresh = fresh_in(read, init.fresh, prefix)
+    taken = taken_line(mine, fitting, layout, is_fresh, prefix)
+    return merged, layout.name, [taken, *fitting.notes, *lines]
+
+
+def _with_weights(
+    models: ModelSet, variables: dict[str, Any], read: Weights,
+    *, prefix: str = "", fresh: Sequence[str], spec: DataSpec, init: Init,
+) -> tuple[dict[str, Any], Weights, Layout, list[str]]:  # fmt: skip
+    """Returns variables of a model with its weights, these, their layout, and lines.
+
+    Logits are in the order of the data's classes.
+
+    Args:
+        models: Models of the task.
+        variables: Variables of the model, without its prefix.
+        read: Weights as they were read.
+        prefix: Prefix of the model; '' is all models if none has that prefix.
+        fresh: Regexes of leaves that are not taken from the weights.
+        spec: Description of the data.
+        init: The section `config.init`.
+    """
     stem = models[prefix].stages[0] if prefix else models.stages[0]
-    fitting = without_prefix(read, named(mine))
-    layout = recognise(named(mine), fitting.tensors, read.address)
+    fitting = without_prefix(read, named(variables))
+    layout = recognise(named(variables), fitting.tensors, read.address)
     loaded = load_weights(
-        mine,
+        variables,
         fitting,
-        fresh=init.fresh,
+        fresh=fresh,
         adapt_stem=stem if init.input_channels == "adapt" else None,
         left_out=() if prefix else models.unused(),
         prefix=prefix,
         accept=init.accept,
     )
-    is_fresh, heads = fresh_in(read, init.fresh, prefix), models.heads
-    if prefix in models.prefixes:
-        heads = (models[prefix].stages[-1],)
-    loaded, lines = _with_classes(loaded, read, heads, is_fresh, spec, init)
-    merged = {
-        kind: with_part(tree, prefix, {**part(tree, prefix), **loaded[kind]})
-        for kind, tree in variables.items()
-    }
-    taken = taken_line(mine, fitting, layout, is_fresh, prefix)
-    return merged, layout.name, [taken, *fitting.notes, *lines]
-
-
-def _with_classes(
-    loaded: dict[str, Any],
-    weights: Weights,
-    heads: Sequence[str],
-    is_fresh: Callable[[str], bool],
-    spec: DataSpec,
-    init: Init,
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns loaded variables with logits in the order of the data's classes, and lines.
-
-    Args:
-        loaded: Variables of one model.
-        weights: Weights that they come from.
-        heads: Names of the stages that are heads.
-        is_fresh: Whether a leaf keeps its initial value, by its name.
-        spec: Description of the data.
-        init: The section `config.init`.
-    """
-    outputs = {
-        stage: [name for name in named(loaded) if is_output(name, stage)]
+    alone = prefix in models.prefixes
+    heads = (models[prefix].stages[-1],) if alone else models.heads
+    is_fresh = fresh_in(read, fresh, prefix)
+    kept_heads = [
+        stage
         for stage in heads
-    }
-    kept_heads = [stage for stage in heads if not all(map(is_fresh, outputs[stage]))]
+        if not all(is_fresh(name) for name in named(loaded) if is_output(name, stage))
+    ]
     if not kept_heads:
-        return loaded, []
-    kept = check_labels(weights.address, spec.names, weights.class_names, init.accept)
+        return loaded, fitting, layout, []
+    kept = check_labels(read.address, spec.names, read.class_names, init.accept)
     for stage in kept_heads:
         loaded = kept.placed(loaded, stage)
-    return loaded, [kept.told] if kept.told else []
+    return loaded, fitting, layout, [kept.told] if kept.told else []
 
 
 def _with_domains_loaded(
@@ -281,7 +284,7 @@ def _with_domains_loaded(
 ) -> tuple[dict[str, Any], str, list[str]]:
     """Returns variables with the weights of all models, their layout, and lines."""
     found = {kind: dict(named(tree)) for kind, tree in variables.items()}
-    layout, told, adapts = "", {}, config.init.input_channels == "adapt"
+    layout, told = "", {}
     for domain, task in domains.tasks.items():
         mine = domains.variables_of(domain, variables)
         places = {
@@ -298,24 +301,15 @@ def _with_domains_loaded(
             for name, place in by_name.items()
             if any(re.fullmatch(pattern, place) for pattern in config.init.fresh)
         }
-        fitting = without_prefix(read, named(mine))
-        layout = recognise(named(mine), fitting.tensors, read.address).name
-        loaded = load_weights(
+        loaded, fitting, used, lines = _with_weights(
+            task.models,
             mine,
-            fitting,
-            fresh=sorted(fresh),
-            adapt_stem=task.models.stages[0] if adapts else None,
-            left_out=task.models.unused(),
-            accept=config.init.accept,
-        )
-        loaded, lines = _with_classes(
-            loaded,
             read,
-            task.models.heads,
-            fresh_in(read, sorted(fresh)),
-            domains.specs[domain],
-            config.init,
+            fresh=sorted(fresh),
+            spec=domains.specs[domain],
+            init=config.init,
         )
+        layout = used.name
         told |= dict.fromkeys([*fitting.notes, *lines])
         for kind, tree in loaded.items():
             found[kind] |= {places[kind][n]: leaf for n, leaf in named(tree).items()}

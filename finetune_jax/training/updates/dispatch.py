@@ -89,65 +89,56 @@ class Stepwise:
         """Ignores the duration; one update cannot be shortened."""
 
 
+@dataclasses.dataclass(kw_only=True)
 class Scanned:
     """A feed of many updates per call, from examples on the device.
 
     Its methods take the arguments of those of `Stepwise`.
 
     Attributes:
-        kind: Part of the program's key, besides the phase.
+        examples: Training split.
+        order: Order of its examples.
+        placed: All of `resident`, on the device.
+        start: Next update, counted from the beginning of the run.
+        batch_size: Examples in one update.
+        micro_batches: Number of micro-batches in one update.
+        views: As in `training_batches`.
+        pace: Pace of the calls.
     """
 
-    def __init__(
-        self,
-        examples: BatchSource,
-        order: Order,
-        placed: Any,
-        *,
-        start: int,
-        batch_size: int,
-        micro_batches: int,
-        views: int | None,
-        pace: Pace,
-    ):
-        """Starts the feed.
+    examples: BatchSource
+    order: Order
+    placed: Any
+    start: int
+    batch_size: int
+    micro_batches: int
+    views: int | None
+    pace: Pace
 
-        Args:
-            examples: Training split.
-            order: Order of its examples.
-            placed: All of `resident`, on the device.
-            start: First update, counted from the beginning of the run.
-            batch_size: Examples in one update.
-            micro_batches: Number of micro-batches in one update.
-            views: As in `training_batches`.
-            pace: Pace of the calls.
-        """
-        self._examples, self._order, self._views = examples, order, views
-        self._start, self._batch_size = start, batch_size
-        self._shape = micro_batches, batch_size // micro_batches
-        self._pace = pace
-        self._placed = placed
-        self._rows_each = len(examples) // len(resident(examples))
-        self.kind = (
-            "scanned",
-            "features" in placed,
-            TEACHER_OUTPUTS in placed,
-            self._rows_each,
-        )
+    @property
+    def rows_each(self) -> int:
+        """Number of views of an example on the device, by which rows are divided."""
+        return len(self.examples) // len(resident(self.examples))
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Part of the program's key, besides the phase."""
+        inputs = "features" in self.placed, TEACHER_OUTPUTS in self.placed
+        return "scanned", *inputs, self.rows_each
 
     def program(self, step: Callable) -> Callable:
         """Returns a loop of updates."""
-        return functools.partial(many_steps, step=step, rows_each=self._rows_each)
+        return functools.partial(many_steps, step=step, rows_each=self.rows_each)
 
     def call(self, rates: np.ndarray, progress: np.ndarray) -> Call:
         """Returns the call of the next updates."""
-        start, updates = self._start, min(len(rates), self._pace.updates)
-        self._start += updates
-        epoch = len(self._examples.label)
-        rows = rows_of(
-            self._order, epoch, self._batch_size, start, self._start, self._views
-        )
-        places = places_of(rows, self._batch_size, self._views)
+        updates = min(len(rates), self.pace.updates)
+        start, size = self.start, self.batch_size
+        self.start += updates
+        shape = self.micro_batches, size // self.micro_batches
+        epoch = len(self.examples.label)
+        rows = rows_of(self.order, epoch, size, start, self.start, self.views)
+        places = places_of(rows, size, self.views)
 
         def padded(array: np.ndarray, *shape: int) -> np.ndarray:
             given = array.reshape(updates, *shape)
@@ -155,22 +146,22 @@ class Scanned:
             return np.concatenate([given, rest])
 
         def batch(index: int) -> Mapping[str, np.ndarray]:
-            mine = slice(index * self._batch_size, (index + 1) * self._batch_size)
-            found = self._examples.take(rows[mine]) | {"position": places[mine]}
-            return jax.tree.map(lambda x: x.reshape(*self._shape, *x.shape[1:]), found)
+            mine = slice(index * size, (index + 1) * size)
+            found = self.examples.take(rows[mine]) | {"position": places[mine]}
+            return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found)
 
         schedule = {
-            "rows": padded(rows.astype(np.int32), *self._shape),
-            "position": padded(places, *self._shape),
+            "rows": padded(rows.astype(np.int32), *shape),
+            "position": padded(places, *shape),
             "rate": padded(rates[:updates]),
             "progress": padded(progress[:updates]),
         }
-        arguments = self._placed, schedule, np.int32(updates)
+        arguments = self.placed, schedule, np.int32(updates)
         return Call(updates=updates, arguments=arguments, batch=batch)
 
     def took(self, seconds: float) -> None:
         """Adapts the number of updates of the next calls."""
-        self._pace.took(seconds)
+        self.pace.took(seconds)
 
 
 # A source of calls for the updates of a phase.

@@ -77,9 +77,9 @@ class Updates:
             assert not isinstance(examples, DomainMixture)
             whole = resident(examples)
             return Scanned(
-                examples,
-                training_order(examples.label, seed, sampling),
-                self.executor.resident(whole, lambda: everything(whole)),
+                examples=examples,
+                order=training_order(examples.label, seed, sampling),
+                placed=self.executor.resident(whole, lambda: everything(whole)),
                 start=start,
                 pace=self.executor.pace(
                     (phase.program, str(config.task)), config.parallel.steps_per_call
