@@ -10,13 +10,7 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.config.schema import Also
-from finetune_jax.core.errors import (
-    Problem,
-    UserError,
-    collected,
-    listed,
-    under,
-)
+from finetune_jax.core.errors import Problem, UserError, collected, listed, under
 from finetune_jax.core.metric_names import label_problem
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.core.registry import closest

@@ -157,7 +157,6 @@ class Loop:
             feed=self.updates.feed(phase, examples, state, first, end),
             updates=self.updates,
             stop=self.stop,
-            clock=self.clock,
             update_log=self._update_log,
             roll_back=functools.partial(self._rolled_back, phase),
         )

@@ -8,9 +8,7 @@ from finetune_jax.core.train_state import TrainState
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FrozenPrefix, frozen_prefix
-from finetune_jax.training.assembly import (
-    make_evaluator,
-)
+from finetune_jax.training.assembly import make_evaluator
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup

@@ -15,9 +15,7 @@ from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import kind_named, restored, weight_keys
 from finetune_jax.data.spec import check_reads_alike
-from finetune_jax.evaluation.diagnostics import (
-    open_domains,
-)
+from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
@@ -226,9 +224,7 @@ def _resumed(
     begun_at = found or (setup.with_ema(start), Progress())
     if found:
         state, progress = found
-        if progress.best_step is not None and (
-            progress.best_step not in checkpoints.steps()
-        ):
+        if progress.best_step not in (None, *checkpoints.steps()):
             terminal.warn(f"the best checkpoint, {progress.best_step}, is gone")
             progress.best = progress.best_step = None
         # Fixed arrays come from the original start, not from a new one.

@@ -257,12 +257,9 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
             raise_if(entry_problems(phase.regularise))
             if (plateau := _compiled(phase, config).plateau) is not None:
                 metrics.append((f"{place}.schedule_args.metric", plateau.metric))
-    known = [
-        f"{split}/{name}"
-        for split in ("validation",)  # The test split chooses nothing.
-        if config.data[split] is not None
-        for name in metric_names(config)
-    ]
+    known = []  # The test split chooses nothing.
+    if config.data.validation is not None:
+        known = [f"validation/{name}" for name in metric_names(config)]
     problems += [
         Problem(
             key,

@@ -34,15 +34,15 @@ class RandomStates:
         """
         keys = [_key_data(seeds[name]) for name in ("init", "augmentation", "dropout")]
         shapes = self._shapes
-        names = named({"params": shapes.params, "batch_stats": shapes.batch_stats})
+        variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+        names = named(variables)
         drawn = tuple(name for name in names if wanted is None or wanted(name))
         if drawn not in self._compiled:
             # A partial of its own: jax keeps all traces of a function that lives.
             draw = functools.partial(_leaves_of_keys, self._task, drawn)
             self._compiled[drawn] = compiled_for_few(draw, keys)
         leaves, rest = self._compiled[drawn](keys)
-        variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
-        return rest.replace(**like(variables, {**named(variables), **leaves}))
+        return rest.replace(**like(variables, {**names, **leaves}))
 
     def check_size(self) -> None:
         """Checks that the parameters fit into this machine's memory.

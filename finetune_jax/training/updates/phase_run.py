@@ -9,7 +9,6 @@ import numpy as np
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
-from finetune_jax.training.progress import Clock
 from finetune_jax.training.updates.dispatch import Feed
 from finetune_jax.training.updates.programs import Updates
 from finetune_jax.training.updates.update_log import CallMetrics, UpdateLog
@@ -28,7 +27,6 @@ class PhaseRun:
         feed: Feed of examples.
         updates: Makes the programs.
         stop: Whether the run was asked to stop.
-        clock: Clock of the run.
         update_log: Log of the updates' metrics.
         roll_back: Returns the placed state to continue from after an update that is not
             finite, with the step that it takes.
@@ -42,7 +40,6 @@ class PhaseRun:
     feed: Feed
     updates: Updates
     stop: Stop
-    clock: Clock
     update_log: UpdateLog
     roll_back: Callable[[int], TrainState]
 
@@ -80,9 +77,10 @@ class PhaseRun:
         took = time.perf_counter() - begin - compile_s
         if not compile_s:
             self.feed.took(took)
-        self.clock.updates += call.updates
-        self.clock.compile_s += compile_s
-        self.clock.wait_s += waited
-        self.clock.train_s += took
+        clock = self.update_log.clock
+        clock.updates += call.updates
+        clock.compile_s += compile_s
+        clock.wait_s += waited
+        clock.train_s += took
         self.step += call.updates
         return placed
