@@ -26,7 +26,8 @@ from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.preprocessing import ArraySpec
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models import efficientnet_lite, mnist, resnet, resnet_cifar
+from finetune_jax.models import mnist, resnet
+from finetune_jax.models.layers import stages
 from finetune_jax.parallel.compiling import CPU_OPTIONS, run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks import make_task
@@ -51,10 +52,9 @@ PHASE = Phase(name="bench", steps=1, optimizer="sgd")
 def stock():
     """Returns patches under which models are built with XLA's convolutions and pooling."""
     return [
-        mock.patch.multiple(resnet, convolve=xla, max_pool=nn.max_pool),
-        mock.patch.multiple(mnist, convolve=xla, max_pool=nn.max_pool),
-        mock.patch.object(resnet_cifar, "convolve", xla),
-        mock.patch.object(efficientnet_lite, "convolve", xla),
+        mock.patch.object(stages, "convolve", xla),
+        mock.patch.object(resnet, "max_pool", nn.max_pool),
+        mock.patch.object(mnist, "max_pool", nn.max_pool),
     ]
 
 

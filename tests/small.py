@@ -11,6 +11,7 @@ from finetune_jax import config as configs
 from finetune_jax.core.pytrees import named
 from finetune_jax.data import preprocessing
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.models import constructors
 from finetune_jax.models.modes import EVALUATION
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase, as_config
@@ -25,6 +26,19 @@ from finetune_jax.training.step import train_step
 from finetune_jax.training.updates.phase_run import PhaseRun
 
 HEAD = (("head/.*", 1.0), (".*", 0.0))
+
+
+def of_sizes(name, *sizes, **arguments):
+    """Returns a model of other sizes than its name says.
+
+    Args:
+        name: Name of the model.
+        *sizes: Arguments of the family's function, by position; none keeps those of the
+            name.
+        **arguments: Arguments of the function, by name.
+    """
+    make = functools.partial(constructors()[name][1])
+    return make.func(*(sizes or make.args), **{**make.keywords, **arguments})
 
 
 class Killed(BaseException):

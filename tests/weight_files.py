@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import torch_files
 from safetensors.numpy import save_file
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.models import convnext, make_model
+from finetune_jax.models import convnext
 from finetune_jax.tasks.components.text_inputs import tokens
 from finetune_jax.weights import addresses
 from finetune_jax.weights.addresses import Weights
@@ -20,9 +21,9 @@ from finetune_jax.weights.merge import load_weights
 
 # What is too large for tests that are about names.
 SMALLER = {
-    "vgg11": {"dense": 8},
-    "vgg13_bn": {"dense": 8},
-    "convnext_tiny": {"shape": convnext.Shape((1, 1, 2, 3), (8, 8, 8, 8))},
+    "vgg11": ((), {"dense": 8}),
+    "vgg13_bn": ((), {"dense": 8}),
+    "convnext_tiny": ((convnext.Shape((1, 1, 2, 3), (8, 8, 8, 8)),), {}),
 }
 
 TEXT = {"layers": 2, "width": 16, "heads": 4, "vocabulary": 31, "positions": 12}
@@ -34,14 +35,11 @@ REPOSITORY = "timm/resnet50.a1_in1k"
 def shapes(model, classes=7):
     """Returns the variables of a model, shapes only: nothing is compiled."""
     is_text = "bert" in model
-    module = make_model(
-        model,
-        {"head": {}, **(TEXT if is_text else {})},
-        classes=classes,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
+    sizes, arguments = SMALLER.get(model, ((), TEXT if is_text else {}))
+    kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    module = small.of_sizes(
+        model, *sizes, head={}, classes=classes, **arguments, **kinds
     )
-    module = module.clone(**SMALLER.get(model, {}))
     x = tokens(jnp.ones((1, 2, 2), jnp.int32)) if is_text else jnp.zeros((1, 64, 64, 3))
     return jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
 

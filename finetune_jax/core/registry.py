@@ -180,7 +180,7 @@ def _defaults(
                 value = getattr(default, field)
                 found[field] = parameter.replace(name=field, default=value)
             grouped[name] = default, fields
-        elif name not in given:
+        elif name not in given and parameter.kind is not parameter.VAR_KEYWORD:
             found[name] = parameter
     return found, grouped
 

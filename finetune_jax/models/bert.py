@@ -18,21 +18,13 @@ import jax.numpy as jnp
 from finetune_jax.core import registry
 from finetune_jax.core.errors import problems_error
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
-from finetune_jax.models.layers.heads import ACTIVATIONS, make_head
-from finetune_jax.models.layers.stages import MaskedMean, run_stages
+from finetune_jax.models.layers.attention import Attention
+from finetune_jax.models.layers.heads import ACTIVATIONS, Head, make_head
+from finetune_jax.models.layers.stages import MaskedMean, Staged, layer_norm, staged
 
 INITIAL = nn.initializers.normal(0.02)
 # Poolings of the tokens of a text; 'none' keeps one vector for each token.
 POOLS = ("cls", "mean", "none")
-
-
-def _dense(width: int, kinds: Mapping[str, Any]) -> nn.Dense:
-    return nn.Dense(width, kernel_init=INITIAL, **kinds)
-
-
-def _norm(epsilon: float, kinds: Mapping[str, Any]) -> nn.LayerNorm:
-    # The fast variance is a difference of means and loses digits.
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, **kinds)
 
 
 class Embeddings(nn.Module):
@@ -64,7 +56,7 @@ class Embeddings(nn.Module):
         self.positions = table(self.places)
         if self.types:
             self.sentences = table(self.types)
-        self.norm = _norm(self.epsilon, kinds)
+        self.norm = layer_norm(epsilon=self.epsilon, **kinds)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(
@@ -82,50 +74,6 @@ class Embeddings(nn.Module):
         hidden_BxTxD += self.positions(jnp.arange(x["ids"].shape[1]))[None]
         hidden_BxTxD = self.drop(self.norm(hidden_BxTxD), deterministic=not train)
         return {"hidden": hidden_BxTxD, "mask": x["mask"]}
-
-
-class Attention(nn.Module):
-    """Attention of every token to the tokens of its text.
-
-    Attributes:
-        heads: Number of heads, a divisor of the width.
-        dropout: Rate of dropout of the attention weights.
-    """
-
-    heads: int
-    dropout: float
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, hidden_BxTxD: jax.Array, mask_BxT: jax.Array, *, train: bool
-    ) -> jax.Array:
-        """Returns [B, T, D]."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        *places, width = hidden_BxTxD.shape
-        parts = (*places, self.heads, width // self.heads)
-        query_BxTxNxF, key_BxTxNxF, value_BxTxNxF = (
-            nn.Dense(width, kernel_init=INITIAL, name=name, **kinds)(
-                hidden_BxTxD
-            ).reshape(parts)
-            for name in ("query", "key", "value")
-        )
-        # Sums of exponentials need float32, also after products of lower precision.
-        wide = jnp.promote_types(query_BxTxNxF.dtype, jnp.float32)
-        score_BxNxTxT = jnp.einsum(
-            "btnf,bsnf->bnts", query_BxTxNxF, key_BxTxNxF, preferred_element_type=wide
-        )
-        score_BxNxTxT *= parts[-1] ** -0.5
-        mask_Bx1x1xT = mask_BxT.astype(bool)[:, None, None]
-        score_BxNxTxT = jnp.where(mask_Bx1x1xT, score_BxNxTxT, jnp.finfo(wide).min)
-        share_BxNxTxT = jax.nn.softmax(score_BxNxTxT, axis=-1)
-        share_BxNxTxT = share_BxNxTxT.astype(value_BxTxNxF.dtype)
-        drop = nn.Dropout(self.dropout)
-        share_BxNxTxT = drop(share_BxNxTxT, deterministic=not train)
-        y_BxTxNxF = jnp.einsum("bnts,bsnf->btnf", share_BxNxTxT, value_BxTxNxF)
-        output = nn.Dense(width, kernel_init=INITIAL, name="output", **kinds)
-        return output(y_BxTxNxF.reshape(hidden_BxTxD.shape))
 
 
 class Block(nn.Module):
@@ -156,10 +104,13 @@ class Block(nn.Module):
     def setup(self):
         """Makes the layers of the block."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.attention = Attention(self.heads, self.attention_dropout, **kinds)
-        self.attention_norm = _norm(self.epsilon, kinds)
-        self.dense1, self.dense2 = _dense(self.hidden, kinds), _dense(self.width, kinds)
-        self.dense_norm = _norm(self.epsilon, kinds)
+        dense = partial(nn.Dense, kernel_init=INITIAL, **kinds)
+        norm = partial(layer_norm, epsilon=self.epsilon, **kinds)
+        self.attention = Attention(
+            self.heads, self.attention_dropout, INITIAL, "output", **kinds
+        )
+        self.attention_norm, self.dense_norm = norm(), norm()
+        self.dense1, self.dense2 = dense(self.hidden), dense(self.width)
         self.drop1, self.drop2 = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
 
     def __call__(
@@ -207,19 +158,13 @@ class TokenHead(nn.Module):
     """The common head, applied to each token.
 
     Attributes:
-        classes: Number of logits of a token.
-        arguments: Arguments of the head, as pairs.
+        inner: The head, which shares its parameters with this stage.
     """
 
-    classes: int
-    arguments: Any = ()
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
+    inner: Head
 
     def setup(self):
-        """Makes the head, which shares its parameters with this stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.inner = make_head(dict(self.arguments), classes=self.classes, **kinds)
+        """Gives the parameters of the head the names of this stage."""
         nn.share_scope(self, self.inner)
 
     def __call__(self, x: Mapping[str, jax.Array], *, train: bool) -> jax.Array:
@@ -228,73 +173,6 @@ class TokenHead(nn.Module):
         *places, width = hidden_BxTxD.shape
         logits = self.inner(hidden_BxTxD.reshape(-1, width), train=train)
         return logits.reshape(*places, -1)
-
-
-class Bert(nn.Module):
-    """A text encoder.
-
-    Attributes:
-        embeddings_arguments: Arguments of `Embeddings`, as pairs.
-        block_arguments: Arguments of `Block`, as pairs.
-        layers: Number of blocks.
-        pooling: One of `POOLS`.
-        activation: Activation of the first token's dense layer.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-    """
-
-    embeddings_arguments: Any
-    block_arguments: Any
-    layers: int
-    pooling: str
-    activation: str
-    classes: int
-    head_arguments: Any = ()
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages in order."""
-        blocks = (f"block{index + 1}" for index in range(self.layers))
-        pool = () if self.pooling == "none" else ("pool",)
-        return ("embeddings", *blocks, *pool, "head")
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens in the vocabulary."""
-        return dict(self.embeddings_arguments)["vocabulary"]
-
-    @property
-    def positions(self) -> int:
-        """Number of positions."""
-        return dict(self.embeddings_arguments)["places"]
-
-    @property
-    def types(self) -> int:
-        """Number of sentence embeddings."""
-        return dict(self.embeddings_arguments)["types"]
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.embeddings = Embeddings(**dict(self.embeddings_arguments), **kinds)
-        for index in range(self.layers):
-            block = Block(**dict(self.block_arguments), **kinds)
-            setattr(self, f"block{index + 1}", block)
-        if self.pooling == "cls":
-            self.pool = FirstToken(self.activation, **kinds)
-        elif self.pooling == "mean":
-            self.pool = MaskedMean()
-        if self.pooling == "none":
-            self.head = TokenHead(self.classes, self.head_arguments, **kinds)
-        else:
-            arguments = dict(self.head_arguments)
-            self.head = make_head(arguments, classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        return run_stages(self, x, first=first, last=last, train=train)
 
 
 def _bert(
@@ -315,9 +193,8 @@ def _bert(
     dropout: float = 0.1,
     attention_dropout: float = 0.1,
     remat: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> Bert:
+    **kinds: Any,
+) -> Staged:
     """Returns an encoder; `MODELS` has the sizes by name.
 
     Raises:
@@ -336,26 +213,32 @@ def _bert(
         types,
         epsilon,
     )  # fmt: skip
-    embeddings = {
-        "width": width, "vocabulary": vocabulary, "places": positions,
-        "types": types, "dropout": dropout, "epsilon": epsilon,
-    }  # fmt: skip
-    block = {
-        "width": width, "heads": heads, "hidden": hidden, "dropout": dropout,
-        "attention_dropout": attention_dropout, "remat": remat,
-        "activation": hidden_activation, "epsilon": epsilon,
-    }  # fmt: skip
-    return Bert(
-        embeddings_arguments=tuple(embeddings.items()),
-        block_arguments=tuple(block.items()),
-        layers=layers,
-        pooling=pool,
-        activation=activation,
-        classes=classes,
-        head_arguments=tuple(sorted(head.items())),
-        dtype=dtype,
-        param_dtype=param_dtype,
+    common = {"dropout": dropout, "epsilon": epsilon, **kinds}
+    embeddings = Embeddings(
+        width, vocabulary, positions, types, name="embeddings", **common
     )
+    common |= {"attention_dropout": attention_dropout}
+    blocks = [
+        Block(
+            width,
+            heads,
+            hidden,
+            remat=remat,
+            activation=hidden_activation,
+            name=f"block{index + 1}",
+            **common,
+        )
+        for index in range(layers)
+    ]
+    if pool == "none":
+        last = TokenHead(make_head(head, classes=classes, **kinds), name="head")
+        return Staged((embeddings, *blocks, last), **kinds)
+    pooled = (
+        FirstToken(activation, name="pool", **kinds)
+        if pool == "cls"
+        else MaskedMean(name="pool")
+    )
+    return staged([embeddings, *blocks, pooled], head, classes=classes, **kinds)
 
 
 def _check(

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.kernels.convolution import convolve
-from finetune_jax.models.layers.heads import make_head
 from finetune_jax.models.layers.stages import (
+    Blocks,
     GlobalPool,
+    Staged,
     batch_norm,
-    run_block,
-    run_stages,
+    conv,
+    staged,
 )
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
@@ -105,32 +105,16 @@ class ConvNorm(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / stride, W / stride, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = _conv(self.variant, self.width, self.size, self.stride, "conv", kinds)
+        options = {"stride": self.stride, "name": "conv", **kinds}
+        y = _conv(self.variant, self.width, self.size, **options)(x_BxHxWxC)
         norm = _norm(self.variant, "bn", kinds)
-        return nn.relu6(norm(conv(x_BxHxWxC), use_running_average=not train))
+        return nn.relu6(norm(y, use_running_average=not train))
 
 
-def _conv(
-    variant: Variant,
-    width: int,
-    size: int,
-    stride: int,
-    name: str,
-    kinds: dict[str, Any],
-    groups: int = 1,
-) -> nn.Conv:
-    return nn.Conv(
-        width,
-        (size, size),
-        strides=(stride, stride),
-        padding="SAME" if variant.padding == "same" else ((size // 2, size // 2),) * 2,
-        feature_group_count=groups,
-        use_bias=False,
-        kernel_init=_INIT,
-        conv_general_dilated=convolve,
-        name=name,
-        **kinds,
-    )
+def _conv(variant: Variant, width: int, size: int, **options: Any) -> nn.Conv:
+    padding = "SAME" if variant.padding == "same" else None
+    options = {"use_bias": False, "kernel_init": _INIT, **options}
+    return conv(width, size, padding=padding, **options)
 
 
 def _norm(variant: Variant, name: str, kinds: dict[str, Any]) -> nn.BatchNorm:
@@ -166,93 +150,16 @@ class Block(nn.Module):
 
         inner = x_BxHxWxC.shape[-1] * row.expansion
         if row.expansion != 1:
-            y = _conv(variant, inner, 1, 1, "expand_conv", kinds)(y)
+            y = _conv(variant, inner, 1, name="expand_conv", **kinds)(y)
             y = nn.relu6(norm("expand_bn", y))
-        size, name = row.kernel_size, "depthwise_conv"
-        y = _conv(variant, inner, size, self.stride, name, kinds, groups=inner)(y)
+        options = {"feature_group_count": inner, "name": "depthwise_conv", **kinds}
+        y = _conv(variant, inner, row.kernel_size, stride=self.stride, **options)(y)
         y = nn.relu6(norm("depthwise_bn", y))
-        y = _conv(variant, row.width, 1, 1, "project_conv", kinds)(y)
+        y = _conv(variant, row.width, 1, name="project_conv", **kinds)(y)
         y = norm("project_bn", y)
         if y.shape != x_BxHxWxC.shape:
             return y
         return drop_residual(y, self.rate, train=train) + x_BxHxWxC
-
-
-class Stage(nn.Module):
-    """Blocks of one width; the first may halve the size.
-
-    Attributes:
-        row: Row of the table.
-        rates: Rates of stochastic depth, one for each block.
-        remat: Whether the backward pass computes each block again.
-        variant: Padding of convolutions, epsilon of BatchNorms.
-    """
-
-    row: Row
-    rates: tuple[float, ...]
-    remat: bool = False
-    variant: Variant = Variant()
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
-        """Returns features [B, H / stride, W / stride, width]."""
-        for index, rate in enumerate(self.rates):
-            block = Block(
-                self.row,
-                self.row.stride if index == 0 else 1,
-                rate,
-                self.variant,
-                self.dtype,
-                self.param_dtype,
-                name=f"block{index + 1}",
-            )
-            x_BxHxWxC = run_block(block, x_BxHxWxC, train=train, remat=self.remat)
-        return x_BxHxWxC
-
-
-class EfficientNetLite(nn.Module):
-    """An EfficientNet-Lite.
-
-    Attributes:
-        rows: Scaled rows of the table.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-        stochastic_depth: Rate of stochastic depth in the last block.
-        remat: Whether the backward pass computes each block again.
-        variant: Padding of convolutions, epsilon of BatchNorms.
-    """
-
-    rows: tuple[Row, ...]
-    classes: int
-    head_arguments: Any = ()
-    stochastic_depth: float = 0.0
-    remat: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    variant: Variant = Variant()
-
-    stages = (
-        "stem", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7",
-        "top", "pool", "head",
-    )  # fmt: skip
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        rates = stage_rates(self.stochastic_depth, [row.repeats for row in self.rows])
-        self.stem = ConvNorm(32, 3, 2, self.variant, **kinds)
-        for index, row in enumerate(self.rows):
-            stage = Stage(row, rates[index], self.remat, self.variant, **kinds)
-            setattr(self, f"stage{index + 1}", stage)
-        self.top = ConvNorm(1280, variant=self.variant, **kinds)
-        self.pool = GlobalPool()
-        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        return run_stages(self, x, first=first, last=last, train=train)
 
 
 def _efficientnet_lite(
@@ -265,20 +172,28 @@ def _efficientnet_lite(
     epsilon: float = 1e-3,
     stochastic_depth: float = 0.0,
     remat: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> EfficientNetLite:
+    **kinds: Any,
+) -> Staged:
     registry.choose(dict.fromkeys(PADDINGS), padding, "config.model.padding")
     if epsilon <= 0:
         raise UserError(f"config.model.epsilon: {epsilon} is not above 0")
     rows = scaled(width, depth)
-    # Checks the rate at once.
-    stage_rates(stochastic_depth, [row.repeats for row in rows])
-    arguments = tuple(sorted(head.items()))
-    variant = Variant(padding, epsilon)
-    return EfficientNetLite(
-        rows, classes, arguments, stochastic_depth, remat, dtype, param_dtype, variant
+    rates = stage_rates(stochastic_depth, [row.repeats for row in rows])
+    variant, stages = Variant(padding, epsilon), []
+    for index, row in enumerate(rows):
+        blocks = []
+        for number, rate in enumerate(rates[index]):
+            stride = row.stride if number == 0 else 1
+            name = f"block{number + 1}"
+            blocks.append(Block(row, stride, rate, variant, name=name, **kinds))
+        stages.append(Blocks(tuple(blocks), remat, name=f"stage{index + 1}"))
+    parts = (
+        ConvNorm(32, 3, 2, variant, name="stem", **kinds),
+        *stages,
+        ConvNorm(1280, variant=variant, name="top", **kinds),
+        GlobalPool(name="pool"),
     )
+    return staged(parts, head, classes=classes, **kinds)
 
 
 # Multipliers of width and depth.

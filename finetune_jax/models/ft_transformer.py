@@ -13,14 +13,12 @@ import jax.numpy as jnp
 from finetune_jax.core.errors import UserError
 from finetune_jax.models.layers.attention import Attention
 from finetune_jax.models.layers.heads import check_widths
-from finetune_jax.models.layers.stages import layer_norm
+from finetune_jax.models.layers.stages import Staged, layer_norm, staged
 from finetune_jax.models.tabular import (
     ANY_FIELDS,
     Embeddings,
     Fields,
-    Tabular,
     check_table_model,
-    make_tabular,
 )
 
 EPSILON = 1e-5
@@ -133,9 +131,8 @@ def ft_transformer(
     attention_dropout: float = 0.2,
     dropout: float = 0.1,
     residual_dropout: float = 0.0,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> Tabular:
+    **kinds: Any,
+) -> Staged:
     """Returns a Transformer of a table's columns.
 
     Args:
@@ -149,8 +146,7 @@ def ft_transformer(
         attention_dropout: Rate of dropout of the attention weights.
         dropout: Rate of dropout after the hidden layer of a block.
         residual_dropout: Rate of dropout after attention and dense layers.
-        dtype: Dtype of the computation.
-        param_dtype: Dtype of the parameters.
+        **kinds: `dtype` and `param_dtype`.
 
     Raises:
         UserError: An argument is out of range.
@@ -164,19 +160,16 @@ def ft_transformer(
         raise UserError(
             f"config.model.width: {width} is not a multiple of heads={heads}"
         )
-    own = {"fields": fields, "width": width, "initialiser": by_width}
-    blocks = [
-        (f"stage{at + 1}", Block, {"heads": heads, "begins": at == 0, "rates": rates})
-        for at in range(layers)
-    ]
-    parts = [("embeddings", Embeddings, own), ("tokens", Tokens, {}), *blocks]
-    return make_tabular(
-        [*parts, ("norm", Norm, {})],
-        head,
-        classes=classes,
-        dtype=dtype,
-        param_dtype=param_dtype,
+    parts = (
+        Embeddings(fields, width, by_width, name="embeddings", **kinds),
+        Tokens(name="tokens", **kinds),
+        *(
+            Block(heads, index == 0, rates, name=f"stage{index + 1}", **kinds)
+            for index in range(layers)
+        ),
+        Norm(name="norm", **kinds),
     )
+    return staged(parts, head, classes=classes, **kinds)
 
 
 MODELS = {"ft_transformer": ft_transformer}

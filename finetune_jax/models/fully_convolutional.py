@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.heads import ACTIVATIONS, INITIALISERS, make_head
+from finetune_jax.models.layers.stages import Staged, conv
 
 # From the first of these stages on, the features of a classifier have no places.
 _ENDS = ("pool", "head")
@@ -58,14 +58,9 @@ class ConvHead(nn.Module):
         kernel_init = INITIALISERS[self.initialiser]()
         x_BxHxWxC = as_maps(last, self.size)
         for index, width in enumerate(self.hidden):
-            x_BxHxWxC = nn.Conv(
-                width,
-                (3, 3),
-                kernel_init=kernel_init,
-                conv_general_dilated=convolve,
-                name=f"hidden{index + 1}",
-                **kinds,
-            )(x_BxHxWxC)
+            options = {"kernel_init": kernel_init, "padding": "SAME", **kinds}
+            layer = conv(width, 3, name=f"hidden{index + 1}", **options)
+            x_BxHxWxC = layer(x_BxHxWxC)
             x_BxHxWxC = ACTIVATIONS[self.activation](x_BxHxWxC)
         if self.dropout:
             x_BxHxWxC = nn.Dropout(self.dropout)(x_BxHxWxC, deterministic=not train)
@@ -80,29 +75,9 @@ class ConvHead(nn.Module):
         return enlarged(logits_BxHxWxK, self.size)
 
     def _scores(self, name: str, kernel_init: Any) -> nn.Conv:
-        return nn.Conv(
-            self.classes,
-            (1, 1),
-            kernel_init=kernel_init,
-            conv_general_dilated=convolve,
-            dtype=self.param_dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )
-
-
-class _Headed(nn.Module):
-    """A module whose submodule `head` gives parameters and interceptors that name."""
-
-    head_module: ConvHead
-
-    def setup(self):
-        """Takes the head as the only submodule."""
-        self.head = self.head_module.clone()
-
-    def __call__(self, x: Any, *, train: bool) -> jax.Array:
-        """Returns logits [B, H, W, K]."""
-        return self.head(x, train=train)
+        kinds = {"dtype": self.param_dtype, "param_dtype": self.param_dtype}
+        options = {"kernel_init": kernel_init, "padding": "SAME", **kinds}
+        return conv(self.classes, 1, name=name, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +86,12 @@ class FullyConvolutional:
 
     Attributes:
         backbone: The model.
-        headed: The new head.
+        headed: A model of the new head alone.
         taps: Stages whose maps pass on to the head.
     """
 
     backbone: nn.Module
-    headed: _Headed
+    headed: Staged
     taps: tuple[str, ...]
 
     @property
@@ -213,9 +188,10 @@ def fully_convolutional(
         activation=checked.activation,
         dropout=checked.dropout,
         initialiser=checked.initialiser,
+        name="head",
         **kinds,
     )
-    return FullyConvolutional(backbone, _Headed(module), ordered)
+    return FullyConvolutional(backbone, Staged((module,)), ordered)
 
 
 def stages_with_maps(backbone: nn.Module) -> tuple[str, ...]:

@@ -12,24 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.models.kernels.convolution import convolve
-from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.stages import GlobalPool, batch_norm, run_stages
+from finetune_jax.models.layers.stages import (
+    Blocks,
+    GlobalPool,
+    Staged,
+    batch_norm,
+    conv,
+    staged,
+)
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
-
-def _conv3x3(width: int, stride: int, name: str, kinds: dict[str, Any]) -> nn.Conv:
-    return nn.Conv(
-        width,
-        (3, 3),
-        strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
-        use_bias=False,
-        kernel_init=nn.initializers.he_normal(),
-        conv_general_dilated=convolve,
-        name=name,
-        **kinds,
-    )
+_conv = partial(conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
 class Stem(nn.Module):
@@ -43,7 +36,7 @@ class Stem(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H, W, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x_BxHxWxC = _conv3x3(self.width, 1, "conv", kinds)(x_BxHxWxC)
+        x_BxHxWxC = _conv(self.width, 3, name="conv", **kinds)(x_BxHxWxC)
         norm = batch_norm(name="bn", **kinds)
         return nn.relu(norm(x_BxHxWxC, use_running_average=not train))
 
@@ -68,10 +61,10 @@ class Block(nn.Module):
         """Returns features [B, H / stride, W / stride, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(batch_norm, **kinds)
-        y_BxHxWxC = _conv3x3(self.width, self.stride, "conv1", kinds)(x_BxHxWxC)
-        y_BxHxWxC = norm(name="bn1")(y_BxHxWxC, use_running_average=not train)
+        first = _conv(self.width, 3, stride=self.stride, name="conv1", **kinds)
+        y_BxHxWxC = norm(name="bn1")(first(x_BxHxWxC), use_running_average=not train)
         y_BxHxWxC = nn.relu(y_BxHxWxC)
-        y_BxHxWxC = _conv3x3(self.width, 1, "conv2", kinds)(y_BxHxWxC)
+        y_BxHxWxC = _conv(self.width, 3, name="conv2", **kinds)(y_BxHxWxC)
         y_BxHxWxC = norm(name="bn2")(y_BxHxWxC, use_running_average=not train)
         shortcut = x_BxHxWxC[:, :: self.stride, :: self.stride]
         missing = self.width - shortcut.shape[-1]
@@ -82,83 +75,24 @@ class Block(nn.Module):
         return nn.relu(y_BxHxWxC + shortcut)
 
 
-class Stage(nn.Module):
-    """Blocks of one width; the first may halve the size.
-
-    Attributes:
-        rates: Rates of stochastic depth, one for each block.
-        width: Channels.
-        stride: Stride of the first block.
-    """
-
-    rates: tuple[float, ...]
-    width: int
-    stride: int
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
-        """Returns features [B, H / stride, W / stride, width]."""
-        for index, rate in enumerate(self.rates):
-            x_BxHxWxC = Block(
-                self.width,
-                self.stride if index == 0 else 1,
-                rate,
-                self.dtype,
-                self.param_dtype,
-                name=f"block{index + 1}",
-            )(x_BxHxWxC, train=train)
-        return x_BxHxWxC
-
-
-class ResNetCifar(nn.Module):
-    """A ResNet for small images, of depth 6 * blocks + 2.
-
-    Attributes:
-        blocks: Number of blocks in each of the three stages.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-        stochastic_depth: Rate of stochastic depth in the last block.
-    """
-
-    blocks: int
-    classes: int
-    head_arguments: Any = ()
-    stochastic_depth: float = 0.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    stages = ("stem", "stage1", "stage2", "stage3", "pool", "head")
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        rates = stage_rates(self.stochastic_depth, (self.blocks,) * 3)
-        self.stem = Stem(16, **kinds)
-        self.stage1 = Stage(rates[0], 16, 1, **kinds)
-        self.stage2 = Stage(rates[1], 32, 2, **kinds)
-        self.stage3 = Stage(rates[2], 64, 2, **kinds)
-        self.pool = GlobalPool()
-        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        return run_stages(self, x, first=first, last=last, train=train)
-
-
 def _resnet(
     blocks: int,
     *,
     classes: int,
     head: Mapping[str, Any],
     stochastic_depth: float = 0.0,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> ResNetCifar:
-    stage_rates(stochastic_depth, (blocks,))  # Checks the rate at once.
-    arguments = tuple(sorted(head.items()))
-    return ResNetCifar(blocks, classes, arguments, stochastic_depth, dtype, param_dtype)
+    **kinds: Any,
+) -> Staged:
+    stages = []
+    for index, rates in enumerate(stage_rates(stochastic_depth, (blocks,) * 3)):
+        own = []
+        for number, rate in enumerate(rates):
+            stride = 2 if index and number == 0 else 1
+            name = f"block{number + 1}"
+            own.append(Block(16 * 2**index, stride, rate, name=name, **kinds))
+        stages.append(Blocks(tuple(own), name=f"stage{index + 1}"))
+    parts = Stem(16, name="stem", **kinds), *stages, GlobalPool(name="pool")
+    return staged(parts, head, classes=classes, **kinds)
 
 
 MODELS = {

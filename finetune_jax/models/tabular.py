@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.layers.heads import check_widths, make_head
-from finetune_jax.models.layers.stages import run_stages
+from finetune_jax.models.layers.heads import check_widths
+from finetune_jax.models.layers.stages import Staged, staged
 
 # Name and number of rows of each embedding.
 Fields = tuple[tuple[str, int], ...]
@@ -118,9 +118,8 @@ class Bottom(nn.Module):
     @nn.compact
     def __call__(self, x: Mapping[str, jax.Array], *, train: bool) -> dict:
         """Returns `x` with numbers of the width of the embeddings, [B, D]."""
-        layers = Dense(
-            self.widths, dtype=self.dtype, param_dtype=self.param_dtype, name="layers"
-        )
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        layers = Dense(self.widths, name="layers", **kinds)
         return {**x, "numbers": layers(x["numbers"], train=train)}
 
 
@@ -205,59 +204,12 @@ class Deep(nn.Module):
     @nn.compact
     def __call__(self, x: Any, *, train: bool) -> jax.Array:
         """Returns features [B, F]."""
-        layers = Dense(
-            self.widths, self.dropout, self.dtype, self.param_dtype, name="layers"
-        )
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        layers = Dense(self.widths, self.dropout, name="layers", **kinds)
         if not isinstance(x, Mapping):
             return layers(x, train=train)
         deep_BxF = layers(x["inputs"], train=train)
         return jnp.concatenate([x["crossed"], deep_BxF], axis=-1)
-
-
-class Tabular(nn.Module):
-    """Stages one after the other, then the head.
-
-    Attributes:
-        parts: Name of each stage before the head, the module, and its arguments.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-    """
-
-    parts: tuple[tuple[str, Any, tuple[tuple[str, Any], ...]], ...]
-    classes: int
-    head_arguments: Any = ()
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages in order."""
-        return (*(name for name, *_ in self.parts), "head")
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        for name, module, arguments in self.parts:
-            own = {} if module is Interaction else kinds
-            setattr(self, name, module(**dict(arguments), **own))
-        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        return run_stages(self, x, first=first, last=last, train=train)
-
-
-def make_tabular(
-    parts: Sequence[tuple[str, Any, Mapping[str, Any]]],
-    head: Mapping[str, Any],
-    **given,
-) -> Tabular:
-    """Returns a model of stages, each (name, module, arguments), and a head."""
-    return Tabular(
-        parts=tuple((n, module, tuple(own.items())) for n, module, own in parts),
-        head_arguments=tuple(sorted(head.items())),
-        **given,
-    )
 
 
 def check_table_model(name: str, width: int, dropout: float = 0.0) -> None:
@@ -280,27 +232,20 @@ def table_mlp(
     width: int = 16,
     hidden: tuple[int, ...] = (256, 128),
     dropout: float = 0.0,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> Tabular:
+    **kinds: Any,
+) -> Staged:
     """Returns dense layers on numbers and embeddings, each a stage, and the head."""
     del numbers
     check_table_model("table_mlp", width, dropout)
     check_widths("config.model.hidden", hidden)
     layers = [
-        (f"stage{index + 1}", Dense, {"widths": (size,), "dropout": dropout})
-        for index, size in enumerate(hidden)
+        Dense((size,), dropout, name=f"stage{index}", **kinds)
+        for index, size in enumerate(hidden, start=1)
     ]
     if not layers:  # The head takes an array.
-        layers = [("join", Dense, {"widths": ()})]
-    embeddings = ("embeddings", Embeddings, {"fields": fields, "width": width})
-    return make_tabular(
-        [embeddings, *layers],
-        head,
-        classes=classes,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+        layers = [Dense((), name="join", **kinds)]
+    embeddings = Embeddings(fields, width, name="embeddings", **kinds)
+    return staged([embeddings, *layers], head, classes=classes, **kinds)
 
 
 def dlrm(
@@ -312,9 +257,8 @@ def dlrm(
     width: int = 16,
     bottom: tuple[int, ...] = (64,),
     top: tuple[int, ...] = (128, 64),
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> Tabular:
+    **kinds: Any,
+) -> Staged:
     """Returns a DLRM: embeddings, bottom layers, dot products, top layers, head.
 
     `bottom` is followed by one more layer, of the width of the embeddings.
@@ -327,14 +271,12 @@ def dlrm(
     check_widths("config.model.top", top)
     if not fields:
         raise UserError("config.model.name: 'dlrm' needs categories, the data has none")
-    parts: list = [("embeddings", Embeddings, {"fields": fields, "width": width})]
+    parts: list = [Embeddings(fields, width, name="embeddings", **kinds)]
     if numbers:
-        parts.append(("bottom", Bottom, {"widths": (*bottom, width)}))
-    parts.append(("interaction", Interaction, {"numbers": bool(numbers)}))
-    parts.append(("top", Dense, {"widths": tuple(top)}))
-    return make_tabular(
-        parts, head, classes=classes, dtype=dtype, param_dtype=param_dtype
-    )
+        parts.append(Bottom((*bottom, width), name="bottom", **kinds))
+    parts.append(Interaction(bool(numbers), name="interaction"))
+    parts.append(Dense(tuple(top), name="top", **kinds))
+    return staged(parts, head, classes=classes, **kinds)
 
 
 def dcn_v2(
@@ -349,9 +291,8 @@ def dcn_v2(
     deep: tuple[int, ...] = (128, 64),
     structure: str = "parallel",
     dropout: float = 0.0,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> Tabular:
+    **kinds: Any,
+) -> Staged:
     """Returns a DCN-V2: embeddings, crossing layers, dense layers, head.
 
     Args:
@@ -365,8 +306,7 @@ def dcn_v2(
         deep: Widths of the dense layers.
         structure: 'parallel' or 'stacked': place of the dense layers.
         dropout: Rate of dropout after dense layers.
-        dtype: Dtype of the computation.
-        param_dtype: Dtype of the parameters.
+        **kinds: `dtype` and `param_dtype`.
 
     Raises:
         UserError: An argument is out of range.
@@ -381,15 +321,12 @@ def dcn_v2(
             "and at least 0 are needed"
         )
     parallel = structure == "parallel"
-    crossing = {"layers": layers, "rank": rank or None, "parallel": parallel}
-    parts = [
-        ("embeddings", Embeddings, {"fields": fields, "width": width}),
-        ("cross", Cross, crossing),
-        ("deep", Deep, {"widths": tuple(deep), "dropout": dropout}),
-    ]
-    return make_tabular(
-        parts, head, classes=classes, dtype=dtype, param_dtype=param_dtype
+    parts = (
+        Embeddings(fields, width, name="embeddings", **kinds),
+        Cross(layers, rank or None, parallel, name="cross", **kinds),
+        Deep(tuple(deep), dropout, name="deep", **kinds),
     )
+    return staged(parts, head, classes=classes, **kinds)
 
 
 MODELS = {"table_mlp": table_mlp, "dlrm": dlrm, "dcn_v2": dcn_v2}

@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.kernels.pooling import max_pool
-from finetune_jax.models.layers.heads import check_widths, make_head
-from finetune_jax.models.layers.stages import batch_norm, run_block, run_stages
+from finetune_jax.models.layers.heads import check_widths
+from finetune_jax.models.layers.stages import (
+    Staged,
+    batch_norm,
+    conv,
+    run_block,
+    staged,
+)
 
 _INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-WIDTHS = (64, 128, 256, 512, 512)
 DENSE = 4096
 PLACES = 7  # Height and width of the maps before the dense layers.
 
@@ -42,15 +46,8 @@ class Block(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H, W, width]."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x_BxHxWxC = nn.Conv(
-            self.width,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            kernel_init=_INIT,
-            conv_general_dilated=convolve,
-            name="conv",
-            **kinds,
-        )(x_BxHxWxC)
+        options = {"kernel_init": _INIT, "name": "conv", **kinds}
+        x_BxHxWxC = conv(self.width, 3, **options)(x_BxHxWxC)
         if self.normalises:
             norm = batch_norm(name="bn", **kinds)
             x_BxHxWxC = norm(x_BxHxWxC, use_running_average=not train)
@@ -77,14 +74,10 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, *, train: bool) -> jax.Array:
         """Returns features [B, H / 2, W / 2, width]."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for index in range(self.blocks):
-            block = Block(
-                self.width,
-                self.normalises,
-                self.dtype,
-                self.param_dtype,
-                name=f"block{index + 1}",
-            )
+            name = f"block{index + 1}"
+            block = Block(self.width, self.normalises, name=name, **kinds)
             x_BxHxWxC = run_block(block, x_BxHxWxC, train=train, remat=self.remat)
         return max_pool(x_BxHxWxC, (2, 2), (2, 2))
 
@@ -145,52 +138,8 @@ class Classifier(nn.Module):
         return x_BxF
 
 
-class VGG(nn.Module):
-    """A VGG.
-
-    Attributes:
-        blocks: Number of blocks in each of the five stages.
-        normalises: Whether a BatchNorm follows each convolution.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-        dropout: Rate after both dense layers.
-        remat: Whether the backward pass computes each block again.
-        widths: Widths of the stages.
-        dense: Width of the dense layers.
-    """
-
-    blocks: tuple[int, ...]
-    normalises: bool
-    classes: int
-    head_arguments: Any = ()
-    dropout: float = 0.5
-    remat: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    widths: tuple[int, ...] = WIDTHS
-    dense: int = DENSE
-
-    stages = (
-        "stage1", "stage2", "stage3", "stage4", "stage5", "pool", "classifier", "head",
-    )  # fmt: skip
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        for index, shape in enumerate(zip(self.blocks, self.widths)):
-            stage = Stage(*shape, self.normalises, self.remat, **kinds)
-            setattr(self, f"stage{index + 1}", stage)
-        self.pool = AdaptivePool()
-        self.classifier = Classifier(self.dense, self.dropout, **kinds)
-        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        return run_stages(self, x, first=first, last=last, train=train)
-
-
 def _vgg(
-    blocks: tuple[int, ...],
+    shape: tuple[tuple[int, int], ...],
     normalises: bool,
     *,
     classes: int,
@@ -198,32 +147,31 @@ def _vgg(
     dropout: float = 0.5,
     dense: int = DENSE,
     remat: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> VGG:
+    **kinds: Any,
+) -> Staged:
     if not 0 <= dropout < 1:
         raise UserError(f"config.model.dropout: {dropout} is not in [0, 1)")
     check_widths("config.model.dense", (dense,))
-    return VGG(
-        blocks=blocks,
-        normalises=normalises,
-        classes=classes,
-        head_arguments=tuple(sorted(head.items())),
-        dropout=dropout,
-        remat=remat,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        dense=dense,
+    stages = [
+        Stage(*sizes, normalises, remat, name=f"stage{index + 1}", **kinds)
+        for index, sizes in enumerate(shape)
+    ]
+    last = Classifier(dense, dropout, name="classifier", **kinds)
+    parts = *stages, AdaptivePool(name="pool"), last
+    return staged(parts, head, classes=classes, **kinds)
+
+
+# Blocks of the stages, and their widths.
+_SHAPES = {
+    name: tuple(zip(blocks, (64, 128, 256, 512, 512)))
+    for name, blocks in (
+        ("vgg11", (1, 1, 2, 2, 2)),
+        ("vgg13", (2, 2, 2, 2, 2)),
+        ("vgg16", (2, 2, 3, 3, 3)),
+        ("vgg19", (2, 2, 4, 4, 4)),
     )
-
-
-_BLOCKS = {
-    "vgg11": (1, 1, 2, 2, 2),
-    "vgg13": (2, 2, 2, 2, 2),
-    "vgg16": (2, 2, 3, 3, 3),
-    "vgg19": (2, 2, 4, 4, 4),
 }
 MODELS = {
-    **{name: partial(_vgg, blocks, False) for name, blocks in _BLOCKS.items()},
-    **{f"{name}_bn": partial(_vgg, blocks, True) for name, blocks in _BLOCKS.items()},
+    **{name: partial(_vgg, shape, False) for name, shape in _SHAPES.items()},
+    **{f"{name}_bn": partial(_vgg, shape, True) for name, shape in _SHAPES.items()},
 }

@@ -17,11 +17,9 @@ import jax.numpy as jnp
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
-from finetune_jax.models.kernels.convolution import convolve
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.layers.attention import Attention
-from finetune_jax.models.layers.heads import make_head
-from finetune_jax.models.layers.stages import layer_norm, run_stages
+from finetune_jax.models.layers.stages import Norm, Staged, conv, layer_norm, staged
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
 # Initialiser of dense layers and embeddings; Touvron et al. 2021 and timm.
@@ -66,16 +64,9 @@ class Stem(nn.Module):
                 f"config.model.name: patches of {size} pixels do not divide images of "
                 f"{height} x {across}; set config.data.image_size to a multiple of {size}"
             )
-        x_BxHxWxC = nn.Conv(
-            width,
-            (size, size),
-            strides=(size, size),
-            padding="VALID",
-            conv_general_dilated=convolve,
-            name="conv",
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )(x_BxHxWxC)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        patches = conv(width, size, stride=size, padding="VALID", name="conv", **kinds)
+        x_BxHxWxC = patches(x_BxHxWxC)
         x_BxTxD = x_BxHxWxC.reshape(x_BxHxWxC.shape[0], -1, width)
         if self.class_token:
             token = self.param("class_token", _INIT, (1, 1, width), self.param_dtype)
@@ -131,24 +122,6 @@ class Block(nn.Module):
         return x_BxTxD + drop_residual(dropped(y), of_block, train=train)
 
 
-class Norm(nn.Module):
-    """LayerNorm, as a stage.
-
-    Attributes:
-        epsilon: Number added to the variance.
-    """
-
-    epsilon: float
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns `x` normalised over its last axis."""
-        del train
-        return layer_norm(self.dtype, self.param_dtype, "ln", epsilon=self.epsilon)(x)
-
-
 class Pool(nn.Module):
     """The features of an image: the class token, or the mean of the patches.
 
@@ -179,72 +152,6 @@ POOLS = {
 }
 
 
-class VisionTransformer(nn.Module):
-    """A Vision Transformer.
-
-    Attributes:
-        shape: Sizes of the network.
-        classes: Number of logits.
-        head_arguments: Arguments of the head, as pairs.
-        pool: One of `POOLS`.
-        class_token: Whether the model has a class token.
-        dropout: Rate of dropout after positions, attention and dense layers.
-        attention_dropout: Rate of dropout of the attention weights.
-        stochastic_depth: Rate of stochastic depth in the last block.
-        epsilon: Epsilon of the LayerNorms.
-        remat: Whether the backward pass computes each block again.
-        hidden_activation: Activation in the blocks, a key of `HIDDEN_ACTIVATIONS`.
-    """
-
-    shape: Shape
-    classes: int
-    head_arguments: Any = ()
-    pool_kind: str = "token"
-    class_token: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    stochastic_depth: float = 0.0
-    epsilon: float = 1e-6
-    remat: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    hidden_activation: str = "gelu"
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stem, one stage for each block, and the stages of `POOLS`."""
-        return ("stem", *self._blocks, *POOLS[self.pool_kind], "head")
-
-    @property
-    def _blocks(self) -> tuple[str, ...]:
-        return tuple(f"block{index + 1}" for index in range(self.shape.depth))
-
-    def setup(self):
-        """Makes one submodule for each stage."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.stem = Stem(self.shape, self.class_token, self.dropout, **kinds)
-        rates = stage_rates(self.stochastic_depth, [1] * self.shape.depth)
-        for name, (rate,) in zip(self._blocks, rates):
-            of_block = self.dropout, self.attention_dropout, rate
-            block = Block(
-                self.shape.heads,
-                self.epsilon,
-                of_block,
-                self.hidden_activation,
-                **kinds,
-            )
-            setattr(self, name, block)
-        self.pool = Pool(self.pool_kind.split("_")[0], self.class_token)
-        norm = "pooled_norm" if self.pool_kind == "mean_norm" else "norm"
-        setattr(self, norm, Norm(self.epsilon, **kinds))
-        self.head = make_head(dict(self.head_arguments), classes=self.classes, **kinds)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns the output of stage `last` for the input of stage `first`."""
-        again = self._blocks if self.remat else ()
-        return run_stages(self, x, first=first, last=last, train=train, remat=again)
-
-
 def _vit(
     shape: Shape,
     *,
@@ -259,14 +166,13 @@ def _vit(
     stochastic_depth: float = 0.0,
     epsilon: float = 1e-6,
     remat: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = jnp.float32,
-) -> VisionTransformer:
+    **kinds: Any,
+) -> Staged:
     registry.choose(POOLS, pool, "config.model.pool")
     where = "config.model.hidden_activation"
     registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     shape = shape._replace(heads=heads or shape.heads)
-    stage_rates(stochastic_depth, [1] * shape.depth)  # Checks the rate at once.
+    rates = stage_rates(stochastic_depth, [1] * shape.depth)
     problems = [
         f"config.model.{name}: {rate} is not in [0, 1)"
         for name, rate in (
@@ -286,21 +192,20 @@ def _vit(
         )
     if problems:
         raise problems_error("config.model does not fit:", problems)
-    return VisionTransformer(
-        shape,
-        classes,
-        tuple(sorted(head.items())),
-        pool,
-        class_token,
-        dropout,
-        attention_dropout,
-        stochastic_depth,
-        epsilon,
-        remat,
-        dtype,
-        param_dtype,
-        hidden_activation,
-    )
+    blocks = []
+    for index, (rate,) in enumerate(rates):
+        own, name = (dropout, attention_dropout, rate), f"block{index + 1}"
+        options = {"name": name, **kinds}
+        blocks.append(Block(shape.heads, epsilon, own, hidden_activation, **options))
+    pooling: dict[str, nn.Module] = {
+        "pool": Pool(pool.split("_")[0], class_token, name="pool"),
+        "norm": Norm(epsilon, name="norm", **kinds),
+        "pooled_norm": Norm(epsilon, name="pooled_norm", **kinds),
+    }
+    stem = Stem(shape, class_token, dropout, name="stem", **kinds)
+    parts = stem, *blocks, *(pooling[name] for name in POOLS[pool])
+    again = tuple(block.name for block in blocks) if remat else ()
+    return staged(parts, head, classes=classes, remat=again, **kinds)
 
 
 # Width, depth and heads.

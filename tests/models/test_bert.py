@@ -32,9 +32,19 @@ CASES = {  # Ours, how it pools, and the oracle's class.
 QUICK = ("distil",)
 
 
-def made(name, pool, *, classes=CLASSES, dtype=jnp.float32, sizes=(), **arguments):
+def made(
+    name,
+    pool,
+    *,
+    classes=CLASSES,
+    dtype=jnp.float32,
+    computed=None,
+    sizes=(),
+    **arguments,
+):
     arguments = {**TINY, "pool": pool, **dict(sizes), **arguments, "head": {}}
-    return make_model(name, arguments, classes=classes, dtype=dtype, param_dtype=dtype)
+    kinds = {"dtype": computed or dtype, "param_dtype": dtype}
+    return make_model(name, arguments, classes=classes, **kinds)
 
 
 def shapes_of(model):
@@ -130,9 +140,9 @@ def test_every_stage_is_the_oracles(case):
 def test_every_stage_is_the_oracles_at_full_width(case):
     name = CASES[case][0]
     real = make_model(name, {"head": {}}, classes=CLASSES)
-    block = dict(real.block_arguments)
-    sizes = {key: block[key] for key in ("width", "heads", "hidden")}
-    sizes |= {"layers": real.layers, "vocabulary": 999, "positions": 128}
+    sizes = {k: getattr(real["block1"], k) for k in ("width", "heads", "hidden")}
+    layers = sum(stage.startswith("block") for stage in real.stages)
+    sizes |= {"layers": layers, "vocabulary": 999, "positions": 128}
     check(case, sizes, texts(vocabulary=999, length=77))
 
 
@@ -173,7 +183,7 @@ def test_gradients_are_the_oracles_in_float64(case):
 
 
 def randomised_tiny(pool="mean", dtype=jnp.float32, **arguments):
-    model = made("minilm_l6", pool, **arguments).clone(dtype=dtype)
+    model = made("minilm_l6", pool, computed=dtype, **arguments)
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
         lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype),

@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from finetune_jax.models import convnext, make_model, resnet, vit
+from finetune_jax.models import convnext, resnet, vit
 
 SMALL = {
-    "vit_tiny_patch16": {"shape": vit.Shape(16, 2, 2, 16)},
-    "convnext_tiny": {"shape": convnext.Shape((1, 1, 1, 1), (2, 2, 2, 2))},
-    "vgg11_bn": {"widths": (4, 4, 4, 4, 4), "dense": 8},
-    "resnet18": {"shape": resnet.Shape((1, 1, 1, 1), bottleneck=False)},
+    "vit_tiny_patch16": (vit.Shape(16, 2, 2, 16),),
+    "convnext_tiny": (convnext.Shape((1, 1, 1, 1), (2, 2, 2, 2)),),
+    "vgg11_bn": (tuple((blocks, 4) for blocks in (1, 1, 2, 2, 2)), True),
+    "resnet18": (resnet.Shape((1, 1, 1, 1), bottleneck=False),),
 }
 DROPS = {
-    "vit_tiny_patch16": {"dropout": 0.2, "attention_dropout": 0.2},
-    "vgg11_bn": {"dropout": 0.3},
+    "vit_tiny_patch16": {"dropout": 0.2, "attention_dropout": 0.2, "heads": 2},
+    "vgg11_bn": {"dropout": 0.3, "dense": 8},
 }
 
 
@@ -24,9 +25,8 @@ def gradients(name, remat):
     arguments = {"head": {}, "remat": remat, **DROPS.get(name, {})}
     if name not in ("vgg11_bn",):
         arguments["stochastic_depth"] = 0.4
-    model = make_model(
-        name, arguments, classes=3, dtype=jnp.float64, param_dtype=jnp.float64
-    ).clone(**SMALL[name])
+    arguments |= {"classes": 3, "dtype": jnp.float64, "param_dtype": jnp.float64}
+    model = small.of_sizes(name, *SMALL[name], **arguments)
     x = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     rng = np.random.default_rng(1)

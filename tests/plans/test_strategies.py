@@ -17,7 +17,7 @@ from finetune_jax import models
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.models.tabular import ANY_FIELDS, Tabular
+from finetune_jax.models.tabular import ANY_FIELDS
 from finetune_jax.optim import compile_phase
 from finetune_jax.optim.optimizer import carried
 from finetune_jax.plans import strategies
@@ -284,9 +284,9 @@ def with_parameters(name):
     """Returns the stages of a model that have parameters, by its initialisation."""
     model = models.make_model(name, {"head": {}}, classes=2)
     x = jnp.zeros((1, 224, 224, 3))
-    if hasattr(model, "vocabulary"):
+    if hasattr(model.parts[0], "vocabulary"):
         x = tokens(jnp.ones((1, 2, 2), jnp.int32))
-    if isinstance(model, Tabular):
+    if hasattr(model.parts[0], "fields"):
         categories = jnp.zeros((1, len(ANY_FIELDS)), jnp.int32)
         x = {"numbers": jnp.zeros((1, 1)), "categories": categories}
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import small
 
-import finetune_jax.models.mnist
-import finetune_jax.training.run
 from finetune_jax.data.order import training_order
 from finetune_jax.models import efficientnet_lite
 from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers import stages
 from finetune_jax.parallel.executor import LONG_S, LONGEST, Pace
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
@@ -119,8 +118,7 @@ def test_gradients_of_convolutions_that_are_jaxs_own_are_found():
 def test_a_model_with_such_gradients_makes_an_update_a_call(
     tmp_path, capsys, monkeypatch
 ):
-    module = finetune_jax.models.mnist
-    monkeypatch.setattr(module, "convolve", jax.lax.conv_general_dilated)
+    monkeypatch.setattr(stages, "convolve", jax.lax.conv_general_dilated)
     outcome(tmp_path, (Phase(name="all", steps=2),), {}, None)
     assert "3 gradients of convolutions are jax's own" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from torch_files import Call, Name, Raw, described, zipped
 from finetune_jax import config as configs
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.models import convnext, make_model
+from finetune_jax.models import convnext
 from finetune_jax.training.initial.starting_state import told_of
 from finetune_jax.training.setup import make_setup
 from finetune_jax.weights.addresses import Weights, _of_state, read_weights
@@ -35,13 +35,9 @@ from finetune_jax.weights.prefixes import without_prefix
 
 @functools.cache
 def shapes():
-    module = make_model(
-        "convnext_tiny",
-        {"head": {}},
-        classes=3,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-    ).clone(shape=convnext.Shape((1, 1, 1, 1), (2, 2, 2, 2)))
+    shape = convnext.Shape((1, 1, 1, 1), (2, 2, 2, 2))
+    kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    module = small.of_sizes("convnext_tiny", shape, head={}, classes=3, **kinds)
     x = jnp.zeros((1, 32, 32, 3))
     return jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_models
 import pytest
+import small
 
 from finetune_jax.core.pytrees import named
-from finetune_jax.models import make_model, resnet
+from finetune_jax.models import resnet
 from finetune_jax.models.convnext import MODELS
-from finetune_jax.models.efficientnet_lite import scaled
-from finetune_jax.models.vit import SIZES
+from finetune_jax.models.vgg import MODELS as VGG_MODELS
+from finetune_jax.models.vit import SIZES, Shape
 from finetune_jax.weights.addresses import Weights
 from finetune_jax.weights.layout import recognise
 from finetune_jax.weights.merge import load_weights
@@ -33,7 +34,8 @@ class Row:
         name: Of the model.
         size: Of the images.
         arguments: Of our model.
-        fields: What our module differs in from the named one.
+        fields: Further arguments of our model, which the oracle is told as `theirs`.
+        sizes: Arguments of the family's function, by position; empty for the named ones.
         theirs: Arguments of the oracle.
     """
 
@@ -43,16 +45,19 @@ class Row:
     arguments: dict = dataclasses.field(default_factory=dict)
     fields: dict = dataclasses.field(default_factory=dict)
     theirs: dict = dataclasses.field(default_factory=dict)
+    sizes: tuple = ()
 
     def __str__(self):
         said = [*self.arguments.values(), *self.theirs.values()]
         return "-".join([self.library, self.name, *map(str, said)])
 
 
-def vgg(library, name, dense=32, **fields):
-    fields = {"dense": dense, "dropout": 0.0} | fields
-    widths = {k: v for k, v in fields.items() if k == "widths"}
-    return Row(library, name, fields=fields, theirs={"dense": dense} | widths)
+def vgg(library, name, dense=32, **widths):
+    fields, theirs = {"dense": dense, "dropout": 0.0}, {"dense": dense, **widths}
+    stages, normalises = VGG_MODELS[name].args
+    for given in widths.values():
+        stages = tuple((blocks, wide) for (blocks, _), wide in zip(stages, given))
+    return Row(library, name, fields=fields, theirs=theirs, sizes=(stages, normalises))
 
 
 def vit(library, name, arguments=(), *, depth=None, **theirs):
@@ -64,8 +69,8 @@ def vit(library, name, arguments=(), *, depth=None, **theirs):
     if library.startswith("transformers"):
         arguments["epsilon"] = 1e-12
     theirs |= {"depth": depth, "image_size": 2 * patch}
-    shape = (width, depth, heads, patch)
-    return Row(library, name, 2 * patch, arguments, {"shape": shape}, theirs)
+    sizes = (Shape(width, depth, heads, patch),)
+    return Row(library, name, 2 * patch, arguments, {}, theirs, sizes)
 
 
 def convnext(library, name, *shape):
@@ -74,7 +79,8 @@ def convnext(library, name, *shape):
         blocks = (1, 1, 2, 1)  # The other blocks are the same again.
     arguments = {"epsilon": 1e-12} if library == "transformers" else {}
     theirs = {"widths": widths, "depths": blocks}
-    return Row(library, name, 64, arguments, {"shape": (blocks, widths)}, theirs)
+    sizes = (type(MODELS[name].args[0])(blocks, widths),)
+    return Row(library, name, 64, arguments, {}, theirs, sizes)
 
 
 RESNETS = (
@@ -114,14 +120,9 @@ ROWS = [
 
 
 def made(row, precision, **more):
-    model = make_model(
-        row.name, {"head": {}, **row.arguments, **more}, classes=CLASSES,
-        dtype=precision, param_dtype=precision,
-    )  # fmt: skip
-    fields = dict(row.fields)
-    if isinstance(fields.get("shape"), tuple):
-        fields["shape"] = type(model.shape)(*fields["shape"])
-    return model.clone(**fields)
+    given = {"classes": CLASSES, "dtype": precision, "param_dtype": precision}
+    given |= {"head": {}, **row.arguments, **row.fields, **more}
+    return small.of_sizes(row.name, *row.sizes, **given)
 
 
 def loaded(row, model, tensors, precision):
@@ -231,13 +232,13 @@ GRADIENTS = [  # Of few blocks: what takes time is compiling.
     Row(
         "torchvision",
         "resnet50",
-        fields={"shape": resnet.Shape(ONCE)},
+        sizes=(resnet.Shape(ONCE),),
         theirs={"depths": ONCE},
     ),
     Row(
         "timm",
         "efficientnet_lite0",
-        fields={"rows": scaled(1.0, 0.1)},
+        sizes=(1.0, 0.1),
         theirs={"depth": 1},
     ),
     vgg("torchvision", "vgg11_bn", widths=NARROW),

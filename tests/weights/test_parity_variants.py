@@ -4,7 +4,9 @@ The file beside the weights chooses the member, as in a run.
 """
 
 import dataclasses
+import functools
 import json
+import sys
 from collections.abc import Callable
 
 import bert_oracles
@@ -16,8 +18,9 @@ import pytest
 import small
 from safetensors.numpy import save_file
 
-from finetune_jax.models import convnext, model_of
-from finetune_jax.models.efficientnet_lite import scaled
+from finetune_jax.models import constructors, convnext, model_of
+from finetune_jax.models.resnet import Shape as ResNetShape
+from finetune_jax.models.vit import Shape
 from finetune_jax.weights.addresses import read_weights
 from finetune_jax.weights.merge import load_weights
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
@@ -35,14 +38,14 @@ class Pair:
         name: Name of our model.
         make: Takes a folder, writes weights and `config.json`, and returns the module.
         filled: Arguments that the file gives.
-        changed: Takes our module and returns a smaller one.
+        sizes: Sizes of our model, if it is smaller than its name says.
         arguments: Arguments of our model in the config.
     """
 
     name: str
     make: Callable
     filled: dict
-    changed: Callable = lambda module: module
+    sizes: tuple = ()
     arguments: dict = dataclasses.field(default_factory=dict)
 
     def __str__(self):
@@ -145,20 +148,8 @@ TINY |= {"vocabulary": 31, "positions": 12}
 HEADS_2 = {"num_attention_heads": 2, "layer_norm_eps": 1e-3, "hidden_act": "relu"}
 
 
-def shallow(module):
-    return module.clone(shape=module.shape._replace(depth=2))
-
-
-def first(module):
-    return module.clone(shape=dataclasses.replace(module.shape, blocks=ONCE))
-
-
-def few(module):
-    return module.clone(rows=scaled(1.0, 0.1))
-
-
-def small_next(module):
-    return module.clone(shape=convnext.Shape(ONCE, NARROW))
+SHALLOW = (Shape(192, 2, 3, 16),)
+FIRST, FEW = (ResNetShape(ONCE),), (1.0, 0.1)
 
 
 PAIRS = [
@@ -196,19 +187,19 @@ PAIRS = [
         "vit_tiny_patch16",
         vit(num_attention_heads=6, hidden_act="relu", layer_norm_eps=1e-2),
         {"heads": 6, "hidden_activation": "relu", "epsilon": 1e-2},
-        changed=shallow,
+        sizes=SHALLOW,
     ),
     Pair(
         "vit_tiny_patch16",
         vit(num_attention_heads=3, hidden_act="gelu_pytorch_tanh"),
         {"hidden_activation": "gelu_tanh", "epsilon": 1e-12},
-        changed=shallow,
+        sizes=SHALLOW,
     ),
     Pair(
         "vit_tiny_patch16",
         timm_vit(num_heads=6, act_layer="quick_gelu", global_pool="avg"),
         {"heads": 6, "hidden_activation": "quick_gelu", "pool": "mean_norm"},
-        changed=shallow,
+        sizes=SHALLOW,
     ),
     Pair(
         "vit_tiny_patch16",
@@ -220,24 +211,29 @@ PAIRS = [
             act_layer="gelu_tanh",
         ),  # fmt: skip
         {"class_token": False, "pool": "mean", "hidden_activation": "gelu_tanh"},
-        changed=shallow,
+        sizes=SHALLOW,
     ),
-    Pair("resnet50", resnet(True), {"stride_in": "1x1"}, changed=first),
-    Pair("resnet50", resnet(False), {}, changed=first),
-    Pair("efficientnet_lite0", lite("tf_efficientnet_lite0"), {}, changed=few),
+    Pair("resnet50", resnet(True), {"stride_in": "1x1"}, sizes=FIRST),
+    Pair("resnet50", resnet(False), {}, sizes=FIRST),
+    Pair("efficientnet_lite0", lite("tf_efficientnet_lite0"), {}, sizes=FEW),
     Pair(
         "efficientnet_lite0",
         lite("efficientnet_lite0"),
         {"padding": "symmetric", "epsilon": 1e-5},
-        changed=few,
+        sizes=FEW,
     ),
     Pair(
         "efficientnet_lite0",
         lite("tf_efficientnet_lite0", bn_eps=1e-2, pad_type=""),
         {"padding": "symmetric", "epsilon": 1e-2},
-        changed=few,
+        sizes=FEW,
     ),
-    Pair("convnext_tiny", next_of(1e-2), {"epsilon": 1e-2}, changed=small_next),
+    Pair(
+        "convnext_tiny",
+        next_of(1e-2),
+        {"epsilon": 1e-2},
+        sizes=(convnext.Shape(ONCE, NARROW),),
+    ),
 ]
 
 
@@ -273,7 +269,7 @@ def logits_of(module, given):
     "efficientnet_lite0-symmetric-0.01",
     "convnext_tiny-0.01",
 )
-def test_the_member_that_the_file_describes_is_computed(pair, tmp_path):
+def test_the_member_that_the_file_describes_is_computed(pair, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     module = pair.make(tmp_path)
     address = f"file:{tmp_path}/model.safetensors"
@@ -288,7 +284,12 @@ def test_the_member_that_the_file_describes_is_computed(pair, tmp_path):
     } == pair.filled
     described = {k: v for k, v in full.model.to_dict().items() if k[:4] != "lora"}
     described = {k: v for k, v in described.items() if k != "members"}
-    ours = pair.changed(model_of(described, classes=CLASSES, precision="float32"))
+    if pair.sizes:
+        make = constructors()[pair.name][1]
+        smaller = functools.partial(make.func, *pair.sizes, **make.keywords)
+        family = sys.modules[make.func.__module__]
+        monkeypatch.setitem(family.MODELS, pair.name, smaller)
+    ours = model_of(described, classes=CLASSES, precision="float32")
     x, given = inputs_of(pair)
     variables = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, train=False))
     loaded = load_weights(variables, read_weights(address))

@@ -5,6 +5,8 @@ from typing import Any
 
 from finetune_jax.inference.export import text_encoders
 from finetune_jax.inference.export.exported_model import Trained
+from finetune_jax.models import constructors
+from finetune_jax.models.fully_convolutional import FullyConvolutional
 from finetune_jax.weights.layout import Built, Layout, family_module
 
 # Pillow's numbers, which transformers writes.
@@ -51,8 +53,9 @@ _MAKERS = {
 
 def family_of(trained: Trained) -> Any:
     """Returns the module in `weights.layouts` of the model's family; None without one."""
-    kind = type(trained.task.models[""])
-    return family_module(kind.__module__.rpartition(".")[2])
+    if isinstance(trained.task.models[""], FullyConvolutional):
+        return None  # The model is another than its backbone.
+    return family_module(constructors()[trained.model["name"]][0])
 
 
 def computes(trained: Trained, layout: Layout) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.inference.export.exported_model import Trained
+from finetune_jax.models.layers.stages import MaskedMean
+from finetune_jax.tasks.components.text_inputs import embeddings_of
 from finetune_jax.weights.metadata.tokenizer import CONFIG, FILE
 
 _SPECIAL = {
@@ -24,7 +26,8 @@ DENSE = "2_Dense"
 def pools_by_mean(trained: Trained) -> bool:
     """Returns whether the model pools texts by mean, as no head of transformers does."""
     module: Any = trained.task.models[""]
-    return bool(trained.tokenizer) and getattr(module, "pooling", "") == "mean"
+    pools = any(isinstance(part, MaskedMean) for part in getattr(module, "parts", ()))
+    return bool(trained.tokenizer) and pools
 
 
 def sentence_files(
@@ -82,8 +85,8 @@ def tokenizer_files(trained: Trained) -> dict[str, str]:
                 key: name for key, name in _SPECIAL.items() if name in vocabulary
             }
             config |= special
-        module: Any = trained.task.models[""]
-        types = ["token_type_ids"] if getattr(module, "types", 0) else []
+        embeddings = embeddings_of(trained.task.models[""])
+        types = ["token_type_ids"] if getattr(embeddings, "types", 0) else []
         config["model_input_names"] = ["input_ids", *types, "attention_mask"]
     config["model_max_length"] = trained.spec.inputs.options.max_tokens
     return {**kept, CONFIG: json.dumps(config, indent=2) + "\n"}

@@ -14,11 +14,13 @@ class Attention(nn.Module):
         heads: Number of heads, a divisor of the width.
         dropout: Rate of dropout of the attention weights.
         kernel_init: Initialiser of the four kernels.
+        output: Name of the last layer.
     """
 
     heads: int
     dropout: float = 0.0
     kernel_init: Any = nn.initializers.xavier_uniform()
+    output: str = "out"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         if self.dropout:
             share = nn.Dropout(self.dropout)(share, deterministic=not train)
         met = jnp.einsum("bnts,bsnh->btnh", share, value)
-        return self._dense(width, "out")(met.reshape(batch, tokens, width))
+        return self._dense(width, self.output)(met.reshape(batch, tokens, width))
 
     def _dense(self, width: int, name: str) -> nn.Dense:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}

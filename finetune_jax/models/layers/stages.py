@@ -1,13 +1,74 @@
-"""Running stages of a model, and layers that several models have."""
+"""Models of stages, and layers that several models have."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from finetune_jax.models.kernels.convolution import convolve
+from finetune_jax.models.layers.heads import make_head
 from finetune_jax.models.layers.sizes import check_pixels
+
+
+class Staged(nn.Module):
+    """A model of stages, one after the other.
+
+    Attributes:
+        parts: The stages in order, each with its name; the last is the head.
+        remat: Names of the stages that the backward pass computes again.
+    """
+
+    parts: tuple[Any, ...]
+    remat: tuple[str, ...] = ()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    preserve_adopted_names = True  # Of flax: stages keep their own names.
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages in order."""
+        return tuple(part.name for part in self.parts)
+
+    def __getitem__(self, stage: str) -> Any:
+        """Returns the module of a stage, with its arguments as attributes."""
+        return self.parts[self.stages.index(stage)]
+
+    def setup(self):
+        """Makes each stage an attribute of its name."""
+        for part in self.parts:
+            setattr(self, part.name, part)
+
+    def __call__(self, x, *, first=None, last=None, train: bool):
+        """Returns the output of stage `last` for the input of stage `first`."""
+        again = self.remat
+        return run_stages(self, x, first=first, last=last, train=train, remat=again)
+
+
+def staged(
+    parts: Iterable[nn.Module],
+    head: Mapping[str, Any],
+    *,
+    classes: int,
+    remat: tuple[str, ...] = (),
+    **kinds: Any,
+) -> Staged:
+    """Returns a model of stages and a head.
+
+    Args:
+        parts: The stages before the head, each with its name.
+        head: Arguments of the head, as `config.model.head` has them.
+        classes: Number of logits.
+        remat: Names of the stages that the backward pass computes again.
+        **kinds: `dtype` and `param_dtype`.
+
+    Raises:
+        UserError: The head does not take its arguments.
+    """
+    last = make_head(head, classes=classes, name="head", **kinds)
+    return Staged((*parts, last), remat, **kinds)
 
 
 def run_stages(
@@ -56,6 +117,27 @@ def run_block(block: nn.Module, x: Any, *, train: bool, remat: bool) -> Any:
     return (nn.remat(call) if remat else call)(block, x)
 
 
+class Blocks(nn.Module):
+    """A stage of blocks, one after the other.
+
+    Attributes:
+        blocks: The blocks, each with its name.
+        remat: Whether the backward pass computes each block again.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    remat: bool = False
+
+    preserve_adopted_names = True
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        """Returns the output of the last block."""
+        for block in self.blocks:
+            x = run_block(block, x, train=train, remat=self.remat)
+        return x
+
+
 class GlobalPool(nn.Module):
     """The mean over all places; a stage, so that the maps before it can be taken."""
 
@@ -81,36 +163,61 @@ class MaskedMean(nn.Module):
         return kept_BxTxD.sum(axis=1) / count_Bx1.astype(hidden_BxTxD.dtype)
 
 
-def layer_norm(
-    dtype: Any, param_dtype: Any, name: str, *, epsilon: float = 1e-6
-) -> nn.LayerNorm:
-    """Returns a LayerNorm over the channels with torch's two-pass variance."""
-    return nn.LayerNorm(
-        epsilon=epsilon,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        name=name,
-    )
+class Norm(nn.Module):
+    """LayerNorm, as a stage.
+
+    Attributes:
+        epsilon: Number added to the variance.
+    """
+
+    epsilon: float
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns `x` normalised over its last axis."""
+        del train
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return layer_norm(name="ln", epsilon=self.epsilon, **kinds)(x)
+
+
+def layer_norm(*, epsilon: float = 1e-6, **options: Any) -> nn.LayerNorm:
+    """Returns a LayerNorm over the channels with torch's two-pass variance.
+
+    The fast variance is a difference of means and loses digits.
+    """
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, **options)
 
 
 def batch_norm(
-    dtype: Any,
-    param_dtype: Any,
-    name: str | None = None,
-    *,
-    momentum: float = 0.9,
-    epsilon: float = 1e-5,
+    *, momentum: float = 0.9, epsilon: float = 1e-5, **options: Any
 ) -> nn.BatchNorm:
     """Returns a BatchNorm whose mode is an argument of the call.
 
     The defaults of momentum and epsilon are torch's (its momentum 0.1 is 0.9 here). Unlike
     torch's, the running variance has no Bessel's correction.
     """
-    return nn.BatchNorm(
-        momentum=momentum,
-        epsilon=epsilon,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        name=name,
+    return nn.BatchNorm(momentum=momentum, epsilon=epsilon, **options)
+
+
+def conv(
+    width: int, size: int, *, stride: int = 1, padding: Any = None, **options: Any
+) -> nn.Conv:
+    """Returns a convolution with square kernels.
+
+    Args:
+        width: Channels of the output.
+        size: Side of the kernel in pixels.
+        stride: Stride on both axes.
+        padding: As in `nn.Conv`; None is torch's, half a kernel on each side.
+        **options: Further arguments of `nn.Conv`.
+    """
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=(stride, stride),
+        padding=((size // 2, size // 2),) * 2 if padding is None else padding,
+        conv_general_dilated=convolve,
+        **options,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
+from finetune_jax.models.layers.stages import Staged
 from finetune_jax.models.modes import Mode
 from finetune_jax.models.peft.lora import LoRA
 
@@ -90,6 +91,13 @@ def token_model(
     return module, problems
 
 
+def embeddings_of(module: Any) -> Any:
+    """Returns the first stage of an encoder; None if the model takes no texts."""
+    model = module.module if isinstance(module, LoRA) else module
+    first = model.parts[0] if isinstance(model, Staged) else None
+    return first if hasattr(first, "vocabulary") else None
+
+
 def check_encoder(module: Any, name: str, data: DataSpec) -> None:
     """Checks that a model can read the texts.
 
@@ -101,24 +109,25 @@ def check_encoder(module: Any, name: str, data: DataSpec) -> None:
     Raises:
         UserError: The model is no encoder, has another vocabulary, or too few positions.
     """
-    encoder = module.module if isinstance(module, LoRA) else module
-    if not hasattr(encoder, "vocabulary"):
+    embeddings = embeddings_of(module)
+    if embeddings is None:
         raise UserError(f"config.model.name: {name!r} takes no texts; 'minilm_l6' does")
     known, tokens = data.inputs.vocabulary, data.inputs.options.max_tokens
     problems = []
-    if not known <= encoder.vocabulary < known + PADDED_TO:
+    if not known <= embeddings.vocabulary < known + PADDED_TO:
         problems.append(
-            f"config.model.vocabulary: {encoder.vocabulary} embeddings, but the tokenizer "
-            f"knows {known} tokens: it is another model's; see config.data.tokenizer"
+            f"config.model.vocabulary: {embeddings.vocabulary} embeddings, but the "
+            f"tokenizer knows {known} tokens: it is another model's; see "
+            "config.data.tokenizer"
         )
-    if tokens > encoder.positions:
+    if tokens > embeddings.places:
         problems.append(
-            f"config.data.max_tokens: {tokens}, but {name!r} has {encoder.positions} "
+            f"config.data.max_tokens: {tokens}, but {name!r} has {embeddings.places} "
             "positions; longer texts are cut to max_tokens"
         )
-    if len(data.inputs.options.text) > max(encoder.types, 1) and encoder.types:
+    if len(data.inputs.options.text) > max(embeddings.types, 1) and embeddings.types:
         problems.append(
-            f"config.model.types: {encoder.types}, but there are 2 sentences"
+            f"config.model.types: {embeddings.types}, but there are 2 sentences"
         )
     if problems:
         raise problems_error("Texts and model do not fit together:", problems)

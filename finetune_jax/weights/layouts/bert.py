@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from finetune_jax.models.layers.stages import MaskedMean
 from finetune_jax.weights.fields import ACTIVATIONS, Fields
 from finetune_jax.weights.layout import Built, Layout, Row
 
@@ -138,8 +139,7 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
     )
 
 
-# Ends of transformers' class names by our pooling, and activations before their heads.
-_CLASSES = {"cls": "ForSequenceClassification", "none": "ForTokenClassification"}
+# Activations before the heads of transformers' classes.
 _ACTIVATIONS = {"Bert": "tanh", "DistilBert": "relu"}
 
 
@@ -160,42 +160,43 @@ def transformers_config(built: Built) -> dict[str, Any] | None:
     kind = _transformers_class(built)
     if kind is None:
         return None
-    module = built.module
-    sizes, block = dict(module.embeddings_arguments), dict(module.block_arguments)
+    sizes, block = built.module["embeddings"], built.module["block1"]
+    layers = sum(stage.startswith("block") for stage in built.module.stages)
     shared = {
         "architectures": [kind],
-        "vocab_size": sizes["vocabulary"],
-        "max_position_embeddings": sizes["places"],
+        "vocab_size": sizes.vocabulary,
+        "max_position_embeddings": sizes.places,
         "pad_token_id": 0,
     }
-    dropout = dict(module.head_arguments).get("dropout", 0.0)
+    head = built.module["head"]
+    dropout = getattr(head, "inner", head).dropout
     if kind.startswith("Distil"):
         return {
             **shared,
             "model_type": "distilbert",
-            "dim": sizes["width"],
-            "n_layers": module.layers,
-            "n_heads": block["heads"],
-            "hidden_dim": block["hidden"],
-            "activation": ACTIVATIONS[block["activation"]][0],
-            "dropout": block["dropout"],
-            "attention_dropout": block["attention_dropout"],
+            "dim": sizes.width,
+            "n_layers": layers,
+            "n_heads": block.heads,
+            "hidden_dim": block.hidden,
+            "activation": ACTIVATIONS[block.activation][0],
+            "dropout": block.dropout,
+            "attention_dropout": block.attention_dropout,
             "seq_classif_dropout": dropout,
             "sinusoidal_pos_embds": False,
         }
     return {
         **shared,
         "model_type": "bert",
-        "hidden_size": sizes["width"],
-        "num_hidden_layers": module.layers,
-        "num_attention_heads": block["heads"],
-        "intermediate_size": block["hidden"],
-        "hidden_act": ACTIVATIONS[block["activation"]][0],
-        "hidden_dropout_prob": block["dropout"],
-        "attention_probs_dropout_prob": block["attention_dropout"],
+        "hidden_size": sizes.width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": block.heads,
+        "intermediate_size": block.hidden,
+        "hidden_act": ACTIVATIONS[block.activation][0],
+        "hidden_dropout_prob": block.dropout,
+        "attention_probs_dropout_prob": block.attention_dropout,
         "classifier_dropout": dropout,
-        "type_vocab_size": sizes["types"],
-        "layer_norm_eps": block["epsilon"],
+        "type_vocab_size": sizes.types,
+        "layer_norm_eps": block.epsilon,
     }
 
 
@@ -203,14 +204,15 @@ def _transformers_class(built: Built) -> str | None:
     """Returns the equal class of transformers; None if it has none."""
     module = built.module
     name = "DistilBert" if "DistilBERT" in built.layout.name else "Bert"
-    if (module.types == 0) != (name == "DistilBert"):
+    if (module["embeddings"].types == 0) != (name == "DistilBert"):
         return None
-    if name == "DistilBert" and dict(module.block_arguments)["epsilon"] != 1e-12:
+    if name == "DistilBert" and module["block1"].epsilon != 1e-12:
         return None  # DistilBERT has no field for it.
-    if module.pooling == "mean":
+    pool = module["pool"] if "pool" in module.stages else None
+    if isinstance(pool, MaskedMean):
         return f"{name}Model"
-    if module.pooling == "cls" and module.activation != _ACTIVATIONS[name]:
+    if pool is not None and pool.activation != _ACTIVATIONS[name]:
         return None
     if built.layout in (_QUESTIONS, _DISTIL_QUESTIONS):
         return f"{name}ForQuestionAnswering"
-    return name + _CLASSES[module.pooling]
+    return f"{name}For{'Token' if pool is None else 'Sequence'}Classification"

@@ -107,31 +107,37 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
     )
 
 
+def _stages(built: Built) -> list[Any]:
+    return [built.module[stage] for stage in built.module.stages if "stage" in stage]
+
+
 def transformers_config(built: Built) -> dict[str, Any] | None:
     """Returns `config.json` of transformers without labels; see `weights.layouts`."""
+    stages = _stages(built)
     return {
         "architectures": ["ConvNextForImageClassification"],
         "model_type": "convnext",
         "num_channels": built.shape[-1],
-        "num_stages": len(built.module.shape.blocks),
-        "depths": list(built.module.shape.blocks),
-        "hidden_sizes": list(built.module.shape.widths),
+        "num_stages": len(stages),
+        "depths": [len(stage.rates) for stage in stages],
+        "hidden_sizes": [stage.width for stage in stages],
         "patch_size": 4,
         "hidden_act": "gelu",
-        "layer_norm_eps": built.module.epsilon,
-        "layer_scale_init_value": built.module.layer_scale,
+        "layer_norm_eps": built.module["norm"].epsilon,
+        "layer_scale_init_value": stages[0].layer_scale,
         "image_size": built.shape[0],
     }
 
 
 def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in timm and its arguments; see `weights.layouts`."""
-    if built.module.epsilon != 1e-6:
+    if built.module["norm"].epsilon != 1e-6:
         return None
-    blocks, widths = built.module.shape
-    return built.name, {"depths": list(blocks), "dims": list(widths)}
+    stages = _stages(built)
+    depths, widths = [len(one.rates) for one in stages], [one.width for one in stages]
+    return built.name, {"depths": depths, "dims": widths}
 
 
 def torchvision_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in torchvision and its arguments; see `weights.layouts`."""
-    return (built.name, {}) if built.module.epsilon == 1e-6 else None
+    return (built.name, {}) if built.module["norm"].epsilon == 1e-6 else None

@@ -87,7 +87,7 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
 
 def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in timm and its arguments; see `weights.layouts`."""
-    padding, epsilon = built.module.variant
+    padding, epsilon = built.module["stem"].variant
     usual = 1e-3 if padding == "same" else 1e-5
     arguments = {} if epsilon == usual else {"bn_eps": epsilon}
     return (f"tf_{built.name}" if padding == "same" else built.name), arguments

@@ -96,7 +96,7 @@ def ambiguous(layout: str, name: str) -> tuple[tuple[str, ...], str]:
 
 def transformers_config(built: Built) -> dict[str, Any] | None:
     """Returns `config.json` of transformers without labels; see `weights.layouts`."""
-    ours = built.module.shape
+    ours = built.module["stage1"].blocks[0].shape
     if (ours.groups, ours.group_width) != (1, 64):
         return None
     factor = 4 if ours.bottleneck else 1
@@ -116,7 +116,8 @@ def transformers_config(built: Built) -> dict[str, Any] | None:
 
 def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in timm and its arguments; see `weights.layouts`."""
-    return (built.name, {}) if built.module.shape.stride_in == "3x3" else None
+    shape = built.module["stage1"].blocks[0].shape
+    return (built.name, {}) if shape.stride_in == "3x3" else None
 
 
 torchvision_model = timm_model

@@ -203,21 +203,28 @@ def _not_square(fields: Fields, key: str) -> None:
         )
 
 
+def _pool(built: Built) -> str:
+    """Returns the argument `pool` of a model."""
+    is_last = "pooled_norm" in built.module.stages
+    return "mean_norm" if is_last else built.module["pool"].kind
+
+
 def transformers_config(built: Built) -> dict[str, Any] | None:
     """Returns `config.json` of transformers without labels; see `weights.layouts`."""
-    if built.module.pool_kind != "token":
+    stem, block = built.module["stem"], built.module["block1"]
+    if _pool(built) != "token":
         return None
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
-        "hidden_size": built.module.shape.width,
-        "num_hidden_layers": built.module.shape.depth,
-        "num_attention_heads": built.module.shape.heads,
-        "intermediate_size": 4 * built.module.shape.width,
-        "hidden_act": ACTIVATIONS[built.module.hidden_activation][0],
-        "layer_norm_eps": built.module.epsilon,
+        "hidden_size": stem.shape.width,
+        "num_hidden_layers": stem.shape.depth,
+        "num_attention_heads": stem.shape.heads,
+        "intermediate_size": 4 * stem.shape.width,
+        "hidden_act": ACTIVATIONS[block.activation][0],
+        "layer_norm_eps": block.epsilon,
         "image_size": list(built.shape[:2]),
-        "patch_size": built.module.shape.patch,
+        "patch_size": stem.shape.patch,
         "num_channels": built.shape[-1],
         "qkv_bias": True,
     }
@@ -232,20 +239,20 @@ _TIMM_NAMES = (
 
 def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in timm and its arguments; see `weights.layouts`."""
-    module, kind = built.module, built.module.pool_kind
-    if module.epsilon != 1e-6:
+    stem, block, kind = built.module["stem"], built.module["block1"], _pool(built)
+    if block.epsilon != 1e-6:
         return None
     arguments = {
         "img_size": list(built.shape[:2]),
-        "patch_size": module.shape.patch,
-        "embed_dim": module.shape.width,
-        "depth": module.shape.depth,
-        "num_heads": module.shape.heads,
-        "class_token": module.class_token,
+        "patch_size": stem.shape.patch,
+        "embed_dim": stem.shape.width,
+        "depth": stem.shape.depth,
+        "num_heads": stem.shape.heads,
+        "class_token": stem.class_token,
         "global_pool": "token" if kind == "token" else "avg",
     }
-    if module.hidden_activation != "gelu":
-        arguments["act_layer"] = module.hidden_activation
+    if block.activation != "gelu":
+        arguments["act_layer"] = block.activation
     if kind != "token":
         arguments["fc_norm"] = kind == "mean_norm"
     known = built.name if built.name in _TIMM_NAMES else "vit_base_patch16"
@@ -255,10 +262,10 @@ def timm_model(built: Built) -> tuple[str, dict[str, Any]] | None:
 def torchvision_model(built: Built) -> tuple[str, dict[str, Any]] | None:
     """Returns the model in torchvision and its arguments; see `weights.layouts`."""
     heads = {width: heads for width, _, heads in vit.SIZES.values()}
-    module, wanted = built.module, (1e-6, "gelu", "token")
-    if (module.epsilon, module.hidden_activation, module.pool_kind) != wanted:
+    shape, block = built.module["stem"].shape, built.module["block1"]
+    if (block.epsilon, block.activation, _pool(built)) != (1e-6, "gelu", "token"):
         return None
-    if module.shape.heads != heads.get(module.shape.width):
+    if shape.heads != heads.get(shape.width):
         return None
     _, size, patch = built.name.split("_")
     found = f"vit_{size[0]}_{patch.removeprefix('patch')}"
