@@ -20,12 +20,11 @@ from finetune_jax.core.errors import problems_error
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.layers.heads import Head, check_widths
-from finetune_jax.models.modes import Mode
+from finetune_jax.models.modes import Mode, model_key
 from finetune_jax.tasks import task_module
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.multi_domain import (
     MultiDomainTask,
-    domain_key,
     make_domain_tasks,
 )
 from finetune_jax.tasks.objectives.domain_losses import (
@@ -168,8 +167,9 @@ class AdaptedDomains:
             metrics |= more | {"alignment": (added, share)}
         metrics["loss"] = total, share
         batch_stats = variables["batch_stats"]
-        means = [sum(leaves) / len(leaves) for leaves in _leaves_of(moved)]
-        stats = like(batch_stats, dict(zip(named(batch_stats), means)))
+        stats = batch_stats
+        if moved:
+            stats = jax.tree.map(lambda *each: sum(each) / len(each), *moved)
         return LossOutput(total, share, metrics, self._moved(batch_stats, stats, mode))
 
     def _movers(self, mode: Mode) -> list[str]:
@@ -197,7 +197,7 @@ class AdaptedDomains:
         """Returns features [B, F], logits [B, K] and batch statistics of a domain."""
         stages = self.models[""].stages
         after = stages[stages.index(self.features) + 1]
-        mode, rng = self.mode_of(domain, context.mode), domain_key(context.rng, domain)
+        mode, rng = self.mode_of(domain, context.mode), model_key(context.rng, domain)
         own = self.variables_of(domain, variables)
         x, stats = self.models.apply(
             own, part["inputs"], last=self.features, mode=mode, rng=rng
@@ -261,11 +261,6 @@ class AdaptedDomains:
             right += jnp.sum(((logit_B > 0) == is_source) * weight_B)
             counted += jnp.sum(weight_B)
         return added, {"discriminator/accuracy": (right, counted)}
-
-
-def _leaves_of(trees: list) -> list[tuple]:
-    """Returns the leaves at the same path of several trees."""
-    return list(zip(*(jax.tree.leaves(tree) for tree in trees)))
 
 
 def make(

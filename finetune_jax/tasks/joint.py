@@ -15,17 +15,17 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models.modes import Mode
+from finetune_jax.models.modes import Mode, model_key
 from finetune_jax.tasks import task_module
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.multi_domain import (
     MultiDomainTask,
-    domain_key,
     make_domain_tasks,
 )
 from finetune_jax.tasks.objectives.domain_losses import (
@@ -90,7 +90,7 @@ class JointDomains:
         places: tuple[dict, dict] = ({}, {})
         for domain, task in self.tasks.items():
             common = task.init(rng)
-            own = task.init(domain_key(rng, domain))
+            own = task.init(model_key(rng, domain))
             for kind in (0, 1):
                 shared, alone = named(common[kind]), named(own[kind])
                 for name in alone:
@@ -101,7 +101,8 @@ class JointDomains:
             kind = next(iter(places[0].values())).dtype
             for domain in self.tasks:
                 places[0][f"{domain}/{LOG_VARIANCE}"] = jnp.zeros((), kind)
-        return _nested(places[0]), _nested(places[1])
+        params, batch_stats = places
+        return unflatten_dict(params, sep="/"), unflatten_dict(batch_stats, sep="/")
 
     def variables_of(self, domain: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables of one domain's model."""
@@ -168,7 +169,7 @@ class JointDomains:
         for domain, part in batch.items():
             own = dataclasses.replace(
                 context,
-                rng=domain_key(context.rng, domain),
+                rng=model_key(context.rng, domain),
                 mode=self.mode_of(domain, context.mode),
             )
             found = self.tasks[domain].loss(
@@ -241,18 +242,6 @@ def _target(task: Any) -> Any:
 
 def _is_in(name: str, stage: str) -> bool:
     return name.startswith(f"{stage}/")
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict of named leaves."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split("/")
-        inner = tree
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[last] = leaf
-    return tree
 
 
 def make(

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
-from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.questions import Question, Window
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.supervised import SupervisedTask
-from finetune_jax.tasks.components.text_inputs import TextInputs, questions, token_model
+from finetune_jax.tasks.components.text_inputs import (
+    TextInputs,
+    questions,
+    token_model,
+    unknown_metrics,
+)
 from finetune_jax.tasks.objectives.squad import match_scores
 from finetune_jax.tasks.task import LossOutput
 
@@ -198,11 +201,7 @@ def make(
         UserError: Labels that are no answers, something unknown or out of range, or a
             model that cannot read texts or pools a text to one vector.
     """
-    problems = [
-        f"config.task.metrics: no {name!r}{closest(str(name), METRICS)}"
-        for name in metrics
-        if name not in METRICS
-    ]
+    problems = unknown_metrics(metrics, METRICS)
     if model["classes"] not in (None, LOGITS):
         problems.append(
             f"config.model.classes: {model['classes']}, but a token has {LOGITS} logits, "
@@ -212,9 +211,9 @@ def make(
         problems.append(
             f"config.task.max_answer_tokens: {max_answer_tokens}; 1 or more is needed"
         )
-    module, unfit = token_model(data, model, classes=LOGITS, precision=precision)
-    if problems := problems + unfit:
-        raise problems_error("The task does not fit:", problems)
+    module = token_model(
+        data, model, classes=LOGITS, precision=precision, problems=problems
+    )
     target = SpanTarget(
         unanswerable=data.inputs.unanswerable,
         max_answer_tokens=min(max_answer_tokens, data.inputs.options.max_tokens),

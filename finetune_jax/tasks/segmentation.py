@@ -18,10 +18,8 @@ from finetune_jax.data.augmentation.masks import IGNORED, make_mask_augment
 from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import dtypes, make_model
-from finetune_jax.models.fully_convolutional import (
-    FullyConvolutional,
-    fully_convolutional,
-)
+from finetune_jax.models.fully_convolutional import fully_convolutional
+from finetune_jax.models.peft.lora import LoRA
 from finetune_jax.tasks.components.image_inputs import ImageInputs
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.supervised import SupervisedTask
@@ -254,7 +252,7 @@ def _model_and_backbone(
     arguments: dict[str, Any], data: DataSpec, precision: str
 ) -> tuple[Any, nn.Module]:
     """Returns the model, and the classifier that became its backbone."""
-    classes, found = len(data.pixel_classes), []
+    classes = len(data.pixel_classes)
     logits = arguments.pop("classes") or classes
     if not classes <= logits <= IGNORED:
         raise UserError(
@@ -266,19 +264,17 @@ def _model_and_backbone(
     if not isinstance(taps, tuple):
         raise UserError(f"config.model.taps: {taps!r} is not a tuple of stages")
 
-    def around(backbone: nn.Module) -> FullyConvolutional:
-        found.append(backbone)
-        return fully_convolutional(
-            backbone,
-            classes=logits,
-            size=(data.shape[0], data.shape[1]),
-            taps=taps,
-            head=head,
-            **kinds,
-        )
-
+    around = functools.partial(
+        fully_convolutional,
+        classes=logits,
+        size=(data.shape[0], data.shape[1]),
+        taps=taps,
+        head=head,
+        **kinds,
+    )
     name = arguments.pop("name")
     # The classifier's own head is not used, so its options stay out.
     given = {**arguments, "head": {}}
-    module = make_model(name, given, around=around, classes=logits, **kinds)
-    return module, found[0]
+    module: Any = make_model(name, given, around=around, classes=logits, **kinds)
+    model = module.module if isinstance(module, LoRA) else module
+    return module, model.backbone

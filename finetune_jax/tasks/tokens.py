@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from finetune_jax.core.errors import problems_error
-from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.tags import NONE
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.supervised import SupervisedTask
-from finetune_jax.tasks.components.text_inputs import TextInputs, token_model
+from finetune_jax.tasks.components.text_inputs import (
+    TextInputs,
+    token_model,
+    unknown_metrics,
+)
 from finetune_jax.tasks.objectives.entities import entity_scores
 from finetune_jax.tasks.task import LossOutput
 
@@ -133,22 +135,17 @@ def make(
         UserError: Labels that are no tags, an unknown metric, or a model that cannot read
             texts or pools a text to one vector.
     """
-    problems = [
-        f"config.task.metrics: no {name!r}{closest(str(name), METRICS)}"
-        for name in metrics
-        if name not in METRICS
-    ]
-    classes = model["classes"]
-    if (classes or len(data.class_names)) < len(data.class_names):
+    problems = unknown_metrics(metrics, METRICS)
+    tags = len(data.class_names)
+    classes = model["classes"] or tags
+    if classes < tags:
         problems.append(
-            f"config.model.classes: {classes}, but the data has "
-            f"{len(data.class_names)} tags; None takes the data's number"
+            f"config.model.classes: {classes}, but the data has {tags} tags; None takes "
+            "the data's number"
         )
-    module, unfit = token_model(
-        data, model, classes=classes or len(data.class_names), precision=precision
+    module = token_model(
+        data, model, classes=classes, precision=precision, problems=problems
     )
-    if problems := problems + unfit:
-        raise problems_error("The task does not fit:", problems)
     target = TagTarget(
         names=data.class_names, tokens=data.shape[-1], metric_names=metrics
     )

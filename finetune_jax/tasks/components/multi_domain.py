@@ -1,12 +1,10 @@
 """Multi-domain tasks: several data sets, each with a task of its own."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
 import jax
-import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.config.schema import Domain as DomainSection
@@ -14,7 +12,7 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.models.modes import Mode
+from finetune_jax.models.modes import Mode, model_key
 from finetune_jax.tasks.components.accepts import check_accepts
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.task import LossOutput, StepContext, Task
@@ -117,7 +115,7 @@ class MultiDomainTask(Task):
         """Returns the prepared batch of each domain, each with keys of its own."""
         return {
             name: self.domains.tasks[name].prepare(
-                part, domain_key(rng, name), self.domains.mode_of(name, mode)
+                part, model_key(rng, name), self.domains.mode_of(name, mode)
             )
             for name, part in batch.items()
         }
@@ -141,30 +139,11 @@ class MultiDomainTask(Task):
             found |= {f"{domain}/{name}": rows for name, rows in outputs.items()}
         return found
 
-    def serving_outputs(self, outputs: dict) -> dict:
-        """Raises an error: each domain has its own."""
+    def _each_its_own(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises an error: each domain has its own outputs, metrics and records."""
         raise NotImplementedError
 
-    def metrics(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Raises an error: each domain has its own."""
-        raise NotImplementedError
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Raises an error: each domain has its own."""
-        raise NotImplementedError
-
-    def records(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
-    ) -> list[dict]:
-        """Raises an error: each domain has its own."""
-        raise NotImplementedError
-
-
-def domain_key(rng: jax.Array, domain: str) -> jax.Array:
-    """Returns the random key of a domain; it does not depend on the other domains."""
-    return jax.random.fold_in(rng, zlib.crc32(domain.encode()))
+    serving_outputs = metrics = check_splits = records = _each_its_own
 
 
 def shares(task: Task) -> dict[str, int]:

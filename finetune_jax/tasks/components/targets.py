@@ -91,23 +91,13 @@ class TargetOptions:
     metrics: tuple[str, ...] | None = None
 
 
-def widened(array: jax.Array) -> jax.Array:
-    """Returns numbers of 32 bits or more."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def _equal(data: DataSpec) -> tuple[float, ...]:
-    del data
-    return ()
-
-
 def _balanced(data: DataSpec) -> tuple[float, ...]:
     """Source: scikit-learn's class_weight='balanced'."""
     mean = data.train_examples / len(data.class_names)
     return tuple(mean / count for count in data.train_counts)
 
 
-CLASS_WEIGHTS = {"none": _equal, "balanced": _balanced}
+CLASS_WEIGHTS = {"none": lambda data: (), "balanced": _balanced}
 
 
 def _class_shares(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
@@ -195,7 +185,7 @@ class ClassTarget:
 
     def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns logits and probabilities of the data's classes."""
-        logits_BxK = widened(self._known(outputs["logits"]))
+        logits_BxK = losses.widened(self._known(outputs["logits"]))
         return {"logits": logits_BxK, "probabilities": jax.nn.softmax(logits_BxK)}
 
     def _known(self, logits_BxK: Any) -> Any:
@@ -320,7 +310,7 @@ class RegressionTarget:
 
     def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns the predictions."""
-        return {"prediction": widened(outputs["prediction"])}
+        return {"prediction": losses.widened(outputs["prediction"])}
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the splits on which R2 is undefined."""

@@ -71,15 +71,9 @@ class Teacher:
     def shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Returns the shapes of its variables, for inputs of a shape."""
         x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        init = jax.eval_shape(
-            lambda x: self.module.init(jax.random.key(0), x, train=False), x
-        )
-        module: Any = self.module
-        averages = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, module.param_dtype),
-            init.get("batch_stats", {}),
-        )
-        return {"params": init["params"], "batch_stats": averages}
+        init = ModelSet(modules={"": self.module}).init
+        params, batch_stats = jax.eval_shape(init, jax.random.key(0), x)
+        return {"params": params, "batch_stats": batch_stats}
 
     def variables(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Returns its variables as stored in the weights, on the host.
@@ -126,19 +120,14 @@ class Teacher:
         """Returns 'logits', and the output of each tapped stage."""
 
         def run(x: Any, **stages: Any) -> Any:
-            return apply_model(
-                self.module, "", variables, x, mode=EVALUATION, **stages
-            )[0]
+            return _run(self.module, variables, x, **stages)
 
         logits, found = tapped(run, self.stages, self.taps, inputs)
         return {"logits": logits, **found}
 
     def head_logits(self, variables: Mapping[str, Any], features: Any) -> jax.Array:
         """Returns the logits of its last stage for features of another model."""
-        last = self.stages[-1]
-        return apply_model(
-            self.module, "", variables, features, mode=EVALUATION, first=last
-        )[0]
+        return _run(self.module, variables, features, first=self.stages[-1])
 
 
 @final
@@ -222,6 +211,11 @@ def own_variables(state: Any) -> dict[str, Any]:
     return jax.tree.map(np.array, trees)
 
 
+def _run(module: nn.Module, variables: Mapping[str, Any], x: Any, **stages: Any) -> Any:
+    """Returns the output of a model or of some of its stages, in evaluation."""
+    return apply_model(module, "", variables, x, mode=EVALUATION, **stages)[0]
+
+
 def tapped(
     run: Callable,
     stages: Sequence[str],
@@ -253,7 +247,7 @@ def stage_shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         variables = module.init(jax.random.key(0), x, train=False)
 
         def run(x: Any, **stages: Any) -> Any:
-            return apply_model(module, "", variables, x, mode=EVALUATION, **stages)[0]
+            return _run(module, variables, x, **stages)
 
         return tapped(run, module.stages, module.stages[:-1], x)[1]
 

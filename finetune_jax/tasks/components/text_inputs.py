@@ -1,7 +1,7 @@
 """Inputs that are tokenised texts, and checks of the encoders that read them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
 from finetune_jax.models.layers.stages import Staged
@@ -70,25 +71,42 @@ class TextInputs:
 
 
 def token_model(
-    data: DataSpec, model: Mapping[str, Any], *, classes: int, precision: str
-) -> tuple[nn.Module, list[str]]:
-    """Returns a model with logits for each token, and problems of its config.
+    data: DataSpec,
+    model: Mapping[str, Any],
+    *,
+    classes: int,
+    precision: str,
+    problems: Sequence[str],
+) -> nn.Module:
+    """Returns a model with logits for each token.
 
     Args:
         data: Description of the data.
         model: The section `config.model`.
         classes: Number of logits per token.
         precision: 'float32', 'bfloat16' or 'float64'.
+        problems: Problems of the config that are known already.
 
     Raises:
-        UserError: The model cannot read the texts.
+        UserError: The model cannot read the texts, or lists all problems.
     """
     module = model_of(model, classes=classes, precision=precision)
     check_encoder(module, model["name"], data)
-    problems = []
     if "pool" in module.stages:  # type: ignore[attr-defined]
-        problems.append("config.model.pool: 'none' keeps a vector for every token")
-    return module, problems
+        problem = "config.model.pool: 'none' keeps a vector for every token"
+        problems = [*problems, problem]
+    if problems:
+        raise problems_error("The task does not fit:", problems)
+    return module
+
+
+def unknown_metrics(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Returns the metrics of a config that a task does not have."""
+    return [
+        f"config.task.metrics: no {name!r}{closest(str(name), known)}"
+        for name in names
+        if name not in known
+    ]
 
 
 def embeddings_of(module: Any) -> Any:

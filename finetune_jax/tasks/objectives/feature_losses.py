@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core.registry import closest
+from finetune_jax.tasks.objectives.losses import widened
 
 
 def half_square(own: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -22,7 +23,7 @@ def half_square(own: jax.Array, teacher: jax.Array) -> jax.Array:
     Source: Romero et al. 2015 ("FitNets"), equation 3, there a sum.
     """
     own, teacher = same_size(own, teacher)
-    square = jnp.square(_widened(own) - _widened(teacher))
+    square = jnp.square(widened(own) - widened(teacher))
     return square.mean(axis=tuple(range(1, square.ndim))) / 2
 
 
@@ -40,17 +41,12 @@ def attention_apart(own: jax.Array, teacher: jax.Array) -> jax.Array:
 
 def _attention(features: jax.Array) -> jax.Array:
     """Returns attention maps [B, positions] of norm 1; zero features give zeros."""
-    power = jnp.square(_widened(features)).mean(axis=-1)
+    power = jnp.square(widened(features)).mean(axis=-1)
     power = power.reshape(len(power), -1)
     square = jnp.sum(jnp.square(power), axis=-1, keepdims=True)
     # A root has no gradient at 0. The least norm is that of torch's `normalize`.
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     return power / jnp.maximum(norm, 1e-12)
-
-
-def _widened(features: jax.Array) -> jax.Array:
-    """Returns numbers of 32 bits or more."""
-    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
 
 
 def same_size(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,11 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 
 
+def widened(array: jax.Array) -> jax.Array:
+    """Returns numbers of 32 bits or more."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
 def one_hot(label_B: jax.Array, classes: int, dtype: Any) -> jax.Array:
     """Returns the target [B, K] of class indices."""
     return jax.nn.one_hot(label_B, classes, dtype=dtype)

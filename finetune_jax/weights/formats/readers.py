@@ -64,8 +64,7 @@ def read_npz(data: Bytes, where: str, entry: str | None = None) -> Contents:
             f"{where}: cannot be read as an .npz file of plain arrays ({len(data)} "
             f"bytes): {error}"
         ) from error
-    notes = () if entry is None else (f"took {entry!r}, as config.init.entry says",)
-    return Contents(tensors=taken(found, entry, where), notes=notes)
+    return taken(found, entry, where)
 
 
 FORMATS: dict[str, Reader] = {

@@ -59,21 +59,20 @@ def read_safetensors(data: Bytes, where: str, entry: str | None = None) -> Conte
             f"{where}: cannot be read as safetensors ({len(data)} bytes): "
             f"{str(error)[:200]}"
         ) from error
-    return Contents(tensors=taken(found, entry, where), notes=_told(entry))
+    return taken(found, entry, where)
 
 
-def taken(
-    tensors: dict[str, np.ndarray], entry: str | None, where: str
-) -> dict[str, np.ndarray]:
+def taken(tensors: dict[str, np.ndarray], entry: str | None, where: str) -> Contents:
     """Returns the tensors whose names begin with an entry, or all if it is None.
 
     Raises:
         UserError: No name begins with the entry.
     """
     if entry is None:
-        return tensors
+        return Contents(tensors=tensors)
     if found := under(tensors, entry):
-        return found
+        note = f"took {entry!r}, as config.init.entry says"
+        return Contents(tensors=found, notes=(note,))
     raise no_entry(entry, beginnings([*tensors]), where.partition(": ")[2] or where)
 
 
@@ -90,10 +89,6 @@ def save_safetensors(
     mode = path.stat().st_mode & 0o777
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
-
-
-def _told(entry: str | None) -> tuple[str, ...]:
-    return () if entry is None else (f"took {entry!r}, as config.init.entry says",)
 
 
 def _header(data: Bytes, start: int) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Files beside weights, or at their own address."""
 
-import importlib.util
 import pathlib
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.paths import user_path
-from finetune_jax.weights.addresses import READERS, downloaded
+from finetune_jax.weights.addresses import READERS, downloaded, package_folder
 
 
 def path_beside(address: str, name: str) -> pathlib.Path | None:
@@ -29,10 +28,10 @@ def path_beside(address: str, name: str) -> pathlib.Path | None:
         return pathlib.Path(downloaded("/".join(parts[:2]), (inside,)))
     if kind == "package":
         module, _, inside = place.partition("/")
-        spec = importlib.util.find_spec(module) if module.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
+        root = package_folder(module)
+        if root is None:
             return None
-        path = pathlib.Path(spec.submodule_search_locations[0]) / inside
+        path = root / inside
     else:
         path = user_path(place, address)
     return (path if path.is_dir() else path.parent) / name
