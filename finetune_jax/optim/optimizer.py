@@ -290,7 +290,8 @@ def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:
         new: What the phase's optimizer returned from `init`.
         cohorts: Old cohort by new cohort, from `carried_cohorts`.
     """
-    before = {_place(path): leaf for path, leaf in _leaves(old)}
+    leaves = jax.tree_util.tree_leaves_with_path(old)
+    before = {_place(path): leaf for path, leaf in leaves}
 
     def pick(path, leaf):
         cohort, inside = _place(path)
@@ -299,10 +300,6 @@ def carried(old: Any, new: Any, cohorts: Mapping[int, int]) -> Any:
         return before[cohorts[cohort], inside]
 
     return jax.tree_util.tree_map_with_path(pick, new)
-
-
-def _leaves(tree: Any) -> list:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 def _place(path: tuple) -> tuple[int | None, str]:

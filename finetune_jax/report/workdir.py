@@ -76,15 +76,19 @@ def read_json(path: pathlib.Path) -> dict | None:
     return found
 
 
+def _read_of_run(workdir: pathlib.Path, name: str) -> dict:
+    if (found := read_json(workdir / name)) is None:
+        raise UserError(f"--workdir: {workdir} holds no run (no {name} in it)")
+    return found
+
+
 def read_config(workdir: pathlib.Path) -> Config:
     """Returns the config of the run in a workdir.
 
     Raises:
         UserError: The folder holds no run.
     """
-    found = read_json(workdir / "config.json")
-    if found is None:
-        raise UserError(f"--workdir: {workdir} holds no run (no config.json in it)")
+    found = _read_of_run(workdir, "config.json")
     return configs.from_json(json.dumps(found), str(workdir / "config.json"))
 
 
@@ -95,9 +99,7 @@ def read_recorded_config(workdir: pathlib.Path) -> Config:
         UserError: The folder holds no run, or its manifest no config.
     """
     path = workdir / "manifest.json"
-    found = read_json(path)
-    if found is None:
-        raise UserError(f"--workdir: {workdir} holds no run (no manifest.json in it)")
+    found = _read_of_run(workdir, path.name)
     if not isinstance(found.get("config"), dict) or "seed" not in found:
         raise UserError(f"{path}: has no config or no seed; older versions wrote none")
     plain = {**found["config"], "seed": found["seed"]}

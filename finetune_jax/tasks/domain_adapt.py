@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +19,7 @@ from finetune_jax.core.errors import problems_error
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.layers.heads import Head, check_widths
+from finetune_jax.models.layers.stages import Staged
 from finetune_jax.models.modes import Mode, model_key
 from finetune_jax.tasks import task_module
 from finetune_jax.tasks.components.model_set import ModelSet
@@ -43,28 +43,6 @@ METRICS = ("accuracy", "loss")
 METHODS = ("none", "dann", "mmd", "coral", "self_training")
 SCHEDULES = ("ramp", "constant")
 DISCRIMINATOR = "discriminator"
-
-
-class Discriminator(nn.Module):
-    """Classifies features as source or target: one logit, positive for the source.
-
-    Attributes:
-        hidden: Widths of its hidden layers.
-        param_dtype: Dtype of its parameters.
-    """
-
-    hidden: tuple[int, ...]
-    param_dtype: Any = jnp.float32
-    stages = ("layers",)
-
-    def setup(self):
-        """Creates the only stage."""
-        self.layers = Head(classes=1, hidden=self.hidden, param_dtype=self.param_dtype)
-
-    def __call__(self, x, *, first=None, last=None, train: bool):
-        """Returns logits [B, 1] of features [B, F]."""
-        del first, last
-        return self.layers(x, train=train)
 
 
 @final
@@ -312,10 +290,12 @@ def make(
     _check(data, models[""], features, threshold, strength)
     if method == "dann":
         kind = jnp.dtype("float64" if precision == "float64" else "float32")
+        # Classifies features as source or target: one logit, positive for the source.
+        layers = Head(1, discriminator, param_dtype=kind, name="layers")
         models = ModelSet(
             modules={
                 "": models[""],
-                DISCRIMINATOR: Discriminator(hidden=discriminator, param_dtype=kind),
+                DISCRIMINATOR: Staged((layers,), param_dtype=kind),
             },
             auxiliary=frozenset({DISCRIMINATOR}),
             examples={DISCRIMINATOR: _feature_shape(tasks, features)},

@@ -36,7 +36,7 @@ def without_prefix(weights: Weights, ours: Iterable[str]) -> Weights:
     ours, theirs = list(ours), list(weights.tensors)
     tables = [(layout, layout.names(ours)) for layout in layouts()]
     best = _shared(tables, theirs)
-    if best * 2 > len(ours) or not _has_room(theirs):
+    if best * 2 > len(ours):
         return weights
     found: _Fit | None = None
     for prefix in _prefixes(theirs):
@@ -50,10 +50,6 @@ def without_prefix(weights: Weights, ours: Iterable[str]) -> Weights:
     place = weights.address.partition(":")[2].rpartition("/")[2] or weights.address
     notes = (*weights.notes, f"{place}: {found.told}")
     return dataclasses.replace(weights, tensors=tensors, notes=notes)
-
-
-def _has_room(theirs: Sequence[str]) -> bool:
-    return any("." in name or "/" in name for name in theirs)
 
 
 def _shared(

@@ -3,33 +3,21 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_ADVICE = {
+# How programs are loaded: the kinds of data that are not texts, and texts.
+_ARRAYS = {
     "jax": """\
 `model.jax` has program and weights, takes inputs as files have them (they are scaled and
 normalised inside) and runs on CPU and CUDA, in batches of any size. It needs jax, numpy and
-flatbuffers, and `load.py`:
-
-```python
-import numpy as np
-from load import load
-
-model = load()
-inputs = np.zeros({inputs}, {dtype!r})
-print(model(inputs)["{output}"])
-```""",
-    "onnx": """\
-`model.onnx` takes the same inputs:
-
-```python
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-inputs = np.zeros({inputs}, {dtype!r})
-print(session.run(["{output}"], {{"inputs": inputs}})[0])
-```""",
+flatbuffers, and `load.py`:""",
+    "onnx": "`model.onnx` takes the same inputs:",
 }
-
+_TEXTS = {
+    "jax": """\
+`model.jax` has program and weights, and runs on CPU and CUDA, for batches of any size and
+texts of any length up to the longest. It needs jax, numpy and flatbuffers, and `load.py`;
+tokenizers makes the inputs:""",
+    "onnx": "`model.onnx` takes the same inputs, padded to the longest:",
+}
 _TOKENS = """\
 import numpy as np
 from tokenizers import Tokenizer
@@ -42,31 +30,17 @@ mask = np.array([text.attention_mask for text in found])
 ids = np.array([text.ids for text in found]) * mask
 sentences = (np.array([text.type_ids for text in found]) + 1) * mask
 inputs = np.stack([ids, sentences], axis=1).astype(np.int32)"""
-_OF_TEXTS = {
+_CODE = {
     "jax": """\
-`model.jax` has program and weights, and runs on CPU and CUDA, for batches of any size and
-texts of any length up to the longest. It needs jax, numpy and flatbuffers, and `load.py`;
-tokenizers makes the inputs:
-
-```python
-{tokens}
-
 from load import load
 
 model = load()
-print(model(inputs)["{output}"])
-```""",
+print(model(inputs)["{output}"])""",
     "onnx": """\
-`model.onnx` takes the same inputs, padded to the longest:
-
-```python
-{tokens}
-
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
-print(session.run(["{output}"], {{"inputs": inputs}})[0])
-```""",
+print(session.run(["{output}"], {{"inputs": inputs}})[0])""",
 }
 
 
@@ -104,14 +78,8 @@ def make_card(
         _inputs(about),
         "## Files",
     ]
-    advice = {**_of_texts(about), **advice}
-    example = {
-        "inputs": (1, *about["inputs"]["shape"]),
-        "dtype": about["inputs"]["dtype"],
-        "output": next(reversed(about["outputs"])),
-    }
-    texts = {**{key: text.format(**example) for key, text in _ADVICE.items()}, **advice}
-    parts += [texts[key] for key in formats]
+    advice = {**_of_programs(about), **advice}
+    parts += [advice[key] for key in formats]
     parts += [
         "`model.json` has labels, inputs and preprocessing for programs.",
         "## Training",
@@ -121,19 +89,24 @@ def make_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _of_texts(about: Mapping[str, Any]) -> dict[str, str]:
-    """Returns how texts become what each format takes, by format."""
-    if "text" not in about:
-        return {}
-    text, output = about["text"], next(reversed(about["outputs"]))
-    example = '"A text."' if text["sentences"] == 1 else '("One.", "Another.")'
-    cut, inputs = {"max_tokens": text["max_tokens"], "example": example}, {}
-    for name, padding in (("jax", ""), ("onnx", f"length={text['max_tokens']}")):
-        inputs[name] = _TOKENS.format(padding=padding, **cut)
-    return {
-        "jax": _OF_TEXTS["jax"].format(tokens=inputs["jax"], output=output),
-        "onnx": _OF_TEXTS["onnx"].format(tokens=inputs["onnx"], output=output),
-    }
+def _of_programs(about: Mapping[str, Any]) -> dict[str, str]:
+    """Returns how a program is loaded and gets its inputs, by format."""
+    output, text = next(reversed(about["outputs"])), about.get("text")
+    said, found = _TEXTS if text else _ARRAYS, {}
+    for key, code in _CODE.items():
+        shape, dtype = (1, *about["inputs"]["shape"]), about["inputs"]["dtype"]
+        inputs = f"import numpy as np\n\ninputs = np.zeros({shape}, {dtype!r})"
+        if text:
+            inputs = _TOKENS.format(
+                max_tokens=text["max_tokens"],
+                padding="" if key == "jax" else f"length={text['max_tokens']}",
+                example='"A text."'
+                if text["sentences"] == 1
+                else '("One.", "Another.")',
+            )
+        code = code.format(output=output)
+        found[key] = f"{said[key]}\n\n```python\n{inputs}\n\n{code}\n```"
+    return found
 
 
 def _labels(about: Mapping[str, Any]) -> str:

@@ -112,16 +112,9 @@ def _products_forward(x_BxHxWxC, kernel, how):
 
 def _products_backward(how, saved, gradient):
     x_BxHxWxC, kernel = saved
-    parts = [
-        (x_BxHxWxC, kernel, gradient)
-        if how.groups == 1
-        else (
-            jnp.split(x_BxHxWxC, how.groups, axis=-1)[group],
-            jnp.split(kernel, how.groups, axis=-1)[group],
-            jnp.split(gradient, how.groups, axis=-1)[group],
-        )
-        for group in range(how.groups)
-    ]
+    parts = [(x_BxHxWxC, kernel, gradient)]
+    if how.groups > 1:
+        parts = list(zip(*(jnp.split(a, how.groups, axis=-1) for a in parts[0])))
     of_x = [_gradient_of_x(x.shape, k, g, how) for x, k, g in parts]
     of_kernel = [_gradient_of_kernel(x, k.shape, g, how) for x, k, g in parts]
     of_x, of_kernel = jnp.concatenate(of_x, -1), jnp.concatenate(of_kernel, -1)

@@ -30,16 +30,10 @@ def windows(
     reach_down = (padded.shape[1] - rows) // strides[0] * strides[0]
     reach_right = (padded.shape[2] - columns) // strides[1] * strides[1]
     for row in range(rows):
+        down = slice(row, row + reach_down + 1, strides[0])
         for column in range(columns):
-            yield (
-                row,
-                column,
-                padded[
-                    :,
-                    row : row + reach_down + 1 : strides[0],
-                    column : column + reach_right + 1 : strides[1],
-                ],
-            )
+            right = slice(column, column + reach_right + 1, strides[1])
+            yield row, column, padded[:, down, right]
 
 
 def pixels_met(
