@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from finetune_jax.core import registry
 from finetune_jax.core.errors import problems_error
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
-from finetune_jax.models.layers.attention import Attention
+from finetune_jax.models.layers.attention import Attention, argument_problems
 from finetune_jax.models.layers.heads import ACTIVATIONS, Head, make_head
 from finetune_jax.models.layers.stages import MaskedMean, Staged, layer_norm, staged
 
@@ -204,64 +204,38 @@ def _bert(
     registry.choose(ACTIVATIONS, activation, "config.model.activation")
     where = "config.model.hidden_activation"
     registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
-    _check(
-        {
-            "layers": layers, "width": width, "heads": heads, "hidden": hidden,
-            "vocabulary": vocabulary, "positions": positions,
-        },
-        {"dropout": dropout, "attention_dropout": attention_dropout},
-        types,
-        epsilon,
-    )  # fmt: skip
+    sizes = {
+        "layers": layers, "width": width, "heads": heads, "hidden": hidden,
+        "vocabulary": vocabulary, "positions": positions,
+    }  # fmt: skip
+    problems = [
+        f"config.model.{name}: {size}; 1 or more is needed"
+        for name, size in sizes.items()
+        if size < 1
+    ]
+    rates = {"dropout": dropout, "attention_dropout": attention_dropout}
+    problems += argument_problems(width, max(heads, 1), epsilon, **rates)
+    if types < 0:
+        problems.append(f"config.model.types: {types}; 0 or more is needed")
+    if problems:
+        raise problems_error("config.model does not fit:", problems)
     common = {"dropout": dropout, "epsilon": epsilon, **kinds}
     embeddings = Embeddings(
         width, vocabulary, positions, types, name="embeddings", **common
     )
-    common |= {"attention_dropout": attention_dropout}
+    options = {"attention_dropout": attention_dropout, "remat": remat, **common}
+    options["activation"] = hidden_activation
     blocks = [
-        Block(
-            width,
-            heads,
-            hidden,
-            remat=remat,
-            activation=hidden_activation,
-            name=f"block{index + 1}",
-            **common,
-        )
+        Block(width, heads, hidden, name=f"block{index + 1}", **options)
         for index in range(layers)
     ]
     if pool == "none":
         last = TokenHead(make_head(head, classes=classes, **kinds), name="head")
         return Staged((embeddings, *blocks, last), **kinds)
-    pooled = (
-        FirstToken(activation, name="pool", **kinds)
-        if pool == "cls"
-        else MaskedMean(name="pool")
-    )
+    pooled: nn.Module = MaskedMean(name="pool")
+    if pool == "cls":
+        pooled = FirstToken(activation, name="pool", **kinds)
     return staged([embeddings, *blocks, pooled], head, classes=classes, **kinds)
-
-
-def _check(
-    sizes: Mapping[str, int], rates: Mapping[str, float], types: int, epsilon: float
-) -> None:
-    problems = [
-        f"config.model.{name}: {size}; 1 or more is needed"
-        for name, size in sizes.items()
-        if size < 1
-    ] + [
-        f"config.model.{name}: {rate} is not in [0, 1)"
-        for name, rate in rates.items()
-        if not 0 <= rate < 1
-    ]
-    heads, width = sizes["heads"], sizes["width"]
-    if heads > 0 and width % heads:
-        problems.append(f"config.model.heads: {heads} does not divide width={width}")
-    if epsilon <= 0:
-        problems.append(f"config.model.epsilon: {epsilon} is not above 0")
-    if types < 0:
-        problems.append(f"config.model.types: {types}; 0 or more is needed")
-    if problems:
-        raise problems_error("config.model does not fit:", problems)
 
 
 _MINILM = {"width": 384, "heads": 12, "hidden": 1536}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError, problems_error
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
-from finetune_jax.models.layers.attention import Attention
+from finetune_jax.models.layers.attention import Attention, argument_problems
 from finetune_jax.models.layers.stages import Norm, Staged, conv, layer_norm, staged
 from finetune_jax.models.layers.stochastic_depth import drop_residual, stage_rates
 
@@ -172,19 +172,9 @@ def _vit(
     where = "config.model.hidden_activation"
     registry.choose(HIDDEN_ACTIVATIONS, hidden_activation, where)
     shape = shape._replace(heads=heads or shape.heads)
-    rates = stage_rates(stochastic_depth, [1] * shape.depth)
-    problems = [
-        f"config.model.{name}: {rate} is not in [0, 1)"
-        for name, rate in (
-            ("dropout", dropout), ("attention_dropout", attention_dropout),
-        )
-        if not 0 <= rate < 1
-    ]  # fmt: skip
-    if shape.heads < 1 or shape.width % shape.heads:
-        width = shape.width
-        problems.append(f"config.model.heads: {heads} does not divide width={width}")
-    if epsilon <= 0:
-        problems.append(f"config.model.epsilon: {epsilon} is not above 0")
+    depth_rates = stage_rates(stochastic_depth, [1] * shape.depth)
+    rates = {"dropout": dropout, "attention_dropout": attention_dropout}
+    problems = argument_problems(shape.width, shape.heads, epsilon, **rates)
     if pool == "token" and not class_token:
         problems.append(
             "config.model.pool: 'token', but config.model.class_token is False; 'mean' "
@@ -193,7 +183,7 @@ def _vit(
     if problems:
         raise problems_error("config.model does not fit:", problems)
     blocks = []
-    for index, (rate,) in enumerate(rates):
+    for index, (rate,) in enumerate(depth_rates):
         own, name = (dropout, attention_dropout, rate), f"block{index + 1}"
         options = {"name": name, **kinds}
         blocks.append(Block(shape.heads, epsilon, own, hidden_activation, **options))

@@ -5,8 +5,7 @@ from typing import Any
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.tasks.components.image_inputs import ImageInputs, check_classified
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.targets import (
     TargetOptions,
     class_target,
@@ -40,8 +39,6 @@ def make(
     check_classified(data)
     target = class_target(data, options, METRICS)
     module: Any = model_for(target, model, precision=precision)
-    return SupervisedTask(
-        models=ModelSet(modules={"": module}),
-        inputs=ImageInputs(data=data, dtype=module.param_dtype),
-        target=target,
+    return one_model_task(
+        module, ImageInputs(data=data, dtype=module.param_dtype), target
     )

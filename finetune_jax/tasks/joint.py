@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, collected, problems_error
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.modes import Mode, model_key
@@ -322,7 +322,7 @@ def _check(
     balance: str,
     soft: float,
 ) -> None:
-    problems = [
+    problems: list[Any] = [
         f"config.data.domains: {name!r} has no labels, which the task 'joint' needs"
         for name, spec in data.domains.items()
         if not spec.labelled
@@ -340,10 +340,8 @@ def _check(
     if soft < 0:
         problems.append(f"config.task.soft: {soft}; 0 or more is needed")
     for pattern in shared:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"config.task.shared: {pattern!r} is no regex: {error}")
+        with collected(problems):
+            registry.check_regex(pattern, "config.task.shared")
     if problems:
         raise problems_error("The domains cannot be learned together:", problems)
 

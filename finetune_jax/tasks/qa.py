@@ -11,8 +11,7 @@ import numpy as np
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.questions import Question, Window
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.text_inputs import (
     TextInputs,
     questions,
@@ -219,8 +218,4 @@ def make(
         max_answer_tokens=min(max_answer_tokens, data.inputs.options.max_tokens),
         metric_names=metrics,
     )
-    return SupervisedTask(
-        models=ModelSet(modules={"": module}),
-        inputs=TextInputs(data=data, encode=questions),
-        target=target,
-    )
+    return one_model_task(module, TextInputs(data=data, encode=questions), target)

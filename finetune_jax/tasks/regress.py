@@ -7,8 +7,7 @@ from typing import Any
 from finetune_jax.data.augmentation.steps import make_augment
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.tasks.components.image_inputs import ImageInputs
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.targets import (
     TargetOptions,
     model_for,
@@ -50,8 +49,6 @@ def make(
     target = regression_target(data, options, METRICS)
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     module: Any = model_for(target, model, precision=precision)
-    return SupervisedTask(
-        models=ModelSet(modules={"": module}),
-        inputs=ImageInputs(data=data, dtype=module.param_dtype),
-        target=target,
+    return one_model_task(
+        module, ImageInputs(data=data, dtype=module.param_dtype), target
     )

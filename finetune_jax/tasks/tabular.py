@@ -12,8 +12,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import ft_transformer, tabular
 from finetune_jax.models.modes import Mode
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.targets import (
     TargetOptions,
     class_or_regression_target,
@@ -100,8 +99,6 @@ def make(
         numbers=len(data.inputs.features),
         fields=data.inputs.fields,
     )
-    return SupervisedTask(
-        models=ModelSet(modules={"": module}),
-        inputs=TableInputs(data=data, dtype=module.param_dtype),
-        target=target,
+    return one_model_task(
+        module, TableInputs(data=data, dtype=module.param_dtype), target
     )

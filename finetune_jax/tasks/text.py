@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.data.spec import DataSpec
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.targets import (
     TargetOptions,
     class_or_regression_target,
@@ -41,8 +40,4 @@ def make(
     target = class_or_regression_target(data, options, METRICS)
     module: Any = model_for(target, model, precision=precision)
     check_encoder(module, model["name"], data)
-    return SupervisedTask(
-        models=ModelSet(modules={"": module}),
-        inputs=TextInputs(data=data),
-        target=target,
-    )
+    return one_model_task(module, TextInputs(data=data), target)

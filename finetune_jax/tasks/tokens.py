@@ -11,8 +11,7 @@ import optax
 
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.text.tags import NONE
-from finetune_jax.tasks.components.model_set import ModelSet
-from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.supervised import SupervisedTask, one_model_task
 from finetune_jax.tasks.components.text_inputs import (
     TextInputs,
     token_model,
@@ -149,5 +148,4 @@ def make(
     target = TagTarget(
         names=data.class_names, tokens=data.shape[-1], metric_names=metrics
     )
-    models = ModelSet(modules={"": module})
-    return SupervisedTask(models=models, inputs=TextInputs(data=data), target=target)
+    return one_model_task(module, TextInputs(data=data), target)

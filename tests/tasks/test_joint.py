@@ -261,7 +261,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, mixing):
         ),
         (specs(classes=(10, 3)), {"shared": (".*",)}, "head/logits/bias: one"),
         (specs(), {"shared": ("stage9/.*",)}, "stage9.* matches nothing"),
-        (specs(), {"shared": ("(",)}, "is no regex"),
+        (specs(), {"shared": ("(",)}, "is not a regular expression"),
         (specs(), {"weights": (1.0,)}, "1 of them, but 2 domains"),
         (specs(), {"weights": (0.0, 0.0)}, "not all 0"),
         (specs(), {"weights": (1.0, 2.0), "balance": "examples"}, "all count the same"),

@@ -58,3 +58,26 @@ class Attention(nn.Module):
     def _dense(self, width: int, name: str) -> nn.Dense:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return nn.Dense(width, kernel_init=self.kernel_init, name=name, **kinds)
+
+
+def argument_problems(
+    width: int, heads: int, epsilon: float, **rates: float
+) -> list[str]:
+    """Returns the arguments of a Transformer in `config.model` that are out of range.
+
+    Args:
+        width: Width of the tokens.
+        heads: Number of attention heads.
+        epsilon: Number added to the variance in LayerNorms.
+        **rates: Rates of dropout by name.
+    """
+    problems = [
+        f"config.model.{name}: {rate} is not in [0, 1)"
+        for name, rate in rates.items()
+        if not 0 <= rate < 1
+    ]
+    if heads < 1 or width % heads:
+        problems.append(f"config.model.heads: {heads} does not divide width={width}")
+    if epsilon <= 0:
+        problems.append(f"config.model.epsilon: {epsilon} is not above 0")
+    return problems

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import collected, problems_error
 from finetune_jax.core.pytrees import named
-from finetune_jax.core.registry import closest
+from finetune_jax.core.registry import check_regex, closest
 
 LEAVES = ("lora_a", "lora_b")
 UPDATES = "(.*/)?lora_[ab]"  # Regex for the full names of A and B.
@@ -137,7 +137,7 @@ def with_lora(
     Raises:
         UserError: Lists every argument that is out of range.
     """
-    problems = []
+    problems: list[Any] = []
     if lora_rank < 0:
         problems.append(f"config.model.lora_rank: {lora_rank}; 0 or more is needed")
     if lora_alpha <= 0:
@@ -145,10 +145,8 @@ def with_lora(
     if not lora_targets:
         problems.append("config.model.lora_targets: empty; lora_rank=0 has no LoRA")
     for target in lora_targets:
-        try:
-            re.compile(target)
-        except re.error as error:
-            problems.append(f"config.model.lora_targets: {target!r}: {error}")
+        with collected(problems):
+            check_regex(target, "config.model.lora_targets")
     if problems:
         raise problems_error("config.model does not fit:", problems)
     if not lora_rank:

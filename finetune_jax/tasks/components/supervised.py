@@ -136,3 +136,11 @@ class SupervisedTask(Task):
     ) -> list[dict]:
         """Returns the prediction for each example."""
         return self.target.records(outputs, batch)
+
+
+def one_model_task(
+    module: Any, inputs: InputPipeline, target: Target
+) -> SupervisedTask:
+    """Returns the task of one model."""
+    models = ModelSet(modules={"": module})
+    return SupervisedTask(models=models, inputs=inputs, target=target)
