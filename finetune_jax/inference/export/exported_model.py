@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,15 +52,6 @@ class Trained:
         """Shape and dtype of one example."""
         return self.task.batch_spec["inputs"]
 
-    def answer(self, variables: Any, inputs: Any) -> dict[str, jax.Array]:
-        """Returns the model's outputs for a batch, as evaluation computes them.
-
-        Args:
-            variables: 'params' and 'batch_stats'.
-            inputs: [B, ...], as a file has them: images in bytes, not normalised.
-        """
-        return answer(self.task, variables, inputs)
-
     def about(self) -> dict[str, Any]:
         """Returns the description of the model for other programs, ready for JSON."""
         spec, inputs = self.spec, self.inputs
@@ -77,18 +69,18 @@ class Trained:
         return json.loads(json.dumps(found))
 
     def answer_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of `answer` for one example."""
+        """Returns the shapes of the serving outputs of one example."""
         one = jax.ShapeDtypeStruct((1, *self.inputs.shape), self.inputs.dtype)
-        return jax.eval_shape(self.answer, self.variables, one)
+        return jax.eval_shape(partial(answer, self.task), self.variables, one)
 
 
 def for_any_platform(trained: Trained) -> Callable:
-    """Returns `trained.answer` for inputs alone, fast on each platform it runs on."""
+    """Returns `answer` for inputs alone, fast on each platform it runs on."""
 
     def traced(backend: str) -> Callable:
         def traced_answer(variables, inputs):
             with traced_for(backend):
-                return trained.answer(variables, inputs)
+                return answer(trained.task, variables, inputs)
 
         return traced_answer
 

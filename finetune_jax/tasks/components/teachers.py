@@ -176,10 +176,8 @@ class Teachers:
 
     def sha256(self) -> dict[str, str]:
         """Returns the digest of each weight file, by path."""
-        found: dict[str, str] = {}
-        for teacher in self.members.values():
-            found |= teacher.sha256()
-        return found
+        digests = [teacher.sha256() for teacher in self.members.values()]
+        return {path: sha256 for of in digests for path, sha256 in of.items()}
 
     def layouts(self) -> dict[str, tuple[str, list[str]]]:
         """Returns the layout of each teacher's weights, and lines about it, by label.
