@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -301,9 +300,7 @@ def family_module(family: str) -> Any:
     """Returns the module in `layouts` of a family of models; None if it has none."""
     from finetune_jax.weights import layouts as package
 
-    if family not in registry.names(package):
-        return None
-    return importlib.import_module(f"{package.__name__}.{family}")
+    return registry.modules(package).get(family)
 
 
 def recognise(ours: Iterable[str], theirs: Iterable[str], where: str) -> Layout:

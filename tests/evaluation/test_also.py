@@ -193,7 +193,7 @@ def test_a_pretrained_head_as_wide_as_the_models_serves_fewer_classes(other, tmp
     for name, leaf in domain.head_variables(start).items():
         expected = named({"params": before.params})[name]
         np.testing.assert_array_equal(leaf, expected)
-    assert domain.task.models[""].classes == 10
+    assert domain.task.models[""]["head"].classes == 10
 
 
 def test_a_pretrained_head_that_does_not_fit_is_refused(other, tmp_path):

@@ -11,13 +11,7 @@ from finetune_jax.models.layers.stages import MaskedMean
 from finetune_jax.tasks.components.text_inputs import embeddings_of
 from finetune_jax.weights.metadata.tokenizer import CONFIG, FILE
 
-_SPECIAL = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
+_SPECIAL = ("unk", "sep", "pad", "cls", "mask")
 _SENTENCE = "sentence_transformers.models"
 # Folder of the head after mean pooling.
 DENSE = "2_Dense"
@@ -81,10 +75,8 @@ def tokenizer_files(trained: Trained) -> dict[str, str]:
         vocabulary = json.loads(kept[FILE]).get("model", {}).get("vocab", {})
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if isinstance(vocabulary, dict):
-            special = {
-                key: name for key, name in _SPECIAL.items() if name in vocabulary
-            }
-            config |= special
+            special = {f"{name}_token": f"[{name.upper()}]" for name in _SPECIAL}
+            config |= {key: name for key, name in special.items() if name in vocabulary}
         embeddings = embeddings_of(trained.task.models[""])
         types = ["token_type_ids"] if getattr(embeddings, "types", 0) else []
         config["model_input_names"] = ["input_ids", *types, "attention_mask"]

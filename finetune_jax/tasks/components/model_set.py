@@ -81,13 +81,9 @@ class ModelSet:
         """
         params, batch_stats = {}, {}
         for prefix, module in self.modules.items():
+            one = x
             if prefix in self.examples:
-                one = jax.tree.map(
-                    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                    self.examples[prefix],
-                )
-            else:
-                one = x
+                one = jax.tree.map(jnp.zeros_like, self.examples[prefix])
             variables = module.init(model_key(rng, prefix), one, train=False)
             kind = getattr(module, "param_dtype", jnp.float32)
             # Flax starts running averages in float32, whatever the parameters are.
