@@ -181,10 +181,7 @@ def _lbfgs(
         del learning_rate
         return search.update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(
-        search.init,
-        update,  # type: ignore[arg-type]
-    )
+    return optax.GradientTransformationExtraArgs(search.init, update)  # type: ignore
 
 
 def _around_sam(inner: Link, *, rho: float = 0.05) -> Link:
@@ -209,10 +206,7 @@ def _around_sam(inner: Link, *, rho: float = 0.05) -> Link:
     def update(updates, state, params=None, *, grad_fn, **extra):
         return bound(extra).update(updates, state, params, grad_fn=grad_fn)
 
-    return optax.GradientTransformationExtraArgs(
-        bound({}).init,
-        update,  # type: ignore[arg-type]
-    )
+    return optax.GradientTransformationExtraArgs(bound({}).init, update)  # type: ignore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

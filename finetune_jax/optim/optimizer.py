@@ -64,7 +64,7 @@ def _scale_by_rate(scale: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(),  # type: ignore[arg-type]
+        optax.init_empty_state,
         update,  # type: ignore[arg-type]
     )
 

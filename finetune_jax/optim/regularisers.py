@@ -144,6 +144,6 @@ def proximal(
         return changes, state
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(),  # type: ignore[arg-type]
+        optax.init_empty_state,
         update,  # type: ignore[arg-type]
     )

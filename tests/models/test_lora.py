@@ -241,7 +241,10 @@ def test_a_suffix_runs_from_its_own_parameters():
         ({"lora_rank": -1}, ["lora_rank: -1; 0 or more"]),
         ({"lora_rank": 2, "lora_alpha": 0.0}, ["lora_alpha: 0.0; not above 0"]),
         ({"lora_rank": 2, "lora_targets": ()}, ["lora_targets: empty"]),
-        ({"lora_rank": 2, "lora_targets": ("stage1(",)}, ["'stage1(': missing )"]),
+        (
+            {"lora_rank": 2, "lora_targets": ("stage1(",)},
+            ["'stage1(' is not a regular expression: missing )"],
+        ),
         ({"lora_rnak": 2}, ["lora_rnak: unknown; did you mean 'lora_rank'?"]),
         (
             {"lora_rank": 26, "lora_targets": ("stage1/conv/kernal", "stage[12]/.*")},
