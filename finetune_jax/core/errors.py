@@ -186,10 +186,3 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     ('a, b, c', 'a, b, and 1 more')
     """
     return ", ".join(first_of([*map(str, names)], most))
-
-
-def problems_error(
-    header: str, problems: Iterable[Problem | str], advice: str = ""
-) -> UserError:
-    """Returns one error that lists every problem, in order, each on its own line."""
-    return UserError(*problems, header=header, advice=advice)

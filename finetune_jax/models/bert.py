@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.layers.attention import Attention, argument_problems
 from finetune_jax.models.layers.heads import ACTIVATIONS, Head, make_head
@@ -217,8 +217,7 @@ def _bert(
     problems += argument_problems(width, max(heads, 1), epsilon, **rates)
     if types < 0:
         problems.append(f"config.model.types: {types}; 0 or more is needed")
-    if problems:
-        raise problems_error("config.model does not fit:", problems)
+    raise_if(problems, "config.model does not fit:")
     common = {"dropout": dropout, "epsilon": epsilon, **kinds}
     embeddings = Embeddings(
         width, vocabulary, positions, types, name="embeddings", **common

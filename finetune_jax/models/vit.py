@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.models.layers.activations import HIDDEN_ACTIVATIONS
 from finetune_jax.models.layers.attention import Attention, argument_problems
 from finetune_jax.models.layers.stages import Norm, Staged, conv, layer_norm, staged
@@ -180,8 +180,7 @@ def _vit(
             "config.model.pool: 'token', but config.model.class_token is False; 'mean' "
             "needs none"
         )
-    if problems:
-        raise problems_error("config.model does not fit:", problems)
+    raise_if(problems, "config.model does not fit:")
     blocks = []
     for index, (rate,) in enumerate(depth_rates):
         own, name = (dropout, attention_dropout, rate), f"block{index + 1}"

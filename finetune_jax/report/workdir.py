@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError
 
 
 def new_workdir(config_address: str) -> pathlib.Path:
@@ -142,9 +142,9 @@ def check_same_run(workdir: pathlib.Path, config: Config) -> bool:
         return False
     found = configs.differences(config, read_config(workdir))
     if found:
-        raise problems_error(
-            f"--workdir: {workdir} holds another run:",
-            [f"{line} there" for line in found],
-            "Give another --workdir, or the config of that run to resume it.",
+        raise UserError(
+            *[f"{line} there" for line in found],
+            header=f"--workdir: {workdir} holds another run:",
+            advice="Give another --workdir, or the config of that run to resume it.",
         )
     return True

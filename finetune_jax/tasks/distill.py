@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.tasks.components.image_inputs import ImageInputs, check_classified
 from finetune_jax.tasks.components.model_set import ModelSet
@@ -243,11 +243,11 @@ def make(
     check_classified(data)
     target = class_target(data, options, METRICS)
     registry.choose(dict.fromkeys(HEADS), head, "config.task.head")
-    if problems := range_problems(
+    problems = range_problems(
         alpha=alpha, temperature=temperature, hints_weight=hints_weight,
         attention_weight=attention_weight, something=alpha or hints or attention,
-    ):  # fmt: skip
-        raise problems_error("config.task does not fit:", problems)
+    )  # fmt: skip
+    raise_if(problems, "config.task does not fit:")
     student: Any = model_for(target, model, precision=precision)
     made = make_teachers(teachers, data_names=target.names, precision=precision)
     found = compare(student, made, data.shape, head, hints, attention)

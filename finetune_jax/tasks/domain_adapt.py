@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import raise_if
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.layers.heads import Head, check_widths
@@ -367,5 +367,4 @@ def _check(
         problems.append(f"config.task.threshold: {threshold}; 0 to 1 is needed")
     if strength < 0:
         problems.append(f"config.task.strength: {strength}; 0 or more is needed")
-    if problems:
-        raise problems_error("The domains cannot be adapted:", problems)
+    raise_if(problems, "The domains cannot be adapted:")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, collected, problems_error
+from finetune_jax.core.errors import UserError, collected, raise_if
 from finetune_jax.core.pytrees import like, named, stage_of
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.modes import Mode, model_key
@@ -302,13 +302,12 @@ def make(
         weights=by_domain,
         soft=soft,
     )
-    if clashes := _clashes(domains):
-        raise problems_error(
-            "The domains cannot share these parameters, whose shapes differ:",
-            clashes,
-            "Give the domains one data.image_size and data.channels, or share less: "
-            "config.task.shared.",
-        )
+    raise_if(
+        _clashes(domains),
+        "The domains cannot share these parameters, whose shapes differ:",
+        "Give the domains one data.image_size and data.channels, or share less: "
+        "config.task.shared.",
+    )
     modules = {name: task.models[""] for name, task in tasks.items()}
     models = ModelSet(modules=modules, stage_names=domains.stages(), cacheable=False)
     return MultiDomainTask(models=models, domains=domains)
@@ -342,8 +341,7 @@ def _check(
     for pattern in shared:
         with collected(problems):
             registry.check_regex(pattern, "config.task.shared")
-    if problems:
-        raise problems_error("The domains cannot be learned together:", problems)
+    raise_if(problems, "The domains cannot be learned together:")
 
 
 def _clashes(domains: JointDomains) -> list[str]:

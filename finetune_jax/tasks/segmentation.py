@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.metric_names import PER_CLASS
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.augmentation.masks import IGNORED, make_mask_augment
@@ -217,8 +217,7 @@ def make(
         problems.append(
             "config.task.class_weights: at least 0 is needed, and not all 0"
         )
-    if problems:
-        raise problems_error("config.task does not fit:", problems)
+    raise_if(problems, "config.task does not fit:")
     make_augment(data.augment, data.shape[:2], data.train_shape[:2])
     make_mask_augment(data.augment, data.shape[:2])
     module, backbone = _model_and_backbone(dict(model), data, precision)

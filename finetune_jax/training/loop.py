@@ -172,8 +172,11 @@ class Loop:
             examples_per_s /= self.clock.train_s
             self.terminal.advance(updates.step - start, examples_per_s)
             start = updates.step
-            if self._is_due(updates.step, end):
+            stopped = self.stop.asked()
+            if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
+                if stopped:
+                    raise Preempted(f"stopped and saved at step {start}")
                 if last is not None:
                     self.terminal.end_phase()
                     return last
@@ -188,7 +191,7 @@ class Loop:
         """Returns whether the state of a step has to be measured or saved."""
         every = self._evaluation_every, self.setup.config.checkpoint.every_steps
         is_multiple = any(n and step % n == 0 for n in every)
-        return step == end or is_multiple or self.stop.asked()
+        return step == end or is_multiple
 
     def _examples(
         self,
@@ -264,7 +267,7 @@ class Loop:
         """
         config, data, phase = self.setup.config, self.setup.data, updates.phase
         step, often = updates.step, self._evaluation_every
-        every, stop = config.checkpoint.every_steps, self.stop.asked()
+        every = config.checkpoint.every_steps
         over, due = step == updates.end, bool(often) and step % often == 0
         begin = time.perf_counter()
         if self._update_log.read():
@@ -292,8 +295,6 @@ class Loop:
             self._check_frozen(state, phase)
             self.progress.ends.append(step)
         self._save(state, due=over or due or bool(every and step % every == 0))
-        if stop:
-            raise Preempted(f"stopped and saved at step {step}")
         return placed, state if over else None
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.paths import user_path
 from finetune_jax.weights.formats.entries import no_entry
 from finetune_jax.weights.formats.mapped import mapped, sha256_of
@@ -229,10 +229,10 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
             found.append(f"{name}: not in the repository")
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             found.append(f"{name}: {error}")
-    raise problems_error(
-        f"config.init.pretrained: no file could be read from hf:{repository}:",
-        found,
-        f"Without a network, download {files[0]} from https://huggingface.co/"
+    raise UserError(
+        *found,
+        header=f"config.init.pretrained: no file could be read from hf:{repository}:",
+        advice=f"Without a network, download {files[0]} from https://huggingface.co/"
         f"{repository}/tree/main elsewhere, copy it here, and give it as file:PATH. "
         "HF_HOME is the folder of the cache; HF_HUB_OFFLINE=1 uses only the cache.",
     )

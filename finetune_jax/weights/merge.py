@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.registry import closest
 from finetune_jax.models.peft.lora import UPDATES, is_lora
@@ -114,11 +114,11 @@ def load_weights(
     problems += doubts.problems(len(saved), saved)
     if problems:
         problems += [f"(it was read so: {note})" for note in weights.notes]
-        raise problems_error(
-            f"{weights.address} (layout: {layout.name}) does not fit the model"
+        raise UserError(
+            *problems,
+            header=f"{weights.address} (layout: {layout.name}) does not fit the model"
             f"{f' {prefix!r}' if prefix else ''}:",
-            problems,
-            "Name what should keep its initial value in config.init.fresh, such as "
+            advice="Name what should keep its initial value in config.init.fresh, such as "
             "('head/.*',); config.init.input_channels='adapt' fits a stem to other "
             "channels.",
         )

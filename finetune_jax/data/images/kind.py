@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error, raise_if
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.data import sources
 from finetune_jax.data.array_inputs import (
     SUFFIXES,
@@ -78,7 +78,7 @@ class Images(Kind):
         }
         problems = [f"config.{key}" for key, value in needed.items() if value is None]
         if problems or classes is None:
-            raise problems_error("Without the data a plan needs:", problems)
+            raise UserError(*problems, header="Without the data a plan needs:")
         module = section["name"].partition(":")[0]
         source = registry.module(sources, module, "config.data.name")
         has_masks, names = hasattr(source, "MASKS"), tuple(map(str, range(classes)))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.core.errors import UserError, problems_error, raise_if
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.reading.arrow import pa, pc
 from finetune_jax.data.reading.separated import (
@@ -269,12 +269,12 @@ def batches(
         for batch in found:
             yield _read_batch(batch, kind, schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise problems_error(
-            f"{path} cannot be read:",
-            _found_faults(path, kind, schema)
+        raise UserError(
+            *_found_faults(path, kind, schema)
             # The rows that it counts are those of a block.
             or [re.sub(r"Row #\d+: ", "", str(error))],
-            "Mend these lines. A column of names is one by config.data.columns="
+            header=f"{path} cannot be read:",
+            advice="Mend these lines. A column of names is one by config.data.columns="
             "(('NAME', 'category'),); config.data.missing=('unknown',) lists signs of "
             "cells without a value; config.data.header names the columns of files that do "
             "not begin with them.",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import first_of, problems_error, raise_if
+from finetune_jax.core.errors import UserError, first_of, raise_if
 from finetune_jax.data.text.tokens import Rows, TextOptions, text_problems
 
 # Questions whose tokens are kept at once before they become arrays.
@@ -283,11 +283,11 @@ def _check_tokenizer(sentences: np.ndarray, is_passage: np.ndarray) -> None:
     """
     known = (sentences == 2) & np.append(sentences[1:] == 2, False)
     if is_passage[0] or not np.array_equal(known, is_passage):
-        raise problems_error(
-            "config.data.tokenizer does not fit questions:",
-            ["it does not set question and passage off as those of BERT do"],
-            "Needed is a tokenizer.json that writes [CLS] question [SEP] passage [SEP], "
-            "the last two of type 1.",
+        raise UserError(
+            "it does not set question and passage off as those of BERT do",
+            header="config.data.tokenizer does not fit questions:",
+            advice="Needed is a tokenizer.json that writes [CLS] question [SEP] passage "
+            "[SEP], the last two of type 1.",
         )
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import collected, problems_error
+from finetune_jax.core.errors import collected, raise_if
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.registry import check_regex, closest
 
@@ -108,14 +108,13 @@ class LoRA:
                     f"config.model.lora_rank: {self.rank}, but {name} is a matrix of "
                     f"{inputs} x {outputs}"
                 )
-        if problems:
-            raise problems_error(
-                "LoRA does not fit the model:",
-                problems,
-                f"The kernels are: {', '.join(kernels)}."
-                if unmatched
-                else "Lower the rank, or leave these out by config.model.lora_targets.",
-            )
+        raise_if(
+            problems,
+            "LoRA does not fit the model:",
+            f"The kernels are: {', '.join(kernels)}."
+            if unmatched
+            else "Lower the rank, or leave these out by config.model.lora_targets.",
+        )
 
 
 def with_lora(
@@ -147,8 +146,7 @@ def with_lora(
     for target in lora_targets:
         with collected(problems):
             check_regex(target, "config.model.lora_targets")
-    if problems:
-        raise problems_error("config.model does not fit:", problems)
+    raise_if(problems, "config.model does not fit:")
     if not lora_rank:
         return module
     # LoRA is no module, but has all attributes of one that tasks use.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core import pytrees
-from finetune_jax.core.errors import UserError, problems_error, under
+from finetune_jax.core.errors import UserError, raise_if, under
 from finetune_jax.models import model_of
 from finetune_jax.models.modes import EVALUATION, apply_model
 from finetune_jax.tasks.components.model_set import ModelSet
@@ -417,8 +417,7 @@ def compare(
             for before, mine in [(list(shapes.values())[-1], list(own.values())[-1])]
             if head == "teacher" and before.shape != mine.shape
         ]
-    if problems:
-        raise problems_error("The teachers do not fit:", problems)
+    raise_if(problems, "The teachers do not fit:")
     pairs = found["hints"] + found["attention"]
     taps = {
         label: tuple(p.theirs for p in pairs if p.label == label) for label in teachers

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
@@ -95,8 +95,7 @@ def token_model(
     if "pool" in module.stages:  # type: ignore[attr-defined]
         problem = "config.model.pool: 'none' keeps a vector for every token"
         problems = [*problems, problem]
-    if problems:
-        raise problems_error("The task does not fit:", problems)
+    raise_if(problems, "The task does not fit:")
     return module
 
 
@@ -147,5 +146,4 @@ def check_encoder(module: Any, name: str, data: DataSpec) -> None:
         problems.append(
             f"config.model.types: {embeddings.types}, but there are 2 sentences"
         )
-    if problems:
-        raise problems_error("Texts and model do not fit together:", problems)
+    raise_if(problems, "Texts and model do not fit together:")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from finetune_jax.core import registry
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 
 
 def widened(array: jax.Array) -> jax.Array:
@@ -193,6 +193,5 @@ def make_loss(
         for is_right, needed in [RANGES[key]]
         if not is_right(value)
     ]
-    if problems:
-        raise problems_error(f"{where} does not fit:", problems)
+    raise_if(problems, f"{where} does not fit:")
     return bound

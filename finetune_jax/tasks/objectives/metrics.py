@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from finetune_jax.core.errors import problems_error
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.core.registry import closest
 
@@ -261,7 +261,9 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
             problems.append(f"{name!r} needs 2 classes, the data has {classes}")
     if problems:
         listed = f"{kind} has {', '.join(sorted(known))}"
-        raise problems_error("config.task.metrics does not fit:", problems, listed)
+        raise UserError(
+            *problems, header="config.task.metrics does not fit:", advice=listed
+        )
 
 
 def loss_beside(name: str) -> str:

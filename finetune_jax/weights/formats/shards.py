@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError, raise_if
 
 INDEX = ".index.json"  # End of the names of such files.
 
@@ -66,10 +66,9 @@ def joined(
             for n in sorted(set(of_file) - wanted)
         ]
         tensors |= of_file
-    if problems:
-        raise problems_error(
-            f"config.init.pretrained: {index} does not fit its files:",
-            problems,
-            "Download all files of the index again, into one folder.",
-        )
+    raise_if(
+        problems,
+        f"config.init.pretrained: {index} does not fit its files:",
+        "Download all files of the index again, into one folder.",
+    )
     return tensors

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from finetune_jax.config import Config
 from finetune_jax.config.members import labels_of, member_models
-from finetune_jax.core.errors import UserError, problems_error
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.paths import user_path
 from finetune_jax.models import constructors
 from finetune_jax.weights.fields import Fields, listed, loads, same
@@ -458,11 +458,12 @@ def _headed(one: Described, wrong: list[str]) -> list[str]:
 
 
 def _refusal(problems: list[str]) -> UserError:
-    return problems_error(
-        "config.model is another network than the one that the weights were trained for:",
-        problems,
-        "Choose the model that the file describes. If the file belongs to other weights, "
-        "put the weights into a folder of their own.",
+    return UserError(
+        *problems,
+        header="config.model is another network than the one that the weights were "
+        "trained for:",
+        advice="Choose the model that the file describes. If the file belongs to other "
+        "weights, put the weights into a folder of their own.",
     )
 
 

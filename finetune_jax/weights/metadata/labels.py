@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError, first_of, listed, problems_error
+from finetune_jax.core.errors import UserError, first_of, listed
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import like, named
 from finetune_jax.core.registry import closest
@@ -124,11 +124,11 @@ def check_labels(
     more = [n for n, key in zip(known, theirs) if key not in ours]
     if more:
         problems.append(f"the data has no {listed(more)}")
-    raise problems_error(
-        f"config.init.pretrained: {address} has the labels {listed(known)}; "
+    raise UserError(
+        *problems,
+        header=f"config.init.pretrained: {address} has the labels {listed(known)}; "
         "those of the data are others:",
-        problems,
-        _ADVICE,
+        advice=_ADVICE,
     )
 
 
