@@ -429,7 +429,6 @@ def test_a_change_of_colour_stays_between_0_and_1(name):
         assert found.min() >= 0 and found.max() <= 1
 
 
-@pytest.mark.bits
 @pytest.mark.parametrize("steps", PIPELINES)
 @pytest.mark.ci_runs("steps2")
 def test_an_image_depends_on_its_key_and_on_nothing_else(steps):
@@ -447,7 +446,6 @@ def test_an_image_depends_on_its_key_and_on_nothing_else(steps):
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 @pytest.mark.parametrize("steps", PIPELINES)
 @pytest.mark.ci_runs("steps2")
 def test_compiling_changes_nothing_but_rounding(steps):

@@ -115,7 +115,6 @@ def test_training_learns_and_padding_costs_no_result(folder, tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_text() == texts.tokenizer()
 
 
-@pytest.mark.bits
 @pytest.mark.slow
 def test_a_stopped_run_of_texts_goes_on_to_the_same_bits(folder, tmp_path):
     plan = (Phase(name="all", steps=6, peak_lr=1e-2),)

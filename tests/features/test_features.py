@@ -18,7 +18,7 @@ from finetune_jax.plans.phase import Phase
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.run import run
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 
 def plan(*learning, batch_stats="hold", **fields):
@@ -63,6 +63,7 @@ def both(phases, folder, **overrides):
     return kept, again, [json.loads(about.read_text()) for about in tables]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("batch_stats", ["hold", "update"])
 @pytest.mark.parametrize(
     "learning",
@@ -81,6 +82,7 @@ def test_what_is_kept_changes_no_bit(tmp_path, learning, batch_stats):
     assert [table["inputs_of"] for table in tables] == [learning[0]] * 3
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_versions_of_augmented_images_are_kept(tmp_path):
     overrides = {
@@ -152,7 +154,7 @@ def test_a_later_run_computes_nothing_again(tmp_path, monkeypatch, capsys):
         {"model.convolutions": (4, 6)},
     ],
 )
-@pytest.mark.ci_runs("override0")
+@pytest.mark.exhaustive
 def test_a_table_of_another_kind_is_not_used(tmp_path, override):
     alone = outcome(
         config(plan("head"), tmp_path / "own", **override), tmp_path / "alone"
@@ -184,6 +186,7 @@ def test_a_damaged_table_is_made_anew(tmp_path, capsys):
     assert capsys.readouterr().out.count("is damaged") == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_folder_without_its_description_is_replaced(tmp_path, capsys):
     tables = tmp_path / "tables"
@@ -207,6 +210,7 @@ def test_tables_of_somebody_else_are_used(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("found in") == 3
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_gb", [1.0, 0.0])
 @pytest.mark.ci_runs("1.0")
@@ -260,6 +264,7 @@ def test_the_order_of_splits_is_part_of_what_the_data_is(tmp_path):
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_best_of_an_earlier_phase_is_measured_as_it_is(tmp_path):
     """Its averaged weights are not those of the iterate that the last phase froze."""
@@ -278,6 +283,8 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     assert kept == own
 
 
+@pytest.mark.exhaustive
+@pytest.mark.bits
 @pytest.mark.slow
 def test_what_is_larger_than_the_memory_stays_on_disk(tmp_path):
     overrides = {"data.memory_gb": 0.0}
@@ -297,6 +304,7 @@ def test_the_oldest_tables_make_room(tmp_path):
     assert not list((tmp_path / "tables").glob(".*"))
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_a_phase_that_unfreezes_moves_the_boundary(tmp_path):
     everything = Phase(name="all", steps=4, accumulate_steps=2)
@@ -326,6 +334,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_tables(tmp_path):
     assert outcome(config(plan("head"), tmp_path), tmp_path / "run") == alone
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 @pytest.mark.ci_runs("jit")
@@ -345,6 +354,7 @@ def test_features_are_kept_over_devices(tmp_path, capfd, mode):
     assert told.count("found in") == 3 and "anew" not in told
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model, first, batch_stats",
@@ -370,6 +380,7 @@ def test_what_is_kept_of_a_resnet_changes_no_bit(tmp_path, model, first, batch_s
     assert kept == again and len(tables) == 3
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["stage1", "head"])
 @pytest.mark.ci_runs("stage1")
@@ -383,6 +394,7 @@ def test_what_is_kept_of_large_images_changes_no_bit(tmp_path, monkeypatch, firs
     assert kept == again and len(tables) == 3
 
 
+@pytest.mark.bits
 def test_frozen_stages_take_the_memory_of_a_part():
     shape = (32, 32, 3)
     task = small.task("resnet8", shape)
@@ -403,6 +415,7 @@ def test_frozen_stages_take_the_memory_of_a_part():
     assert needs[24] < needs[None] / 3
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "model, size",
     [

@@ -35,6 +35,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_every_photo_gets_a_line_and_the_colours_are_told_apart(finished, tmp_path):
     new = pictures.make_folder(tmp_path / "new", examples=4, suffix=".jpg")
     records = predict(finished, new, output=tmp_path / "out.jsonl")

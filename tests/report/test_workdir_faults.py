@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SHORT = (Phase(name="all", steps=2, optimizer="sgd", peak_lr=0.1),)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_stale_lock_is_not_in_the_way(tmp_path):
     config = small.config(model="mlp", plan=SHORT, hidden=(4,))
     workdir = tmp_path / "run"

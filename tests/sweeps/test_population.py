@@ -21,7 +21,7 @@ from finetune_jax.sweeps.population import member_configs, run_population
 from finetune_jax.sweeps.table import as_csv, table
 from finetune_jax.training.run import run
 
-pytestmark = pytest.mark.bits
+pytestmark = pytest.mark.slow
 
 PLAN = (
     Phase(
@@ -86,6 +86,7 @@ def trained(tmp_path_factory):
     return folder, result
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(MEMBERS)))
 @pytest.mark.ci_runs("5")

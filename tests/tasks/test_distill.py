@@ -223,7 +223,6 @@ def student(folder, overrides=(), **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(
     taught, monkeypatch, tmp_path
 ):

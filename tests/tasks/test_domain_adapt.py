@@ -148,7 +148,6 @@ def test_a_phase_that_trains_nothing_gives_the_target_its_running_averages():
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 def test_a_stopped_run_with_adabn_ends_in_the_same_bits(tmp_path):
     """And its second phase moves what is measured on the target, not its parameters."""
     source = Phase(name="source", steps=20, optimizer="adam", peak_lr=1e-2)

@@ -229,7 +229,6 @@ def test_devices_agree_in_float64():
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["weights", "round_robin"])
 @pytest.mark.ci_runs("weights")
-@pytest.mark.bits
 def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, mixing):
     config = mixtures.config(
         DIGITS, INVERTED, data={"test": "test", "validation": None, "mixing": mixing},

@@ -200,7 +200,6 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 def test_a_run_measures_all_and_each_and_resumes_to_the_same_bits(
     straight, tmp_path, monkeypatch
 ):

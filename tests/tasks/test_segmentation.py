@@ -33,8 +33,6 @@ from finetune_jax.tasks.task import StepContext
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
-pytestmark = pytest.mark.bits
-
 CLASSES = ("field", "road", "house")
 
 
@@ -460,6 +458,7 @@ def test_a_run_measures_again_and_predicts_masks_as_large_as_its_images(tmp_path
     assert sum(record["share"].values()) == pytest.approx(1)
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.ci_runs("True")

@@ -131,7 +131,6 @@ def test_a_run_is_evaluated_and_predicts_with_what_was_fitted(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(tmp_path):
     config = config_of(clicks.write(tmp_path / "t.txt", clicks.rows(60)))
     whole = run(config, tmp_path / "whole")

@@ -104,7 +104,6 @@ def test_a_schedule_free_phase_hands_on_what_was_evaluated(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [5, 1])
 @pytest.mark.ci_runs("5")
-@pytest.mark.bits
 def test_stopped_again_and_again_it_ends_in_the_same_bits(undisturbed, tmp_path, calls):
     result, stops = small.run_with_stops(config(), tmp_path / "run", calls)
     assert stops >= 3 and small.same_result(result, undisturbed[0])

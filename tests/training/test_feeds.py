@@ -22,7 +22,7 @@ from finetune_jax.training.updates.dispatch import (
     stock_gradients,
 )
 
-pytestmark = [pytest.mark.bits, pytest.mark.usefixtures("no_pictures")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 
 def outcome(folder, plan, overrides, steps_per_call):
@@ -81,6 +81,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.ci_runs("two phases", "averaged, mixed, balanced, guarded")

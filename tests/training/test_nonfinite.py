@@ -136,7 +136,6 @@ def test_a_rollback_returns_to_the_last_checkpoint_that_was_due(data, tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize("calls", [5, 1])
 @pytest.mark.ci_runs("5-rollback")
-@pytest.mark.bits
 def test_stopped_again_and_again_it_ends_in_the_same_bits(
     data, tmp_path, policy, calls
 ):

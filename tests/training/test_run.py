@@ -146,7 +146,6 @@ def test_a_run_that_dies_anywhere_ends_in_the_same_bits(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.bits
 def test_a_run_stopped_after_every_update_ends_in_the_same_bits(undisturbed, tmp_path):
     result, stops = small.run_with_stops(config(), tmp_path / "run")
     assert stops == 16
@@ -373,7 +372,6 @@ KILL, TERMINATE = signal.SIGKILL, signal.SIGTERM
     ids=["once", "each phase"],
 )
 @pytest.mark.ci_runs("once")
-@pytest.mark.bits
 def test_sigkill_and_sigterm_end_in_the_same_bits(tmp_path, signals):
     path = written_config(tmp_path)
     process = started(path, tmp_path / "whole")

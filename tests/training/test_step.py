@@ -15,8 +15,6 @@ from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import StepContext
 from finetune_jax.training.phases import phase_setup
 
-pytestmark = pytest.mark.bits
-
 EVERYTHING_ON = dict(
     steps=4, optimizer="adamw", weight_decay=0.1, clip_norm=1.0, accumulate_steps=2
 )
@@ -34,6 +32,7 @@ def peculiar(tree):
     return jax.tree.map(seeded, tree)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_frozen_leaves_keep_their_bits_whatever_they_are(jit):
     task = small.task("cnn", convolutions=(4, 4), dense=(8,))
@@ -76,6 +75,7 @@ def flops(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_a_head_only_step_costs_a_forward_pass():
     task = small.task(shape=(28, 28, 1))
@@ -92,6 +92,7 @@ def test_a_head_only_step_costs_a_forward_pass():
     assert flops(full.step, full.state, {"task": {}}, batch, rate, rate) > 2.5 * forward
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_a_head_only_step_of_resnet50_costs_a_forward_pass():
     """By the count on the trace, where what nobody reads is not computed."""

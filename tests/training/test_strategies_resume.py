@@ -23,7 +23,6 @@ def test_every_strategy_is_here():
 
 
 @pytest.mark.slow
-@pytest.mark.bits
 def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_pictures):
     whole = run(config("layerwise"), tmp_path / "whole")
     workdir = tmp_path / "stopped"
@@ -35,7 +34,6 @@ def test_a_strategy_stopped_twice_ends_in_the_same_bits(tmp_path, no_pictures):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.bits
 def test_every_strategy_stopped_after_every_update_ends_in_the_same_bits(
     name, tmp_path, no_pictures
 ):
@@ -69,7 +67,6 @@ run(tests.config(sys.argv[1]), pathlib.Path(sys.argv[2]))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradual", "alternating"])
 @pytest.mark.exhaustive
-@pytest.mark.bits
 def test_a_strategy_killed_in_each_phase_ends_in_the_same_bits(
     name, tmp_path, no_pictures
 ):
