@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from finetune_jax import models
 from finetune_jax.core import registry
 
@@ -123,6 +125,7 @@ def family_in(folder):
     return inside
 
 
+@pytest.mark.slow
 def test_what_lies_elsewhere_on_the_path_trains_without_changing_the_package(tmp_path):
     family_in(tmp_path / "mine")
     (tmp_path / "mine" / "finetune_jax" / "tasks").mkdir()

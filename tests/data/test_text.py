@@ -200,6 +200,7 @@ def test_tokenizer_and_model_must_fit(folder, tmp_path):
     assert find_tokenizer(None, "zoo:resnet20_fashion_mnist") is None
 
 
+@pytest.mark.slow
 def test_preprocessing_of_images_beside_weights_is_passed_over(folder, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"size": 224}')
     params = random_state(make_setup(config(folder)).task, 0).params
