@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from finetune_jax import config as configs
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.inference.export import weights
-from finetune_jax.inference.export.exported_model import Trained
+from finetune_jax.inference.export.exported_model import Trained, answer
 from finetune_jax.models import convnext, efficientnet_lite, vit
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.initial.starting_state import run_data
@@ -177,7 +177,7 @@ def assert_moved(after, before):
 
 
 def answers_of(trained, inputs, key="logits"):
-    found = jax.jit(trained.answer)(trained.variables, inputs)
+    found = jax.jit(functools.partial(answer, trained.task))(trained.variables, inputs)
     return np.asarray(found[key])
 
 
