@@ -65,7 +65,7 @@ AT_RANDOM = ("joint_digits_fashion.py:tiny", "pretrain_fashion_mnist.py:tiny")
 QUICK = ("iris_mlp.py:tiny",)
 # Others run the same keys; `tabular_transfer.py:target` begins with a run of the source.
 REPEATED = (
-    "distill_digits.py:teacher,tiny",
+    "distill_digits.py:teacher,tiny", "efficientnet_flowers.py:tiny",
     "mnist_source.py:mlp,tiny", "mnist_target.py:cnn,tiny",
     "pretrain_fashion_mnist.py:tiny",
     "tabular_transfer.py:source,tiny", "tabular_transfer.py:target,tiny",

@@ -108,7 +108,7 @@ def logits_of(module, inputs):
 
 
 @pytest.mark.parametrize("library", ("torchvision", "timm", "transformers"))
-@pytest.mark.ci_runs("transformers")
+@pytest.mark.exhaustive
 def test_the_library_gives_our_logits_after_fine_tuning(library, tmp_path):
     pytest.importorskip("torch")
     address, before = saved(library, tmp_path)
