@@ -129,7 +129,7 @@ def test_a_stopped_run_of_texts_goes_on_to_the_same_bits(folder, tmp_path):
 @pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pool", "block2"])
-@pytest.mark.ci_runs("block2")
+@pytest.mark.exhaustive
 def test_cached_features_of_texts_give_what_none_give(folder, tmp_path, stage):
     """To the bit behind the encoder; within it last bits differ, see reproducibility.md."""
     rules = HEAD if stage == "pool" else ((r"(block2|head)/.*", 1.0), (".*", 0.0))

@@ -304,6 +304,7 @@ def test_the_oldest_tables_make_room(tmp_path):
     assert not list((tmp_path / "tables").glob(".*"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.bits
 @pytest.mark.slow
 def test_a_phase_that_unfreezes_moves_the_boundary(tmp_path):
