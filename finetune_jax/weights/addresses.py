@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -206,7 +207,8 @@ def _hub(address: str, place: str, entry: str | None) -> Weights:
 def downloaded(repository: str, files: Sequence[str]) -> str:
     """Returns the path of the first of some files that a repository has.
 
-    Without a connection to the hub, the file is taken from the cache.
+    Without a connection to the hub, the file is taken from the cache; a hub that was not
+    reached is tried again after two minutes.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -222,9 +224,17 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
                 repository, name, local_files_only=offline
             )
         except errors.LocalEntryNotFoundError as error:
-            if not (offline or constants.HF_HUB_OFFLINE):
+            reason = str(error)
+            if offline:
+                reason = "not in the cache, and the hub was not reached a moment ago"
+            elif not constants.HF_HUB_OFFLINE:
                 _failures[hub] = time.monotonic()
-            found.append(f"{name}: {error}")
+                print(
+                    f"warning: {hub} was not reached; for two minutes only its cache is "
+                    "searched, and settings beside weights that it lacks are not used",
+                    file=sys.stderr,
+                )
+            found.append(f"{name}: {reason}")
         except errors.EntryNotFoundError:
             found.append(f"{name}: not in the repository")
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
