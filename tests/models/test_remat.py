@@ -45,6 +45,7 @@ def gradients(name, remat):
     )
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.ci_runs("resnet18")
