@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
+from finetune_jax.config.document import described
 from finetune_jax.core.errors import (
     TrainingError,
     UserError,
@@ -20,7 +21,15 @@ from finetune_jax.modes.startup import pin_environment, resolved_config, set_pre
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"
-    for mode in ("train", "evaluate", "predict", "export", "plan", "reproduce")
+    for mode in (
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "plan",
+        "config",
+        "reproduce",
+    )  # fmt: skip
 }
 WORKDIR_HAS_CONFIG = ("evaluate", "predict", "export", "reproduce")
 # Flags that not every mode reads, and the modes that do.
@@ -35,7 +44,8 @@ FLAGS = ("--config", "--workdir", "--mode", *READ_BY)
 DEFAULT_FORMATS = "jax,safetensors"
 EPILOG = """\
 --config.KEY=VALUE overrides a value of the config, such as --config.data.batch_size=32
-or --config.plan[0].peak_lr=0.01.
+or --config.plan[0].peak_lr=0.01. --help=config lists every key, --help=config.data or
+--help=config.plan[0].peak_lr a part; --mode=config prints the values of a config.
 
 exit status: 0 finished; 2 invalid command line or config; 75 stopped by a signal and
 saved, the same command resumes; 3 a rerun that differs; 1 anything else"""
@@ -131,6 +141,9 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UserError: The command line or the config is invalid.
     """
+    if arguments and arguments[0].startswith("--help="):
+        print(described(arguments[0].removeprefix("--help=")))
+        return 0
     flags, overrides = parse(arguments)
     choose(MODES, flags.mode, "--mode")
     _check_flags(flags, overrides)
