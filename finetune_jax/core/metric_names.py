@@ -6,7 +6,9 @@ from collections.abc import Collection
 
 # Prefixes of metric names, which no domain, model or label may have.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
-LOWER_IS_BETTER = ("loss", "normalised_entropy", "calibration_error", "mse", "mae")
+LOWER_IS_BETTER = (
+    "loss", "normalised_entropy", "calibration_error", "brier", "mse", "mae"
+)  # fmt: skip
 
 
 # Prefix of the metrics of single classes, which may be many.

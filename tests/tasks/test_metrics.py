@@ -120,6 +120,40 @@ def test_a_certain_and_right_model_is_calibrated_and_a_wrong_one_is_not():
     assert metrics.calibration_error(logits, np.array([1, 0])) == 1.0
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_the_brier_score_is_that_of_scikit_learn(classes):
+    logits, label = rows(classes=classes)
+    probability = softmax(logits, axis=1)
+    given = probability[:, 1] if classes == 2 else probability
+    wanted = oracle.brier_score_loss(label, given, labels=range(classes))
+    assert metrics.metric("brier")(logits, label) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("percent", [50, 90, 95])
+def test_the_sensitivity_is_the_best_of_all_thresholds_with_the_specificity(percent):
+    logits, label = rows(count=200, classes=2, scale=1.0)
+    logits[:, 1] += label  # Better than chance, and far from perfect.
+    score = softmax(logits, axis=1)[:, 1]
+    wanted = 0.0
+    for threshold in (*score, 2.0):
+        predicted = score >= threshold
+        # Counts, in which a specificity of exactly 95 % has no rounding.
+        if 100 * np.sum(~predicted & (label == 0)) >= percent * np.sum(label == 0):
+            wanted = max(wanted, np.mean(predicted[label == 1]))
+    name = f"sensitivity_at_specificity_{percent}"
+    assert 0.05 < wanted < 0.95
+    assert metrics.metric(name)(logits, label) == wanted
+
+
+def test_a_specificity_of_exactly_the_percentage_is_enough():
+    # 9 of 10 negatives are below every positive; 1 - 90 / 100 rounds to less than 0.1.
+    odds = np.array([*range(9), 30.0, 25.0, 26.0])
+    label = np.array([0] * 10 + [1] * 2)
+    logits = np.stack([np.zeros(12), odds], axis=1)
+    assert metrics.sensitivity_at_specificity(90, logits, label) == 1.0
+    assert metrics.sensitivity_at_specificity(91, logits, label) == 0.0
+
+
 def test_the_log_loss_is_finite_at_extreme_logits():
     logits = np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32)
     assert metrics.log_loss(logits, np.array([0, 0])) == pytest.approx(1e4)
@@ -154,9 +188,16 @@ def test_a_metric_knows_which_way_is_better():
     assert not metrics.is_better("test/loss", 0.5, 0.5)
     assert metrics.is_better("test/accuracy", 0.6, 0.5, change=0.05)
     assert not metrics.is_better("test/accuracy", 0.52, 0.5, change=0.05)
-    for name in ("mse", "mae", "calibration_error", "ema_mae", "ema_loss"):
+    for name in ("mse", "mae", "calibration_error", "brier", "ema_mae", "ema_loss"):
         assert metrics.is_better(f"validation/{name}", 0.1, 0.2)
-    for name in ("r2", "roc_auc", "top_5_accuracy", "f1_macro", "ema_accuracy"):
+    for name in (
+        "r2",
+        "roc_auc",
+        "top_5_accuracy",
+        "f1_macro",
+        "ema_accuracy",
+        "sensitivity_at_specificity_95",
+    ):
         assert metrics.is_better(f"validation/{name}", 0.2, 0.1)
 
 
@@ -194,6 +235,11 @@ def test_logits_beyond_the_classes_of_the_data_count_in_no_metric():
         (("top_0_accuracy",), "no 'top_0_accuracy'"),
         (("mse",), "no 'mse', a metric of regression"),
         (("f1_binary",), "needs 2 classes, the data has 10: use f1_macro"),
+        (("sensitivity_at_specificity_95",), "needs 2 classes, the data has 10"),
+        (
+            ("sensitivity_at_specificity_0",),
+            "did you mean 'sensitivity_at_specificity_95'",
+        ),
     ],
 )
 def test_metrics_that_there_are_not_are_refused(names, message):
@@ -202,9 +248,9 @@ def test_metrics_that_there_are_not_are_refused(names, message):
     assert message in str(refused.value)
 
 
-def setup_of(tmp_path, y_test, overrides):
+def setup_of(tmp_path, y_test, overrides, classes=3):
     rng = np.random.default_rng(0)
-    y = np.arange(30) % 3
+    y = np.arange(30) % classes
     np.savez(
         tmp_path / "a.npz", x_train=rng.normal(size=(30, 2)), y_train=y,
         x_test=rng.normal(size=(len(y_test), 2)), y_test=np.array(y_test),
@@ -225,6 +271,12 @@ def test_a_split_that_lacks_a_class_cannot_be_ranked(tmp_path):
             message = f"{name!r} needs examples of every class, but the split {split!r}"
             assert message in str(refused.value)
     assert "has none of 2;" in str(refused.value)
+
+
+def test_the_sensitivity_at_a_specificity_needs_examples_of_both_classes(tmp_path):
+    name = "sensitivity_at_specificity_95"
+    with pytest.raises(UserError, match=f"'{name}' needs examples of every class"):
+        setup_of(tmp_path, [1, 1], [("task.metrics", repr((name,)))], classes=2)
 
 
 def test_only_what_is_measured_can_choose(tmp_path):

@@ -79,8 +79,9 @@ class TargetOptions:
         class_weights: 'none', or 'balanced': the loss of an example has the weight
             N / (K n), where n of the N training examples have its class, one of K.
         top_k: Number of classes in a prediction.
-        metrics: Names in `metrics.METRICS`, or top_K_accuracy with any number; None takes
-            the default of the task.
+        metrics: Names in `metrics.METRICS`, or top_K_accuracy and
+            sensitivity_at_specificity_N with any number; None takes the default of the
+            task.
     """
 
     loss: str | None = None
@@ -194,7 +195,7 @@ class ClassTarget:
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the splits without a class that a metric needs."""
-        ranking = [name for name in self.metric_names if name in metrics.RANKING]
+        ranking = [n for n in self.metric_names if metrics.needs_every_class(n)]
         problems = []
         for split, label in labels.items():
             there = set(label.tolist())

@@ -22,6 +22,7 @@ AVERAGES = ("binary", "macro", "micro", "weighted")
 RANKING = ("roc_auc", "average_precision", "normalised_entropy")
 BINS = 15  # Guo et al. 2017, section 5.
 _TOP = re.compile(r"top_([1-9]\d*)_accuracy")
+_SENSITIVITY = re.compile(r"sensitivity_at_specificity_([1-9]\d?)")
 
 
 def accuracy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
@@ -73,6 +74,42 @@ def calibration_error(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
     bin_B = np.digitize(confidence_B, edges, right=True)
     gap_of_bin = np.bincount(bin_B, right_B - confidence_B, minlength=BINS)
     return float(np.abs(gap_of_bin).sum() / len(label_B))
+
+
+def brier(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
+    """Returns the Brier score, the squared error of the probabilities.
+
+    Of two classes it is the error of one, in [0, 1]; of more, the sum over all, in
+    [0, 2].
+
+    Source: Brier 1950; scikit-learn's brier_score_loss.
+    """
+    error_BxK = probabilities(logits_BxK)
+    error_BxK[np.arange(len(label_B)), label_B] -= 1
+    total = np.mean(np.sum(error_BxK**2, axis=-1))
+    return float(total / 2 if logits_BxK.shape[-1] == 2 else total)
+
+
+def sensitivity_at_specificity(
+    percent: int, logits_BxK: np.ndarray, label_B: np.ndarray
+) -> float:
+    """Returns the best sensitivity at a specificity of at least so many percent.
+
+    The point is on the ROC curve of these very rows, as if the threshold were chosen on
+    them; `config.task.threshold` chooses it on the validation split instead. The second
+    class is the positive one.
+    """
+    from sklearn.metrics import roc_curve
+
+    if not np.isfinite(logits_BxK).all():
+        return math.nan
+    odds_B = _log_odds(logits_BxK)[:, 1]
+    false_positives, sensitivity, _ = roc_curve(
+        label_B, odds_B, drop_intermediate=False
+    )
+    # Rates are quotients of counts, which rounding must not exclude.
+    is_allowed = false_positives <= 1 - percent / 100 + 1e-12
+    return float(sensitivity[is_allowed].max())
 
 
 def confusion_matrix(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
@@ -197,6 +234,7 @@ CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "loss": log_loss,
     "normalised_entropy": normalised_entropy,
     "calibration_error": calibration_error,
+    "brier": brier,
     **{
         name: functools.partial(_ranked, name)
         for name in ("roc_auc", "average_precision")
@@ -207,6 +245,8 @@ CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         for average in AVERAGES
     },
 }
+# Metrics whose names contain their first argument.
+NUMBERED = {_TOP: top_accuracy, _SENSITIVITY: sensitivity_at_specificity}
 REGRESSION = {"mse": mse, "mae": mae, "r2": r2}
 SEGMENTATION = {
     "mean_iou": mean_iou,
@@ -221,10 +261,16 @@ METRICS = {
 
 
 def metric(name: str, known: Mapping[str, Callable] = CLASSIFICATION) -> Callable:
-    """Returns a metric by its name; `top_K_accuracy` has any number for K."""
-    if found := _TOP.fullmatch(name):
-        return functools.partial(top_accuracy, int(found[1]))
+    """Returns a metric by its name, which may contain a number."""
+    for pattern, function in NUMBERED.items():
+        if found := pattern.fullmatch(name):
+            return functools.partial(function, int(found[1]))
     return known[name]
+
+
+def needs_every_class(name: str) -> bool:
+    """Returns whether a metric is undefined on rows that lack a class."""
+    return name in RANKING or bool(_SENSITIVITY.fullmatch(name))
 
 
 def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
@@ -242,10 +288,12 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
     known = {**METRICS[kind], "loss": log_loss}
     if kind == "classification":
         known["top_5_accuracy"] = top_accuracy
+        known["sensitivity_at_specificity_95"] = sensitivity_at_specificity
     problems = []
     for name in map(str, names):
         if name not in known and not (
-            kind == "classification" and _TOP.fullmatch(name)
+            kind == "classification"
+            and any(pattern.fullmatch(name) for pattern in NUMBERED)
         ):
             others = [other for other, table in METRICS.items() if name in table]
             hint = f", a metric of {others[0]}" if others else closest(name, known)
@@ -257,6 +305,8 @@ def check_metrics(kind: str, names: Sequence[str], classes: int = 0) -> None:
             )
         elif (top := _TOP.fullmatch(name)) and 0 < classes <= int(top[1]):
             problems.append(f"{name!r} is always 1, the data has {classes} classes")
+        elif _SENSITIVITY.fullmatch(name) and classes != 2:
+            problems.append(f"{name!r} needs 2 classes, the data has {classes}")
         elif name in RANKING and classes < 2:
             problems.append(f"{name!r} needs 2 classes, the data has {classes}")
     if problems:
