@@ -1,7 +1,7 @@
 """A classifier of digits for noisy digits that nobody has labelled.
 
 Question:  How much of the accuracy that noise takes does adaptation give back?
-Command:   python -m finetune_jax.main --config=configs/adapt_digits.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/adapt_digits.py
 Argument:  `tiny` makes two updates a phase.
 Expected:  test accuracy 0.568 of noisy digits, 0.953 of clean ones (seed 0); other seeds
            were not run. experiments/domains compares methods, with fewer examples an

@@ -1,7 +1,8 @@
 """An encoder learns to find the names of people, places and organisations in sentences.
 
 Question:  How well are named entities found when all layers are fine-tuned?
-Command:   python -m finetune_jax.main --config=configs/bert_ner.py --config.data.dir=DIR
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/bert_ner.py \
+               --config.data.dir=DIR
            DIR has train.jsonl, dev.jsonl and test.jsonl, a line such as
            {"tokens": ["Bern", "is", "old"], "ner_tags": ["B-LOC", "O", "O"]}
            The weights and the tokenizer come from the Hugging Face Hub.

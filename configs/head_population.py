@@ -1,7 +1,7 @@
 """Many new heads on one frozen, pretrained ResNet: digits.
 
 Question:  Which rate and decay does a head want, and how much do seeds matter?
-Command:   python -m finetune_jax.main --config=configs/head_population.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/head_population.py
 Expected:  64 heads and a table of them; the best by validation, a rate of 0.3 and a decay
            of 1e-3, has test accuracy 0.923 +- 0.003 over four seeds. Two CPU cores, 40
            seconds; one head takes half a minute.

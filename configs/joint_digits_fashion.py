@@ -1,7 +1,7 @@
 """Digits and clothes learned together: one backbone, two heads.
 
 Question:  Do few digits gain from sharing a backbone with many clothes?
-Command:   python -m finetune_jax.main --config=configs/joint_digits_fashion.py \
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/joint_digits_fashion.py \
                --config.data.domains[1].dir=FASHION_MNIST
            The folder has the four IDX files.
 Argument:  `tiny` makes two updates.

@@ -1,7 +1,7 @@
 """The source of the classic MNIST pair: `mlp` or `cnn`, trained from scratch.
 
 Question:  What does the source model reach on its own data?
-Command:   python -m finetune_jax.main --config=configs/mnist_source.py:cnn \
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/mnist_source.py:cnn \
                --config.data.dir=DIR --workdir=runs/mnist_source
            DIR has the IDX files of MNIST, or of Fashion-MNIST.
 Argument:  cnn (default) or mlp; `tiny` makes two updates: `:mlp,tiny`.

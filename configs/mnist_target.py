@@ -1,7 +1,7 @@
 """The target of the classic MNIST pair: the source model's layers, then all of it.
 
 Question:  What does a source model bring to a small target data set?
-Command:   python -m finetune_jax.main --config=configs/mnist_target.py:cnn \
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/mnist_target.py:cnn \
                --config.init.pretrained=orbax:runs/mnist_source
            after configs/mnist_source.py with the same argument.
 Argument:  cnn (default) or mlp; `tiny` makes two updates: `:mlp,tiny`.

@@ -1,7 +1,7 @@
 """Two networks that teach one another: digits, 10 labels of each class.
 
 Question:  Do models that learn together know more than those that learn alone?
-Command:   python -m finetune_jax.main --config=configs/mutual_digits.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/mutual_digits.py
 Argument:  `alone` trains the same two, from the same starts, without one another.
 Expected:  no gain that five seeds can show. Test accuracy (mean, 95 % interval) 0.935 +-
            0.007 and 0.939 +- 0.008 of the two, 0.942 +- 0.011 of both together; alone

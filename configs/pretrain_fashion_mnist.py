@@ -1,11 +1,12 @@
 """ResNet-20 from scratch on all of Fashion-MNIST: the source of the zoo's backbone.
 
 Question:  What does a small ResNet reach, trained as He et al. 2016 do, but shorter?
-Command:   python -m finetune_jax.main --config=configs/pretrain_fashion_mnist.py \
-               --config.data.dir=DIR --workdir=runs/pretrain_fashion_mnist
+Command:   .venv/bin/python -m finetune_jax.main \
+               --config=configs/pretrain_fashion_mnist.py --config.data.dir=DIR \
+               --workdir=runs/pretrain_fashion_mnist
            DIR has the four IDX files of https://github.com/zalandoresearch/fashion-mnist
 Expected:  test accuracy 0.934 (seed 0); two CPU cores, half an hour.
-Export:    python scripts/export_zoo.py runs/pretrain_fashion_mnist \
+Export:    .venv/bin/python scripts/export_zoo.py runs/pretrain_fashion_mnist \
                resnet20_fashion_mnist
 """
 

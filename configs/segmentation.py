@@ -1,7 +1,7 @@
 """A fully convolutional head on a pretrained ResNet: which digit does a pixel belong to?
 
 Question:  Do features of clothes help to segment digits, and what does tuning them add?
-Command:   python -m finetune_jax.main --config=configs/segmentation.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/segmentation.py
 Expected:  test mean IoU 0.236 and 0.235 with a frozen backbone, seeds 0 and 1; 0.195 and
            0.163 with --config.init.pretrained=None, a frozen random one. One CPU core,
            half a minute. Rate and length chosen by us, not searched.

@@ -1,11 +1,12 @@
 """Clicks of past days, then those of the next: a model of tables is tuned to what is new.
 
 Question:  What do the embeddings of past days bring where a new day has few rows?
-Command:   python scripts/generate_clicks.py --days=4 --rows=200000 --output=days
-           python -m finetune_jax.main --config=configs/tabular_transfer.py:source \
-               --config.data.dir=days --workdir=runs/past_days
-           python -m finetune_jax.main --config=configs/tabular_transfer.py:target \
-               --config.data.dir=days
+Command:   .venv/bin/python scripts/generate_clicks.py --days=4 --rows=200000 --output=days
+           .venv/bin/python -m finetune_jax.main \
+               --config=configs/tabular_transfer.py:source --config.data.dir=days \
+               --workdir=runs/past_days
+           .venv/bin/python -m finetune_jax.main \
+               --config=configs/tabular_transfer.py:target --config.data.dir=days
            Without: `--config.init.pretrained=None --config.data.fitted=None`.
 Argument:  source (default) or target; `tiny` makes two updates: `:target,tiny`.
 """

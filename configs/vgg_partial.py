@@ -1,7 +1,7 @@
 """The last stages of a VGG learn, the others stay as they are: digits, or photos.
 
 Question:  How much of the accuracy of full tuning does tuning the last stages give?
-Command:   python -m finetune_jax.main --config=configs/vgg_partial.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/vgg_partial.py
 Expected:  not yet run to its end.
 Chosen:    rates and lengths by us, not searched.
 

@@ -1,7 +1,7 @@
 """All of a Vision Transformer, tuned at a small rate: digits, or a folder of photos.
 
 Question:  What does a transformer learn from a thousand images, with and without weights?
-Command:   python -m finetune_jax.main --config=configs/vit_full.py
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/vit_full.py
 Expected:  not yet run to its end.
 Chosen:    rates and lengths by us, not searched.
 

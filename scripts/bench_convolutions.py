@@ -1,6 +1,6 @@
 """Claim: on CPU, a step with our convolutions costs less than with those of XLA.
 
-python scripts/bench_convolutions.py [--rounds=5] [--models=resnet50,resnet20,cnn,...]
+.venv/bin/python scripts/bench_convolutions.py [--rounds=5] [--models=resnet50,cnn,...]
   [--torch]
 
 Runs a full step of each model with our convolutions and pooling and with XLA's in turn,

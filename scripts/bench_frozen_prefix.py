@@ -1,6 +1,6 @@
 """Claim: a head on a frozen backbone costs one forward pass, however many epochs.
 
-python scripts/bench_frozen_prefix.py --data=FOLDER [--photos=512] [--epochs=50]
+.venv/bin/python scripts/bench_frozen_prefix.py --data=FOLDER [--photos=512] [--epochs=50]
 
 FOLDER has photos, a folder a class. Trains a head on a frozen ResNet-50 at 224 pixels with
 the command of this project, start-up, decoding and compiling included, with an empty cache

@@ -1,6 +1,7 @@
 """Claim: a step that trains only the head costs what a forward pass costs.
 
-python scripts/bench_head_only.py [--config=FILE[:ARG]] [--batch_size=64] [--rounds=7]
+.venv/bin/python scripts/bench_head_only.py [--config=FILE[:ARG]]
+  [--batch_size=64] [--rounds=7]
 
 Runs forward pass, head-only step and full step of a config's model in turn, and prints the
 ratios to the forward pass of the same round, by the clock and by XLA's count of FLOPs.

@@ -1,6 +1,6 @@
 """Claim: a folder of JPEGs becomes batches faster than with torch's DataLoader.
 
-python scripts/bench_input.py [--data=FOLDER] [--size=500x400] [--photos=1024]
+.venv/bin/python scripts/bench_input.py [--data=FOLDER] [--size=500x400] [--photos=1024]
 
 Reads photos (shorter side to 256, the centre 224x224, 4 batches of 32) in turn with torch's
 DataLoader and this project's `training_batches`, with nothing kept in memory, until each

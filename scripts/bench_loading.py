@@ -1,6 +1,6 @@
 """Claim: from a weight file to ready parameters takes no longer than in torch.
 
-python scripts/bench_loading.py [--rounds=5]
+.venv/bin/python scripts/bench_loading.py [--rounds=5]
 
 Writes safetensors of a ResNet-50 and a ViT-B/16 of torchvision and of a BERT-base of
 transformers, with random weights, and turns them into parameters, each time in a process of

@@ -1,6 +1,6 @@
 """Claim: logging every step costs at most 3 % for steps of 5 ms and more.
 
-python scripts/bench_logging.py [--rounds=7] [--steps=400]
+.venv/bin/python scripts/bench_logging.py [--rounds=7] [--steps=400]
 
 Trains a small convolutional network on digits, with a line of metrics for every update and
 with none, in turn, in one process; prints the time of an update and the ratio, by the

@@ -1,6 +1,6 @@
 """Claim: memory, open files and threads of a long run stay what they were.
 
-python scripts/bench_long_run.py [--steps=20000]
+.venv/bin/python scripts/bench_long_run.py [--steps=20000]
 
 Trains a small network on digits with a checkpoint every 500 updates, an evaluation every
 1,000 and a line of metrics every 10, and reads from /proc what the process holds after a

@@ -1,6 +1,6 @@
 """Claim: many updates in one call cost no more than one call for each, small ones less.
 
-python scripts/bench_many_steps.py [--rounds=5] [NAME ...]
+.venv/bin/python scripts/bench_many_steps.py [--rounds=5] [NAME ...]
 
 Makes updates of digits, enlarged where the model wants that, with a call for each and with
 as many in a call as training chooses, in turn, in one process; examples are read, placed

@@ -1,6 +1,6 @@
 """Claim: a head-only run needs at most 1.1 times the memory that its evaluation needs.
 
-python scripts/bench_memory.py [--photos=400] [--batch_size=64] [--rounds=2]
+.venv/bin/python scripts/bench_memory.py [--photos=400] [--batch_size=64] [--rounds=2]
 
 Runs `configs/resnet_head.py:folder=DIR` (a ResNet-50 on photos of 224 pixels) on a folder
 of noise with random weights, the frozen stages computed in every update

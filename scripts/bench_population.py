@@ -1,6 +1,7 @@
 """Claim: a population of 64 heads takes at most 2.5 times the wall time of one run.
 
-python scripts/bench_population.py [--members=64] [--rounds=2] [--config=FILE[:ARG]]
+.venv/bin/python scripts/bench_population.py [--members=64] [--rounds=2]
+  [--config=FILE[:ARG]]
 
 Runs the config alone and as a population of rates and seeds, from command to table, in
 turn, each pair with an empty cache first and with what that left behind second; prints

@@ -1,7 +1,7 @@
 """Tables: conversion against pandas, rows a second against torch, memory, the best AUC.
 
-    python scripts/generate_clicks.py --rows=2000000 --output=clicks.txt
-    python scripts/bench_tables.py --table=clicks.txt [--part=convert|steps|auc]
+    .venv/bin/python scripts/generate_clicks.py --rows=2000000 --output=clicks.txt
+    .venv/bin/python scripts/bench_tables.py --table=clicks.txt [--part=convert|steps|auc]
 
 `convert` reads the file into memory-mapped columns, in a cache of its own, and has pandas
 read it, in turn (pandas from any environment: --pandas=PYTHON). `steps` makes updates of

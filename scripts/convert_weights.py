@@ -1,6 +1,6 @@
 """Writes published weights as an orbax checkpoint in this project's names.
 
-python scripts/convert_weights.py ADDRESS --model=resnet50 --output=DIR
+.venv/bin/python scripts/convert_weights.py ADDRESS --model=resnet50 --output=DIR
 
 ADDRESS is one of file:PATH, package:MODULE/PATH, hf:OWNER/REPO[/FILE]. Use the checkpoint
 as `--config.init.pretrained=orbax:DIR`, or in any program with orbax. Its `model.json` has

@@ -1,6 +1,6 @@
 """Writes the final parameters of a run into the zoo, with a card.
 
-python scripts/export_zoo.py WORKDIR NAME
+.venv/bin/python scripts/export_zoo.py WORKDIR NAME
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Kills runs at random moments, and compares how they end with runs left alone.
 
-python scripts/fault_injection.py [--kills=100] [--jobs=2] [--seed=0] [--workdir=DIR]
+.venv/bin/python scripts/fault_injection.py [--kills=100] [--jobs=2] [--seed=0]
+  [--workdir=DIR]
 
 Runs have one to four phases, with accumulation, dropout, augmentation, carried optimizer
 state, averaged weights, a plateau, and photos that threads decode as they are needed. Each

@@ -1,6 +1,6 @@
 """Feeds damaged files to every reader: nothing but the project's own errors may come.
 
-python scripts/fuzz_readers.py [--inputs=100000] [--seed=0]
+.venv/bin/python scripts/fuzz_readers.py [--inputs=100000] [--seed=0]
 
 Starts from valid files of each format, and from the pickles, headers and arrays inside
 archives, which a damaged archive would hide: bytes and bits are changed, stretches are cut

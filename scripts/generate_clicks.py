@@ -1,6 +1,6 @@
 """Writes a click-through table of Criteo's format whose best AUC is known.
 
-    python scripts/generate_clicks.py --rows=200000 --output=clicks.txt
+    .venv/bin/python scripts/generate_clicks.py --rows=200000 --output=clicks.txt
 
 A click has the log odds of a sum: an effect of each value of some categories, of a few
 pairs of categories, and of some numbers. Other columns say nothing. Since the odds are

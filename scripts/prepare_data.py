@@ -1,7 +1,7 @@
 """Prepares a data set of arrays for TFDS, as ArrayRecord, without TensorFlow.
 
-python scripts/prepare_data.py digits DIR
-python scripts/prepare_data.py arrays:FILE.npz DIR --name=mine
+.venv/bin/python scripts/prepare_data.py digits DIR
+.venv/bin/python scripts/prepare_data.py arrays:FILE.npz DIR --name=mine
 
 Then --config.data.name=tfds:digits --config.data.dir=DIR reads it.
 """

@@ -1,6 +1,6 @@
 """Ten labels a class: what do models that learn together, or from a teacher, gain?
 
-python experiments/domains/mutual_and_distill.py [--workdir=runs/mutual_and_distill]
+.venv/bin/python experiments/domains/mutual_and_distill.py [--workdir=DIR]
 
 Runs configs/mutual_digits.py and configs/distill_digits.py as they are and without what is
 asked about, for seeds 0 to 4, which draw other labels, orders and starts. Both arms of a

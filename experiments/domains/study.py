@@ -1,6 +1,6 @@
 """What joint learning and adaptation bring against plain fine-tuning, at equal compute.
 
-FINETUNE_JAX_TESTDATA=FOLDER python experiments/domains/study.py [QUESTION ...]
+FINETUNE_JAX_TESTDATA=FOLDER .venv/bin/python experiments/domains/study.py [QUESTION ...]
 
 Questions are joint, noisy, rotated and inverted; by default all. FOLDER has
 `fashion_mnist/` with the IDX files. Every arm of a question sees the same number of

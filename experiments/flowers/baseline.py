@@ -1,6 +1,6 @@
 """A logistic regression on the features that `efficientnet_flowers.py` trains its head on.
 
-python experiments/flowers/baseline.py DIR
+.venv/bin/python experiments/flowers/baseline.py DIR
 
 DIR has the photos. Backbone, preprocessing and splits are the config's; scikit-learn's
 penalty is chosen on the validation split, then it is fitted on train+validation, as the

@@ -1,6 +1,6 @@
 """Ten labels a class: what does the pretrained backbone bring, and frozen or not?
 
-python experiments/low_data/study.py [--workdir=runs/low_data]
+.venv/bin/python experiments/low_data/study.py [--workdir=runs/low_data]
 
 Four arms on digits with 10 training labels a class. For each arm the learning rate is
 chosen on the validation split, with seed 0, out of the same grid; then seeds 0 to 4 draw

@@ -1,6 +1,6 @@
 """The recipe of configs/bert_sst2.py in torch with transformers, for comparison.
 
-Command: python experiments/sst2/baseline.py DIR [--seed=0]
+Command: .venv/bin/python experiments/sst2/baseline.py DIR [--seed=0]
 It prints the accuracy on dev.tsv after each epoch, and on test.tsv after the best one. A
 single epoch leaves nothing to choose, and dev.tsv is not read.
 """

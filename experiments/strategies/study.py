@@ -1,6 +1,6 @@
 """Every strategy on few labels: what it reaches, what it costs, and what it forgets.
 
-python experiments/strategies/study.py --fashion=DIR --flowers=DIR [--jobs=2]
+.venv/bin/python experiments/strategies/study.py --fashion=DIR --flowers=DIR [--jobs=2]
 
 Two transfers. A small convolutional network that knows clothes (Fashion-MNIST, DIR has its
 IDX files; it is trained first) learns handwritten digits with 5, 20 and 100 labels a class;

@@ -1,7 +1,7 @@
 """Texts that users read: `--help`, `--mode=plan` and the commonest errors.
 
-`python tests/modes/test_golden.py` writes them anew. That is right after a change that is
-meant to change a text; read the difference before committing it.
+`.venv/bin/python tests/modes/test_golden.py` writes them anew. That is right after a
+change that is meant to change a text; read the difference before committing it.
 """
 
 import contextlib
