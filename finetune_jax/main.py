@@ -17,7 +17,12 @@ from finetune_jax.core.errors import (
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import choose, closest
 from finetune_jax.modes.options import Options
-from finetune_jax.modes.startup import pin_environment, resolved_config, set_precision
+from finetune_jax.modes.startup import (
+    pin_environment,
+    quiet_libraries,
+    resolved_config,
+    set_precision,
+)
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"
@@ -48,7 +53,8 @@ or --config.plan[0].peak_lr=0.01. --help=config lists every key, --help=config.d
 --help=config.plan[0].peak_lr a part; --mode=config prints the values of a config.
 
 exit status: 0 finished; 2 invalid command line or config; 75 stopped by a signal and
-saved, the same command resumes; 3 a rerun that differs; 1 anything else"""
+saved, the last line is the command that resumes; 3 a rerun that differs; 1 anything
+else"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +76,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         allow_abbrev=False,
     )
     parser.add_argument("--config", default="", metavar="FILE[:ARG]")
-    parser.add_argument("--workdir", metavar="DIR", help="default: runs/CONFIG-TIME")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="default: runs/CONFIG-ARG-seedN-TIME"
+    )
     parser.add_argument(
         "--mode", default="train", help=f"{', '.join(MODES)}; default: train"
     )
@@ -155,6 +163,7 @@ def run(arguments: Sequence[str]) -> int:
     reproduces = flags.mode == "reproduce"
     config = resolved_config(flags.config, workdir, overrides, reproduces=reproduces)
     pin_environment(workdir, config.deterministic)
+    quiet_libraries()
     set_precision(config.precision)
     options = Options(
         config=flags.config or "run",
@@ -163,6 +172,7 @@ def run(arguments: Sequence[str]) -> int:
         output=flags.output,
         formats=tuple((flags.formats or DEFAULT_FORMATS).split(",")),
         layout=flags.layout,
+        arguments=tuple(arguments),
     )
     return importlib.import_module(MODES[flags.mode]).main(config, options)
 

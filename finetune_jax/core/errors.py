@@ -6,7 +6,7 @@ import errno
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-_RESUME = "and the same command goes on from the last checkpoint"
+_RESUME = "and run again with the same --workdir, from the last checkpoint"
 # Errors of a disk that takes no more, with what to do.
 _FULL = f"the disk is full; make room, {_RESUME}"
 _READ_ONLY = f"the disk is read-only; make it writable, {_RESUME}"

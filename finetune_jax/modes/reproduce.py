@@ -1,5 +1,6 @@
 """`--mode=reproduce`: runs a finished run again, and says whether it is the same."""
 
+import functools
 import itertools
 import math
 import pathlib
@@ -37,11 +38,12 @@ def main(config: Config, options: Options) -> int:
     print(f"workdir {again}", flush=True)
     # Features that another run has cached would prove nothing.
     config = config.replaced(data={"cache_dir": str(again / "features")})
-    with stop_on_signals(config.checkpoint.grace_s) as stop:
+    advice = functools.partial(options.advice, again)
+    with stop_on_signals(config.checkpoint.grace_s, advice) as stop:
         try:
             now = run(config, again, stop)
         except Preempted as message:
-            print(f"{message}; the same command goes on from there")
+            print(f"{message}; go on with:\n  {options.command(workdir)}")
             return EXIT_STATUS
     lines = [read_metrics(folder / "metrics.jsonl") for folder in (workdir, again)]
     found = verdict(lines[0], lines[1], then, now)

@@ -1,5 +1,6 @@
 """Resolves the config and sets the environment of jax before jax is imported."""
 
+import logging
 import os
 import pathlib
 
@@ -71,6 +72,19 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
         os.environ["XLA_FLAGS"] = " ".join(flags)
     keep_programs()
     free_at_once()
+
+
+def quiet_libraries() -> None:
+    """Turns off notes and progress bars of libraries; their errors are still shown.
+
+    Orbax warns through absl of every save that waits for the one before it.
+    """
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("huggingface_hub", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def set_precision(precision: str) -> None:

@@ -6,23 +6,46 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
 
+# Most characters of the config's argument in the name of a workdir.
+_LONGEST_ARGUMENT = 40
 
-def new_workdir(config_address: str) -> pathlib.Path:
-    """Returns `runs/<config name>-<date-time>`, not there yet."""
-    name = pathlib.Path(config_address.partition(":")[0]).stem
+
+def new_workdir(config_address: str, seed: object) -> pathlib.Path:
+    """Makes and returns `runs/CONFIG[-ARG]-seedN-DATE-TIME`, a folder of its own.
+
+    Runs that start in the same second get -2, -3, ...: only one process makes a folder.
+
+    Args:
+        config_address: FILE[:ARG] of `--config`.
+        seed: Seed of the run, or a seed for each source of randomness.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    file, _, argument = config_address.partition(":")
+    argument = re.sub(r"[^\w.=+-]+", "-", argument)[:_LONGEST_ARGUMENT].strip("-.")
+    seeds = sorted(set(seed.values())) if isinstance(seed, Mapping) else [seed]
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = pathlib.Path("runs") / f"{name}-{now}"
+    parts = [pathlib.Path(file).stem, argument, f"seed{'_'.join(map(str, seeds))}", now]
+    name = "-".join(filter(None, parts))
+    make_folder(pathlib.Path("runs"))
     count = 1
-    while path.exists():
-        count += 1
-        path = pathlib.Path("runs") / f"{name}-{now}-{count}"
-    return path
+    while True:
+        path = pathlib.Path("runs") / (name if count == 1 else f"{name}-{count}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            count += 1
+        except OSError as error:
+            raise UserError(f"--workdir: {path} cannot be made: {error}") from error
 
 
 def make_folder(workdir: pathlib.Path) -> None:

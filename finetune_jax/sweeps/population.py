@@ -36,6 +36,7 @@ from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.plans.phase import plan_problems
+from finetune_jax.report.tables import short_labels
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.workdir import (
     check_same_run,
@@ -304,17 +305,25 @@ class _Population:
     def _tell(self, number: int, results: Sequence[Mapping[str, Any] | None]) -> None:
         result = results[number]
         assert result is not None
+        done = sum(other is not None for other in results)
+        overrides = dict(self.config.population[number])
+        labels, values = short_labels(list(overrides)), overrides.values()
         if "failed" in result:
             found = "failed"
         else:
             best = " (best so far)" if self.best(results) == number else ""
             found = f"{self._metric} {result['best'][self._metric]:.4f}{best}"
         self.terminal.say(
-            f"member {number + 1} of {len(results)}  {found}  "
+            f"member {number:03d}, {done} of {len(results)} finished  {found}  "
             + "  ".join(
-                f"{key}={value!r}" for key, value in self.config.population[number]
+                f"{label}={value!r}"
+                for label, value in zip(labels, values, strict=True)
             )
         )
+
+    def _terminal_of(self, number: int) -> Terminal:
+        """Returns the terminal of a member, which shows progress alone."""
+        return Terminal(quiet=True, label=f"member {number:03d}", parent=self.terminal)
 
     def _train(
         self, number: int, results: Sequence[Mapping[str, Any] | None]
@@ -322,7 +331,7 @@ class _Population:
         """Returns the result of a member, and writes its folder, the result last."""
         begin, setup = time.perf_counter(), self.setups[number]
         if self.stop.asked():
-            raise Preempted(f"stopped before member {number + 1}")
+            raise Preempted(f"stopped before member {number:03d}")
         folder = self._folder(number)
         shutil.rmtree(folder, ignore_errors=True)  # An unfinished attempt.
         make_folder(folder)
@@ -335,7 +344,7 @@ class _Population:
         loop = make_loop(
             setup, evaluator, make_fixed(setup, start, self.domains), held,
             (setup.with_ema(start), Progress()),
-            workdir=folder, terminal=Terminal(quiet=True), stop=self.stop,
+            workdir=folder, terminal=self._terminal_of(number), stop=self.stop,
         )  # fmt: skip
         try:
             state = loop.run()
@@ -344,7 +353,7 @@ class _Population:
                 loop.evaluator = urgent
             result, _ = make_result(loop, state, begin)
         except Preempted as error:
-            raise Preempted(f"stopped in member {number + 1}") from error
+            raise Preempted(f"stopped in member {number:03d}") from error
         except NotFinite as error:
             result = {"failed": str(error)}
         finally:

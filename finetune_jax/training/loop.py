@@ -22,7 +22,7 @@ from finetune_jax.optim.optimizer import carried
 from finetune_jax.parallel.executor import LONGEST
 from finetune_jax.plans.phase import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.report.metrics_log import MetricsLog
-from finetune_jax.report.terminal import Terminal
+from finetune_jax.report.terminal import PhaseLine, Terminal
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training import plateau
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
@@ -145,9 +145,10 @@ class Loop:
         state = states.pop()
         start = int(state.step)
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
-        self.terminal.begin_phase(phase.phase.name, first, start, end)
+        self.terminal.begin_phase(self._phase_line(end), start)
         prefix = frozen_prefix(self.setup.task, state, phase.mode)
-        examples = self._examples(phase, prefix, state, end - start)
+        with self.terminal.working("computing outputs of frozen stages"):
+            examples = self._examples(phase, prefix, state, end - start)
         updates = PhaseRun(
             phase=phase,
             first=first,
@@ -168,9 +169,12 @@ class Loop:
             scale = lowered.scale(self.progress.rate_drops) if lowered else 1.0
             stop = self._next_stop(updates.step, end)
             placed = updates.call(placed, stop, rate_scale=scale)
-            examples_per_s = self.clock.updates * self.setup.config.data.batch_size
-            examples_per_s /= self.clock.train_s
-            self.terminal.advance(updates.step - start, examples_per_s)
+            self.terminal.advance(
+                updates.step,
+                self._update_log.latest,
+                train_s=self.clock.train_s,
+                compile_s=self.clock.compile_s,
+            )
             start = updates.step
             stopped = self.stop.asked()
             if stopped or self._is_due(updates.step, end):
@@ -180,6 +184,25 @@ class Loop:
                 if last is not None:
                     self.terminal.end_phase()
                     return last
+
+    def _phase_line(self, end: int) -> PhaseLine:
+        """Returns the place of the current phase, which ends at step `end`, in the run."""
+        plan, index = self.setup.plan, self.progress.phase
+        return PhaseLine(
+            name=plan[index].name,
+            index=index,
+            phases=len(plan),
+            end=end,
+            total=end
+            + sum(math.floor(later.steps or 0) for later in plan[index + 1 :]),
+            steps_per_epoch=self._steps_per_epoch,
+            batch_size=self.setup.config.data.batch_size,
+        )
+
+    @property
+    def _steps_per_epoch(self) -> float:
+        """Updates in which every training example is seen once."""
+        return len(self.setup.data.train) / self.setup.config.data.batch_size
 
     def _next_stop(self, step: int, end: int) -> int:
         """Returns the step before which nothing has to be measured or saved."""
@@ -317,11 +340,13 @@ class Loop:
         """Measures a state, logs the metrics, and notes whether it is the best."""
         held_out = self.setup.data.held_out
         wanted = {split: held_out[split] for split in splits if split in held_out}
-        found = self.evaluator.measure(placed, wanted, prefix=prefix)
+        with self.terminal.working("measuring"):
+            found = self.evaluator.measure(placed, wanted, prefix=prefix)
         if not found:
             return
         self.measured |= found
-        self.terminal.metrics(step, phase, found)
+        epoch = step / self._steps_per_epoch
+        self.terminal.metrics(step, phase, found, epoch=epoch)
         self.log.write({"step": step, "phase": phase, **found})
         name = self.setup.config.evaluate.best
         if name not in found:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STATUS = 75
@@ -33,7 +33,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signals(grace_s: float) -> Iterator[Stop]:
+def stop_on_signals(
+    grace_s: float, advice: Callable[[], str] = lambda: "run it again to continue"
+) -> Iterator[Stop]:
     """Yields a `Stop` that is set when a signal arrives.
 
     If nothing is at risk, as while starting, compiling and reporting, a signal ends the
@@ -44,6 +46,7 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
 
     Args:
         grace_s: Seconds in which the run may save after it was asked to stop.
+        advice: Returns how to continue, for the message of a program that ends at once.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -55,7 +58,7 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(
-        target=_watch, args=(reader, stop, grace_s), name="signals", daemon=True
+        target=_watch, args=(reader, stop, grace_s, advice), name="signals", daemon=True
     )
     watcher.start()
     try:
@@ -69,28 +72,26 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
         os.close(reader)
 
 
-def _watch(reader: int, stop: Stop, grace_s: float) -> None:
+def _watch(reader: int, stop: Stop, grace_s: float, advice: Callable[[], str]) -> None:
     """Acts on the signals whose numbers come; returns when the pipe is closed."""
     timer = None
     while numbers := os.read(reader, 1):
         if numbers[0] not in SIGNALS:
             continue
         if stop.asked():
-            _leave("a second signal")
+            _leave("a second signal", advice)
         if not stop.at_risk:
-            _leave(signal.Signals(numbers[0]).name)
+            _leave(signal.Signals(numbers[0]).name, advice)
         stop.ask()
-        timer = threading.Timer(
-            grace_s, _leave, [f"no checkpoint within {grace_s:g} s of the signal"]
-        )
+        why = f"no checkpoint within {grace_s:g} s of the signal"
+        timer = threading.Timer(grace_s, _leave, [why, advice])
         timer.daemon = True
         timer.start()
     if timer is not None:
         timer.cancel()
 
 
-def _leave(why: str) -> None:
+def _leave(why: str, advice: Callable[[], str]) -> None:
     """Ends the program; what was saved stays, since it may be killed at any moment."""
-    print(f"\nstopped: {why}; the same command goes on from the last checkpoint",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(f"\nstopped: {why}; {advice()}", file=sys.stderr, flush=True)
     os._exit(EXIT_STATUS)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from finetune_jax.report.metrics_log import MetricsLog
+from finetune_jax.report.terminal import LatestUpdate
 from finetune_jax.training.progress import Clock
 from finetune_jax.training.step import NORMS
 
@@ -91,6 +92,16 @@ class CallMetrics:
                 batch=functools.partial(self.batch, index),
             )
 
+    def latest(self) -> LatestUpdate:
+        """Returns loss and rate of the last update."""
+        last = self.updates - 1
+        loss = np.ravel(jax.device_get(self.metrics["loss"]))[last]
+        return LatestUpdate(
+            step=self.step + self.updates,
+            loss=float(loss),
+            rate=float(self.rates[last]),
+        )
+
 
 @dataclasses.dataclass(kw_only=True)
 class UpdateLog:
@@ -102,12 +113,14 @@ class UpdateLog:
         clock: Clock of the run.
         refuse: Handles an update that is not finite; returns whether the state must be
             rolled back.
+        latest: The latest update that was read; None before the first.
     """
 
     log: MetricsLog
     every: int
     clock: Clock
     refuse: Callable[[UpdateRecord], bool]
+    latest: LatestUpdate | None = None
     _unread: CallMetrics | None = None
     _logged: Clock = dataclasses.field(default_factory=Clock)
 
@@ -131,4 +144,5 @@ class UpdateLog:
                 self._logged = dataclasses.replace(self.clock)
             elif self.refuse(record):
                 return True
+        self.latest = unread.latest()
         return False
