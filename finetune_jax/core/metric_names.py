@@ -7,7 +7,8 @@ from collections.abc import Collection
 # Prefixes of metric names, which no domain, model or label may have.
 RESERVED = ("train", "validation", "test", "time", "distance", "cka")
 LOWER_IS_BETTER = (
-    "loss", "normalised_entropy", "calibration_error", "brier", "mse", "mae"
+    "loss", "cross_entropy", "normalised_entropy", "calibration_error", "brier", "mse",
+    "mae",
 )  # fmt: skip
 
 

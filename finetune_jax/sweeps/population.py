@@ -107,6 +107,19 @@ def member_configs(config: Config) -> list[Config]:
     return found
 
 
+def choice_warning(members: Sequence[Config]) -> str | None:
+    """Returns a warning if the members are chosen by losses that cannot be compared."""
+    best = members[0].evaluate.best or ""
+    smoothing = {member.task.get("label_smoothing", 0.0) for member in members}
+    if len(smoothing) == 1 or not best.endswith("loss"):
+        return None
+    return (
+        f"config.evaluate.best: {best!r} chooses among members with different "
+        "task.label_smoothing, which changes the loss itself; better choose "
+        "'validation/cross_entropy', with 'cross_entropy' in config.task.metrics"
+    )
+
+
 def _are_pairs(overrides: Any) -> bool:
     return isinstance(overrides, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
@@ -138,6 +151,8 @@ def run_population(
     setups = member_setups(setup, members)
     _, loaded = setup.start(measure=False)
     told = tell(setup, domains, loaded, notes, terminal)
+    if text := choice_warning(members):
+        terminal.warn(text)
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):

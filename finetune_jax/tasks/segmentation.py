@@ -23,6 +23,7 @@ from finetune_jax.models.peft.lora import LoRA
 from finetune_jax.tasks.components.image_inputs import ImageInputs
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.supervised import SupervisedTask
+from finetune_jax.tasks.components.targets import measured_names
 from finetune_jax.tasks.objectives import losses, metrics
 from finetune_jax.tasks.objectives.metrics import check_metrics
 from finetune_jax.tasks.task import LossOutput
@@ -43,10 +44,10 @@ class PixelTarget:
         names: Names of the classes.
         loss_name: A name in `losses.CLASSIFICATION`.
         loss_args: Arguments of the loss.
-        label_smoothing: Share of the target that is spread over all classes in training.
-        class_weights: Weight of each class in the training loss; empty weighs all by 1.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: Weight of each class in the loss; empty weighs all by 1.
         metric_names: Metrics of a split; 'loss' and the IoU of each class are always
-            added.
+            added, and 'cross_entropy' where the loss is another one.
     """
 
     names: tuple[str, ...]
@@ -100,8 +101,8 @@ class PixelTarget:
     def outputs(self, output: jax.Array, batch: Mapping) -> dict:
         """Returns predicted masks and the sums for the metrics, without pixel logits.
 
-        'counts' are [B, 3, K], as in `metrics.class_iou`; 'loss' is the sum over the
-        pixels of an image.
+        'counts' are [B, 3, K], as in `metrics.class_iou`; 'loss' and 'cross_entropy' are
+        sums over the pixels of an image, and 'loss_weight' is that of their weights.
         """
         logits_BxHxWxK, mask_BxHxW = output, batch["mask"]
         # A model may have more logits than the data has classes.
@@ -120,12 +121,36 @@ class PixelTarget:
             counted(mask_BxHxW, is_counted_BxHxW),
             counted(predicted_BxHxW, is_counted_BxHxW),
         )
-        loss_BxHxW = self._losses(logits_BxHxWxK, mask_BxHxW)
         return {
             "prediction": predicted_BxHxW.astype(jnp.uint8),
             "counts": jnp.stack(counts, axis=1).astype(jnp.int32),
-            "loss": jnp.sum(loss_BxHxW * is_counted_BxHxW, axis=(1, 2)),
+            **self._loss_sums(logits_BxHxWxK, mask_BxHxW),
         }
+
+    def _loss_sums(
+        self, logits_BxHxWxK: jax.Array, mask_BxHxW: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Returns the sums of an image that the held-out losses are means of."""
+        weight_BxHxW = self._weights(mask_BxHxW)
+        loss_BxHxW = self._losses(logits_BxHxWxK, mask_BxHxW, self.label_smoothing)
+        found = {"loss": jnp.sum(loss_BxHxW * weight_BxHxW, axis=(1, 2))}
+        if self.class_weights:
+            found["loss_weight"] = jnp.sum(weight_BxHxW, axis=(1, 2))
+        if "cross_entropy" in measured_names((), vars(self)):
+            plain = dataclasses.replace(self, loss_name="cross_entropy", loss_args={})
+            loss_BxHxW = plain._losses(logits_BxHxWxK, mask_BxHxW)
+            is_counted_BxHxW = mask_BxHxW != IGNORED
+            found["cross_entropy"] = jnp.sum(loss_BxHxW * is_counted_BxHxW, axis=(1, 2))
+        return found
+
+    def _weights(self, mask_BxHxW: jax.Array) -> jax.Array:
+        """Returns the weight of each pixel in the loss; ignored pixels have 0."""
+        is_counted_BxHxW = mask_BxHxW != IGNORED
+        if not self.class_weights:
+            return is_counted_BxHxW
+        class_weight_K = jnp.asarray(self.class_weights, jnp.float32)
+        weight_BxHxW = class_weight_K.at[mask_BxHxW].get(mode="fill", fill_value=0)
+        return weight_BxHxW * is_counted_BxHxW
 
     def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns the predicted masks."""
@@ -138,10 +163,17 @@ class PixelTarget:
         found = {
             name: metrics.SEGMENTATION[name](counts)
             for name in self.metric_names
-            if name != "loss"
+            if name not in ("loss", "cross_entropy")
         }
-        pixels = counts[:, 1].sum(dtype=np.int64)
-        found["loss"] = float(outputs["loss"].sum(dtype=np.float64) / max(pixels, 1))
+        pixels = max(counts[:, 1].sum(dtype=np.int64), 1)
+        weight = (
+            outputs["loss_weight"].sum(dtype=np.float64) if self.class_weights else 0
+        )
+        loss, of_all = outputs["loss"].sum(dtype=np.float64), weight or pixels
+        found["loss"] = float(loss / of_all)
+        if "cross_entropy" in outputs:
+            plain = outputs["cross_entropy"].sum(dtype=np.float64)
+            found["cross_entropy"] = float(plain / pixels)
         iou = metrics.class_iou(counts).tolist()
         return found | {
             f"{PER_CLASS}{name}": value for name, value in zip(self.names, iou)

@@ -33,6 +33,7 @@ from finetune_jax.tasks.components.multi_domain import (
     split_problems,
 )
 from finetune_jax.tasks.components.random_state import shapes_of
+from finetune_jax.tasks.components.targets import measured_names
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.random_states import RandomStates
 from finetune_jax.training.initial.schemes import check_rules, make_rules
@@ -166,7 +167,7 @@ def metric_names(config: Config) -> tuple[str, ...]:
     names = arguments["metrics"] if "metrics" in arguments else names
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")
-    names = tuple(dict.fromkeys((*names, "loss")))
+    names = measured_names(names, arguments)
     if hasattr(module, "measured"):
         names = module.measured(config, names)
     has_ema = config.evaluate.ema_decay is not None

@@ -124,7 +124,7 @@ class SupervisedTask(Task):
     def metrics(
         self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
     ) -> dict[str, float]:
-        """Returns the metrics of a split; 'loss' is that of the labels, unsmoothed."""
+        """Returns the metrics of a split; 'loss' is that of the labels alone."""
         return self.target.metrics(outputs, batch)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:

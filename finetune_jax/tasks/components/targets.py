@@ -4,7 +4,7 @@ A target turns the output of a model into losses, metrics and predictions.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
 import flax.linen as nn
@@ -101,6 +101,25 @@ def _balanced(data: DataSpec) -> tuple[float, ...]:
 CLASS_WEIGHTS = {"none": lambda data: (), "balanced": _balanced}
 
 
+def measured_names(names: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the metrics of a split of classes.
+
+    Args:
+        names: Metrics that `config.task` asks for.
+        options: Options of the target or of `config.task`; those of a task of several
+            domains are in 'of_args'.
+    """
+    options = {**options, **dict(options.get("of_args", {}))}
+    loss = options.get("loss_name", options.get("loss")) or "cross_entropy"
+    smoothing = options.get("label_smoothing", 0.0)
+    weights = options.get("class_weights", ())
+    is_other = loss in losses.CLASSIFICATION and not losses.is_cross_entropy(
+        loss, smoothing, weights
+    )
+    added = ("loss", "cross_entropy") if is_other else ("loss",)
+    return tuple(dict.fromkeys((*names, *added)))
+
+
 def _class_shares(batch: Mapping[str, jax.Array], logits_BxK: jax.Array) -> jax.Array:
     """Returns the target share of each class: of mixed examples, else one-hot labels."""
     classes, dtype = logits_BxK.shape[-1], logits_BxK.dtype
@@ -120,10 +139,11 @@ class ClassTarget:
         names: Names of the classes.
         loss_name: A name in `losses.CLASSIFICATION`.
         loss_args: Arguments of the loss.
-        label_smoothing: Share of the target that is spread over all classes in training.
-        class_weights: Weight of each class in the training loss; empty weighs all by 1.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: Weight of each class in the loss; empty weighs all by 1.
         top_k: Number of classes in a prediction.
-        metric_names: Metrics of a split; 'loss' is always added.
+        metric_names: Metrics of a split; 'loss' is always added, and 'cross_entropy' where
+            the loss is another one.
     """
 
     head_kind = "classes"
@@ -177,12 +197,18 @@ class ClassTarget:
         return {"logits": output}
 
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
-        """Returns the metrics of a split; 'loss' is the unsmoothed cross entropy."""
+        """Returns the metrics of a split; 'loss' is the loss that is trained."""
         logits_BxK, label_B = self._known(outputs["logits"]), batch["label"]
-        return {
+        found = {
             name: metrics.metric(name)(logits_BxK, label_B)
-            for name in dict.fromkeys((*self.metric_names, "loss"))
+            for name in measured_names(self.metric_names, vars(self))
         }
+        if "cross_entropy" in measured_names((), vars(self)):
+            weight_B = np.ones(len(label_B), logits_BxK.dtype)
+            rows = {"label": label_B, "weight": weight_B}
+            loss = self.loss(losses.widened(jnp.asarray(logits_BxK)), rows)
+            found["loss"] = float(loss.total) / float(loss.weight)
+        return found
 
     def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns logits and probabilities of the data's classes."""

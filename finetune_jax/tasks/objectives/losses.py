@@ -6,7 +6,7 @@ Regression losses take predictions and targets [B, T] and are means over T.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,6 +153,19 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "gamma": (lambda value: value >= 0, "at least 0"),
     "delta": (lambda value: value > 0, "more than 0"),
 }
+
+
+def is_cross_entropy(
+    name: str, smoothing: float, class_weights: Sequence[float] | str
+) -> bool:
+    """Returns whether a classification loss is the plain cross entropy.
+
+    Args:
+        name: Name of the loss.
+        smoothing: Share of the target that is spread over all classes.
+        class_weights: Weight of each class; empty or 'none' weighs all by 1.
+    """
+    return name == "cross_entropy" and not smoothing and class_weights in ("none", ())
 
 
 def make_loss(

@@ -232,6 +232,7 @@ def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
 CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "loss": log_loss,
+    "cross_entropy": log_loss,
     "normalised_entropy": normalised_entropy,
     "calibration_error": calibration_error,
     "brier": brier,
