@@ -23,7 +23,7 @@ from finetune_jax.data import sources
 from finetune_jax.data.source import Source
 
 if TYPE_CHECKING:
-    from finetune_jax.data.dataset import Dataset
+    from finetune_jax.data.dataset import Data, Dataset
     from finetune_jax.data.spec import DataSpec
 
 
@@ -110,6 +110,23 @@ class FileRule:
     why_not_named: Callable[[pathlib.Path], str | None]
     advice: str
     warnings: Callable[[Sequence[pathlib.Path]], list[str]] = lambda _: []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """An example as a person reads it: an image, texts, words or columns.
+
+    Attributes:
+        image: The image, uint8 [H, W, C], C 1 or 3, before normalisation.
+        texts: Pairs (name of a column, its text).
+        words: The words of a text, if each has a label of its own.
+        columns: Pairs (name of a column, its value).
+    """
+
+    image: np.ndarray | None = None
+    texts: tuple[tuple[str, str], ...] = ()
+    words: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 class InputReader(Protocol):
@@ -297,8 +314,16 @@ class Kind(abc.ABC):
             return rng.integers(0, 256, (count, *spec.shape)).astype(spec.dtype)
         return rng.normal(size=(count, *spec.shape)).astype(np.float32)
 
-    def thumbnails(self, inputs: np.ndarray) -> np.ndarray | None:
-        """Returns inputs as pictures, uint8 [n, H, W, C]; None where they have none."""
+    def examples(
+        self, data: "Data", dataset: "Dataset", positions: np.ndarray
+    ) -> list[Example] | None:
+        """Returns examples for the report; None if a person could not read them.
+
+        Args:
+            data: Data of the run.
+            dataset: One of its splits.
+            positions: Places of the examples in the split.
+        """
         return None
 
     def record_writer(

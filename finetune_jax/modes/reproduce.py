@@ -23,7 +23,7 @@ DIFFERENT_STATUS = 3
 TOLERANCE = 1e-3
 DIGESTS = ("params_sha256", "state_sha256", "frozen_sha256")
 # Entries of the manifests of two runs that have no influence on the bits.
-_NO_CAUSE = ("command", "config", "seed")
+_NO_CAUSE = ("began", "command", "config", "seed")
 
 
 def main(config: Config, options: Options) -> int:

@@ -1,5 +1,6 @@
 """`manifest.json`: data, weights, versions and devices of a run, for reruns."""
 
+import datetime
 import importlib.metadata
 import os
 import pathlib
@@ -27,7 +28,7 @@ def make_manifest(
     weights_sha256: dict[str, str],
     weights_layout: str | None,
 ) -> dict:
-    """Returns what identifies a run: command, versions, commit, devices, inputs.
+    """Returns what identifies a run: time, command, versions, commit, devices, inputs.
 
     Args:
         config: Resolved, as plain values.
@@ -38,6 +39,7 @@ def make_manifest(
         weights_layout: How their tensors are named, None where there are none.
     """
     return {
+        "began": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
         "seed": config["seed"],
         "python": platform.python_version(),

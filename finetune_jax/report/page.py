@@ -1,43 +1,49 @@
 """The page of a run: one HTML file that shows what was learned, from what, and how."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from finetune_jax.core.files import write_text
 from finetune_jax.core.metric_names import higher_is_better
-from finetune_jax.report import plots
+from finetune_jax.data.kind import Example
+from finetune_jax.report import classes, formats, plots
+from finetune_jax.report.charts import Chart, curves, schedule
+from finetune_jax.report.formats import SPACE, metric_text, metric_title
+from finetune_jax.report.templates import identity, words_of, write_html
 
-SPLITS = ("test", "validation", "train")
-# More phases get panels over the whole width, one below the other.
+# The split that decides comes first: it chose the checkpoint.
+SPLITS = ("validation", "test", "train")
+# More phases get charts over the whole width, one below the other.
 NARROW_PHASES = 3
-NARROW_IN, WIDE_IN = (3.9, 2.7), (11.6, 2.3)
 LEVELS = 5
-SPACE = "\N{NO-BREAK SPACE}"
+TILES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One example of the sheet.
+    """One example with its prediction.
 
     Attributes:
-        image: uint8 [H, W, C], C 1 or 3, as the model saw it before normalisation.
-        truth: The example's class.
-        top: (class, probability), best first.
+        example: The example.
+        truth: Its class, number or answer.
+        top: Pairs (prediction, probability), best first; the probability of a number is
+            None.
+        is_right: Whether the first prediction is right; None for numbers.
         name: Name of the file, or one such as 'test 17'.
+        tags: True and predicted tag of each of the example's words.
     """
 
-    image: np.ndarray
+    example: Example
     truth: str
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[str, float | None], ...]
+    is_right: bool | None
     name: str
+    tags: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class ParameterRow:
     """One parameter.
 
     Attributes:
-        name: Full.
+        name: Full name.
         stage: Stage of the model.
         shape: Shape of the array.
         scales: Factor of the learning rate in each phase; 0 is frozen.
@@ -72,18 +78,19 @@ class PhaseRow:
     """One phase, as it was run.
 
     Attributes:
-        name: Unique.
+        name: Unique name.
         first_step: Its first update.
         end_step: The update after its last; a plateau may have ended it early.
-        optimizer: Its name.
-        schedule: Its name.
+        optimizer: Name of the optimizer.
+        schedule: Name of the schedule.
         peak_lr: The highest learning rate of a parameter with scale 1.
-        batch_stats: Which running averages of BatchNorm move.
+        batch_stats: Which running averages of BatchNorm move; None without BatchNorm.
         warmup_steps: Updates over which the rate rises.
         clip_norm: Bound of the gradient's norm.
         accumulate_steps: Micro-batches of an update.
         weight_decay: Weight decay of the parameters that decay.
         optimizer_state: 'reset' or 'carry'.
+        rates: Learning rate of each planned update, [steps].
     """
 
     name: str
@@ -92,12 +99,13 @@ class PhaseRow:
     optimizer: str
     schedule: str
     peak_lr: float
-    batch_stats: str
+    batch_stats: str | None = None
     warmup_steps: int = 0
     clip_norm: float | None = None
     accumulate_steps: int = 1
     weight_decay: float = 0.0
     optimizer_state: str = "reset"
+    rates: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,152 +114,172 @@ class Page:
 
     Attributes:
         title: Such as 'resnet20 on digits'.
-        result: As in `result.json`.
-        manifest: As in `manifest.json`.
-        config: As in `config.json`.
-        lines: Of `metrics.jsonl`.
-        phases: In their order.
-        parameters: In the order of the stages.
+        workdir: Workdir of the run.
+        result: Content of `result.json`.
+        manifest: Content of `manifest.json`.
+        config: Content of `config.json`.
+        lines: Lines of `metrics.jsonl`.
+        sizes: Number of examples by split.
+        class_counts: Examples of each class of a held-out split, or the number of
+            independent ones; a split without such a number is left out.
+        phases: Phases in their order.
+        parameters: Parameters in the order of the stages.
         confusion: Counts [K, K], class names, and a caption such as 'test, 360
             examples'; None where there are no classes.
-        right: Examples predicted rightly; may be empty.
-        wrong: Examples predicted wrongly; may be empty.
-        segments: From `segments.for_page`; None where there are no masks.
+        charts: Charts of the predictions, such as ROC curves.
+        examples: Examples with predictions, by the title of their group.
+        segments: Masks, from `segments.for_page`; None where there are none.
     """
 
     title: str
+    workdir: str = ""
     result: Mapping[str, Any]
     manifest: Mapping[str, Any]
     config: Mapping[str, Any]
     lines: Sequence[dict]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    class_counts: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )
     phases: Sequence[PhaseRow]
     parameters: Sequence[ParameterRow]
-    confusion: tuple[np.ndarray, Sequence[str], str] | None
-    right: Sequence[Prediction]
-    wrong: Sequence[Prediction]
+    confusion: tuple[np.ndarray, Sequence[str], str] | None = None
+    charts: Sequence[Chart] = ()
+    examples: Mapping[str, Sequence[Prediction]] = dataclasses.field(
+        default_factory=dict
+    )
     segments: Mapping[str, Any] | None = None
+
+    @property
+    def epoch(self) -> float | None:
+        """Updates in an epoch; None if unknown."""
+        size = self.config.get("data", {}).get("batch_size")
+        examples = self.sizes.get("train")
+        return examples / size if size and examples else None
 
 
 def write_page(page: Page, path: pathlib.Path) -> None:
     """Writes the page: self-contained, and the same bytes for the same `page`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": count_text,
-        "flat": _flat,
-        "level": _level,
-        "metric": lambda value, name: metric_text(name, value),
-        "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
-        "percent": percent,
-        "rate": rate_text,
-        "short": plots.shortened,
-        "thumbnail": plots.thumbnail,
-        "time": time_text,
-    }
-    text = environment.get_template("page.html.jinja").render(
+    command = page.manifest.get("command") or []
+    confusion = page.confusion and classes.confusion(*page.confusion)
+    write_html(
+        "page.html.jinja",
+        path,
         page=page,
-        tiles=_tiles(page),
+        identity=list(identity(page.manifest, page.workdir)),
+        splits=_splits(page),
+        tiles=tiles(page),
+        facts=_facts(page),
         results=_results(page),
         curves=_curves(page),
-        confusion=_confusion(page),
+        confusion=confusion,
         stages=_stages(page),
-        command=_command(page.manifest.get("command") or []),
+        level=_level,
+        command=shlex.join(words_of(command)),
+        again=_again(page.workdir) if command else "",
+        python=str(command[0]) if command else "",
     )
-    # References instead of letters: readable whatever the encoding of files here, and
-    # of names in them.
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    write_text(path, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
 
 
-def percent(share: float) -> str:
-    """Returns a share in percent; only what is 1 is shown as 100.
-
-    >>> percent(0.9220).replace(SPACE, " "), percent(0.99996).replace(SPACE, " ")
-    ('92.2 %', '99.996 %')
-    """
-    digits = 0 if share == 1 else 1
-    while share < 1 and digits < 6 and float(f"{100 * share:.{digits}f}") >= 100:
-        digits += 1
-    return f"{100 * share:.{digits}f}{SPACE}%"
+def _splits(page: Page) -> str:
+    names = [name for name in ("train", "validation", "test") if name in page.sizes]
+    return ", ".join(f"{page.sizes[name]:,} {name}" for name in names)
 
 
-def metric_text(name: str, value: float | None) -> str:
-    """Returns the value of a metric; a dash where it is not finite.
-
-    >>> metric_text("test/loss", 0.28732), metric_text("test/loss", None)
-    ('0.2873', '–')
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    if name.endswith("accuracy"):
-        return percent(value)
-    size = abs(value)
-    if size and not 1e-3 <= size < 1e6:
-        return f"{value:.3e}"
-    return f"{value:.4f}" if size < 10 else f"{value:,.{2 if size < 1e3 else 0}f}"
-
-
-def count_text(count: int) -> str:
-    """Returns a number of parameters, in millions where it is large.
-
-    >>> count_text(64_650), count_text(25_557_032).replace(SPACE, " ")
-    ('64,650', '25.6 M')
-    """
-    return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.1f}{SPACE}M"
-
-
-def rate_text(rate: float) -> str:
-    """Returns a learning rate.
-
-    >>> rate_text(0.003), rate_text(1e-05)
-    ('0.003', '1e-5')
-    """
-    return f"{rate:.3g}".replace("e-0", "e-")
-
-
-def time_text(seconds: float) -> str:
-    """Returns a duration.
-
-    >>> [time_text(s).replace(SPACE, " ") for s in (4.21, 27.4, 725, 12_060)]
-    ['4.2 s', '27 s', '12 min', '3 h 21 min']
-    """
-    if seconds < 99.5:
-        return f"{seconds:.{1 if seconds < 9.95 else 0}f}{SPACE}s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes}{SPACE}min"
-    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
-
-
-def _tiles(page: Page) -> list[dict[str, str]]:
-    """Returns the headline metrics: what was chosen by, and the loss."""
+def tiles(page: Page) -> list[dict[str, str]]:
+    """Returns the headline metrics: the one that decides, then those of the task."""
     final, best = page.result.get("final", {}), page.result.get("best", {})
     best_step, last = page.result.get("best_step"), page.result.get("steps")
-    chosen = page.config.get("evaluate", {}).get("best") or "validation/accuracy"
-    names = dict.fromkeys((chosen.rpartition("/")[2], "accuracy", "loss"))
-    names |= dict.fromkeys(key.rpartition("/")[2] for key in final)
-    keys = [f"{s}/{n}" for n in names for s in SPLITS if f"{s}/{n}" in final]
-    tiles = []
-    for key in keys[:4]:
+    chosen = page.config.get("evaluate", {}).get("best") or ""
+    first = chosen.partition("/")[0]
+    splits = dict.fromkeys((first, *SPLITS))
+    own = {
+        key.partition("/")[2]: None for key in final if key.partition("/")[0] in splits
+    }
+    names = dict.fromkeys((chosen.partition("/")[2], *own))
+    keys = [f"{s}/{n}" for n in names for s in splits if f"{s}/{n}" in final]
+    found = []
+    for key in keys[:TILES]:
         value, note = final[key], "after the last update"
         if best_step is not None and best_step == last:
             note = f"best and final, step{SPACE}{best_step:,}"
         elif best_step is not None:
             value, end = best.get(key), metric_text(key, value)
             note = f"best, step{SPACE}{best_step:,}; final {end}"
-        split, _, name = key.partition("/")
-        label = f"{split.capitalize()} {name.replace('_', ' ')}"
-        tiles.append({"label": label, "value": metric_text(key, value), "note": note})
-    return tiles
+        found.append(
+            {
+                "label": formats.capitalised(metric_title(key)),
+                "value": metric_text(key, value),
+                "note": note,
+                "interval": interval_text(key, value, page.class_counts),
+            }
+        )
+    return found
+
+
+def interval_text(
+    key: str, value: float | None, counts: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Returns the 95 % interval of a metric and the number of examples; '' for none.
+
+    Args:
+        key: Split and name of the metric.
+        value: Value of the metric.
+        counts: Examples of each class, or their number, by split.
+    """
+    split, _, name = key.partition("/")
+    own = counts.get(split, ())
+    bounds = formats.interval(name, value, own)
+    if bounds is None:
+        return ""
+    low, high = (metric_text(name, bound) for bound in bounds)
+    return f"95{SPACE}% interval {low} to {high}, n{SPACE}={SPACE}{sum(own):,}"
+
+
+def _facts(page: Page) -> list[tuple[str, str, str]]:
+    """Returns facts about the run: label, value, note."""
+    result, manifest, found = page.result, page.manifest, []
+    if result.get("steps") is not None:
+        phases = len(page.phases)
+        note = f"in {phases} phase{'' if phases == 1 else 's'}" if phases else ""
+        if page.epoch:
+            note += f", {result['steps'] / page.epoch:.3g} epochs"
+        found.append(("Updates", f"{result['steps']:,}", note))
+    if total := sum(row.count for row in page.parameters):
+        trained = sum(row.count for row in page.parameters if row.is_trained)
+        note = f"of {formats.count_text(total)}, {formats.percent(trained / total)}"
+        found.append(("Trained parameters", formats.count_text(trained), note))
+    if result.get("wall_s") is not None:
+        found.append(("Time", formats.time_text(result["wall_s"]), _time_note(page)))
+    if manifest.get("device_kind"):
+        count = manifest.get("device_count") or 1
+        note = f"{count} device{'' if count == 1 else 's'}"
+        found.append(("Device", manifest["device_kind"], note))
+    return found
+
+
+def _time_note(page: Page) -> str:
+    """Returns which part of the time updates took, and their rate."""
+    rate, seconds = page.result.get("examples_per_s"), page.result.get("train_s")
+    parts = []
+    if rate and seconds:
+        parts.append(
+            f"{formats.time_text(seconds)} of it in updates, {rate:,.0f} examples a second"
+        )
+    elif rate:
+        parts.append(f"{rate:,.0f} examples a second within updates")
+    cached = page.result.get("cached_phases") or ()
+    if parts and cached:
+        is_all = len(cached) == len(page.phases)
+        where = "" if is_all else f" in {', '.join(map(repr, cached))}"
+        parts.append(f"on cached features{where}")
+    if compiling := page.result.get("compile_s"):
+        parts.append(f"{formats.time_text(compiling)} compiling")
+    return ", ".join(parts)
 
 
 def _results(page: Page) -> dict[str, Any] | None:
-    """Returns the table of metrics by split: before, best and final."""
+    """Returns tables of metrics: before, best and final of the splits beside each other."""
     final, best = page.result.get("final", {}), page.result.get("best", {})
     best_step, last = page.result.get("best_step"), page.result.get("steps")
     start = next((line for line in page.lines if line["step"] == 0), {})
@@ -264,73 +292,62 @@ def _results(page: Page) -> dict[str, Any] | None:
     columns.append(("Best and final" if both else "Final", last, final))
     splits: dict[str, list[str]] = {}
     for key in final:
-        splits.setdefault(key.partition("/")[0], []).append(key)
+        split, _, name = key.partition("/")
+        splits.setdefault(split, []).append(name)
     if not splits:
         return None
+    # Splits with the same metrics share a table.
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for split in sorted(splits, key=lambda s: SPLITS.index(s) if s in SPLITS else 9):
+        groups.setdefault(tuple(splits[split]), []).append(split)
     chosen = page.config.get("evaluate", {}).get("best")
     way = "highest " if chosen and higher_is_better(chosen) else "lowest "
-    by = way + chosen.replace("/", " ") if best_step is not None and chosen else None
-    return {"columns": columns, "splits": splits, "chosen_by": by}
+    is_chosen = best_step is not None and chosen
+    return {
+        "columns": columns,
+        "groups": groups,
+        "sizes": page.sizes,
+        "chosen_by": way + metric_title(chosen) if is_chosen else None,
+    }
 
 
 def _curves(page: Page) -> dict[str, Any] | None:
-    names = plots.curve_names(page.lines)
-    if not names:
-        return None
+    """Returns the charts of the metrics and of the learning rate, and their legend."""
     spans = [plots.Span(p.name, p.first_step, p.end_step) for p in page.phases]
     spans = spans or plots.spans_of(page.lines)
-    wide = len(spans) > NARROW_PHASES
-    size_in = WIDE_IN if wide else NARROW_IN
-    best_step, panels = page.result.get("best_step"), []
-    for name in names:
-        figure = plots.curve_figure(
-            page.lines, name, spans=spans, size_in=size_in, best_step=best_step
-        )
-        address = plots.address(plots.svg(figure), "svg+xml")
-        title = name.replace("_", " ")
-        splits = [s for s in plots.COLOURS if _was_measured(page, f"{s}/{name}")]
-        alt = f"{title} after each update on {', '.join(splits)}"
-        panels.append({"title": title, "src": address, "alt": alt})
+    names = [n for n in plots.curve_names(page.lines) if n != "learning_rate"]
+    best_step = page.result.get("best_step")
+    panels = [
+        curves(page.lines, name, spans=spans, best_step=best_step, epoch=page.epoch)
+        for name in names
+    ]
+    rates = schedule(_rates(page), spans=spans, epoch=page.epoch)
+    panels += [rates] if rates is not None else []
+    if not panels:
+        return None
     phases = [span.name for span in spans]
-    labels = plots.phase_labels(spans, plots.panel_width_in(size_in))
+    labels = [label for *_, label in panels[0].phases]
+    styles = {line.name: line.style for p in panels for line in p.lines if line.name}
     return {
         "panels": panels,
-        "wide": wide,
+        "wide": len(spans) > NARROW_PHASES,
         "numbered": phases if labels != phases else [],
-        "colours": {
-            s: c for s, c in plots.COLOURS.items() if _was_measured(page, f"{s}/")
-        },
-        "best": best_step is not None and _was_measured(page, "validation/"),
+        "legend": styles,
     }
 
 
-def _was_measured(page: Page, prefix: str) -> bool:
-    return any(key.startswith(prefix) for line in page.lines for key in line)
-
-
-def _confusion(page: Page) -> dict[str, Any] | None:
-    if page.confusion is None:
-        return None
-    counts, names, caption = page.confusion
-    classes, right, total = len(names), int(np.trace(counts)), int(counts.sum())
-    wrong = counts * (1 - np.eye(classes, dtype=counts.dtype))
-    most = 20 if classes > plots.MOST_NAMED else 10
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    cells = [divmod(int(index), classes) for index in order if wrong.flat[index]]
-    of = counts.sum(axis=1)
-    figure = plots.confusion_figure(counts, names, "")
-    return {
-        "src": plots.address(plots.png(figure), "png"),
-        "width_px": round(96 * figure.get_figwidth()),
-        "alt": f"{classes} x {classes} classes; {right:,} of {total:,} on the diagonal",
-        "caption": caption,
-        "right": right,
-        "total": total,
-        "pairs": [
-            (names[row], names[column], int(wrong[row, column]), int(of[row]))
-            for row, column in cells
-        ],
-    }
+def _rates(page: Page) -> list[np.ndarray]:
+    """Returns the learning rates of each phase; a plateau's are those that were logged."""
+    found = []
+    for phase in page.phases:
+        rates = np.array(phase.rates, float)
+        if phase.schedule == "plateau":
+            for line in page.lines:
+                step, rate = line["step"], line.get("train/learning_rate")
+                if rate is not None and phase.first_step < step <= phase.end_step:
+                    rates[step - 1 - phase.first_step :] = rate
+        found.append(rates)
+    return found
 
 
 def _stages(page: Page) -> dict[str, Any]:
@@ -367,29 +384,7 @@ def _level(cell: Mapping[str, Any], rates: Sequence[float]) -> int:
     return 1 + round((LEVELS - 1) * math.log(rate / rates[0], rates[-1] / rates[0]))
 
 
-def _command(words: Sequence[str]) -> str:
-    """Returns the command of a run for a shell; without its workdir it starts anew.
-
-    >>> _command(["/bin/python", "/x/finetune_jax/main.py", "--config=a", "--workdir=b"])
-    'python -m finetune_jax.main --config=a'
-    """
-    if words[1:] and words[1].endswith("finetune_jax/main.py"):
-        words = [pathlib.Path(words[0]).name, "-m", "finetune_jax.main", *words[2:]]
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word == "--workdir":
-            next(rest, None)
-        elif not word.startswith("--workdir="):
-            kept.append(word)
-    return shlex.join(kept)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the leaves of nested dicts by dotted key."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            yield f"{prefix}{key}", shlex.join(map(str, value))
-        else:
-            yield f"{prefix}{key}", "–" if value in (None, "") else str(value)
+def _again(workdir: str) -> str:
+    """Returns the command that runs a run again and compares the bits."""
+    words = ["python", "-m", "finetune_jax.main", "--mode=reproduce"]
+    return shlex.join([*words, f"--workdir={workdir}"])

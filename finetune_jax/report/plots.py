@@ -375,11 +375,12 @@ def address(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def thumbnail(image: np.ndarray) -> tuple[str, int, int, bool]:
+def thumbnail(image: np.ndarray, *, exact: bool = False) -> tuple[str, int, int, bool]:
     """Returns address, width and height in pixels, and whether pixels shall be seen.
 
     Args:
         image: uint8 [H, W, C], C 1 or 3.
+        exact: Whether a larger image keeps its colours, as masks need.
     """
     grey = image.shape[2] == 1
     picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
@@ -388,6 +389,10 @@ def thumbnail(image: np.ndarray) -> tuple[str, int, int, bool]:
         picture.save(buffer, format="png")
         width, height = (side * (THUMBNAIL_PX // largest) for side in picture.size)
         return address(buffer.getvalue(), "png"), width, height, True
+    if exact:
+        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.NEAREST)
+        picture.save(buffer, format="png")
+        return address(buffer.getvalue(), "png"), *picture.size, True
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     picture.save(buffer, format="jpeg", quality=88)
     return address(buffer.getvalue(), "jpeg"), *picture.size, False

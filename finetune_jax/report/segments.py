@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from finetune_jax.data.augmentation.masks import IGNORED, palette
-from finetune_jax.report.plots import address, png, shortened
+from finetune_jax.report.plots import shortened
 
 # Of one image, and of the names of the rows, in inches.
 SIDE_IN, LEFT_IN, LEGEND_IN = 1.4, 0.8, 0.25
@@ -69,10 +69,33 @@ def segments_figure(
     return figure
 
 
-def for_page(figure: Figure, caption: str) -> dict[str, Any]:
-    """Returns what a page shows: the picture as an address, its width, and a caption."""
+def for_page(
+    images: np.ndarray,
+    masks: np.ndarray,
+    predicted: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the images and masks of a page, with the colours of the classes.
+
+    Args:
+        images: uint8 [N, H, W, C], C 1 or 3.
+        masks: uint8 [N, H, W], class indices.
+        predicted: Predicted class index of each pixel.
+        names: Names of the examples.
+        classes: Names of the pixels' classes.
+    """
+    colours = palette(len(classes))
+    there = [k for k in range(len(classes)) if ((masks == k) | (predicted == k)).any()]
+    known = [(classes[k], k) for k in there[:MOST_NAMED]]
+    ignored = [("ignored", IGNORED)] if (masks == IGNORED).any() else []
     return {
-        "src": address(png(figure), "png"),
-        "width_px": round(96 * figure.get_figwidth()),
-        "caption": caption,
+        "legend": [
+            (name, "#" + bytes(colours[k].tolist()).hex())
+            for name, k in [*known, *ignored]
+        ],
+        "cards": [
+            (name, list(zip(ROWS, (image, colours[mask], colours[found]))))
+            for name, image, mask, found in zip(names, images, masks, predicted)
+        ],
     }

@@ -243,6 +243,8 @@ class Loop:
             # Teachers see inputs, which features do not contain.
             if prefix is not None and is_taught == (teachers is not None):
                 features = cached(prefix)
+        if features is not None:
+            self.clock.cached_phases.append(phase.phase.name)
         examples = features or self._uncached(prefix)
         if teachers is None:
             return examples

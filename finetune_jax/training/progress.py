@@ -12,12 +12,14 @@ class Clock:
         train_s: Updates, without compiling and evaluation.
         wait_s: The part of `train_s` in which the device waited for data.
         updates: Updates made.
+        cached_phases: Names of the phases whose updates read cached features.
     """
 
     compile_s: float = 0.0
     train_s: float = 0.0
     wait_s: float = 0.0
     updates: int = 0
+    cached_phases: list[str] = dataclasses.field(default_factory=list)
 
     def since(self, then: "Clock") -> dict[str, float]:
         """Returns the time metrics of the updates since an earlier reading."""

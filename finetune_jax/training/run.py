@@ -279,6 +279,8 @@ def make_result(
             if index
         },
         "examples_per_s": trained / clock.train_s if clock.train_s else None,
+        "train_s": clock.train_s,
+        "cached_phases": clock.cached_phases,
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
     }

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune_jax.data.kind import Example
+from finetune_jax.report import classes as report_classes
 from finetune_jax.report import plots
 from finetune_jax.report.page import (
     Page,
@@ -40,11 +42,17 @@ document.body.append(out);
 def example(rng, names, index, size=(16, 16, 1), right=True):
     top = list(names[:4])
     return Prediction(
-        image=rng.integers(0, 256, size, np.uint8),
+        example=Example(image=rng.integers(0, 256, size, np.uint8)),
         truth=top[0] if right else top[1],
         top=tuple(zip(top, (0.7, 0.2, 0.06, 0.04))),
+        is_right=right,
         name=f"test {index}",
     )
+
+
+def renamed(page, name):
+    """Returns the first example of a page under another name."""
+    return dataclasses.replace(page.examples["Right"][0], name=name)
 
 
 def a_page(*, classes=4, phases=2, names=None, **fields):
@@ -57,6 +65,7 @@ def a_page(*, classes=4, phases=2, names=None, **fields):
             name=f"phase {index}", first_step=40 * index, end_step=40 * index + 40,
             optimizer="adamw", schedule="cosine", peak_lr=0.1 * 0.3**index,
             batch_stats="update_all", clip_norm=1.0, weight_decay=0.01,
+            rates=np.linspace(0.1, 0.01, 40),
         )
         for index in range(phases)
     ]  # fmt: skip
@@ -84,15 +93,23 @@ def a_page(*, classes=4, phases=2, names=None, **fields):
         "result": {
             "final": final, "best": best, "best_step": 20, "steps": 40 * phases,
             "params_sha256": "a182", "frozen_sha256": {"phase 0": "9e5a"},
-            "examples_per_s": 2091.4, "wall_s": 27.3,
+            "examples_per_s": 2091.4, "train_s": 1.53, "wall_s": 27.3,
+            "compile_s": 4.1, "cached_phases": ["phase 0"],
         },
+        "workdir": "/runs/1",
+        "sizes": {"train": 1280, "validation": 360, "test": 360},
+        "class_counts": {"validation": (90,) * 4, "test": (90,) * 4},
         "manifest": {
-            "command": ["/x/bin/python", "/x/finetune_jax/main.py", "--config=c.py",
+            "began": "2026-11-30T12:04:31", "seed": 7,
+            "command": ["/x/bin/python", "/x/finetune_jax/main.py", "--config=c.py:a",
                         "--workdir", "/runs/1", "--config.data.name=a b"],
             "packages": {"jax": "0.10.2"}, "git": {"commit": "38302ee", "dirty": True},
             "device_kind": "cpu", "device_count": 2, "data_fingerprint": "3a09",
         },
-        "config": {"evaluate": {"best": "validation/accuracy"}, "seed": 7},
+        "config": {
+            "evaluate": {"best": "validation/accuracy"}, "seed": 7,
+            "data": {"batch_size": 32},
+        },
         "lines": lines,
         "phases": rows,
         "parameters": [
@@ -107,11 +124,13 @@ def a_page(*, classes=4, phases=2, names=None, **fields):
             for part, shape in (("kernel", (3, 3, 16, 16)), ("bias", (16,)))
         ],
         "confusion": (counts, names, "test, 360 examples"),
-        "right": [example(rng, names, index) for index in range(4)],
-        "wrong": [
-            example(rng, names, 5, (300, 200, 3), right=False),
-            example(rng, names, 6, (8, 8, 3), right=False),
-        ],
+        "examples": {
+            "Right": [example(rng, names, index) for index in range(4)],
+            "Wrong": [
+                example(rng, names, 5, (300, 200, 3), right=False),
+                example(rng, names, 6, (8, 8, 3), right=False),
+            ],
+        },
     }  # fmt: skip
     return Page(**given | fields)
 
@@ -125,6 +144,9 @@ class Tags(html.parser.HTMLParser):
     """Collects tags; fails where one is closed that is not open."""
 
     VOID = {"meta", "img", "br", "wbr"}
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
 
     def __init__(self, text):
         super().__init__()
@@ -173,7 +195,7 @@ def test_names_cannot_become_markup(tmp_path):
     page = a_page(classes=4, names=names, title=EVIL)
     page = dataclasses.replace(
         page,
-        right=[dataclasses.replace(page.right[0], name=f'{EVIL}" onload="x')],
+        examples={EVIL: [renamed(page, f'{EVIL}" onload="x')]},
         phases=[
             dataclasses.replace(row, name=f"{row.name}{EVIL}") for row in page.phases
         ],
@@ -190,7 +212,7 @@ def test_a_name_in_any_script_or_encoding_is_written(tmp_path):
     names = ["雏菊", "rosé", "\udcff.jpg", "🌷"]
     page = a_page(classes=4, names=names)
     page = dataclasses.replace(
-        page, right=[dataclasses.replace(page.right[0], name="fold/\udce9.jpg")]
+        page, examples={"Right": [renamed(page, "fold/\udce9.jpg")]}
     )
     text = written(page, tmp_path)
     assert text.isascii() and "雏菊" in html.unescape(text)
@@ -208,11 +230,16 @@ def test_every_section_is_there_with_what_it_promises(tmp_path):
     assert len(tags.ids()) == len(set(tags.ids()))
     text = tags.text().replace("\N{NO-BREAK SPACE}", " ")
     for promised in (
+        "2026-11-30 12:04", "c.py:a", "data.name=a b", "1,280 train", "/runs/1",
         "92.2 %", "best, step 20; final 91.4 %", "95.1 %", "0.2411", "27 s", "2,352",
+        "95 % interval 92.4 % to 96.9 %, n = 360", "2 epochs", "step (an epoch is 40",
+        "1.5 s of it in updates, 2,091 examples a second, on cached features in 'phase",
         "highest validation accuracy", "test, 360 examples", "frozen: 2,304",
         "3 x 3 x 16 x 16", "head/kernel", "packages.jax", "0.10.2", "frozen_sha256",
         "and with changes that were not committed", '"seed": 7',
-        "python -m finetune_jax.main --config=c.py '--config.data.name=a b'",
+        "python -m finetune_jax.main --mode=reproduce --workdir=/runs/1",
+        "python -m finetune_jax.main --config=c.py:a --workdir /runs/1 "
+        "'--config.data.name=a b'",
     ):  # fmt: skip
         assert promised in text, promised
     assert all(x.get("alt") for tag, x in tags.found if tag == "img")
@@ -224,7 +251,7 @@ def test_without_a_best_step_only_the_final_metrics_are_shown(tmp_path):
     result = {**page.result, "best_step": None, "best": page.result["final"]}
     text = Tags(written(dataclasses.replace(page, result=result), tmp_path)).text()
     assert "after the last update" in text and "Final" in text
-    assert not re.search(r"\b[Bb]est\b", text.rpartition("Run it again")[0])
+    assert not re.search(r"\b[Bb]est\b", text.partition("What was trained Phases")[0])
 
 
 def test_the_best_being_the_last_step_is_said_once(tmp_path):
@@ -236,15 +263,16 @@ def test_the_best_being_the_last_step_is_said_once(tmp_path):
 
 @pytest.mark.parametrize("phases", [1, 10])
 def test_what_a_run_does_not_have_leaves_no_empty_section(tmp_path, phases):
-    page = a_page(phases=phases, right=[], wrong=[], confusion=None)
+    page = a_page(phases=phases, examples={}, confusion=None)
     tags = Tags(written(page, tmp_path))
     assert {"confusion", "examples"}.isdisjoint(tags.ids())
-    assert "Examples" not in tags.text() and "Confusion" not in tags.text()
+    links = {x.get("href") for _, x in tags.found}
+    assert {"#confusion", "#examples"}.isdisjoint(links) and "#curves" in links
 
 
 def test_a_run_of_which_little_is_known_has_a_page(tmp_path):
     nothing = {"result": {}, "manifest": {"git": None}, "config": {}, "lines": []}
-    page = a_page(right=[], wrong=[], confusion=None, parameters=[], **nothing)
+    page = a_page(examples={}, confusion=None, parameters=[], **nothing)
     page = dataclasses.replace(page, phases=[])
     tags = Tags(written(page, tmp_path))
     assert [i for i in tags.ids() if not i.endswith("-title")] == ["again"]
@@ -262,25 +290,34 @@ def test_a_regression_has_its_own_metrics_and_curves(tmp_path):
         for s in range(9)
     ]
     final = {"validation/mae": 2777.7, "validation/loss": float("nan")}
-    page = a_page(confusion=None, right=[], wrong=[], lines=lines)
+    page = a_page(confusion=None, examples={}, lines=lines)
     result = {"final": final, "best": final, "best_step": None, "steps": 8}
     page = dataclasses.replace(page, result=result)
     tags = Tags(written(page, tmp_path))
-    titles = [x["alt"].partition(" after")[0] for t, x in tags.found if t == "img"]
-    assert titles == ["loss", "mae"]
+    titles = [x["aria-label"] for tag, x in tags.found if tag == "svg"]
+    assert [title.partition(" after")[0] for title in titles] == [
+        "loss", "MAE", "learning rate of each update",
+    ]  # fmt: skip
     shown = tags.text().rpartition("Run it again")[0]
-    assert "Validation mae" in shown and "2,778" in shown
+    assert "Validation MAE" in shown and "2,778" in shown
     assert "nan" not in shown and "accuracy" not in shown
 
 
 @pytest.mark.parametrize("classes", [2, 20, 21, 40, 41, 120])
 @pytest.mark.fast_runs("2", "41")
 def test_a_confusion_matrix_of_many_classes_names_the_confused(tmp_path, classes):
-    page = a_page(classes=classes, lines=[], right=[], wrong=[])
+    page = a_page(classes=classes, lines=[], examples={})
     counts, names, caption = page.confusion
     counts[1, 0] = 77
-    text = Tags(written(page, tmp_path)).text()
-    assert f"77 of {counts[1].sum()}" in text
+    tags = Tags(written(page, tmp_path))
+    text = tags.text().replace("\N{NO-BREAK SPACE}", " ")
+    assert (f"77 of {counts[1].sum()}" in text) == (classes > 2)
+    cells = [x["title"] for tag, x in tags.found if tag == "td" and "title" in x]
+    told = f"true {names[1]}, predicted {names[0]}: 77"
+    assert (told in cells) == (classes <= 40)
+    shown = [row["name"] for row in report_classes.confusion(*page.confusion)["rows"]]
+    assert shown == list(names) if classes <= 50 else len(shown) == 20
+    assert names[1] in shown
     figure = plots.confusion_figure(counts, names, "")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert (names[-1] in labels) == (classes <= 40)

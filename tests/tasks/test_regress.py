@@ -172,7 +172,7 @@ def test_a_run_of_diabetes_is_measured_again_and_predicts(tmp_path):
     assert (workdir / "report" / "predicted.png").stat().st_size > 5_000
     assert not (workdir / "report" / "confusion_matrix.png").exists()
     page = (workdir / "report" / "index.html").read_text()
-    assert "lowest validation mse" in page and "Confusion" not in page
+    assert "lowest validation MSE" in page and "Confusion" not in page
     assert program.run(["--mode=evaluate", f"--workdir={workdir}"]) == 0
     measured = json.loads((workdir / "evaluation.json").read_text())
     assert {n: measured[n] for n in names} == {n: result["best"][n] for n in names}

@@ -20,13 +20,20 @@ from finetune_jax.data.array_inputs import (
     check_numbers,
     is_array,
 )
-from finetune_jax.data.dataset import Dataset, unlabelled
+from finetune_jax.data.dataset import Data, Dataset, unlabelled
 from finetune_jax.data.images.decoding import Geometry, read_image
 from finetune_jax.data.images.depth import bytes_problem, depth_warnings
 from finetune_jax.data.images.image_formats import why_no_image
 from finetune_jax.data.images.mask_files import MaskWriter
 from finetune_jax.data.images.pixels import Pixels, to_predict
-from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
+from finetune_jax.data.kind import (
+    Example,
+    FileRule,
+    Kind,
+    Opened,
+    Resources,
+    suffix_rule,
+)
 from finetune_jax.data.loading import open_arrays, train_shape
 from finetune_jax.data.preprocessing import (
     ArraySpec,
@@ -160,14 +167,21 @@ class Images(Kind):
         fields = dataclasses.asdict(spec.inputs)
         return {"preprocessing": {key: fields[key] for key in _SERVED}}
 
-    def thumbnails(self, inputs: np.ndarray) -> np.ndarray | None:
-        """Returns the images in bytes, floats by their range; None of odd channels."""
-        if inputs.shape[-1] not in (1, 3):
+    def examples(
+        self, data: Data, dataset: Dataset, positions: np.ndarray
+    ) -> list[Example] | None:
+        """Returns images in bytes, floats scaled by their range.
+
+        None if they have neither one nor three channels.
+        """
+        if data.spec.shape[-1] not in (1, 3):
             return None
-        if inputs.dtype == np.uint8:
-            return inputs
-        low, high = inputs.min(), inputs.max()
-        return ((inputs - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+        images = dataset.take(positions)["inputs"]
+        if images.dtype != np.uint8:
+            low, high = images.min(), images.max()
+            scaled = (images - low) * (255 / max(high - low, 1e-9))
+            images = scaled.astype(np.uint8)
+        return [Example(image=image) for image in images]
 
     def record_writer(
         self, spec: DataSpec, folder: pathlib.Path

@@ -5,12 +5,22 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from finetune_jax.core.errors import UserError, listed
 from finetune_jax.core.paths import printable
-from finetune_jax.data.dataset import Dataset, unlabelled
-from finetune_jax.data.kind import FileRule, Kind, Opened, Resources, suffix_rule
+from finetune_jax.data.dataset import Data, Dataset, unlabelled
+from finetune_jax.data.kind import (
+    Example,
+    FileRule,
+    Kind,
+    Opened,
+    Resources,
+    suffix_rule,
+)
 from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.spec import DataSpec
+from finetune_jax.data.tables.decoding import decoded
 from finetune_jax.data.tables.encoding import (
     VOCABULARY,
     Fitted,
@@ -92,6 +102,15 @@ class Tables(Kind):
     def lines(self, spec: DataSpec) -> list[str]:
         """Returns the columns with their statistics, one a line."""
         return spec.inputs.lines()
+
+    def examples(
+        self, data: Data, dataset: Dataset, positions: np.ndarray
+    ) -> list[Example] | None:
+        """Returns the values of the columns, as the model can tell them apart."""
+        if data.fitted is None:
+            return None
+        rows = dataset.take(positions)["inputs"]
+        return [Example(columns=cells) for cells in decoded(rows, data.fitted)]
 
     def restore(self, workdir: pathlib.Path) -> Fitted | None:
         """Returns the statistics and vocabularies of a run, if it has any."""

@@ -11,8 +11,9 @@ import numpy as np
 from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.paths import printable
 from finetune_jax.data.array_inputs import shown
-from finetune_jax.data.dataset import Dataset
+from finetune_jax.data.dataset import Data, Dataset
 from finetune_jax.data.kind import (
+    Example,
     FileRule,
     Kind,
     Opened,
@@ -22,6 +23,7 @@ from finetune_jax.data.kind import (
 )
 from finetune_jax.data.reading.threads import attempts
 from finetune_jax.data.spec import DataSpec, as_tuples
+from finetune_jax.data.text.decoding import decoded
 from finetune_jax.data.text.files import inputs_of, load_texts, read_texts
 from finetune_jax.data.text.source import check_texts, text_inputs
 from finetune_jax.data.text.tokens import (
@@ -101,6 +103,16 @@ class Text(Kind):
     def describe(self, spec: DataSpec) -> str:
         """Returns the length of the texts."""
         return f"texts of at most {spec.shape[-1]} tokens"
+
+    def examples(
+        self, data: Data, dataset: Dataset, positions: np.ndarray
+    ) -> list[Example] | None:
+        """Returns texts as the tokenizer decodes them, passages as they were read."""
+        texts = data.files().get(TOKENIZER)
+        if texts is None:
+            return None
+        encoder = make_encoder(texts, data.spec.inputs.options.max_tokens)
+        return decoded(encoder, data.spec.inputs.options, dataset, positions)
 
     def lengths(self, spec: DataSpec) -> TextLengths:
         """Returns how batches are cut to their longest text."""
