@@ -5,7 +5,6 @@ differ from `default()`. Numbers, strings and tuples only.
 """
 
 import ast
-import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from finetune_jax.config import plugins
 from finetune_jax.config.fields import (
     LARGEST_INT,
     Key,
@@ -23,6 +23,7 @@ from finetune_jax.config.fields import (
     plain,
 )
 from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON, Config, Seeds
+from finetune_jax.core import registry
 from finetune_jax.core.errors import Problem, UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
@@ -44,13 +45,14 @@ def load(address: str) -> Any:
             f"--config: no file {path!r}{closest(path, near)} "
             "A config is a Python file with get_config()."
         )
-    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config: {path!r} is not a Python file with get_config().")
-    module = importlib.util.module_from_spec(spec)
+    module, in_function = f"config_{file.stem}", f"get_config() of {file.name}"
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
+        with registry.adding(module):
+            found = plugins.execute(module, file)
+        with registry.adding(in_function):
+            config = found.get_config(*([argument] if argument else []))
+    except UserError:
+        raise
     except Exception as error:
         kind = type(error).__name__
         raise UserError(
@@ -58,6 +60,19 @@ def load(address: str) -> Any:
         ) from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={path}: get_config() returned a {type(config)}")
+    if late := registry.added_by(in_function):
+        raise UserError(
+            f"--config={path}: get_config() adds the {', the '.join(late)}; add them at "
+            "the top level of the file, which is executed again to open the workdir"
+        )
+    given: Any = config.get("plugins") or ()
+    names = plugins.with_absolute_paths(given, file.parent)
+    if registry.added_by(module):
+        plugins.note(found)
+        names = (*names, module)
+    if names:
+        with config.unlocked():
+            config.plugins = names
     return config
 
 

@@ -15,6 +15,7 @@ from finetune_jax.core.errors import Problem, collected
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
     "data.cache", "data.cache_gb", "data.cache_dir", "parallel.steps_per_call",
+    "plugins",
 )  # fmt: skip
 # Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
 # not finite, and a kept head of other classes.
@@ -427,6 +428,10 @@ class Config(Section):
     nonfinite: NonFinite = section(NonFinite)
     parallel: Parallel = section(Parallel)
     report: Report = section(Report)
+    plugins: tuple = key(
+        (),
+        "Modules, or files as from the config file, that add optimizers and the like.",
+    )
 
     def replaced(self, **sections: Mapping[str, Any]) -> "Config":
         """Returns the config with other values in some sections.

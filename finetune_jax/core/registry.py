@@ -1,5 +1,7 @@
 """Functions and modules by name, their arguments checked; wrong names get a hint."""
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import importlib
@@ -9,11 +11,87 @@ import pathlib
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_jax.core.errors import Problem, UserError, raise_if
+
+T = TypeVar("T")
+PACKAGE = "finetune_jax"
+# Name of the plug-in that is being loaded; None outside of `adding`.
+_adding: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "adding", default=None
+)
+_all_choices: list["Choices"] = []
+
+
+class Choices(MutableMapping[str, T]):
+    """The possible values of a config key; plug-ins add entries by assignment.
+
+    Entries of this package and of other plug-ins cannot be replaced.
+    """
+
+    def __init__(self, what: str, entries: Mapping[str, T]):
+        """Takes the entries of this package.
+
+        Args:
+            what: Name of one entry in messages, such as 'optimizer'.
+            entries: Entries by the name that a config uses.
+        """
+        self._what = what
+        self._entries = dict(entries)
+        self._owners: dict[str, str | None] = dict.fromkeys(entries, PACKAGE)
+        _all_choices.append(self)
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, value: T) -> None:
+        by = _adding.get()
+        owner = self._owners.setdefault(name, by)
+        if owner != by:
+            raise UserError(
+                f"{by or 'a plug-in'}: the {self._what} {name!r} is already defined by "
+                f"{owner or 'another plug-in'}; choose another name"
+            )
+        self._entries[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name], self._owners[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def added_by(self, plugin: str) -> list[str]:
+        """Returns the entries of a plug-in."""
+        found = [name for name, owner in self._owners.items() if owner == plugin]
+        return [f"{self._what} {name!r}" for name in found]
+
+
+@contextlib.contextmanager
+def adding(plugin: str) -> Iterator[None]:
+    """Attributes the entries that are added in the block to a plug-in."""
+    token = _adding.set(plugin)
+    try:
+        yield
+    finally:
+        _adding.reset(token)
+
+
+def added_by(plugin: str) -> list[str]:
+    """Returns the entries that a plug-in has added, such as "optimizer 'signs'"."""
+    return [name for choices in _all_choices for name in choices.added_by(plugin)]
 
 
 def closest(name: str, names: Iterable[str]) -> str:

@@ -11,12 +11,13 @@ in every epoch and in every run.
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from finetune_jax.core import registry
 from finetune_jax.core.errors import raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.data.images.decoding import Geometry
@@ -57,11 +58,14 @@ def noise(image_HxWxC: np.ndarray, rng: np.random.Generator, std: float) -> np.n
 
 
 # Functions with the names of their numbers.
-SHIFTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "invert": (invert, ()),
-    "rotate": (rotate, ("degrees",)),
-    "noise": (noise, ("std",)),
-}
+SHIFTS = registry.Choices(
+    "shift",
+    {
+        "invert": (invert, ()),
+        "rotate": (rotate, ("degrees",)),
+        "noise": (noise, ("std",)),
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from finetune_jax import data
+from finetune_jax.config import plugins
 from finetune_jax.core import machine
 from finetune_jax.data import sources
 
@@ -30,7 +31,8 @@ def of_machine() -> dict[str, Any]:
         {path for f in folders for path in pathlib.Path(f).rglob("*.py")}
     ):
         code.update(path.read_bytes())
-    return {
+    extended = {"plugins": found} if (found := plugins.digests()) else {}
+    return extended | {
         "data": code.hexdigest(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{device.platform} {device.device_kind}",

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune_jax.config import Config
+from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import write_json
 from finetune_jax.modes.options import Options
@@ -36,6 +36,7 @@ def main(config: Config, options: Options) -> int:
         raise UserError(f"--workdir: {workdir} is not finished (no result.json in it)")
     again = _folder(workdir, config)
     print(f"workdir {again}", flush=True)
+    plugins.hand_over(workdir, again)
     # Features that another run has cached would prove nothing.
     config = config.replaced(data={"cache_dir": str(again / "features")})
     advice = functools.partial(options.advice, again)

@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from finetune_jax import config as configs
-from finetune_jax.config import Config
+from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
 from finetune_jax.plans.phase import plan_problems
@@ -45,6 +45,8 @@ def resolved_config(
     config, problems = configs.resolve(given, overrides)
     problems += plan_problems(config.plan)
     raise_if(problems)
+    for line in plugins.ready(config.plugins, workdir):
+        print(f"warning: {line}")
     return config
 
 

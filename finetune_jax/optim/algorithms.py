@@ -273,76 +273,86 @@ def _adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Link:
 
 
 _BETAS = {"shares": ("b1", "b2"), "positive": ("eps",)}
-OPTIMIZERS = {
-    "sgd": Algorithm(make=_sgd, shares=("momentum",)),
-    # Duchi et al. 2011. `eps` is added under the root, in torch after it.
-    "adagrad": Algorithm(core=_adagrad, positive=("eps",)),
-    # Zeiler 2012.
-    "adadelta": Algorithm(
-        core=lambda *, rho=0.9, eps=1e-6: optax.scale_by_adadelta(rho, eps),
-        shares=("rho",),
-        positive=("eps",),
-    ),
-    "rmsprop": Algorithm(
-        make=_rmsprop, shares=("alpha", "momentum"), positive=("eps",)
-    ),
-    # Kingma & Ba 2015.
-    "adam": Algorithm(core=_adam, **_BETAS),
-    # Reddi et al. 2018; the maximum is of bias-corrected moments.
-    "amsgrad": Algorithm(
-        core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_amsgrad(b1, b2, eps),
-        **_BETAS,
-    ),
-    # Dozat 2016, with a constant b1; torch's follows a schedule of its own.
-    "nadam": Algorithm(
-        core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_adam(
-            b1, b2, eps, nesterov=True
+OPTIMIZERS = registry.Choices(
+    "optimizer",
+    {
+        "sgd": Algorithm(make=_sgd, shares=("momentum",)),
+        # Duchi et al. 2011. `eps` is added under the root, in torch after it.
+        "adagrad": Algorithm(core=_adagrad, positive=("eps",)),
+        # Zeiler 2012.
+        "adadelta": Algorithm(
+            core=lambda *, rho=0.9, eps=1e-6: optax.scale_by_adadelta(rho, eps),
+            shares=("rho",),
+            positive=("eps",),
         ),
-        **_BETAS,
-    ),
-    # Loshchilov & Hutter 2019.
-    "adamw": Algorithm(core=_adam, decoupled=True, **_BETAS),
-    "adafactor": Algorithm(
-        make=_adafactor,
-        shares=("decay_rate",),
-        positive=("min_dim_size_to_factor", "clipping_threshold"),
-    ),
-    # You et al. 2020.
-    "lamb": Algorithm(
-        make=lambda decay, rate, *, b1=0.9, b2=0.999, eps=1e-6: optax.chain(
-            optax.scale_by_adam(b1, b2, eps), decay, optax.scale_by_trust_ratio(), rate
+        "rmsprop": Algorithm(
+            make=_rmsprop, shares=("alpha", "momentum"), positive=("eps",)
         ),
-        **_BETAS,
-    ),
-    "lars": Algorithm(
-        make=_lars, shares=("momentum",), positive=("trust_coefficient",)
-    ),
-    # Chen et al. 2023.
-    "lion": Algorithm(
-        core=lambda *, b1=0.9, b2=0.99: optax.scale_by_lion(b1, b2),
-        decoupled=True,
-        shares=("b1", "b2"),
-    ),
-    "muon": Algorithm(make=_muon, shares=("beta", "b1", "b2"), positive=("ns_steps",)),
-    "schedule_free_adamw": Algorithm(
-        make=_schedule_free_adamw, shares=("b1", "b2"), positive=("b1", "eps")
-    ),
-    "sam": Algorithm(
-        make=_sgd,
-        around=_around_sam,
-        evaluates="gradient",
-        shares=("momentum",),
-        positive=("rho",),
-    ),
-    "sam_adamw": Algorithm(
-        core=_adam,
-        decoupled=True,
-        around=_around_sam,
-        evaluates="gradient",
-        shares=("b1", "b2"),
-        positive=("eps", "rho"),
-    ),
-    "lbfgs": Algorithm(
-        make=_lbfgs, evaluates="value", positive=("memory", "max_linesearch_steps")
-    ),
-}
+        # Kingma & Ba 2015.
+        "adam": Algorithm(core=_adam, **_BETAS),
+        # Reddi et al. 2018; the maximum is of bias-corrected moments.
+        "amsgrad": Algorithm(
+            core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_amsgrad(
+                b1, b2, eps
+            ),
+            **_BETAS,
+        ),
+        # Dozat 2016, with a constant b1; torch's follows a schedule of its own.
+        "nadam": Algorithm(
+            core=lambda *, b1=0.9, b2=0.999, eps=1e-8: optax.scale_by_adam(
+                b1, b2, eps, nesterov=True
+            ),
+            **_BETAS,
+        ),
+        # Loshchilov & Hutter 2019.
+        "adamw": Algorithm(core=_adam, decoupled=True, **_BETAS),
+        "adafactor": Algorithm(
+            make=_adafactor,
+            shares=("decay_rate",),
+            positive=("min_dim_size_to_factor", "clipping_threshold"),
+        ),
+        # You et al. 2020.
+        "lamb": Algorithm(
+            make=lambda decay, rate, *, b1=0.9, b2=0.999, eps=1e-6: optax.chain(
+                optax.scale_by_adam(b1, b2, eps),
+                decay,
+                optax.scale_by_trust_ratio(),
+                rate,
+            ),
+            **_BETAS,
+        ),
+        "lars": Algorithm(
+            make=_lars, shares=("momentum",), positive=("trust_coefficient",)
+        ),
+        # Chen et al. 2023.
+        "lion": Algorithm(
+            core=lambda *, b1=0.9, b2=0.99: optax.scale_by_lion(b1, b2),
+            decoupled=True,
+            shares=("b1", "b2"),
+        ),
+        "muon": Algorithm(
+            make=_muon, shares=("beta", "b1", "b2"), positive=("ns_steps",)
+        ),
+        "schedule_free_adamw": Algorithm(
+            make=_schedule_free_adamw, shares=("b1", "b2"), positive=("b1", "eps")
+        ),
+        "sam": Algorithm(
+            make=_sgd,
+            around=_around_sam,
+            evaluates="gradient",
+            shares=("momentum",),
+            positive=("rho",),
+        ),
+        "sam_adamw": Algorithm(
+            core=_adam,
+            decoupled=True,
+            around=_around_sam,
+            evaluates="gradient",
+            shares=("b1", "b2"),
+            positive=("eps", "rho"),
+        ),
+        "lbfgs": Algorithm(
+            make=_lbfgs, evaluates="value", positive=("memory", "max_linesearch_steps")
+        ),
+    },
+)

@@ -7,7 +7,7 @@ gives exact zeros. To add a penalty, write its function and name it in `PENALTIE
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,9 @@ def _ewc(w: jax.Array, start: jax.Array, fisher: jax.Array) -> jax.Array:
     return jnp.sum(fisher * (w - start) ** 2) / 2
 
 
-PENALTIES = {"l2": _l2, "l2_sp": _l2_sp, "ewc": _ewc}
+PENALTIES: registry.Choices[Callable] = registry.Choices(
+    "penalty", {"l2": _l2, "l2_sp": _l2_sp, "ewc": _ewc}
+)
 PROXIMAL = "l1"
 # Penalties that read the parameters at the start, and their Fisher information.
 READS_START = ("l2_sp", "ewc")

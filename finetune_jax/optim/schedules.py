@@ -216,18 +216,21 @@ class Plateau:
         return max(self.factor**drops, self.end)
 
 
-SCHEDULES: dict[str, Callable] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "step": _step,
-    "exponential": _exponential,
-    "polynomial": _polynomial,
-    "one_cycle": _one_cycle,
-    "inverse_sqrt": _inverse_sqrt,
-    "warm_restarts": _warm_restarts,
-    "plateau": Plateau,
-}
+SCHEDULES = registry.Choices(
+    "schedule",
+    {
+        "constant": _constant,
+        "linear": _linear,
+        "cosine": _cosine,
+        "step": _step,
+        "exponential": _exponential,
+        "polynomial": _polynomial,
+        "one_cycle": _one_cycle,
+        "inverse_sqrt": _inverse_sqrt,
+        "warm_restarts": _warm_restarts,
+        "plateau": Plateau,
+    },
+)
 
 
 def make_schedule(phase: Phase) -> Callable[[int], Callable]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax import config as configs
-from finetune_jax.config import Config
+from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import (
     NotFinite,
     Problem,
@@ -143,6 +143,7 @@ def run_population(
         Preempted: The population was asked to stop; finished members stay finished.
     """
     begin, terminal = time.perf_counter(), Terminal()
+    plugins.ready(config.plugins, workdir)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     members = member_configs(config)
@@ -396,4 +397,5 @@ class _Population:
         write_json(
             folder / "manifest.json", {**manifest, "config": plain, "seed": seed}
         )
+        plugins.hand_over(self.workdir, folder)
         write_text(folder / "config.json", configs.to_json(config))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_jax import config as configs
-from finetune_jax.config import Config
+from finetune_jax.config import Config, plugins
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
@@ -64,6 +64,7 @@ def run(
         Preempted: The run was asked to stop, and has saved.
     """
     begin, terminal = time.perf_counter(), Terminal()
+    plugins.ready(config.plugins, workdir)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     setup = make_setup(config, data_of_run(config, workdir))
@@ -198,6 +199,7 @@ def record(
         return
     looks, plain = setup.data.spec.to_json(), json.loads(configs.to_json(config))
     manifest = make_manifest(config=plain, data=looks, **inputs)
+    plugins.record(config.plugins, workdir)
     write_json(workdir / "manifest.json", manifest | told)
     write_text(workdir / "config.json", configs.to_json(config))
     for name, text in setup.data.files().items():

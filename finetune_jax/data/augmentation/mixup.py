@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax.core import registry
 from finetune_jax.core.errors import raise_if
 from finetune_jax.data.augmentation.steps import Argument, inside_box, step_problems
 
@@ -94,10 +95,13 @@ class Mixture:
     needs_images: bool = False
 
 
-MIXTURES = {
-    "mixup": Mixture(function=mixup),
-    "cutmix": Mixture(function=cutmix, needs_images=True),
-}
+MIXTURES = registry.Choices(
+    "mixture",
+    {
+        "mixup": Mixture(function=mixup),
+        "cutmix": Mixture(function=cutmix, needs_images=True),
+    },
+)
 
 
 def mixed(

@@ -252,44 +252,47 @@ class Augmentation:
     check: Callable[..., str | None] = lambda *arguments: None
 
 
-AUGMENTATIONS = {
-    "flip": Augmentation(function=flip),
-    "pad_crop": Augmentation(
-        function=pad_crop, arguments=(Argument(name="pixels", whole=True),)
-    ),
-    "random_crop": Augmentation(function=random_crop, resizes=True),
-    "random_resized_crop": Augmentation(
-        function=random_resized_crop,
-        arguments=(Argument(name="min_scale", high=1, above=True),),
-        resizes=True,
-    ),
-    "color_jitter": Augmentation(
-        function=color_jitter,
-        arguments=(
-            Argument(name="brightness"),
-            Argument(name="contrast"),
-            Argument(name="saturation"),
-            Argument(name="hue", high=0.5),
+AUGMENTATIONS = registry.Choices(
+    "augmentation step",
+    {
+        "flip": Augmentation(function=flip),
+        "pad_crop": Augmentation(
+            function=pad_crop, arguments=(Argument(name="pixels", whole=True),)
         ),
-    ),
-    "random_erasing": Augmentation(
-        function=random_erasing,
-        arguments=(
-            Argument(name="probability", high=1),
-            Argument(name="min_area", high=1, above=True),
-            Argument(name="max_area", high=1, above=True),
+        "random_crop": Augmentation(function=random_crop, resizes=True),
+        "random_resized_crop": Augmentation(
+            function=random_resized_crop,
+            arguments=(Argument(name="min_scale", high=1, above=True),),
+            resizes=True,
         ),
-        fills=True,
-        check=_check_areas,
-    ),
-    "rand_augment": Augmentation(
-        function=rand_augment,
-        arguments=(
-            Argument(name="num_ops", low=1, whole=True),
-            Argument(name="magnitude", high=MAX_MAGNITUDE, whole=True),
+        "color_jitter": Augmentation(
+            function=color_jitter,
+            arguments=(
+                Argument(name="brightness"),
+                Argument(name="contrast"),
+                Argument(name="saturation"),
+                Argument(name="hue", high=0.5),
+            ),
         ),
-    ),
-}
+        "random_erasing": Augmentation(
+            function=random_erasing,
+            arguments=(
+                Argument(name="probability", high=1),
+                Argument(name="min_area", high=1, above=True),
+                Argument(name="max_area", high=1, above=True),
+            ),
+            fills=True,
+            check=_check_areas,
+        ),
+        "rand_augment": Augmentation(
+            function=rand_augment,
+            arguments=(
+                Argument(name="num_ops", low=1, whole=True),
+                Argument(name="magnitude", high=MAX_MAGNITUDE, whole=True),
+            ),
+        ),
+    },
+)
 
 
 def make_augment(

@@ -10,13 +10,19 @@ import jax.numpy as jnp
 from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh, "silu": nn.silu}
-INITIALISERS = {
-    "zeros": nn.initializers.zeros_init,
-    "lecun_normal": nn.initializers.lecun_normal,
-    "xavier_uniform": nn.initializers.xavier_uniform,
-    "kaiming_normal": nn.initializers.he_normal,
-}
+ACTIVATIONS = registry.Choices(
+    "activation of a head",
+    {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh, "silu": nn.silu},
+)
+INITIALISERS = registry.Choices(
+    "initialiser of a head",
+    {
+        "zeros": nn.initializers.zeros_init,
+        "lecun_normal": nn.initializers.lecun_normal,
+        "xavier_uniform": nn.initializers.xavier_uniform,
+        "kaiming_normal": nn.initializers.he_normal,
+    },
+)
 
 
 class Head(nn.Module):

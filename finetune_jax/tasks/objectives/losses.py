@@ -139,13 +139,18 @@ def divergence(
     return apart_B * temperature**2
 
 
-CLASSIFICATION = {
-    "cross_entropy": cross_entropy,
-    "binary_cross_entropy": binary_cross_entropy,
-    "focal": focal,
-    "sigmoid_focal": sigmoid_focal,
-}
-REGRESSION = {"mse": mse, "mae": mae, "huber": huber}
+CLASSIFICATION = registry.Choices(
+    "classification loss",
+    {
+        "cross_entropy": cross_entropy,
+        "binary_cross_entropy": binary_cross_entropy,
+        "focal": focal,
+        "sigmoid_focal": sigmoid_focal,
+    },
+)
+REGRESSION = registry.Choices(
+    "regression loss", {"mse": mse, "mae": mae, "huber": huber}
+)
 LOSSES = {"classification": CLASSIFICATION, "regression": REGRESSION}
 # Range of an argument, for every loss that has it.
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

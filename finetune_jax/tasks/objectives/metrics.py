@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.core.registry import closest
@@ -229,31 +230,37 @@ def mean_accuracy(counts_Bx3xK: np.ndarray) -> float:
     return float(share_K.mean()) if there_K.any() else math.nan
 
 
-CLASSIFICATION: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy,
-    "loss": log_loss,
-    "cross_entropy": log_loss,
-    "normalised_entropy": normalised_entropy,
-    "calibration_error": calibration_error,
-    "brier": brier,
-    **{
-        name: functools.partial(_ranked, name)
-        for name in ("roc_auc", "average_precision")
+CLASSIFICATION = registry.Choices(
+    "classification metric",
+    {
+        "accuracy": accuracy,
+        "loss": log_loss,
+        "cross_entropy": log_loss,
+        "normalised_entropy": normalised_entropy,
+        "calibration_error": calibration_error,
+        "brier": brier,
+        **{
+            name: functools.partial(_ranked, name)
+            for name in ("roc_auc", "average_precision")
+        },
+        **{
+            f"{measure}_{average}": functools.partial(_counted, measure, average)
+            for measure in ("precision", "recall", "f1")
+            for average in AVERAGES
+        },
     },
-    **{
-        f"{measure}_{average}": functools.partial(_counted, measure, average)
-        for measure in ("precision", "recall", "f1")
-        for average in AVERAGES
-    },
-}
+)
 # Metrics whose names contain their first argument.
 NUMBERED = {_TOP: top_accuracy, _SENSITIVITY: sensitivity_at_specificity}
-REGRESSION = {"mse": mse, "mae": mae, "r2": r2}
-SEGMENTATION = {
-    "mean_iou": mean_iou,
-    "pixel_accuracy": pixel_accuracy,
-    "mean_accuracy": mean_accuracy,
-}
+REGRESSION = registry.Choices("regression metric", {"mse": mse, "mae": mae, "r2": r2})
+SEGMENTATION = registry.Choices(
+    "segmentation metric",
+    {
+        "mean_iou": mean_iou,
+        "pixel_accuracy": pixel_accuracy,
+        "mean_accuracy": mean_accuracy,
+    },
+)
 METRICS = {
     "classification": CLASSIFICATION,
     "regression": REGRESSION,

@@ -117,26 +117,29 @@ def _kernels(make: Callable) -> Scheme:
 # Fans are those of `jax.nn.initializers`: of a kernel [H, W, I, O], H W I and H W O. Its
 # normal ones are truncated at two standard deviations; xavier, kaiming and lecun are
 # widened first, so that the truncated distribution has the right standard deviation.
-SCHEMES = {
-    "pretrained": Scheme(reads_weights=True, renews=False),
-    "initial": Scheme(),
-    "normal": Scheme(_normal),
-    "truncated_normal": Scheme(_truncated_normal),
-    "uniform": Scheme(_uniform),
-    "xavier_uniform": _kernels(initializers.glorot_uniform),
-    "xavier_normal": _kernels(initializers.glorot_normal),
-    "kaiming_uniform": _kernels(initializers.he_uniform),
-    "kaiming_normal": _kernels(initializers.he_normal),
-    "lecun_uniform": _kernels(initializers.lecun_uniform),
-    "lecun_normal": _kernels(initializers.lecun_normal),
-    "orthogonal": Scheme(_orthogonal, kernels_only=True),
-    "constant": Scheme(_constant, renews=False),
-    # Raghu et al. 2019, section 5, "Mean Var": mean and scale of the weights alone.
-    "matched": Scheme(lambda: initializers.normal(1.0), reads_weights=True),
-    "shuffled": Scheme(lambda: _order, reads_weights=True),
-    "lsuv": Scheme(_lsuv, kernels_only=True),
-    "class_frequencies": Scheme(renews=False),
-}
+SCHEMES = registry.Choices(
+    "scheme",
+    {
+        "pretrained": Scheme(reads_weights=True, renews=False),
+        "initial": Scheme(),
+        "normal": Scheme(_normal),
+        "truncated_normal": Scheme(_truncated_normal),
+        "uniform": Scheme(_uniform),
+        "xavier_uniform": _kernels(initializers.glorot_uniform),
+        "xavier_normal": _kernels(initializers.glorot_normal),
+        "kaiming_uniform": _kernels(initializers.he_uniform),
+        "kaiming_normal": _kernels(initializers.he_normal),
+        "lecun_uniform": _kernels(initializers.lecun_uniform),
+        "lecun_normal": _kernels(initializers.lecun_normal),
+        "orthogonal": Scheme(_orthogonal, kernels_only=True),
+        "constant": Scheme(_constant, renews=False),
+        # Raghu et al. 2019, section 5, "Mean Var": mean and scale of the weights alone.
+        "matched": Scheme(lambda: initializers.normal(1.0), reads_weights=True),
+        "shuffled": Scheme(lambda: _order, reads_weights=True),
+        "lsuv": Scheme(_lsuv, kernels_only=True),
+        "class_frequencies": Scheme(renews=False),
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
