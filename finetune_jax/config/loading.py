@@ -335,7 +335,7 @@ def _parse(text: str, kind: type) -> Any:
 def tiny(config: Any) -> Any:
     """Returns a config file's config made small: two updates a phase, for a first look."""
     for entry in config.plan:
-        entry.epochs, entry.steps = None, 2
+        entry.epochs, entry.steps = None, min(entry.steps or 2, 2)
         entry.warmup_steps = min(entry.warmup_steps, 1)
     config.evaluate.every_epochs, config.evaluate.every_steps = None, 1
     config.report.every_steps = 1

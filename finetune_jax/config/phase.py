@@ -34,6 +34,13 @@ class Phase(Section):
     warmup_steps: int = key(
         0, "Updates of linear warm-up to peak_lr.", least=0, static=False
     )
+    warmup_share: float = key(
+        0.0,
+        "Warm-up as a share of the phase, instead of warmup_steps.",
+        least=0,
+        most=1,
+        static=False,
+    )
     end_lr_scale: float = key(
         0.0,
         "Last rate as a share of peak_lr, if the schedule has one.",
@@ -133,6 +140,9 @@ class Phase(Section):
             add(given[0], f"{', '.join(given)} are given; give at most one of them")
         if self.plateau_restore and self.plateau_metric is None:
             add("plateau_restore", "True, but plateau_metric is None; give a metric")
+        if self.warmup_steps and self.warmup_share:
+            text = f"{self.warmup_share}, but warmup_steps is {self.warmup_steps}"
+            add("warmup_share", f"{text}; give at most one of them")
         if self.steps is not None and self.warmup_steps > self.steps:
             add("warmup_steps", f"{self.warmup_steps} is more than steps {self.steps}")
         if not self.rules:

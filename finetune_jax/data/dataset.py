@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,6 +78,11 @@ class Dataset:
     def key(self) -> str:
         """Key of the split in memory: `about`, and the labels."""
         return repr((self.about, digest({"label": self.label})))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of `key`."""
+        return hashlib.sha256(self.key.encode()).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +212,19 @@ class Dataset:
         changes = self.geometry is not None and self.geometry.changes(part.shape)
         is_array = isinstance(part, ArrayExamples)
         return is_array and part.shape == self.shape and not changes
+
+
+def unaugmented(split: Dataset, spec: DataSpec) -> Dataset:
+    """Returns a training split as evaluation reads it, without augmentation.
+
+    Args:
+        split: Training split.
+        spec: Description of the data.
+    """
+    if not spec.augment:
+        return split
+    geometry = kind_named(spec.kind).geometry(spec, training=False)
+    return dataclasses.replace(split, geometry=geometry, shape=spec.shape, decoded=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -197,11 +197,13 @@ class EvaluatedState:
         evaluator: Evaluator of the run.
         placed: Placed state.
         prefix: Frozen prefix of the state; None if it has none.
+        refit: Set if the state was fitted to the validation split, too: see `Progress`.
     """
 
     evaluator: Evaluator
     placed: TrainState
     prefix: FrozenPrefix | None
+    refit: Mapping[str, Any] | None = None
 
     @property
     def params(self) -> Any:
@@ -217,8 +219,21 @@ class EvaluatedState:
     def measure(
         self, splits: Mapping[str, Dataset | DomainMixture]
     ) -> dict[str, float]:
-        """Returns the metrics on some splits; see `Evaluator.measure`."""
-        return self.evaluator.measure(self.placed, splits, prefix=self.prefix)
+        """Returns the metrics on some splits; see `Evaluator.measure`.
+
+        Those of a validation split that the state was fitted to are from before that fit.
+        """
+        seen = [name for name, split in splits.items() if self.has_seen(split)]
+        unseen = {name: splits[name] for name in splits if name not in seen}
+        before = self.refit["metrics"] if self.refit and seen else {}
+        measured = self.evaluator.measure(self.placed, unseen, prefix=self.prefix)
+        return {**before, **measured}
+
+    def has_seen(self, split: Dataset | DomainMixture) -> bool:
+        """Returns whether the state was fitted to a split besides the training split."""
+        if self.refit is None or not isinstance(split, Dataset):
+            return False
+        return split.sha256 == self.refit["validation"]
 
     def with_batch_size(self, examples: int) -> "EvaluatedState":
         """Returns the state, measured in batches of at most so many examples."""

@@ -81,7 +81,9 @@ def main(config: Config, options: Options) -> int:
         phase = setup.phase(index)
         if phase.program not in costs:
             opt_state = jax.eval_shape(phase.optimizer().init, state.params)
-            flops = step_flops(phase, task, state, config.data.batch_size)
+            flops = math.nan  # A fit has no batch.
+            if phase.compiled.probe is None:
+                flops = step_flops(phase, task, state, config.data.batch_size)
             costs[phase.program] = flops, nbytes(opt_state)
         table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
     Console(width=None if console.is_terminal else 160).print(table)
@@ -209,9 +211,10 @@ def _row(
         f"{count(trained):,}",
         f"{count(state.params) - count(trained):,}",
         f"{opt_state_bytes:,} bytes",
-        f"{flops / 1e9:.3f} G = {flops / forward:.2f} forward",
-        f"{parts.schedule} {parts.peak_lr:g}"
-        + (f", warm-up {parts.warmup_steps}" if parts.warmup_steps else ""),
+        "features once"
+        if math.isnan(flops)
+        else f"{flops / 1e9:.3f} G = {flops / forward:.2f} forward",
+        phase.compiled.rates,
         parts.batch_stats,
     ]
 

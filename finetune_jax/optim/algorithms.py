@@ -17,6 +17,7 @@ import optax
 from finetune_jax.core import registry
 from finetune_jax.core.errors import Problem, raise_if
 from finetune_jax.core.registry import need
+from finetune_jax.optim.penalty_path import PENALTIES, ProbeOptions
 
 Link = Any  # An optax transformation; those with extra arguments are of another type.
 
@@ -184,6 +185,21 @@ def _lbfgs(
     return optax.GradientTransformationExtraArgs(search.init, update)  # type: ignore
 
 
+def _linear_probe(
+    decay: Link,
+    rate: Link,
+    *,
+    penalties: tuple = PENALTIES,
+    iterations: int = 1000,
+    refit: bool = True,
+) -> Link:
+    """Returns a transformation without state; `training.updates.probe_run` does the fit."""
+    del decay, rate
+    options = ProbeOptions(penalties=penalties, iterations=iterations, refit=refit)
+    raise_if(options.problems())
+    return optax.set_to_zero()
+
+
 def _around_sam(inner: Link, *, rho: float = 0.05) -> Link:
     """Source: Foret et al. 2021, equation 2; unlike torch, optax has one."""
 
@@ -219,7 +235,8 @@ class Algorithm:
         make: Function (decay, rate, **arguments) to the transformation of a rate group.
         around: Function (transformation of all groups, **arguments) to the whole one.
         evaluates: Part of the objective that is computed at other points in an update:
-            'nothing', 'gradient', or 'value' (line searches).
+            'nothing', 'gradient', 'value' (line searches), or 'all examples' (a fit that
+            is the only update of its phase).
         shares: Names of arguments in [0, 1).
         positive: Names of arguments above 0.
     """
@@ -354,5 +371,7 @@ OPTIMIZERS = registry.Choices(
         "lbfgs": Algorithm(
             make=_lbfgs, evaluates="value", positive=("memory", "max_linesearch_steps")
         ),
+        # L-BFGS on the cached features, with an L2 penalty that validation chooses.
+        "linear_probe": Algorithm(make=_linear_probe, evaluates="all examples"),
     },
 )

@@ -19,6 +19,7 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import Problem, UserError, collected, raise_if
 from finetune_jax.core.pytrees import like, name_of, named
 from finetune_jax.optim.algorithms import OPTIMIZERS, Algorithm
+from finetune_jax.optim.penalty_path import ProbeOptions
 from finetune_jax.optim.regularisers import PROXIMAL, proximal
 from finetune_jax.optim.schedules import Plateau, make_schedule
 from finetune_jax.plans.phase import Group, Phase
@@ -119,6 +120,21 @@ class PhaseOptimizer:
         return found if isinstance(found, Plateau) else None
 
     @property
+    def probe(self) -> ProbeOptions | None:
+        """Options of a linear probe, if the phase is one."""
+        is_probe = self.algorithm.evaluates == "all examples"
+        return ProbeOptions(**self.inner) if is_probe else None
+
+    @property
+    def rates(self) -> str:
+        """The learning rates, or the penalties of a linear probe, in words."""
+        if self.probe is not None:
+            return f"{len(self.probe.penalties)} L2 penalties"
+        warmup = self.phase.warmup_steps
+        rise = f", warm-up {warmup}" if warmup else ""
+        return f"{self.phase.schedule} {self.phase.peak_lr:g}{rise}"
+
+    @property
     def accumulates(self) -> bool:
         """Whether the optimizer takes one micro-batch after the other.
 
@@ -204,26 +220,24 @@ class PhaseOptimizer:
                 "average of them; choose another optimizer"
             )
             return [Problem("regularise", text)]
-        if self.algorithm.evaluates != "value":
-            return []
-        searches = f"{phase.optimizer} searches along a line"
+        does, needed = _NEEDED.get(self.algorithm.evaluates, ("", {}))
+        does = f"{phase.optimizer} {does}"
         problems = [
             Problem(
-                name,
-                f"{getattr(phase, name)!r}, but {searches} and needs {value!r}: {why}",
+                name, f"{getattr(phase, name)!r}, but {does} and needs {value!r}: {why}"
             )
-            for name, (value, why) in _OF_LINE_SEARCH.items()
+            for name, (value, why) in needed.items()
             if getattr(phase, name) != value
         ]
-        if has_proximal:
-            text = f"{searches}, and a proximal step (l1) would leave it; use 'l2'"
+        if has_proximal and self.algorithm.evaluates == "value":
+            text = f"{does}, and a proximal step (l1) would leave it; use 'l2'"
             problems.append(Problem("regularise", text))
         return problems
 
     def group_problems(self, groups: Mapping[str, Group]) -> list[Problem]:
         """Returns whether the algorithm cannot work with the phase's rate groups."""
         found = set(groups.values())
-        if self.algorithm.evaluates != "value" or found == {Group(1.0, 0)}:
+        if self.algorithm.evaluates not in _NEEDED or found == {Group(1.0, 0)}:
             return []
         rates = sorted({group.scale for group in found})
         text = (
@@ -235,16 +249,48 @@ class PhaseOptimizer:
         return [Problem("rules", text)]
 
 
-# Fields of a phase as a line search needs them, and why.
-_OF_LINE_SEARCH: dict[str, tuple[Any, str]] = {
-    "peak_lr": (1.0, "it finds the length of a step itself"),
-    "schedule": ("constant", "it finds the length of a step itself"),
-    "warmup_steps": (0, "it finds the length of a step itself"),
-    "weight_decay": (0.0, "regularise=(('l2', strength, '.*kernel'),) is in the loss"),
-    "clip_norm": (None, "a clipped gradient is not that of the loss"),
-    "clip_value": (None, "a clipped gradient is not that of the loss"),
-    "clip_adaptive": (None, "a clipped gradient is not that of the loss"),
-    "fixed_batch": (True, "the loss must not change from step to step"),
+# Fields of a phase as an algorithm that finds its own steps needs them, and why.
+_OWN_STEPS = "it finds the length of a step itself"
+_IN_LOSS = "a clipped gradient is not that of the loss"
+_FINDS_STEPS: dict[str, tuple[Any, str]] = {
+    "peak_lr": (1.0, _OWN_STEPS),
+    "schedule": ("constant", _OWN_STEPS),
+    "warmup_steps": (0, _OWN_STEPS),
+    "warmup_share": (0.0, _OWN_STEPS),
+    "clip_norm": (None, _IN_LOSS),
+    "clip_value": (None, _IN_LOSS),
+    "clip_adaptive": (None, _IN_LOSS),
+}
+_IN_ONE_UPDATE = "the fit is the only update of the phase"
+# Behaviour of algorithms and the fields that they need, by `Algorithm.evaluates`.
+_NEEDED: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
+    "value": (
+        "searches along a line",
+        {
+            **_FINDS_STEPS,
+            "weight_decay": (
+                0.0,
+                "regularise=(('l2', strength, '.*kernel'),) is in the loss",
+            ),
+            "fixed_batch": (True, "the loss must not change from step to step"),
+        },
+    ),
+    "all examples": (
+        "fits all examples at once",
+        {
+            **_FINDS_STEPS,
+            "steps": (1, _IN_ONE_UPDATE),
+            "weight_decay": (
+                0.0,
+                "it has penalties, optimizer_args={'penalties': ...}",
+            ),
+            "regularise": ((), "it has penalties, optimizer_args={'penalties': ...}"),
+            "fixed_batch": (False, "every fit sees all examples"),
+            "accumulate_steps": (1, _IN_ONE_UPDATE),
+            "plateau_metric": (None, _IN_ONE_UPDATE),
+            "batch_stats": ("hold", "features are computed with held statistics"),
+        },
+    ),
 }
 
 

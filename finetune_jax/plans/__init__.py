@@ -11,6 +11,7 @@ from finetune_jax.plans.strategies import full as full
 from finetune_jax.plans.strategies import gradual as gradual
 from finetune_jax.plans.strategies import head_only as head_only
 from finetune_jax.plans.strategies import layerwise as layerwise
+from finetune_jax.plans.strategies import linear_probe as linear_probe
 from finetune_jax.plans.strategies import lora as lora
 from finetune_jax.plans.strategies import norm_only as norm_only
 from finetune_jax.plans.strategies import partial as partial

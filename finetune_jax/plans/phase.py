@@ -78,7 +78,7 @@ def as_config(plan: Iterable[Phase]) -> tuple[ml_collections.ConfigDict, ...]:
 def durations(
     plan: Sequence[Phase], examples: int, batch_size: int
 ) -> tuple[Phase, ...]:
-    """Returns the plan with `steps` set in every phase.
+    """Returns the plan with `steps` and `warmup_steps` set in every phase.
 
     Args:
         plan: Phases with steps or epochs.
@@ -104,9 +104,14 @@ def durations(
             if phase.warmup_steps > steps:
                 text = (
                     f"{phase.warmup_steps} is more than the {steps} steps of phase "
-                    f"{phase.name!r} ({phase.epochs} epochs of {examples} examples)"
+                    f"{phase.name!r} ({phase.epochs} epochs of {examples} examples); "
+                    "warmup_share gives a share of the phase instead"
                 )
                 problems.append(Problem(f"config.plan[{index}].warmup_steps", text))
+        if phase.warmup_share:
+            assert phase.steps is not None
+            warmup = math.ceil(phase.warmup_share * phase.steps)
+            phase = dataclasses.replace(phase, warmup_steps=warmup, warmup_share=0.0)
         phases.append(phase)
     raise_if(problems)
     return tuple(phases)

@@ -36,6 +36,25 @@ def head_only(*, name: str = "head", **fields) -> tuple[Phase, ...]:
     return _single(name, HEAD_ONLY, {"batch_stats": "hold", **fields})
 
 
+def linear_probe(*, name: str = "probe", **arguments) -> tuple[Phase, ...]:
+    """Returns a plan that fits a head to the features of a frozen backbone.
+
+    L-BFGS minimises the loss of all training examples with an L2 penalty, for a path of
+    penalties of which the validation split chooses one. As the last phase of a plan it
+    then fits training and validation examples together. It is one update, and takes
+    seconds. Dropout is off.
+
+    Args:
+        name: Name of the phase.
+        **arguments: `penalties`, `iterations` and `refit`; see `optim.penalty_path`.
+
+    Source: Kornblith et al. 2019, section 4.1 and appendix A.
+    """
+    fields = {"steps": 1, "peak_lr": 1.0, "schedule": "constant"}
+    fields |= {"optimizer": "linear_probe", "optimizer_args": arguments}
+    return head_only(name=name, **fields)
+
+
 def full(*, name: str = "all", **fields) -> tuple[Phase, ...]:
     """Returns a plan that trains every parameter."""
     return _single(name, EVERYTHING, fields)

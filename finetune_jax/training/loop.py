@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import time
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from finetune_jax.core.errors import TrainingError
 from finetune_jax.core.pytrees import digest, like, named
 from finetune_jax.core.train_state import TrainState, eval_params
 from finetune_jax.data.batches import BatchSource, Views, shortened
-from finetune_jax.evaluation.evaluator import Evaluator
+from finetune_jax.evaluation.evaluator import EvaluatedState, Evaluator
 from finetune_jax.features.cache import (
     FrozenPrefix,
     TeacherOutputs,
@@ -32,6 +33,7 @@ from finetune_jax.training.progress import Clock, Progress
 from finetune_jax.training.setup import Setup
 from finetune_jax.training.updates.nonfinite import Guard
 from finetune_jax.training.updates.phase_run import PhaseRun
+from finetune_jax.training.updates.probe_run import ProbeRun
 from finetune_jax.training.updates.programs import Updates
 from finetune_jax.training.updates.update_log import UpdateLog
 
@@ -147,20 +149,7 @@ class Loop:
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
         self.terminal.begin_phase(self._phase_line(end), start)
         prefix = frozen_prefix(self.setup.task, state, phase.mode)
-        with self.terminal.working("computing outputs of frozen stages"):
-            examples = self._examples(phase, prefix, state, end - start)
-        updates = PhaseRun(
-            phase=phase,
-            first=first,
-            end=end,
-            step=start,
-            rates=phase.compiled.learning_rates(),
-            feed=self.updates.feed(phase, examples, state, first, end),
-            updates=self.updates,
-            stop=self.stop,
-            update_log=self._update_log,
-            roll_back=functools.partial(self._rolled_back, phase),
-        )
+        updates = self._updates(phase, prefix, state, first, end)
         # A second copy would take as much of a CPU's memory as the model.
         placed = self.setup.devices.place(state, own=True)
         del state
@@ -203,6 +192,53 @@ class Loop:
     def _steps_per_epoch(self) -> float:
         """Updates in which every training example is seen once."""
         return len(self.setup.data.train) / self.setup.config.data.batch_size
+
+    def _updates(
+        self,
+        phase: PhaseSetup,
+        prefix: FrozenPrefix | None,
+        state: TrainState,
+        first: int,
+        end: int,
+    ) -> PhaseRun | ProbeRun:
+        """Returns the updates of a phase that continues from a state on the host."""
+        start = int(state.step)
+        if phase.compiled.probe is not None:
+            assert prefix is not None
+            # Few labels are asked for where `per_class` is set: no others are used.
+            is_last = phase is self.setup.phases[-1]
+            refits = is_last and self.setup.config.data.per_class is None
+            return ProbeRun(
+                setup=self.setup,
+                phase=phase,
+                options=phase.compiled.probe.refitting(refits),
+                prefix=prefix,
+                evaluator=self.evaluator,
+                step=start,
+                end=end,
+                clock=self.clock,
+                log=self.log,
+                say=self.terminal.say,
+                note_refit=self._note_refit,
+            )
+        with self.terminal.working("computing outputs of frozen stages"):
+            examples = self._examples(phase, prefix, state, end - start)
+        return PhaseRun(
+            phase=phase,
+            first=first,
+            end=end,
+            batch_size=self.setup.config.data.batch_size,
+            step=start,
+            rates=phase.compiled.learning_rates(),
+            feed=self.updates.feed(phase, examples, state, first, end),
+            updates=self.updates,
+            stop=self.stop,
+            update_log=self._update_log,
+            roll_back=functools.partial(self._rolled_back, phase),
+        )
+
+    def _note_refit(self, refit: dict[str, Any]) -> None:
+        self.progress.refit = refit
 
     def _next_stop(self, step: int, end: int) -> int:
         """Returns the step before which nothing has to be measured or saved."""
@@ -277,7 +313,10 @@ class Loop:
         return self.setup.devices.place(state.replace(step=np.int32(step)))
 
     def _pause(
-        self, placed: TrainState, prefix: FrozenPrefix | None, updates: PhaseRun
+        self,
+        placed: TrainState,
+        prefix: FrozenPrefix | None,
+        updates: PhaseRun | ProbeRun,
     ) -> tuple[TrainState, TrainState | None]:
         """Measures and saves a state, as is due.
 
@@ -342,8 +381,14 @@ class Loop:
         """Measures a state, logs the metrics, and notes whether it is the best."""
         held_out = self.setup.data.held_out
         wanted = {split: held_out[split] for split in splits if split in held_out}
+        state = EvaluatedState(
+            evaluator=self.evaluator,
+            placed=placed,
+            prefix=prefix,
+            refit=self.progress.refit,
+        )
         with self.terminal.working("measuring"):
-            found = self.evaluator.measure(placed, wanted, prefix=prefix)
+            found = state.measure(wanted)
         if not found:
             return
         self.measured |= found

@@ -83,12 +83,12 @@ def _plan_lines(setup: Setup) -> list[str]:
     """Returns a line for every phase: length, trained parameters, optimizer."""
     params, lines = named(setup.shapes.params), []
     for index, phase in enumerate(setup.plan):
-        trained = setup.phase(index).groups
+        trained, compiled = setup.phase(index).groups, setup.phase(index).compiled
         values = sum(math.prod(params[name].shape) for name in trained)
         given = "" if phase.epochs is None else f" ({phase.epochs:g} epochs)"
         lines.append(
-            f"{phase.name}: {phase.steps:,} updates{given} of {values:,} of "
-            f"{count(setup.shapes.params):,} parameters, {phase.optimizer}, "
-            f"{phase.schedule} {phase.peak_lr:g}"
+            f"{phase.name}: {phase.steps:,} update{'' if phase.steps == 1 else 's'}{given} "
+            f"of {values:,} of {count(setup.shapes.params):,} parameters, "
+            f"{phase.optimizer}, {compiled.rates}"
         )
     return lines

@@ -1,6 +1,7 @@
 """Progress of a run: what a checkpoint's metadata says, and where its seconds go."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -12,6 +13,7 @@ class Clock:
         train_s: Updates, without compiling and evaluation.
         wait_s: The part of `train_s` in which the device waited for data.
         updates: Updates made.
+        examples: Examples that they took.
         cached_phases: Names of the phases whose updates read cached features.
     """
 
@@ -19,6 +21,7 @@ class Clock:
     train_s: float = 0.0
     wait_s: float = 0.0
     updates: int = 0
+    examples: int = 0
     cached_phases: list[str] = dataclasses.field(default_factory=list)
 
     def since(self, then: "Clock") -> dict[str, float]:
@@ -53,6 +56,8 @@ class Progress:
         nonfinite: Number of updates so far that were not finite.
         anchor: Step of the last checkpoint that was due; a rollback restores it.
         log_lines: Lines of `metrics.jsonl` up to this step.
+        refit: Set if the state was fitted to the validation split, too: a digest of this
+            split, 'validation', and its 'metrics' before that.
     """
 
     phase: int = -1
@@ -71,6 +76,7 @@ class Progress:
     nonfinite: int = 0
     anchor: int = 0
     log_lines: int = 0
+    refit: dict[str, Any] | None = None
 
     def enter(self, phase: int) -> None:
         """Notes that a phase begins, with plateaus that have seen nothing yet."""

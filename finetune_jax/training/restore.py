@@ -60,6 +60,7 @@ def best_state(
         best = checkpoints.progress(steps[-1]).best_step
         step = steps[-1] if best is None else best
         state = restore(setup, checkpoints, step)
+        refit = checkpoints.progress(step).refit
         start = checkpoints.restore(0, setup.target(Progress()))
     finally:
         checkpoints.close()
@@ -69,6 +70,7 @@ def best_state(
         evaluator=evaluator,
         placed=setup.devices.place(state),
         prefix=prefix and prefix.uncached(),
+        refit=refit,
     )
     return found, step
 

@@ -256,17 +256,20 @@ def make_result(
     prefix = last_prefix(setup, state)
     placed = setup.devices.place(state)
     del state  # One copy in memory is enough.
-    final = best = evaluator.measure(placed, held_out, prefix=prefix)
+    found = EvaluatedState(
+        evaluator=evaluator, placed=placed, prefix=prefix, refit=progress.refit
+    )
+    final = best = found.measure(held_out)
     if progress.best_step not in (None, steps):
-        del placed
+        del placed, found
         state = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(state)
         best_prefix = last_prefix(setup, state)
         # Features of another prefix would be cached for this measurement alone.
         prefix = best_prefix and best_prefix.cached_like(prefix)
         del state, best_prefix
-        best = evaluator.measure(placed, held_out, prefix=prefix)
-    trained = clock.updates * setup.config.data.batch_size
+        found = EvaluatedState(evaluator=evaluator, placed=placed, prefix=prefix)
+        best = found.measure(held_out)
     result = {
         **final,
         "final": final,
@@ -280,10 +283,10 @@ def make_result(
             for index, phase in enumerate(setup.plan)
             if index
         },
-        "examples_per_s": trained / clock.train_s if clock.train_s else None,
+        "examples_per_s": clock.examples / clock.train_s if clock.train_s else None,
         "train_s": clock.train_s,
         "cached_phases": clock.cached_phases,
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
     }
-    return result, EvaluatedState(evaluator=evaluator, placed=placed, prefix=prefix)
+    return result, found

@@ -220,18 +220,19 @@ def make_setup(
         shapes=shapes,
         random_states=random_states,
     )
-    _check_trained(setup.phases)
+    _check_trained(setup)
     return setup
 
 
-def _check_trained(phases: tuple[PhaseSetup, ...]) -> None:
+def _check_trained(setup: Setup) -> None:
     """Checks the phases against the parameters that are trained in them.
 
     Raises:
-        UserError: Regularisers of frozen parameters, a line search with several rates.
+        UserError: Regularisers of frozen parameters, a line search with several rates, a
+            linear probe without features.
     """
     problems: list[Problem] = []
-    for index, phase in enumerate(phases):
+    for index, phase in enumerate(setup.phases):
         with collected(problems), under(f"config.plan[{index}]"):
             raise_if(
                 [
@@ -239,7 +240,43 @@ def _check_trained(phases: tuple[PhaseSetup, ...]) -> None:
                     *phase.compiled.group_problems(phase.groups),
                 ]
             )
+        if phase.compiled.probe is not None:
+            problems += _probe_problems(setup, phase, f"config.plan[{index}]")
     raise_if(problems)
+
+
+def _probe_problems(setup: Setup, phase: PhaseSetup, place: str) -> list[Problem]:
+    """Returns what keeps a linear probe from fitting features of all examples."""
+    config, task, problems = setup.config, setup.task, list[Problem]()
+    fits = f"{phase.phase.optimizer} fits the features of each example once"
+
+    def add(key: str, text: str) -> None:
+        problems.append(Problem(key, text))
+
+    if setup.data.spec.domains or task.teachers is not None:
+        text = f"{fits} to its label, but there are domains or teachers; use head_only"
+        add(f"{place}.optimizer", text)
+    elif task.models.frozen_prefix_end(phase.mode) is None:
+        text = (
+            f"no stage before the trained ones is frozen, but {fits}; see head_only()"
+        )
+        add(f"{place}.rules", text)
+    if config.data.sampling != "uniform":
+        text = (
+            f"{config.data.sampling!r}, but {fits}; "
+            "config.task.class_weights='balanced' gives rare classes more weight"
+        )
+        add("config.data.sampling", text)
+    if config.data.mix:
+        add("config.data.mix", f"{config.data.mix!r}, but {fits}; leave it out")
+    penalties = phase.compiled.probe.penalties if phase.compiled.probe else ()
+    if config.data.validation is None and len(penalties) > 1:
+        text = (
+            "None, but it chooses the penalty; name a split, or give one penalty: "
+            f"{place}.optimizer_args.penalties=(1e-3,)"
+        )
+        add("config.data.validation", text)
+    return problems
 
 
 def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:

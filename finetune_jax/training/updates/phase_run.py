@@ -22,6 +22,7 @@ class PhaseRun:
         phase: The phase.
         first: First update of the phase.
         end: Update after the last one.
+        batch_size: Examples in one update.
         step: Step of the current state.
         rates: Learning rate of each update, before a plateau lowers it.
         feed: Feed of examples.
@@ -35,6 +36,7 @@ class PhaseRun:
     phase: PhaseSetup
     first: int
     end: int
+    batch_size: int
     step: int
     rates: Sequence[float] | np.ndarray
     feed: Feed
@@ -79,6 +81,7 @@ class PhaseRun:
             self.feed.took(took)
         clock = self.update_log.clock
         clock.updates += call.updates
+        clock.examples += call.updates * self.batch_size
         clock.compile_s += compile_s
         clock.wait_s += waited
         clock.train_s += took
