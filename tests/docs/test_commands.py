@@ -1,0 +1,272 @@
+"""Every command and every Python block of README, docs and experiments works as written.
+
+A page is followed from its top in an empty folder, with small files under the names that
+the page uses. Only `reductions` are appended to a command, so that it trains little.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import sys
+
+import clicks
+import ml_collections
+import numpy as np
+import pages
+import pictures
+import pytest
+import questions
+import texts
+import weight_files
+from PIL import Image
+
+from finetune_jax import config as configs
+from finetune_jax import main, plans
+
+# Commands that are not run here, each with a reason.
+NOT_RUN = {
+    r"make ": "makes an environment or runs tests, as CI does",
+    r"git ": "needs the network",
+    r"\S+ -m pip install": "installs; the environment of the tests has it",
+    r"\S+ scripts/(bench|fuzz|fault)\w+\.py": "measures for minutes or hours",
+    r"\S+ -m pytest|\S+ tests/": "tests, which CI runs",
+    r"\S+ experiments/": "a study of minutes to hours",
+    r".*:stanford_dogs": "neither the data nor the weights come with a package",
+    r".* --mode=reproduce --workdir=RUN": "RUN is any run; tests/modes/test_reproduce.py",
+    r"sbatch|srun|for |do |done|source |export |kill ": "needs a cluster or a shell",
+}
+# Pages about studies and measurements: their commands need real data, and hours.
+ONLY_READ = ("experiments/", "docs/performance")
+# Pages whose blocks another test runs.
+ELSEWHERE = ("architecture.md",)
+# Modules of Python blocks that need not be there: `make oracles` installs them.
+ORACLES = ("torch", "torchvision", "timm", "transformers")
+
+
+def why_not(text):
+    """Returns why a command is not run; None if it is."""
+    return next((why for what, why in NOT_RUN.items() if re.match(what, text)), None)
+
+
+def is_read_only(page):
+    return str(page.relative_to(pages.ROOT)).startswith(ONLY_READ)
+
+
+EVERY = [block for page in pages.PAGES for block in pages.blocks(page)]
+COMMANDS = [block for block in EVERY if block.language == "sh"]
+
+
+def test_every_python_command_names_the_environment():
+    bare = re.compile(r"(?<![\w/])(?<!-m )(python3?|pip|pytest) [-\w]")
+    wrong = [b.place for b in COMMANDS if bare.search(b.text)]
+    for folder in ("configs", "scripts", "experiments"):
+        for file in (pages.ROOT / folder).rglob("*.py"):
+            if bare.search(file.read_text().split('"""')[1]):
+                wrong.append(str(file.relative_to(pages.ROOT)))
+    assert not wrong
+
+
+def test_every_reason_not_to_run_a_command_is_needed():
+    unused = [
+        pattern
+        for pattern in NOT_RUN
+        if not any(re.match(pattern, block.text) for block in COMMANDS)
+    ]
+    assert not unused
+
+
+def test_python_is_fenced_so_that_it_is_run():
+    wrong = [
+        f"{page.relative_to(pages.ROOT)}: {line.strip()}"
+        for page in pages.PAGES
+        for line in re.sub(r"```.*?```", "", page.read_text(), flags=re.S).splitlines()
+        if re.match(r"    (from \w[\w.]* import |import |config\.\w+(\.\w+)* = )", line)
+    ]
+    assert not wrong
+
+
+def test_links_lead_somewhere():
+    wrong = []
+    for page in pages.PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            if not (page.parent / target).exists():
+                wrong.append(f"{page.relative_to(pages.ROOT)}: {target}")
+    assert not wrong
+
+
+def reductions(arguments):
+    """Returns what is appended to a command that has --config, so that it is short."""
+    given = [word for word in arguments if word.startswith("--config=")]
+    if not given or "--mode=config" in arguments:
+        return []
+    address = given[0].partition("=")[2]
+    pairs = [
+        tuple(word.removeprefix("--config.").split("=", 1))
+        for word in arguments
+        if word.startswith("--config.")
+    ]
+    config, problems = configs.resolve(configs.load(address), pairs)
+    assert not problems
+    found = ["parallel.devices=1"]
+    for index, phase in enumerate(config.plan):
+        place = f"plan[{index}]"
+        if phase.epochs is not None and phase.optimizer != "lbfgs":
+            found.append(f"{place}.epochs=1")
+        if phase.steps is not None:
+            found.append(f"{place}.steps=2")
+        if phase.warmup_steps:
+            found.append(f"{place}.warmup_steps=1")
+    if (config.data.image_size or 0) > 64:  # Photos are small in these tests.
+        found.append("data.image_size=64")
+        found += ["data.resize=64"] if config.data.resize else []
+    if config.data.text:  # One layer at random in place of a published encoder.
+        found += ["init.pretrained=None", "model.layers=1", "data.batch_size=8"]
+        found += ["data.max_tokens=32", "data.buckets=(32,)"]
+        found += ["data.tokenizer=file:tokenizer.json"]
+    if config.population:
+        found.append("population=()")
+    return [f"--config.{text}" for text in found]
+
+
+def run_command(text):
+    environment, words, output = pages.words_of(text)
+    assert words[0] == pages.PYTHON
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        out = io.StringIO()
+        if output:
+            stack.enter_context(contextlib.redirect_stdout(out))
+        if words[1:3] == ["-m", "finetune_jax.main"]:
+            assert main.run([*words[3:], *reductions(words[3:])]) == 0
+        else:
+            is_module = words[1] == "-m"
+            patch.setattr(sys, "argv", words[2:] if is_module else words[1:])
+            call = runpy.run_module if is_module else runpy.run_path
+            with contextlib.suppress(SystemExit):
+                call(words[2] if is_module else words[1], run_name="__main__")
+        if output:
+            pathlib.Path(output).write_text(out.getvalue())
+
+
+def names_of_a_config_file():
+    """Returns what a block that shows a part of a config file may use."""
+    names = {"config": configs.default(), "configs": configs, "grid": configs.grid}
+    return names | {"ml_collections": ml_collections} | vars(plans)
+
+
+def run_python(block, names):
+    try:
+        exec(compile(block.text, block.place, "exec"), names)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ORACLES:
+            raise
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Returns a folder with small files under the names that the pages use."""
+    folder = tmp_path_factory.mktemp("files")
+    pictures.make_folder(folder / "photos", suffix=".jpg")
+    pictures.make_folder(folder / "new_photos", examples=2, suffix=".jpg")
+    weight_files.write(folder / "resnet18.pth", resnet18())
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (60, 16, 16), np.uint8)
+    np.savez(folder / "images.npz", x=grey, y=np.arange(60) % 3)
+    np.savez(folder / "vectors.npz", x=rng.normal(size=(60, 8)), y=np.arange(60) % 3)
+    _write_street(folder / "street", rng)
+    texts.write(folder / "texts")
+    (folder / "tokenizer.json").write_text(texts.tokenizer())
+    shutil.copy(folder / "texts" / "train.tsv", folder / "sentences.tsv")
+    lines = [row[0] for row in texts.rows(5, seed=9)]
+    (folder / "new.txt").write_text("\n".join(lines) + "\n")
+    questions.write(folder / "questions")
+    asked = [json.dumps(row) + "\n" for row in questions.rows(4, seed=9)]
+    (folder / "new.jsonl").write_text("".join(asked))
+    _write_visits(folder, rng)
+    clicks.write(folder / "train.txt", clicks.rows(200))
+    return folder
+
+
+def resnet18():
+    """Returns tensors of torchvision's ResNet-18 whose outputs are of order 1."""
+    tensors = weight_files.published("torchvision or timm", "resnet18", classes=1000)
+    for name, array in tensors.items():
+        if array.ndim > 1:
+            tensors[name] = array * np.sqrt(2 / array[0].size, dtype=np.float32)
+        else:
+            is_one = name.endswith(("running_var", "weight"))
+            tensors[name] = np.full_like(array, float(is_one))
+    return tensors
+
+
+def _write_street(folder, rng):
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(20):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:, : rng.integers(10, 30)] = 1
+        image = np.stack([mask * 150, 200 - mask * 90, mask + 90], axis=-1)
+        Image.fromarray(image).save(folder / "images" / f"{number}.jpg")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    (folder / "classes.csv").write_text("sky\nroad\n")
+
+
+def _write_visits(folder, rng):
+    """Writes a table of customers, and one without the label."""
+    cities = ("Rome", "Bern", "Oslo")
+    rows = []
+    for _ in range(120):
+        age, city, visits = rng.integers(18, 80), rng.integers(3), rng.integers(0, 30)
+        rows.append((age, cities[city], visits, "yes" if visits > 12 else "no"))
+    for name, last in (("visits.csv", 4), ("new.csv", 3)):
+        head = ("age", "city", "visits", "bought")[:last]
+        kept = rows if last == 4 else rows[:5]
+        text = [",".join(map(str, row[:last])) + "\n" for row in (head, *kept)]
+        (folder / name).write_text("".join(text))
+
+
+def followed():
+    for page in pages.PAGES:
+        if not is_read_only(page) and page.name not in ELSEWHERE:
+            if any(
+                b.language == "python" or not why_not(b.text)
+                for b in pages.blocks(page)
+            ):
+                yield page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [*followed()], ids=lambda page: page.name)
+def test_a_page_works_from_top_to_bottom(
+    page, files, tmp_path, monkeypatch, no_pictures
+):
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    for name in ("configs", "scripts", "experiments"):
+        (tmp_path / name).symlink_to(pages.ROOT / name)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    names = names_of_a_config_file()
+    for block in pages.blocks(page):
+        with told_with(block):
+            if block.language == "python":
+                run_python(block, names)
+            elif not why_not(block.text):
+                run_command(block.text)
+
+
+@contextlib.contextmanager
+def told_with(block):
+    """Adds the place and the text of a block to an error in it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"{block.place}: {block.text}")
+        raise
