@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Both workers, all three passes and the processes that tests start share compiled modules.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: env demo test test-slow test-exhaustive test-3.12 oracles onnx check lock clean
+.PHONY: env env-cuda demo test test-slow test-exhaustive test-3.12 oracles onnx check lock clean
 
 env: $(VENV)/.installed
 
@@ -19,6 +19,15 @@ $(VENV)/.installed: pyproject.toml requirements/py$(VERSION).txt
 
 demo: env
 	$(BIN)/python -m finetune_jax.main --config=configs/resnet_head.py
+
+# CUDA as wheels, 12 or 13, beside the rest of the environment. The last line shows what
+# jax computes on.
+CUDA ?= 13
+
+env-cuda: env
+	$(BIN)/python -m pip install --quiet --require-hashes \
+	  -r requirements/cuda$(CUDA)-py$(VERSION).txt
+	$(BIN)/python -c "import jax; print(jax.devices())"
 
 # Tests spend most of their time in the compiler. Those that compare neither bits nor
 # costs are compiled without optimisation, and with the emitters that compile fastest.
@@ -73,6 +82,12 @@ lock:
 	uv pip compile pyproject.toml --extra dev requirements/build.in \
 	  --generate-hashes --no-emit-index-url --quiet --python-version 3.12 \
 	  --no-header -o requirements/py3.12.txt
+	for cuda in 12 13; do for version in 3.11 3.12; do \
+	  echo "jax[cuda$$cuda]" | uv pip compile - --constraint requirements/py$$version.txt \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --quiet \
+	    --python-version $$version --no-header \
+	    -o requirements/cuda$$cuda-py$$version.txt || exit 1; \
+	done; done
 
 clean:
 	rm -rf .venv .venv-3.12 .venv-onnx .pytest_cache .ruff_cache

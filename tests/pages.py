@@ -30,12 +30,14 @@ class Block:
         line: Its first line there, counted from 1.
         language: 'sh' or 'python'.
         text: Its text; a command that goes on over lines is one line.
+        file: Name of the file that the page says to save it as; None is run as it is.
     """
 
     page: pathlib.Path
     line: int
     language: str
     text: str
+    file: str | None = None
 
     @property
     def place(self):
@@ -58,7 +60,9 @@ def blocks(page):
             end = next(i for i in range(at + 1, len(lines)) if "```" in lines[i])
             inner = lines[at + 1 : end]
             if fence[1] == "python":
-                found.append(Block(page, at + 2, "python", "\n".join(inner) + "\n"))
+                text = "\n".join(inner) + "\n"
+                file = _saved_as(lines[:at])
+                found.append(Block(page, at + 2, "python", text, file))
             elif fence[1] in ("", "sh", "bash"):
                 found += _commands(page, at + 2, inner)
             at = end + 1
@@ -73,6 +77,13 @@ def blocks(page):
             found += [Block(page, at + 1, "sh", t) for t in texts if _is_whole(t)]
             at += 1
     return found
+
+
+def _saved_as(before):
+    """Returns the name in "Save it as `NAME`:" at the end of the lines before a block."""
+    paragraph = "\n".join(before).rstrip().rpartition("\n\n")[2]
+    found = re.search(r"[Ss]ave it\s+as\s+`([^`]+)`:$", paragraph)
+    return found[1] if found else None
 
 
 def _is_whole(text):
