@@ -13,9 +13,9 @@ from finetune_jax.core.errors import Problem, collected
 
 # Keys that a resumed run may change, since no result depends on them.
 NO_RESULT_DEPENDS_ON = (
-    "report", "checkpoint.keep", "checkpoint.grace_s", "data.memory_gb",
-    "data.cache", "data.cache_gb", "data.cache_dir", "parallel.steps_per_call",
-    "plugins",
+    "report", "checkpoint.keep", "checkpoint.best_only", "checkpoint.grace_s",
+    "data.memory_gb", "data.cache", "data.cache_gb", "data.cache_dir",
+    "parallel.steps_per_call", "plugins",
 )  # fmt: skip
 # Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
 # not finite, and a kept head of other classes.
@@ -363,6 +363,15 @@ class Checkpoint(Section):
     )
     keep: int = key(
         1, "Newest checkpoints kept besides the first and the best.", above=0
+    )
+    best_only: bool = key(
+        False, "Whether a finished run keeps only its first and its best checkpoint."
+    )
+    params: str = key(
+        "all",
+        "Parameters that are stored; 'trained' leaves those that are never trained to "
+        "the weight file of init.pretrained.",
+        choices=("all", "trained"),
     )
     grace_s: float = key(30.0, "Seconds to save in after a signal to stop.", above=0)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax.core.files import write_text
+from finetune_jax.core.files import bytes_below, write_text
 from finetune_jax.core.pytrees import nbytes
 
 ABOUT = "about.json"
@@ -43,6 +43,10 @@ class Tables:
     def place(self, key: str) -> pathlib.Path:
         """Returns where a table is, or would be."""
         return self.folder / key[:32]
+
+    def nbytes(self) -> int:
+        """Returns the number of bytes of all tables, those of other runs too."""
+        return bytes_below(self.folder)
 
     def find(self, key: str, table: Any) -> list[np.ndarray] | None:
         """Returns the arrays of a table that is there and whole.

@@ -1,5 +1,6 @@
 """Writes files whole or not at all, and reads JSON."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -23,6 +24,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
         part.replace(path)
     except OSError as error:  # That of a full disk names no file.
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def bytes_below(folder: pathlib.Path) -> int:
+    """Returns the number of bytes of all files below a folder; 0 if there is none."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # Another process may delete files.
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def write_json(path: pathlib.Path, values: dict | list) -> None:

@@ -3,6 +3,10 @@
 A checkpoint has the state and JSON metadata. The metadata is read first, because the phase
 in it implies the structure of the state. It holds the digest of every leaf and of itself:
 orbax alone restores damaged arrays in silence.
+
+Parameters and batch statistics that are those of checkpoint 0 are not stored again: the
+metadata lists them under `shared`, and a scalar is stored in their place. In the same way
+checkpoint 0 can leave out values of a weight file, listed under `reloaded`.
 """
 
 import contextlib
@@ -14,14 +18,21 @@ import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 
-from finetune_jax.core.errors import TrainingError, raise_if, why_not_written
+from finetune_jax.core.errors import (
+    TrainingError,
+    UserError,
+    listed,
+    raise_if,
+    why_not_written,
+)
 from finetune_jax.core.machine import give_back_memory
-from finetune_jax.core.pytrees import leaf_digests, named
+from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.training.progress import Progress
@@ -31,10 +42,42 @@ class DamagedCheckpoint(TrainingError):
     """A checkpoint whose files are incomplete, unreadable or changed."""
 
 
+class DamagedStart(TrainingError):
+    """Checkpoint 0, whose values later checkpoints share, is damaged or missing."""
+
+
+# Stored in place of a leaf that is stored elsewhere.
+ELSEWHERE = np.zeros((), np.uint8)
+# Leaves are shared with checkpoint 0 if they make up this part of a state's bytes.
+LEAST_SHARED = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reloaded:
+    """Values of checkpoint 0 that stay in the weight file of the run.
+
+    Attributes:
+        names: Names of the leaves, such as 'params/stem/conv/kernel'.
+        load: Returns the state before the first update, with these values.
+        where: Address of the weights, for messages.
+    """
+
+    names: frozenset[str]
+    load: Callable[[], TrainState]
+    where: str
+
+
 class Checkpoints:
     """The checkpoints of one run: the first, the best and the newest ones are kept."""
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, read_only: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int,
+        read_only: bool = False,
+        reloaded: Reloaded | None = None,
+    ):
         """Opens a folder.
 
         Args:
@@ -42,9 +85,12 @@ class Checkpoints:
             keep: Number of newest checkpoints to keep.
             read_only: Whether the folder is left unchanged. Otherwise it is made if need
                 be, and leftovers of killed saves are removed.
+            reloaded: Values that checkpoint 0 leaves out; None stores all.
         """
         self.folder = folder.absolute()
         self._keep = keep
+        self._reloaded = reloaded
+        self._start_leaves: dict[str, str] | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "meta"),
@@ -69,13 +115,16 @@ class Checkpoints:
         """
         step = int(state.step)
         tree = dict(vars(state))
-        meta = {
+        leaves = leaf_digests(tree)
+        meta: dict[str, Any] = {
             "progress": dataclasses.asdict(progress),
-            "leaves": leaf_digests(tree),
+            "leaves": leaves,
+            **self._left_out(step, tree, leaves),
         }
         meta["sha256"] = _digest(meta)
+        stored = _without(tree, _names_left_out(meta))
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta)
         )
         try:
             with _without_tracebacks():
@@ -89,6 +138,26 @@ class Checkpoints:
         for old in _superfluous(self.steps(), progress, self._keep):
             self._manager.delete(old)
         give_back_memory()
+
+    def _left_out(
+        self, step: int, tree: dict[str, Any], leaves: dict[str, str]
+    ) -> dict[str, list[str]]:
+        """Returns the entry of the metadata that lists leaves stored elsewhere."""
+        if step == 0:
+            names = sorted(self._reloaded.names) if self._reloaded else []
+            return {"reloaded": names} if names else {}
+        if self._start_leaves is None:
+            # Without a start the state is stored whole.
+            self._start_leaves = self._meta(0)["leaves"] if 0 in self.steps() else {}
+        names = [
+            name
+            for name, sha256 in leaves.items()
+            if name.startswith(("params/", "batch_stats/"))
+            and self._start_leaves.get(name) == sha256
+        ]
+        arrays = named(tree)
+        size = nbytes([arrays[name] for name in names])
+        return {"shared": names} if size > LEAST_SHARED * nbytes(tree) else {}
 
     def progress(self, step: int) -> Progress:
         """Returns the progress of the run at a checkpoint.
@@ -123,6 +192,7 @@ class Checkpoints:
         Raises:
             UserError: Checkpoint and target differ in structure; lists the names.
             DamagedCheckpoint: The files are incomplete, or have changed.
+            DamagedStart: Checkpoint 0, which has values of this one, is damaged.
         """
         meta, wanted = self._meta(step), dict(vars(target))
         saved, names = set(meta["leaves"]), set(named(wanted))
@@ -136,9 +206,13 @@ class Checkpoints:
             "another model:",
         )
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            stored = _without(wanted, _names_left_out(meta))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
             state = self._manager.restore(step, args=args)["state"]
-            leaves = named(state)
+            leaves = named(state) | self._elsewhere(step, meta, target)
+            state = like(wanted, leaves)
+        except (DamagedStart, UserError):
+            raise
         except Exception as error:  # Orbax raises exceptions of many types.
             raise DamagedCheckpoint(
                 f"checkpoint {step}: its state cannot be read: {error}"
@@ -160,6 +234,45 @@ class Checkpoints:
         )
         give_back_memory()
         return TrainState(**state)
+
+    def _elsewhere(
+        self, step: int, meta: dict[str, Any], target: TrainState
+    ) -> dict[str, Any]:
+        """Returns the leaves of a checkpoint that are stored elsewhere.
+
+        Raises:
+            DamagedStart: Checkpoint 0 is damaged.
+            UserError: The weight file is not that of the run.
+        """
+        names = _names_left_out(meta)
+        if not names:
+            return {}
+        if "shared" in meta:
+            try:
+                start = self.restore(0, target.replace(opt_state={}))
+            except DamagedCheckpoint as error:
+                raise DamagedStart(
+                    f"checkpoint {step} shares values with checkpoint 0 in {self.folder}, "
+                    f"which cannot be read ({error}); bring it back from a copy, or give "
+                    "another --workdir"
+                ) from error
+        else:
+            if self._reloaded is None:
+                raise DamagedCheckpoint(
+                    f"checkpoint {step}: values of a weight file are not in it"
+                )
+            start = self._reloaded.load()
+        leaves = named(dict(vars(start)))
+        found = {name: leaves[name] for name in names}
+        digests = leaf_digests(found)
+        changed = [name for name in names if digests[name] != meta["leaves"][name]]
+        if changed and self._reloaded is not None:
+            raise UserError(
+                f"config.checkpoint.params: {self.folder} leaves frozen values to "
+                f"{self._reloaded.where}, which has others now: {listed(changed, 5)}; "
+                "bring back the weights that the run began with"
+            )
+        return found
 
     def newest(
         self, target: Callable[[Progress], TrainState], warn: Callable[[str], None]
@@ -261,10 +374,28 @@ class HeldCheckpoints:
         """Returns at once; nothing is pending."""
 
 
+def delete_all_but(folder: pathlib.Path, steps: Collection[int]) -> None:
+    """Deletes the checkpoints of a finished run, except for some steps and the first."""
+    for place in folder.iterdir():
+        if place.name.isdigit() and int(place.name) not in {0, *steps}:
+            shutil.rmtree(place)
+
+
 def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
     """Returns the steps to delete: neither first, best, due, nor among the newest."""
     kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
     return [step for step in steps[:-keep] if step not in kept]
+
+
+def _names_left_out(meta: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the leaves that a checkpoint does not store itself."""
+    return {*meta.get("shared", ()), *meta.get("reloaded", ())}
+
+
+def _without(tree: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Returns a tree with a scalar in place of some leaves."""
+    leaves = named(tree)
+    return like(tree, leaves | dict.fromkeys(names, ELSEWHERE))
 
 
 def _digest(meta: dict) -> str:

@@ -9,9 +9,56 @@ from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FrozenPrefix, frozen_prefix
 from finetune_jax.training.assembly import make_evaluator
-from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints, Reloaded
+from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
+
+
+def open_checkpoints(
+    setup: Setup, folder: pathlib.Path, loaded: Loaded | None = None
+) -> Checkpoints:
+    """Returns the checkpoints of a run.
+
+    Args:
+        setup: Setup of the run.
+        folder: `checkpoints/` of its workdir.
+        loaded: Origin of the weights of a run that saves; None leaves the folder
+            unchanged.
+
+    Raises:
+        UserError: Frozen values cannot be left to a weight file.
+    """
+    config, reloaded = setup.config, None
+    if config.checkpoint.params == "trained":
+        reloaded = Reloaded(
+            names=_left_to_weights(setup, loaded) if loaded else frozenset(),
+            load=lambda: setup.with_ema(setup.start(measure=False)[0]),
+            where=str(config.init.pretrained),
+        )
+    keep, read_only = config.checkpoint.keep, loaded is None
+    return Checkpoints(folder, keep=keep, read_only=read_only, reloaded=reloaded)
+
+
+def _left_to_weights(setup: Setup, loaded: Loaded) -> frozenset[str]:
+    """Returns the names of loaded leaves that no phase changes.
+
+    Raises:
+        UserError: There are none, or their values also depend on the data.
+    """
+    frozen = [set(phase.frozen(setup.shapes)) for phase in setup.phases]
+    names = loaded.names.intersection(*frozen)
+    reasons = {
+        "the data has embeddings": setup.data.fitted is not None,
+        "config.init.embeddings changes weights": bool(setup.config.init.embeddings),
+        "config.init.schemes changes weights": bool(setup.config.init.schemes),
+        "every loaded parameter is trained, or none is loaded": not names,
+    }
+    if why := [reason for reason, is_so in reasons.items() if is_so]:
+        raise UserError(
+            f"config.checkpoint.params: 'trained', but {'; '.join(why)}; choose 'all'"
+        )
+    return names
 
 
 def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
@@ -54,7 +101,7 @@ def best_state(
     if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
         raise UserError(f"--workdir: {workdir} has no checkpoint yet")
     # The run may still be going on, and saving.
-    checkpoints = Checkpoints(folder, keep=setup.config.checkpoint.keep, read_only=True)
+    checkpoints = open_checkpoints(setup, folder)
     try:
         steps = checkpoints.steps()
         best = checkpoints.progress(steps[-1]).best_step

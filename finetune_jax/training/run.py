@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
-from finetune_jax.core.files import write_json, write_text
+from finetune_jax.core.files import bytes_below, write_json, write_text
 from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.class_order import in_order_of_run
@@ -36,13 +36,13 @@ from finetune_jax.training.assembly import (
     make_loop,
     make_store,
 )
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoint import delete_all_but
 from finetune_jax.training.initial.starting_state import Loaded, run_data
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.overview import overview
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
-from finetune_jax.training.restore import last_prefix, restore
+from finetune_jax.training.restore import last_prefix, open_checkpoints, restore
 from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
@@ -80,7 +80,7 @@ def run(
         record(workdir, setup, inputs, told)
         executor = DeviceExecutor(devices=setup.devices)
         loop = _resumed(
-            workdir, setup, domains, start,
+            workdir, setup, domains, start, loaded,
             executor=executor, terminal=terminal, stop=stop or Stop(),
         )  # fmt: skip
         del start
@@ -88,6 +88,7 @@ def run(
             state = loop.run()
             executor.end_training()
             result, best = make_result(loop, state, begin)
+            result["disk_bytes"] = _disk_bytes(loop, result, workdir)
             write_report(setup, best, loop.progress, result, workdir)
         finally:
             terminal.end_phase()
@@ -95,7 +96,31 @@ def run(
             loop.checkpoints.close()
         _tell_unreadable(workdir, setup, terminal)
         write_json(workdir / "result.json", result)
+        if setup.config.checkpoint.best_only:
+            delete_all_but(workdir / "checkpoints", _best_steps(result))
     return result
+
+
+def _best_steps(result: dict[str, Any]) -> list[int]:
+    """Returns the step of the best checkpoint, or of the last one if none is best."""
+    best = result["best_step"]
+    return [result["steps"] if best is None else best]
+
+
+def _disk_bytes(
+    loop: Loop, result: dict[str, Any], workdir: pathlib.Path
+) -> dict[str, int]:
+    """Returns the bytes of the checkpoints that stay, and of the cache of all runs."""
+    steps = {0, *_best_steps(result)}
+    kept = [
+        bytes_below(place)
+        for place in (workdir / "checkpoints").iterdir()
+        if not loop.setup.config.checkpoint.best_only or place.name in map(str, steps)
+    ]
+    found = {"checkpoints": sum(kept)}
+    if loop.evaluator.store is not None:
+        found["feature_cache"] = loop.evaluator.store.tables.nbytes()
+    return found
 
 
 def data_of_run(config: Config, workdir: pathlib.Path) -> Data:
@@ -212,14 +237,15 @@ def _resumed(
     setup: Setup,
     domains: tuple[Domain, ...],
     start: TrainState,
+    loaded: Loaded,
     *,
     executor: Executor,
     terminal: Terminal,
     stop: Stop,
 ) -> Loop:
     """Returns the loop of a run, at its newest checkpoint or at its beginning."""
-    config, begun = setup.config, (workdir / "checkpoints" / "0").is_dir()
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    begun = (workdir / "checkpoints" / "0").is_dir()
+    checkpoints = open_checkpoints(setup, workdir / "checkpoints", loaded)
     found = checkpoints.newest(setup.target, terminal.warn)
     if begun and not found:  # Every checkpoint was damaged.
         start, _ = setup.start()

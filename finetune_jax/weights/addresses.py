@@ -12,6 +12,7 @@ Nothing in a weight file is ever executed.
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import math
 import pathlib
@@ -251,6 +252,8 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
 def _orbax(address: str, place: str, entry: str | None) -> Weights:
     import orbax.checkpoint as ocp
 
+    from finetune_jax.core.pytrees import like, named
+
     folder = _step_folder(user_path(place, "config.init.pretrained"))
     try:
         with ocp.PyTreeCheckpointer() as reader:
@@ -259,14 +262,46 @@ def _orbax(address: str, place: str, entry: str | None) -> Weights:
         raise UserError(
             f"config.init.pretrained: {folder} is not an orbax checkpoint: {error}"
         ) from error
+    _check_is_whole(folder)
+    folders = [folder]
+    if shared := _left_out(folder, "shared"):
+        folders.append(folder.parent.parent / "0" / "state")
+        _check_is_whole(folders[-1])
+        with ocp.PyTreeCheckpointer() as reader:
+            start = named(reader.restore(folders[-1]))
+        tree = like(tree, named(tree) | {name: start[name] for name in shared})
     tensors, notes = _of_state(tree, entry, str(folder))
     sha256 = {
         str(path): sha256_of(path)
-        for path in sorted(folder.rglob("*"))
+        for place in folders
+        for path in sorted(place.rglob("*"))
         if path.is_file()
     }
     told = tuple(f"{address}: {note}" for note in notes)
     return Weights(address=address, tensors=tensors, sha256=sha256, notes=told)
+
+
+def _left_out(state: pathlib.Path, key: str) -> list[str]:
+    """Returns the leaves that a checkpoint of a run lists under a key of its metadata."""
+    metadata = state.parent / "meta" / "metadata"
+    try:
+        return json.loads(metadata.read_text()).get(key, [])
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _check_is_whole(state: pathlib.Path) -> None:
+    """Checks that a checkpoint of a run leaves no values to a weight file.
+
+    Raises:
+        UserError: It leaves some.
+    """
+    if _left_out(state, "reloaded"):
+        raise UserError(
+            f"config.init.pretrained: {state.parent} leaves frozen values to the weight "
+            "file of its run (config.checkpoint.params='trained'); export the run and "
+            "give file:EXPORT/model.safetensors"
+        )
 
 
 def _of_state(
@@ -310,8 +345,6 @@ def _step_folder(place: pathlib.Path) -> pathlib.Path:
         folder = max(steps, key=lambda step: int(step.name))
         best = folder.parent.parent / "result.json"
         if best.is_file():
-            import json
-
             step = json.loads(best.read_text()).get("best_step")
             chosen = folder.parent / str(step)
             folder = chosen if chosen.is_dir() else folder

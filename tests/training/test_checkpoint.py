@@ -1,3 +1,4 @@
+import gc
 import json
 
 import jax
@@ -7,8 +8,14 @@ import small
 from checkpoints import PLAN, opened, some_state
 
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import bytes_below
 from finetune_jax.core.pytrees import digest
-from finetune_jax.training.checkpoint import DamagedCheckpoint
+from finetune_jax.training import checkpoint
+from finetune_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    DamagedStart,
+)
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
 
@@ -129,3 +136,44 @@ def test_metadata_is_part_of_what_is_checked(setup, tmp_path):
 
 def test_an_empty_folder_has_no_newest(setup, tmp_path):
     assert opened(tmp_path).newest(setup.target, print) is None
+
+
+def with_head(setup, seed):
+    """Returns a state of phase 'head' that differs from the start in the head only."""
+    start = some_state(setup, -1)
+    state = some_state(setup, 0, seed)
+    params = start.params | {"head": state.params["head"]}
+    return start, state.replace(params=params, batch_stats=start.batch_stats)
+
+
+def stored(checkpoints, step):
+    return bytes_below(checkpoints.folder / str(step))
+
+
+def test_values_of_the_start_are_stored_once(tmp_path, monkeypatch):
+    setup = make_setup(small.config(model="mlp", hidden=(512,), plan=PLAN[:1]))
+    start, state = with_head(setup, 3)
+    shared, whole = opened(tmp_path), Checkpoints(tmp_path / "whole", keep=9)
+    for checkpoints in (shared, whole):
+        least = checkpoint.LEAST_SHARED if checkpoints is shared else 2
+        monkeypatch.setattr(checkpoint, "LEAST_SHARED", least)
+        checkpoints.save(start, Progress())
+        checkpoints.save(state, Progress(phase=0))
+        found = checkpoints.restore(1, setup.target(Progress(phase=0)))
+        assert digest(found) == digest(state)
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert stored(shared, 1) < stored(whole, 1) / 4
+
+
+@NOISE
+def test_a_damaged_start_is_told_and_nothing_is_moved(tmp_path):
+    setup = make_setup(small.config(model="mlp", hidden=(64,), plan=PLAN[:1]))
+    checkpoints = opened(tmp_path)
+    for state, phase in zip(with_head(setup, 3), (-1, 0)):
+        checkpoints.save(state, Progress(phase=phase))
+    data = next((checkpoints.folder / "0" / "state").rglob("d/*"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(DamagedStart, match="checkpoint 1 shares .* checkpoint 0"):
+        checkpoints.newest(setup.target, print)
+    assert checkpoints.steps() == [0, 1]
+    gc.collect()  # Tasks of orbax tell of themselves here, not in the next test.

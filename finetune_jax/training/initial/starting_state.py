@@ -85,12 +85,15 @@ class Loaded:
         layouts: Name of the layout, by the prefix of the model.
         lines: Lines about the arrays taken from each address, and those left.
         told: Warnings about the weights.
+        names: Names of the leaves that are values of a weight file, if only these leaves
+            were not sampled.
     """
 
     sha256: Mapping[str, str]
     layouts: Mapping[str, str]
     lines: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
     @property
     def layout(self) -> Any:
@@ -165,8 +168,9 @@ def starting_state(
     params, vectors = with_vectors(state.params, init.embeddings, data.fitted)
     lines += _lines_of_models(task, config, weights, layouts)
     found = Loaded(
-        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told)
-    )
+        sha256=sha256 | vectors, layouts=layouts, lines=tuple(lines), told=tuple(told),
+        names=_not_sampled(variables, wanted),
+    )  # fmt: skip
     return state.replace(params=params), found
 
 
@@ -347,6 +351,14 @@ def _wanted(
         return "" not in is_fresh or prefix in others or is_fresh[""](name)
 
     return wanted
+
+
+def _not_sampled(
+    variables: Mapping[str, Any], wanted: Callable[[str], bool] | None
+) -> frozenset[str]:
+    """Returns the names of the leaves that `wanted` leaves out."""
+    names = named(variables) if wanted is not None else ()
+    return frozenset(name for name in names if wanted and not wanted(name))
 
 
 def _check_fresh(fresh: Sequence[str], names: Mapping[str, Any]) -> None:
