@@ -1,4 +1,3 @@
-import gc
 import json
 
 import jax
@@ -165,15 +164,12 @@ def test_values_of_the_start_are_stored_once(tmp_path, monkeypatch):
     assert stored(shared, 1) < stored(whole, 1) / 4
 
 
-@NOISE
 def test_a_damaged_start_is_told_and_nothing_is_moved(tmp_path):
     setup = make_setup(small.config(model="mlp", hidden=(64,), plan=PLAN[:1]))
     checkpoints = opened(tmp_path)
     for state, phase in zip(with_head(setup, 3), (-1, 0)):
         checkpoints.save(state, Progress(phase=phase))
-    data = next((checkpoints.folder / "0" / "state").rglob("d/*"))
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    (checkpoints.folder / "0" / "meta" / "metadata").write_text("{}")
     with pytest.raises(DamagedStart, match="checkpoint 1 shares .* checkpoint 0"):
         checkpoints.newest(setup.target, print)
     assert checkpoints.steps() == [0, 1]
-    gc.collect()  # Tasks of orbax tell of themselves here, not in the next test.
