@@ -102,6 +102,7 @@ def empty_hub(folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(addresses, "_failures", {})
+    monkeypatch.setattr(addresses, "_reached", set())
 
     def put(*files):
         root = folder / f"models--{REPOSITORY.replace('/', '--')}"

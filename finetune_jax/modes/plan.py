@@ -2,12 +2,12 @@
 
 Everything is built by shape, and phases that share a program are traced once. If the data
 is missing, `data.image_size`, `data.channels` and `model.classes` describe it, and lengths
-stay in epochs.
+stay in epochs. The last lines say whether data and weights are there and fit the model.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from finetune_jax.config.members import labels_of
 from finetune_jax.core.errors import DataMissing, UserError
 from finetune_jax.core.flops import count_flops
 from finetune_jax.core.machine import uncollected
+from finetune_jax.core.paths import printable
 from finetune_jax.core.pytrees import count, named, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, no_data
@@ -33,6 +34,8 @@ from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.starting_state import run_data
+from finetune_jax.training.initial.weights_check import weights_lines
+from finetune_jax.training.overview import data_lines
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
@@ -45,7 +48,8 @@ def main(config: Config, options: Options) -> int:
     config, lines = with_weight_defaults(config, weight_keys(config.data))
     for line in lines:
         print(line)
-    data, is_there = data_of(config)
+    data, missing = data_of(config)
+    is_there = missing is None
     setup = make_setup(config, data)
     # Other domains and members can only be checked with the data.
     if is_there:
@@ -87,7 +91,19 @@ def main(config: Config, options: Options) -> int:
             costs[phase.program] = flops, nbytes(opt_state)
         table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
     Console(width=None if console.is_terminal else 160).print(table)
+    known = data_lines(config, data)
+    if missing is not None:
+        known = [f"not there: {'; '.join(map(str, missing.problems))}"]
+    _print_section("data", known)
+    # Last, so that a plan is printed even if its weights are not there.
+    weights = weights_lines(task, config, state, data if is_there else None)
+    _print_section("weights", weights)
     return 0
+
+
+def _print_section(title: str, lines: Sequence[str]) -> None:
+    for first, line in enumerate(lines):
+        print(f"{'' if first else title:9}{printable(line)}")
 
 
 def _learners(config: Config, task: Task) -> str:
@@ -108,15 +124,15 @@ def _domains(spec: DataSpec) -> str:
     return "; ".join(found)
 
 
-def data_of(config: Config) -> tuple[Data, bool]:
-    """Returns (data, True), or (data without examples, False) if the data is missing.
+def data_of(config: Config) -> tuple[Data, DataMissing | None]:
+    """Returns the data, or data without examples and why it is missing.
 
     Raises:
         UserError: The data is missing and the config does not describe it, or the data
             does not fit the config.
     """
     try:
-        return run_data(config), True
+        return run_data(config), None
     except DataMissing as missing:
         kind = kind_named(kind_of(config.data))
         try:
@@ -125,7 +141,7 @@ def data_of(config: Config) -> tuple[Data, bool]:
             raise UserError(*missing.problems, *error.problems) from missing
         if spec is None:
             raise
-        return no_data(spec), False
+        return no_data(spec), missing
 
 
 def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) -> dict:

@@ -24,7 +24,7 @@ def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[st
         notes: Lines about config keys that files beside the weights decided.
     """
     sections = (
-        ("data", _data_lines(setup.config, setup.data), _DATA_LINES),
+        ("data", data_lines(setup.config, setup.data), _DATA_LINES),
         ("weights", _weights_lines(loaded, notes), _WEIGHTS_LINES),
         ("plan", _plan_lines(setup), _PLAN_LINES),
     )
@@ -52,7 +52,8 @@ def _at_most(most: int, lines: Sequence[str]) -> list[str]:
     return [*lines[: most - 1], *filter(None, ["; ".join(lines[most - 1 :])])]
 
 
-def _data_lines(config: Config, data: Data) -> list[str]:
+def data_lines(config: Config, data: Data) -> list[str]:
+    """Returns what a run trains on and is measured on, in at most four lines."""
     spec = data.spec
     if spec.domains:
         lines = [

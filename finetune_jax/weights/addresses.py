@@ -10,6 +10,7 @@
 Nothing in a weight file is ever executed.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -17,8 +18,9 @@ import logging
 import math
 import pathlib
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,17 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
 )
-# A failed connection takes half a minute of retries; the next ones are spared so long.
+# Seconds in which the hub must respond; its library would try for half a minute.
+_PATIENCE_S = 4.0
+# A hub that was not reached is not tried again for so many seconds.
 _SPARED_S = 120.0
 # Time of the last failed connection, by the address of the hub.
 _failures: dict[str, float] = {}
+# Hubs that have responded.
+_reached: set[str] = set()
+
+# Returns the digest of a file.
+Digest = Callable[[pathlib.Path], str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,8 @@ class Weights:
             a prefix of all names.
         class_names: Class names in the file, in the order of the logits; empty if unknown.
         arch: Name of the network in the file; empty if unknown.
+        is_header: Whether only names, shapes and dtypes are those of the file, and all
+            values are zeros.
     """
 
     address: str
@@ -64,15 +75,42 @@ class Weights:
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     arch: str = ""
+    is_header: bool = False
 
 
-def read_weights(address: str, entry: str | None = None) -> Weights:
+def read_headers(address: str, entry: str | None = None) -> Weights | None:
+    """Returns weights with zeros for their values; None if they are not downloaded.
+
+    Files are neither digested nor downloaded.
+
+    Args:
+        address: Address of the weights.
+        entry: As for `read_weights`.
+
+    Raises:
+        UserError: The address is invalid, or has nothing that can be read.
+    """
+    kind, _, place = address.partition(":")
+    if kind == "hf" and not _is_cached(place):
+        return None
+    found = read_weights(address, entry, digest=lambda path: "")
+    zeros = {
+        name: np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
+        for name, tensor in found.tensors.items()
+    }
+    return dataclasses.replace(found, tensors=zeros, sha256={}, is_header=True)
+
+
+def read_weights(
+    address: str, entry: str | None = None, *, digest: Digest = sha256_of
+) -> Weights:
     """Returns the tensors at an address.
 
     Args:
         address: Address of the weights.
         entry: Name of one of several sets of weights in the file, such as 'model_ema';
             None takes the usual one.
+        digest: Digests the files.
 
     Raises:
         UserError: The address is invalid, or has nothing that can be read.
@@ -85,7 +123,7 @@ def read_weights(address: str, entry: str | None = None) -> Weights:
         )
     reader = registry.choose(READERS, kind, "config.init.pretrained")
     try:
-        return reader(address, place, entry)
+        return reader(address, place, entry, digest)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
@@ -94,13 +132,13 @@ def read_weights(address: str, entry: str | None = None) -> Weights:
         ) from error
 
 
-def _zoo(address: str, name: str, entry: str | None) -> Weights:
+def _zoo(address: str, name: str, entry: str | None, digest: Digest) -> Weights:
     known = {path.stem: path for path in ZOO.glob("*.safetensors")}
     path = registry.choose(known, name, "config.init.pretrained")
-    return _file(address, str(path), entry)
+    return _file(address, str(path), entry, digest)
 
 
-def _file(address: str, place: str, entry: str | None) -> Weights:
+def _file(address: str, place: str, entry: str | None, digest: Digest) -> Weights:
     path = user_path(place, "config.init.pretrained")
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if is_weights(p))
@@ -114,9 +152,9 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
             f"config.init.pretrained: no file {place!r}{registry.closest(place, near)}"
         )
     if path.name.lower().endswith(INDEX):
-        return _sharded(address, path, entry)
+        return _sharded(address, path, entry, digest)
     try:
-        sha256, data = sha256_of(path), mapped(path)
+        sha256, data = digest(path), mapped(path)
     except OSError as error:
         raise UserError(f"config.init.pretrained: {place!r}: {error}") from error
     read, notes = choose_reader(data, path)
@@ -131,11 +169,13 @@ def _file(address: str, place: str, entry: str | None) -> Weights:
     )
 
 
-def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
-    sha256, notes = {str(index): sha256_of(index)}, []
+def _sharded(
+    address: str, index: pathlib.Path, entry: str | None, digest: Digest
+) -> Weights:
+    sha256, notes = {str(index): digest(index)}, []
 
     def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-        found = _file(address, str(path), None)
+        found = _file(address, str(path), None, digest)
         sha256.update(found.sha256)
         notes.extend(found.notes)
         return found.tensors
@@ -145,7 +185,7 @@ def _sharded(address: str, index: pathlib.Path, entry: str | None) -> Weights:
     return Weights(address=address, tensors=found.tensors, sha256=sha256, notes=told)
 
 
-def _package(address: str, place: str, entry: str | None) -> Weights:
+def _package(address: str, place: str, entry: str | None, digest: Digest) -> Weights:
     module, slash, path = place.partition("/")
     if not slash or not module.isidentifier():
         raise UserError(
@@ -165,7 +205,7 @@ def _package(address: str, place: str, entry: str | None) -> Weights:
             f"config.init.pretrained: no file {path!r} in the package {module!r}; "
             f"the weight files in it: {has}"
         )
-    found = _file(address, str(root / path), entry)
+    found = _file(address, str(root / path), entry, digest)
     # The address, unlike the path of the package, is the same on every machine.
     return _known_as(address, found)
 
@@ -188,7 +228,7 @@ def _known_as(address: str, found: Weights) -> Weights:
     return dataclasses.replace(found, sha256=sha256)
 
 
-def _hub(address: str, place: str, entry: str | None) -> Weights:
+def _hub(address: str, place: str, entry: str | None, digest: Digest) -> Weights:
     parts = place.split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(
@@ -201,40 +241,85 @@ def _hub(address: str, place: str, entry: str | None) -> Weights:
         folder = pathlib.PurePosixPath(files[0]).parent if parts[2:] else ""
         for name in sorted(set(shards_of(pathlib.Path(path)).values())):
             downloaded(repository, [str(pathlib.PurePosixPath(folder, name))])
-    found = _file(address, path, entry)
+    found = _file(address, path, entry, digest)
     return _known_as(address, found)
+
+
+def _is_cached(place: str) -> bool:
+    """Returns whether the weights of OWNER/REPO[/FILE] are in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    parts = place.split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        return True  # Reading it reports the address.
+
+    def path_of(name: str) -> str | None:
+        found = try_to_load_from_cache("/".join(parts[:2]), name)
+        return found if isinstance(found, str) else None
+
+    paths = {name: path for name in parts[2:] or HUB_FILES if (path := path_of(name))}
+    name, path = next(iter(paths.items()), ("", ""))
+    if path.endswith(INDEX):
+        shards = set(shards_of(pathlib.Path(path)).values())
+        folder = pathlib.PurePosixPath(name).parent
+        return all(path_of(str(folder / shard)) for shard in shards)
+    return bool(path)
+
+
+def is_reachable() -> bool:
+    """Returns whether the hub responds; tried once in two minutes, for four seconds."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    hub = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if hub in _reached:
+        return True
+    if time.monotonic() - _failures.get(hub, -math.inf) < _SPARED_S:
+        return False
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # Libraries of sockets raise many kinds.
+            get_session().head(hub, timeout=_PATIENCE_S)
+            _reached.add(hub)
+
+    # Looking up a name has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_S)
+    if hub not in _reached:
+        _failures[hub] = time.monotonic()
+        print(
+            f"warning: {hub} was not reached; for two minutes only its cache is "
+            "searched, and settings beside weights that it lacks are not used",
+            file=sys.stderr,
+        )
+    return hub in _reached
 
 
 def downloaded(repository: str, files: Sequence[str]) -> str:
     """Returns the path of the first of some files that a repository has.
 
-    Without a connection to the hub, the file is taken from the cache; a hub that was not
-    reached is tried again after two minutes.
+    Without a connection to the hub, the file is taken from the cache.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     # It logs every retry; the error below has the reason.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    hub = constants.ENDPOINT
-    found = []
+    found, offline = [], not is_reachable()
     for name in files:
-        offline = time.monotonic() - _failures.get(hub, -math.inf) < _SPARED_S
         try:
             return huggingface_hub.hf_hub_download(
                 repository, name, local_files_only=offline
             )
         except errors.LocalEntryNotFoundError as error:
             reason = str(error)
-            if offline:
-                reason = "not in the cache, and the hub was not reached a moment ago"
-            elif not constants.HF_HUB_OFFLINE:
-                _failures[hub] = time.monotonic()
-                print(
-                    f"warning: {hub} was not reached; for two minutes only its cache is "
-                    "searched, and settings beside weights that it lacks are not used",
-                    file=sys.stderr,
-                )
+            if offline and not constants.HF_HUB_OFFLINE:
+                reason = f"not in the cache, and {constants.ENDPOINT} was not reached"
+            elif not offline:
+                _reached.discard(constants.ENDPOINT)
             found.append(f"{name}: {reason}")
         except errors.EntryNotFoundError:
             found.append(f"{name}: not in the repository")
@@ -249,7 +334,7 @@ def downloaded(repository: str, files: Sequence[str]) -> str:
     )
 
 
-def _orbax(address: str, place: str, entry: str | None) -> Weights:
+def _orbax(address: str, place: str, entry: str | None, digest: Digest) -> Weights:
     import orbax.checkpoint as ocp
 
     from finetune_jax.core.pytrees import like, named
@@ -272,7 +357,7 @@ def _orbax(address: str, place: str, entry: str | None) -> Weights:
         tree = like(tree, named(tree) | {name: start[name] for name in shared})
     tensors, notes = _of_state(tree, entry, str(folder))
     sha256 = {
-        str(path): sha256_of(path)
+        str(path): digest(path)
         for place in folders
         for path in sorted(place.rglob("*"))
         if path.is_file()

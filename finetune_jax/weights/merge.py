@@ -22,6 +22,8 @@ from finetune_jax.weights.prefixes import without_prefix
 
 # With more misfits the file belongs to another model, and similar names are no hints.
 _HINTS = 20
+# Most lines about misfits of one kind while training.
+_SHOWN = 10
 
 
 def fresh_in(
@@ -103,8 +105,10 @@ def load_weights(
         for name in sorted(layout.needed(saved) - used)
         if not (layout is OURS and is_fresh(name))
     ]
-    problems = [*_in_short(missing, unused), *misfits]
-    problems += _each(missing, unused, saved, names)
+    fold = (lambda lines: lines) if weights.is_header else _folded
+    problems = [*_in_short(missing, unused), *fold(misfits)]
+    for lines in _each(missing, unused, saved, names):
+        problems += fold(lines)
     everything = [name.partition("/")[2] for name in (*names, *saved)]
     problems += [
         f"config.init.fresh: {pattern!r} matches nothing{closest(pattern, everything)}"
@@ -170,8 +174,12 @@ def _merged(
                 f"{_both(name, place.name)}: model {leaf.shape}, weights {value.shape}"
                 + _more_logits(name, leaf.shape, value.shape)
             )
-        # Always a copy, as the mapped file may change or be deleted.
         dtype, tensor = np.dtype(leaf.dtype), saved[place.tensor]
+        if weights.is_header:
+            merged[name] = value
+            doubts.look(place.tensor, tensor, dtype, np.zeros(()))
+            continue
+        # Always a copy, as the mapped file may change or be deleted.
         with np.errstate(over="ignore", invalid="ignore"):  # Doubts reports them.
             real = np.real(value) if value.dtype.kind == "c" else value
             merged[name] = copied(real, dtype)
@@ -196,18 +204,31 @@ def _each(
     unused: Sequence[str],
     saved: Iterable[str],
     names: Iterable[str],
-) -> list[str]:
-    """Returns a line for every missing leaf and every unused tensor."""
+) -> tuple[list[str], list[str]]:
+    """Returns lines about missing leaves, and lines about unused tensors."""
     hints = len(missing) + len(unused) <= _HINTS
     left = set(saved) - set(names)
-    return [
+    absent = [
         f"{_both(name, source)}: not in the weights"
         + (closest(source, left) if hints else "")
         for name, source in missing
-    ] + [
+    ]
+    spare = [
         f"{name}: in the weights, but not in the model"
         + (closest(name, names) if hints else "")
         for name in unused
+    ]
+    return absent, spare
+
+
+def _folded(lines: Sequence[str]) -> list[str]:
+    """Returns the first lines of one kind, and how many more there are."""
+    more = len(lines) - _SHOWN
+    if more <= 1:
+        return [*lines]
+    return [
+        *lines[:_SHOWN],
+        f"... and {more} more of this kind (--mode=plan lists all)",
     ]
 
 

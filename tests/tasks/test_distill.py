@@ -184,11 +184,13 @@ def test_what_cannot_teach_is_refused(members, changes, message):
         make_setup(config(members, **changes))
 
 
-def test_a_plan_needs_no_weights_and_counts_the_teachers(capsys):
-    plan_mode.main(config((MLP,)), None)
+def test_a_plan_counts_the_teachers_and_says_which_are_not_there(capsys):
+    with pytest.raises(UserError, match="config.init.pretrained: no file"):
+        plan_mode.main(config((MLP,)), None)
     printed = capsys.readouterr().out
     assert printed.startswith("mlp, taught by deep: ") and "head" in printed
-    plan_mode.main(config((WIDE,)), None)
+    with pytest.raises(UserError, match="no file"):
+        plan_mode.main(config((WIDE,)), None)
     assert capsys.readouterr().out != printed
     with pytest.raises(UserError, match="a teacher of 12 classes"):
         plan_mode.main(config(({**MLP, "classes": 12},)), None)

@@ -13,7 +13,7 @@ from finetune_jax.data.text.tokens import TextOptions, TextSpec
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_json
 from finetune_jax.training.initial.starting_state import Loaded
-from finetune_jax.training.overview import _data_lines, overview
+from finetune_jax.training.overview import data_lines, overview
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
@@ -119,7 +119,7 @@ def test_tags_are_told_with_the_words_that_have_them():
     data = no_data(spec)
     label = np.array([[0, 1, -1], [0, 0, -1]], np.int32)
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, label=label))
-    assert _data_lines(small.config(), data)[1] == "2 classes: O (3), B-LOC (1)"
+    assert data_lines(small.config(), data)[1] == "2 classes: O (3), B-LOC (1)"
 
 
 def test_a_line_break_in_a_name_does_not_break_a_line():

@@ -138,9 +138,9 @@ def starting_state(
     layouts, lines, told = {}, [], []
     for prefix, read in weights.items():
         if task.domains is not None:
-            found = _with_domains_loaded(task.domains, variables, read, config)
+            found = with_domains_loaded(task.domains, variables, read, config)
         else:
-            found = _with_model_loaded(
+            found = with_model_loaded(
                 task,
                 variables,
                 prefix,
@@ -216,7 +216,7 @@ def _weights_of(task: Task, config: Config) -> dict[str, Weights]:
     }
 
 
-def _with_model_loaded(
+def with_model_loaded(
     task: Task, variables: Mapping[str, Any], prefix: str, read: Weights,
     *, others: Sequence[str], spec: DataSpec, config: Config,
 ) -> tuple[dict[str, Any], str, list[str]]:  # fmt: skip
@@ -283,7 +283,7 @@ def _with_weights(
     return loaded, fitting, layout, [kept.told] if kept.told else []
 
 
-def _with_domains_loaded(
+def with_domains_loaded(
     domains: Domains, variables: Mapping[str, Any], read: Weights, config: Config
 ) -> tuple[dict[str, Any], str, list[str]]:
     """Returns variables with the weights of all models, their layout, and lines."""
