@@ -35,7 +35,7 @@ from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.initial.weights_check import weights_lines
-from finetune_jax.training.overview import data_lines
+from finetune_jax.training.overview import data_lines, plan_warnings
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.setup import make_setup
 from finetune_jax.training.step import train_step
@@ -62,6 +62,8 @@ def main(config: Config, options: Options) -> int:
     task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
     for text in kind_named(spec.kind).lines(spec):
         print(text)
+    for text in plan_warnings(setup):
+        print(f"warning: {text}")
     forward = forward_flops(task, state, config.data.batch_size)
     inputs, outputs = "x".join(map(str, spec.shape)), spec.outputs
     if spec.domains:

@@ -11,6 +11,8 @@ from finetune_jax.data.kind import kind_named
 from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.setup import Setup
 
+# A phase of fewer updates is warned of. Chosen by us.
+_FEW_UPDATES = 10
 # Most lines about the data, the weights and the plan.
 _DATA_LINES, _WEIGHTS_LINES, _PLAN_LINES = 4, 3, 3
 
@@ -32,6 +34,20 @@ def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[st
         f"{title if first == 0 else '':9}{_one_line(line)}"
         for title, lines, most in sections
         for first, line in enumerate(_at_most(most, lines))
+    ]
+
+
+def plan_warnings(setup: Setup) -> list[str]:
+    """Returns a line for every phase of so few updates that it can hardly learn."""
+    examples, size = setup.data.spec.train_examples, setup.config.data.batch_size
+    return [
+        f"config.plan[{index}], phase {phase.name!r}: {phase.steps:,} "
+        f"update{'' if phase.steps == 1 else 's'} of {size:,} of {examples:,} examples; "
+        "more epochs or a smaller config.data.batch_size train longer"
+        for index, phase in enumerate(setup.plan)
+        if phase.steps is not None
+        and phase.steps < _FEW_UPDATES
+        and setup.phase(index).compiled.probe is None
     ]
 
 

@@ -39,7 +39,7 @@ from finetune_jax.training.assembly import (
 from finetune_jax.training.checkpoint import delete_all_but
 from finetune_jax.training.initial.starting_state import Loaded, run_data
 from finetune_jax.training.loop import Loop
-from finetune_jax.training.overview import overview
+from finetune_jax.training.overview import overview, plan_warnings
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import last_prefix, open_checkpoints, restore
@@ -160,7 +160,7 @@ def tell(
         terminal: Terminal that a person reads.
     """
     lines = overview(setup, loaded, notes)
-    warnings = data_warnings(setup, domains, loaded.told)
+    warnings = data_warnings(setup, domains, (*loaded.told, *plan_warnings(setup)))
     terminal.tell(lines, warnings)
     return {"overview": lines, "warnings": warnings}
 

@@ -10,10 +10,11 @@ from finetune_jax import main
 from finetune_jax.core.files import write_text
 from finetune_jax.data.dataset import Data, no_data
 from finetune_jax.data.text.tokens import TextOptions, TextSpec
+from finetune_jax.plans import linear_probe
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_json
 from finetune_jax.training.initial.starting_state import Loaded
-from finetune_jax.training.overview import data_lines, overview
+from finetune_jax.training.overview import data_lines, overview, plan_warnings
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
 
@@ -37,7 +38,19 @@ def test_data_weights_and_plan_are_told_with_classes_and_their_counts():
     assert lines[1].strip().startswith("10 classes: 0 (107), 1 (109)")
     assert "3 files in photos" in lines[2]
     assert lines[3] == "weights  none: all parameters start at random"
-    assert lines[4].startswith("plan     all: 1 updates of")
+    assert lines[4].startswith("plan     all: 1 update of")
+
+
+def test_a_phase_of_few_updates_is_warned_of_but_not_a_probe():
+    few = Phase(name="few", epochs=1, warmup_share=0.5)
+    enough = Phase(name="enough", steps=10)
+    config = small.config(plan=(*linear_probe(), few, enough))
+    setup = make_setup(config.replaced(data={"batch_size": 512}))
+    assert plan_warnings(setup) == [
+        "config.plan[1], phase 'few': 3 updates of 512 of 1,078 examples; more epochs or "
+        "a smaller config.data.batch_size train longer"
+    ]
+    assert setup.plan[1].warmup_steps == 2
 
 
 def test_at_most_ten_lines_are_told_and_none_is_lost():
