@@ -22,6 +22,7 @@ from finetune_jax.features.cache import Features, FeatureStore, FrozenPrefix
 from finetune_jax.features.frozen_prefix import is_large
 from finetune_jax.parallel.devices import Devices, concurrent_batch
 from finetune_jax.parallel.executor import Batches, Executor
+from finetune_jax.tasks.components.decision import decided
 from finetune_jax.tasks.task import Task
 
 
@@ -154,21 +155,27 @@ class Evaluator:
 
         With several domains they are `split/domain/name`, and `split/name` is the mean
         over domains. The metrics of `extras` are among them, under names of their own.
+        If the task chooses a threshold, `splits` has 'validation' before the splits that
+        are measured with the threshold.
 
         Args:
             placed: Placed state.
             splits: Splits by name.
             prefix: Frozen prefix of the state, as `outputs` takes it.
         """
+        tasks = dict.fromkeys(self._kinds.values(), self.task)
 
         def metrics_of(
             dataset: Dataset, ema: bool, domain: str | None = None
         ) -> dict[str, float]:
-            task = self.task
+            task = tasks[ema]
             if domain is not None and task.domains is not None:
                 task = task.domains.tasks[domain]
             outputs = self.outputs(placed, dataset, domain, prefix=prefix, ema=ema)
-            return task.metrics(outputs, dataset.kept().on_host())
+            batch = dataset.kept().on_host()
+            if dataset is splits.get("validation"):
+                task = tasks[ema] = decided(task, outputs, batch)
+            return task.metrics(outputs, batch)
 
         found = {}
         for split, dataset in splits.items():

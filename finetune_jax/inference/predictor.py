@@ -11,7 +11,7 @@ from finetune_jax.data.kind import InputReader, kind_named
 from finetune_jax.data.spec import DataSpec, spec_from_json
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.report.workdir import read_manifest
-from finetune_jax.training.restore import best_state
+from finetune_jax.training.restore import best_state, with_threshold_of_run
 from finetune_jax.training.setup import Setup, make_setup
 
 
@@ -68,7 +68,7 @@ def open_predictor(
     """
     spec = _whole_spec(config, workdir)
     reader = reader or open_reader(config, workdir)
-    setup = make_setup(config, no_data(spec))
+    setup = with_threshold_of_run(make_setup(config, no_data(spec)), workdir)
     state, step = best_state(setup, workdir)
     if (domains := setup.task.domains) is not None:
         domain, task = list(domains.tasks.items())[-1]

@@ -10,7 +10,8 @@ from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.modes.options import Options
 from finetune_jax.report.workdir import read_manifest
-from finetune_jax.training.restore import best_state
+from finetune_jax.tasks.components.decision import describe_threshold
+from finetune_jax.training.restore import best_state, with_threshold_of_run
 from finetune_jax.training.run import data_of_run, data_warnings
 from finetune_jax.training.setup import Setup, make_setup
 
@@ -20,6 +21,7 @@ def main(config: Config, options: Options) -> int:
     workdir = options.workdir
     assert workdir is not None
     setup = make_setup(config, data_of_run(config, workdir))
+    setup = with_threshold_of_run(setup, workdir)
     domains = open_domains(setup.config, setup.data)
     state, step = best_state(setup, workdir, domains)
     warnings = _new_warnings(workdir, setup, domains)
@@ -27,6 +29,8 @@ def main(config: Config, options: Options) -> int:
         print(f"warning: {printable(line)}")
     found = state.measure(setup.data.held_out)
     print(f"checkpoint of step {step}")
+    if note := describe_threshold(setup.task):
+        print(printable(note))
     for name, value in found.items():
         print(f"{name:24}{value:10.4f}")
     told = {"warnings": warnings} if warnings else {}

@@ -7,7 +7,7 @@ import shutil
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.files import write_json, write_text
-from finetune_jax.core.paths import user_path
+from finetune_jax.core.paths import printable, user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.inference.export import (
     jax_program,
@@ -20,6 +20,7 @@ from finetune_jax.inference.export.opened_run import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.options import Options
 from finetune_jax.report.workdir import read_json, read_manifest
+from finetune_jax.tasks.components.decision import describe_threshold
 from finetune_jax.weights.metadata.tokenizer import kept_files
 
 # Each writes its files into a folder.
@@ -44,6 +45,8 @@ def main(config: Config, options: Options) -> int:
     manifest = read_manifest(workdir) or {}
     trained = trained_from(predictor, manifest, options.layout, kept_files(workdir))
     print(f"checkpoint of step {trained.step}")
+    if note := describe_threshold(trained.task):
+        print(printable(note))
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()

@@ -16,6 +16,7 @@ from finetune_jax.data.reading.files import FileNotes, files_below
 from finetune_jax.data.reading.threads import check_readable
 from finetune_jax.inference.predictor import open_predictor, open_reader
 from finetune_jax.modes.options import Options
+from finetune_jax.tasks.components.decision import describe_threshold
 
 
 def main(config: Config, options: Options) -> int:
@@ -33,6 +34,8 @@ def main(config: Config, options: Options) -> int:
         print(printable(line))
     predictor = open_predictor(config, workdir, reader)
     print(f"checkpoint of step {predictor.step}")
+    if note := describe_threshold(predictor.setup.task):
+        print(printable(note))
     errors: list[UserError | None] = []
     size = 1
     part, written = output.with_name(f"{output.name}.part"), 0

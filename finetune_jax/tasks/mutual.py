@@ -160,6 +160,11 @@ def make(
     """
     del model
     check_classified(data)
+    if options.threshold_rule is not None:
+        raise UserError(
+            f"config.task.threshold_rule: {options.threshold_rule!r}, but the task has "
+            "several models; leave it at None"
+        )
     target = class_target(data, options, METRICS)
     if not weight >= 0 or not temperature > 0:
         raise UserError(

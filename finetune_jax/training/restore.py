@@ -1,5 +1,6 @@
 """Restores states of a run from its workdir."""
 
+import dataclasses
 import pathlib
 
 from finetune_jax.config import Config
@@ -8,6 +9,8 @@ from finetune_jax.core.train_state import TrainState
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FrozenPrefix, frozen_prefix
+from finetune_jax.report.workdir import read_json
+from finetune_jax.tasks.components.decision import THRESHOLD, with_threshold
 from finetune_jax.training.assembly import make_evaluator
 from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints, Reloaded
 from finetune_jax.training.initial.starting_state import Loaded
@@ -120,6 +123,12 @@ def best_state(
         refit=refit,
     )
     return found, step
+
+
+def with_threshold_of_run(setup: Setup, workdir: pathlib.Path) -> Setup:
+    """Returns the setup with the decision threshold in `result.json`, if there is one."""
+    threshold = (read_json(workdir / "result.json") or {}).get(THRESHOLD)
+    return dataclasses.replace(setup, task=with_threshold(setup.task, threshold))
 
 
 def last_prefix(setup: Setup, state: TrainState) -> FrozenPrefix | None:

@@ -30,6 +30,7 @@ from finetune_jax.report.workdir import (
     read_json,
     read_manifest,
 )
+from finetune_jax.tasks.components.decision import threshold_entry
 from finetune_jax.training.assembly import (
     make_evaluator,
     make_fixed,
@@ -298,6 +299,7 @@ def make_result(
         best = found.measure(held_out)
     result = {
         **final,
+        **threshold_entry(best, ema=evaluator.chosen_ema),
         "final": final,
         "best": best,
         "best_step": progress.best_step,

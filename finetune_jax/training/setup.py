@@ -34,6 +34,7 @@ from finetune_jax.tasks.components.multi_domain import (
 )
 from finetune_jax.tasks.components.random_state import shapes_of
 from finetune_jax.tasks.components.targets import measured_names
+from finetune_jax.tasks.objectives import thresholds
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.initial.random_states import RandomStates
 from finetune_jax.training.initial.schemes import check_rules, make_rules
@@ -168,6 +169,8 @@ def metric_names(config: Config) -> tuple[str, ...]:
     if not isinstance(names, tuple):
         raise UserError(f"config.task.metrics: {names!r} is not a tuple of names")
     names = measured_names(names, arguments)
+    if arguments.get("threshold_rule") is not None:
+        names += thresholds.METRICS
     if hasattr(module, "measured"):
         names = module.measured(config, names)
     has_ema = config.evaluate.ema_decay is not None
@@ -307,6 +310,10 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
         for key, name in metrics
         if name is not None and name not in known
     ]
+    rule = dict(config.task).get("threshold_rule")
+    if rule is not None and config.data.validation is None:
+        text = f"{rule!r} chooses on config.data.validation, which is None"
+        problems.append(Problem(thresholds.KEY, text))
     is_measured = config.evaluate.every_steps or config.evaluate.every_epochs
     if len([name for _, name in metrics[1:] if name]) and not is_measured:
         text = "None, but a plateau needs every_steps or every_epochs to be seen"

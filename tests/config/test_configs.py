@@ -36,11 +36,13 @@ VARIANTS = [
     "joint_digits_fashion.py:tiny",
     "criteo.py:tiny",
     "diabetes_mlp.py:tiny",
+    "fraud.py:tiny",
     "iris_mlp.py:tiny",
     "mnist_source.py:cnn,tiny",
     "mnist_source.py:mlp,tiny",
     "mnist_target.py:cnn,tiny",
     "mnist_target.py:mlp,tiny",
+    "pneumonia.py:head,tiny",
     "pretrain_fashion_mnist.py:tiny",
     "segmentation.py:tiny",
     "tabular_transfer.py:source,tiny",
@@ -111,6 +113,14 @@ def resolved(variant, tmp_path):
         small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
         small |= {"vocabulary": "30", "positions": "384"}
         overrides += [(f"model.{key}", value) for key, value in small.items()]
+    if config.data.name == "csv":
+        rows = [[f"{n * 7 % 11}.5", f"{n / 60}", f"{n % 2}"] for n in range(60)]
+        header = ["Amount", "V1", config.data.label]
+        path = clicks.write(tmp_path / "rows.csv", rows, header, delimiter=",")
+        overrides += [("data.dir", str(path)), ("model.hidden", "(4,)")]
+    if config.data.name == "arrays":
+        path = pictures.write_arrays(tmp_path / "pictures.npz")
+        overrides.append(("data.dir", str(path)))
     if config.data.name == "criteo":
         folder = tmp_path / "days"
         folder.mkdir(exist_ok=True)

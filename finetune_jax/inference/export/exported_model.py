@@ -13,6 +13,7 @@ from finetune_jax.core.backend import traced_for
 from finetune_jax.data.kind import kind_named
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models.modes import EVALUATION
+from finetune_jax.tasks.components.decision import threshold_of
 from finetune_jax.tasks.task import Task
 from finetune_jax.weights.metadata.architecture import effective
 
@@ -66,6 +67,8 @@ class Trained:
         names = {"labels": spec.class_names, "targets": spec.targets}
         found |= {key: list(values) for key, values in names.items() if values}
         found |= kind_named(spec.kind).serving_inputs(spec)
+        if (threshold := threshold_of(self.task)) is not None:
+            found["threshold"] = threshold
         return json.loads(json.dumps(found))
 
     def answer_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -113,7 +113,14 @@ def _labels(about: Mapping[str, Any]) -> str:
     if "labels" in about:
         labels = about["labels"]
         listed = ", ".join(labels)
-        return f"It tells {len(labels)} classes apart, in this order: {listed}."
+        text = f"It tells {len(labels)} classes apart, in this order: {listed}."
+        if "threshold" in about:
+            text += (
+                f" {labels[1]} is predicted from a probability of "
+                f"{about['threshold']:.4g}, a threshold chosen on validation; the outputs "
+                "are the probabilities, so apply it to them."
+            )
+        return text
     return f"It predicts {', '.join(about['targets'])}." if "targets" in about else ""
 
 

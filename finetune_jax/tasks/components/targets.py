@@ -16,7 +16,7 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
-from finetune_jax.tasks.objectives import losses, metrics
+from finetune_jax.tasks.objectives import losses, metrics, thresholds
 from finetune_jax.tasks.objectives.metrics import check_metrics
 from finetune_jax.tasks.task import LossOutput
 
@@ -79,6 +79,10 @@ class TargetOptions:
         class_weights: 'none', or 'balanced': the loss of an example has the weight
             N / (K n), where n of the N training examples have its class, one of K.
         top_k: Number of classes in a prediction.
+        threshold_rule: For two classes, the rule that chooses the decision threshold on
+            validation: 'f1' has the highest F1, 'precision=0.9' and 'specificity=0.95'
+            the lowest threshold that reaches the value, 'recall=0.9' the highest. None
+            predicts the class with the highest probability.
         metrics: Names in `metrics.METRICS`, or top_K_accuracy and
             sensitivity_at_specificity_N with any number; None takes the default of the
             task.
@@ -89,6 +93,7 @@ class TargetOptions:
     label_smoothing: float = 0.0
     class_weights: str = "none"
     top_k: int = 5
+    threshold_rule: str | None = None
     metrics: tuple[str, ...] | None = None
 
 
@@ -144,6 +149,9 @@ class ClassTarget:
         top_k: Number of classes in a prediction.
         metric_names: Metrics of a split; 'loss' is always added, and 'cross_entropy' where
             the loss is another one.
+        threshold_rule: Rule that chooses the threshold, as in `TargetOptions`.
+        threshold: Smallest probability from which the second class is predicted; None
+            predicts the class with the highest one.
     """
 
     head_kind = "classes"
@@ -155,6 +163,8 @@ class ClassTarget:
     class_weights: tuple[float, ...]
     top_k: int
     metric_names: tuple[str, ...]
+    threshold_rule: str | None = None
+    threshold: float | None = None
 
     @property
     def logits(self) -> int:
@@ -208,7 +218,17 @@ class ClassTarget:
             rows = {"label": label_B, "weight": weight_B}
             loss = self.loss(losses.widened(jnp.asarray(logits_BxK)), rows)
             found["loss"] = float(loss.total) / float(loss.weight)
+        if self.threshold is not None:
+            score_B = metrics.probabilities(logits_BxK)[:, 1]
+            found |= thresholds.metrics_at(self.threshold, score_B, label_B)
         return found
+
+    def choose_threshold(self, outputs: Mapping, batch: Mapping) -> float:
+        """Returns the threshold that the rule chooses on the rows of all examples."""
+        assert self.threshold_rule is not None
+        score_B = metrics.probabilities(self._known(outputs["logits"]))[:, 1]
+        rule = thresholds.Rule.from_text(self.threshold_rule)
+        return rule.choose(score_B, batch["label"])
 
     def serving_outputs(self, outputs: Mapping) -> dict:
         """Returns logits and probabilities of the data's classes."""
@@ -220,7 +240,7 @@ class ClassTarget:
         return logits_BxK[:, : len(self.names)]
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits without a class that a metric needs."""
+        """Returns the splits without a class that a metric or the threshold needs."""
         ranking = [n for n in self.metric_names if metrics.needs_every_class(n)]
         problems = []
         for split, label in labels.items():
@@ -233,20 +253,38 @@ class ClassTarget:
                 for name in ranking
                 if absent
             ]
+            if self.threshold_rule and split == "validation" and absent:
+                problems.append(
+                    f"{thresholds.KEY}: {self.threshold_rule!r} needs examples of both "
+                    f"classes, but the split 'validation' has none of {absent[0]}; "
+                    "choose another split"
+                )
+        if self.threshold_rule and labels and "validation" not in labels:
+            problems.append(
+                f"{thresholds.KEY}: {self.threshold_rule!r} chooses on one split "
+                f"'validation', but there are {', '.join(labels)}; leave it at None"
+            )
         return problems
 
     def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
-        """Returns the class names of the highest probabilities, best first."""
+        """Returns the predicted class, and those of the highest probabilities.
+
+        With a threshold, the predicted class need not be the first of them.
+        """
         del batch
         probability_BxK = metrics.probabilities(self._known(outputs["logits"]))
         top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
-        names = self.names
+        names, chosen_B, said = self.names, top_BxK[:, 0], {}
+        if self.threshold is not None:
+            chosen_B = (probability_BxK[:, 1] >= self.threshold).astype(int)
+            said = {"threshold": self.threshold}
         return [
             {
-                "class": names[top[0]],
+                "class": names[chosen],
+                **said,
                 "top": [{"class": names[k], "probability": float(row[k])} for k in top],
             }
-            for row, top in zip(probability_BxK, top_BxK)
+            for row, top, chosen in zip(probability_BxK, top_BxK, chosen_B)
         ]
 
 
@@ -272,6 +310,13 @@ def class_target(
         raise UserError(f"config.task.label_smoothing: {smoothing}; 0 to 1")
     if options.top_k < 1:
         raise UserError(f"config.task.top_k: {options.top_k}; at least 1 is needed")
+    if (rule := options.threshold_rule) is not None:
+        thresholds.Rule.from_text(rule)
+        if len(data.class_names) != 2:
+            raise UserError(
+                f"{thresholds.KEY}: {rule!r} needs 2 classes, the data has "
+                f"{len(data.class_names)}; leave it at None"
+            )
     return ClassTarget(
         names=data.class_names,
         loss_name=loss,
@@ -279,6 +324,7 @@ def class_target(
         label_smoothing=smoothing,
         class_weights=CLASS_WEIGHTS[options.class_weights](data),
         top_k=options.top_k,
+        threshold_rule=rule,
         metric_names=names,
     )
 
@@ -370,11 +416,13 @@ def regression_target(
     Raises:
         UserError: Something unknown or out of range.
     """
-    if options.class_weights != "none":
-        raise UserError(
-            f"config.task.class_weights: {options.class_weights!r}, but the data's labels "
-            "are numbers, not classes; leave it at 'none'"
-        )
+    of_classes = {"class_weights": "none", "threshold_rule": None}
+    for key, default in of_classes.items():
+        if (value := getattr(options, key)) != default:
+            raise UserError(
+                f"config.task.{key}: {value!r}, but the data's labels are numbers, not "
+                f"classes; leave it at {default!r}"
+            )
     loss = options.loss or "mse"
     names = defaults if options.metrics is None else options.metrics
     bound = losses.make_loss("regression", loss, options.loss_args)

@@ -1,0 +1,45 @@
+"""Children's chest X-rays of 28 pixels: pneumonia or not, at a fixed specificity.
+
+Question:  How much of the pneumonia is found if 5 % of the healthy may be called ill?
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/pneumonia.py:FILE,seeds
+           FILE is pneumonia_mnist.npz; docs/domains.md describes it. `:FILE` alone
+           trains once.
+Argument:  full (default): all layers of a ResNet-20 pretrained on Fashion-MNIST; head: a
+           new head on its frozen layers; scratch: all layers, from random values.
+"""
+
+import ml_collections
+
+from finetune_jax import config as configs
+from finetune_jax.config import grid
+from finetune_jax.plans import as_config, full, head_only
+
+METRICS = (
+    "roc_auc", "sensitivity_at_specificity_95", "accuracy", "calibration_error",
+    "brier", "loss",
+)  # fmt: skip
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config of an arm; `tiny` makes two updates: `:FILE,tiny`."""
+    words = arg.split(",")
+    config = configs.default()
+    config.task.metrics = METRICS
+    config.task.threshold_rule = "specificity=0.95"
+    config.data.update(name="arrays", mean=(0.5,), std=(0.25,))
+    config.data.update(train="train", validation="validation", test="test")
+    config.data.dir = next((w for w in words if w.endswith(".npz")), None)
+    config.init.pretrained = "zoo:resnet20_fashion_mnist"
+    config.init.fresh = ("head/.*",)
+    config.plan = as_config(full(epochs=3, optimizer="adam", peak_lr=1e-3))
+    config.evaluate.every_epochs = 1.0
+    config.evaluate.best = "validation/loss"
+    if "head" in words:
+        plan = head_only(epochs=30, optimizer="adam", peak_lr=1e-2)
+        config.plan = as_config(plan)
+        config.evaluate.every_epochs = 5.0
+    if "scratch" in words:
+        config.init.update(pretrained=None, fresh=())
+    if "seeds" in words:
+        config.population = grid({"seed": (0, 1, 2)})
+    return configs.tiny(config) if "tiny" in words else config
