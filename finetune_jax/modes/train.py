@@ -47,7 +47,7 @@ def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) 
             result = _run(config, workdir, stop)
             show(result)
         result = finished or result
-        print(f"report  {_best_run(workdir, result) / 'report' / 'index.html'}")
+        print(f"report  {_reported(workdir, result) / 'report' / 'index.html'}")
     except Preempted as message:
         print(f"{message}; go on with:\n  {options.command(workdir)}", flush=True)
         return EXIT_STATUS
@@ -68,9 +68,12 @@ def _run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict:
     return run_population(config, workdir, stop)
 
 
-def _best_run(workdir: pathlib.Path, result: dict) -> pathlib.Path:
-    """Returns the workdir, or that of the best member of a population."""
-    if "member" not in result:
+def _reported(workdir: pathlib.Path, result: dict) -> pathlib.Path:
+    """Returns the folder whose report is shown.
+
+    It is that of the best member for populations of former versions, without a page.
+    """
+    if "member" not in result or (workdir / "report" / "index.html").is_file():
         return workdir
     return workdir / "members" / f"{result['member']:03d}"
 

@@ -45,6 +45,7 @@ from finetune_jax.report.workdir import (
     read_json,
     read_manifest,
 )
+from finetune_jax.sweeps.summary import write_population_report
 from finetune_jax.sweeps.table import as_csv, table
 from finetune_jax.sweeps.vectorised import VectorisedExecutor, members_at_once
 from finetune_jax.tasks.objectives.metrics import loss_beside
@@ -176,6 +177,7 @@ def run_population(
             "member": best, "population": rows, "wall_s": seconds
         }  # fmt: skip
         write_text(workdir / "table.csv", as_csv(rows))
+        write_population_report(setup, results, result, workdir)
         write_json(workdir / "result.json", result)
     return result
 

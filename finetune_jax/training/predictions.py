@@ -10,9 +10,9 @@ import numpy as np
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.kind import Example, kind_named
 from finetune_jax.report import plots
-from finetune_jax.report.charts import agreement
-from finetune_jax.report.classes import two_classes
-from finetune_jax.report.page import Prediction
+from finetune_jax.report.html.charts import agreement
+from finetune_jax.report.html.classes import two_classes
+from finetune_jax.report.html.page import Prediction
 from finetune_jax.report.segments import for_page, segments_figure
 from finetune_jax.tasks.objectives.metrics import confusion_matrix, probabilities
 from finetune_jax.tasks.objectives.squad import match_scores

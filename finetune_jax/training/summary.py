@@ -13,8 +13,8 @@ from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.plans.phase import scales
 from finetune_jax.report import plots
+from finetune_jax.report.html.page import Page, ParameterRow, PhaseRow, write_page
 from finetune_jax.report.metrics_log import read_metrics
-from finetune_jax.report.page import Page, ParameterRow, PhaseRow, write_page
 from finetune_jax.report.workdir import read_json, read_manifest
 from finetune_jax.training.predictions import SHOW, Predicted
 from finetune_jax.training.progress import Progress

@@ -3,17 +3,16 @@ import html
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browsers import browse, find_browser
 from PIL import Image
 
 from finetune_jax.data.kind import Example
-from finetune_jax.report import classes as report_classes
 from finetune_jax.report import plots
-from finetune_jax.report.page import (
+from finetune_jax.report.html import classes as report_classes
+from finetune_jax.report.html.page import (
     Page,
     ParameterRow,
     PhaseRow,
@@ -23,7 +22,6 @@ from finetune_jax.report.page import (
 
 EVIL = "<script>alert('$x_&')</script>"
 SECTIONS = ("results", "curves", "confusion", "examples", "training", "again")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Appended to a copy of the page; the page itself has no script.
 PROBE = """<script>
 const rect = (e) => { const r = e.getBoundingClientRect();
@@ -345,28 +343,7 @@ def test_a_small_image_keeps_its_pixels_and_a_large_one_is_scaled_down():
 
 @pytest.fixture(scope="module")
 def browser():
-    found = [path for name in BROWSERS if (path := shutil.which(name))]
-    if not found:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is there")
-    return found[0]
-
-
-def browse(browser, page, width, *arguments):
-    folder = page.parent / f"profile{width}"
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-        "--no-first-run", "--disable-background-networking", "--hide-scrollbars",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",
-        f"--window-size={width},{arguments[0]}", *arguments[1:], page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout.decode()
+    return find_browser()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def _number(standardised: float, column: Number) -> str:
     """Returns the number of a cell, with the digits that float32 keeps."""
     value = standardised * column.std + column.mean
     if column.log:
-        return f"{math.copysign(math.expm1(abs(value)), value):.4g}"
+        return f"{round(math.copysign(math.expm1(abs(value)), value), 4):.5g}"
     digits = 4 - math.floor(math.log10(column.std))
     return f"{round(value, digits):.10g}"
 

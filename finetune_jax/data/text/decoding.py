@@ -22,12 +22,13 @@ def decoded(
         dataset: The split.
         positions: Places of the examples in the split.
     """
+    special = encoder.encode("").ids  # Those that it adds to every text.
     inputs = dataset.take(positions)["inputs"]
     notes: Any = dataset.on_host().get("note")
     found = []
     for position, (ids, sentences) in zip(positions, inputs):
         texts = [
-            encoder.decode(ids[sentences == number].tolist(), skip_special_tokens=True)
+            encoder.decode(_without(special, ids[sentences == number]))
             for number in range(1, len(options.text) + 1)
         ]
         if notes is not None:  # A passage is longer than its window.
@@ -35,14 +36,20 @@ def decoded(
         label = dataset.label[position]
         words = ()
         if options.labels == "tags":
-            words = tuple(_words(encoder, ids[sentences > 0], label[: len(ids)]))
+            words = tuple(_words(encoder, ids[sentences > 0], label, special))
         pairs = () if words else tuple(zip(options.text, texts))
         found.append(Example(texts=pairs, words=words))
     return found
 
 
-def _words(encoder: Any, ids: np.ndarray, label: np.ndarray) -> Iterator[str]:
+def _without(special: list[int], ids: np.ndarray) -> list[int]:
+    return [token for token in ids.tolist() if token not in special]
+
+
+def _words(
+    encoder: Any, ids: np.ndarray, label: np.ndarray, special: list[int]
+) -> Iterator[str]:
     """Yields the words of a text; the first token of a word is the one with a label."""
     begins = np.flatnonzero(label[: len(ids)] != NONE)
     for begin, end in zip(begins, [*begins[1:], len(ids)]):
-        yield encoder.decode(ids[begin:end].tolist(), skip_special_tokens=True)
+        yield encoder.decode(_without(special, ids[begin:end]))

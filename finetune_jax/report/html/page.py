@@ -11,10 +11,11 @@ import numpy as np
 
 from finetune_jax.core.metric_names import higher_is_better
 from finetune_jax.data.kind import Example
-from finetune_jax.report import classes, formats, plots
-from finetune_jax.report.charts import Chart, curves, schedule
-from finetune_jax.report.formats import SPACE, metric_text, metric_title
-from finetune_jax.report.templates import identity, words_of, write_html
+from finetune_jax.report import plots
+from finetune_jax.report.html import classes, formats
+from finetune_jax.report.html.charts import Chart, curves, schedule
+from finetune_jax.report.html.formats import SPACE, metric_text, metric_title
+from finetune_jax.report.html.templates import identity, words_of, write_html
 
 # The split that decides comes first: it chose the checkpoint.
 SPLITS = ("validation", "test", "train")
@@ -233,6 +234,7 @@ def interval_text(
     if bounds is None:
         return ""
     low, high = (metric_text(name, bound) for bound in bounds)
+    low = low.removesuffix(f"{SPACE}%")
     return f"95{SPACE}% interval {low} to {high}, n{SPACE}={SPACE}{sum(own):,}"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from finetune_jax.core.files import write_text
-from finetune_jax.report import formats, plots
+from finetune_jax.report import plots
+from finetune_jax.report.html import formats
 
 _OLD_ENTRY = "finetune_jax/main.py"
 

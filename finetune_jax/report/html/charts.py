@@ -14,7 +14,12 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from finetune_jax.report import plots
-from finetune_jax.report.formats import is_share, metric_text, metric_title, rate_text
+from finetune_jax.report.html.formats import (
+    is_share,
+    metric_text,
+    metric_title,
+    rate_text,
+)
 
 # Lines are drawn on a square of so many units, which the page stretches.
 UNITS = 1000
@@ -250,6 +255,52 @@ def curves(
     )
 
 
+def many_curves(
+    series: Sequence[tuple[bool, np.ndarray, np.ndarray]],
+    name: str,
+    *,
+    epoch: float | None,
+) -> Chart:
+    """Returns the chart of one metric of many runs.
+
+    Args:
+        series: Whether a run is the best, its steps and its values, for each run.
+        name: Split and name of the metric.
+        epoch: Updates in an epoch; None if unknown.
+    """
+    y, ticks = _vertical(np.concatenate([values for *_, values in series]), name)
+    end = int(max(steps[-1] for _, steps, _ in series))
+    x, axis = _steps([plots.Span("", 0, end)], epoch)
+    by_step: dict[int, list[float]] = {}
+    best: dict[int, float] = {}
+    drawn = []
+    for is_best, steps, values in sorted(series, key=lambda one: one[0]):
+        points = [(x(a), y(b)) for a, b in zip(steps, values)]
+        label, style = ("best member", "validation") if is_best else ("others", "other")
+        dots = dots_of(points) if is_best else ""
+        drawn.append(Line(name=label, style=style, path=path_of(points), dots=dots))
+        for step, value in zip(steps, values):
+            by_step.setdefault(round(step), []).append(float(value))
+            if is_best:
+                best[round(step)] = float(value)
+    told = {
+        step: [
+            *([f"best member {metric_text(name, best[step])}"] if step in best else []),
+            f"median of {len(values)} {metric_text(name, float(np.median(values)))}",
+            f"{metric_text(name, min(values))} to {metric_text(name, max(values))}",
+        ]
+        for step, values in by_step.items()
+    }
+    return Chart(
+        title=metric_title(name),
+        alt=f"{metric_title(name)} of {len(series)} members",
+        x=axis,
+        y=Axis(title=metric_title(name), ticks=ticks),
+        lines=tuple(drawn),
+        readings=_readings(told, x, epoch),
+    )
+
+
 def schedule(
     rates: Sequence[np.ndarray],
     *,
@@ -265,6 +316,7 @@ def schedule(
     """
     steps: list[int] = []
     values: list[float] = []
+    few: list[tuple[int, float]] = []
     for span, own in zip(spans, rates):
         taken = own[: span.end - span.first]
         # Many updates of one rate are one stair.
@@ -272,6 +324,8 @@ def schedule(
         changes = changes[:: -(-len(changes) // plots.MOST_POINTS) or 1]
         steps += (span.first + changes).tolist()
         values += taken[changes].tolist()
+        # A phase of one update, or of one rate, has a point.
+        few += [(span.first, float(taken[0]))] if len(changes) == 1 else []
     positive = [value for value in values if value > 0]
     if not positive:
         return None
@@ -286,9 +340,7 @@ def schedule(
         ticks = y.ticks(found, rate_text)
     corners = [(x(a), y(b)) for a, b in stairs(steps, values, spans[-1].end)]
     told = {step: [f"rate {rate_text(value)}"] for step, value in zip(steps, values)}
-    # A phase of one update, or of one rate, has a point.
-    few = len(steps) <= 2 * len(spans)
-    dots = [(x(a), y(b)) for a, b in zip(steps, values)] if few else []
+    dots = [(x(a), y(b)) for a, b in few]
     return Chart(
         title="learning rate",
         alt="learning rate of each update",

@@ -21,10 +21,10 @@ def percent(share: float) -> str:
     >>> [percent(x).replace(SPACE, " ") for x in (0.9220, 0.99996, 0.0002293, 0, 1)]
     ['92.2 %', '99.996 %', '0.02 %', '0 %', '100 %']
     """
-    if share in (0, 1):
+    if not 0 < round(share, 9) < 1:
         return f"{100 * share:.0f}{SPACE}%"
     digits = 1
-    while digits < 6 and not 0 < abs(float(f"{100 * share:.{digits}f}")) < 100:
+    while digits < 7 and not 0 < abs(float(f"{100 * share:.{digits}f}")) < 100:
         digits += 1
     return f"{100 * share:.{digits}f}{SPACE}%"
 
@@ -116,7 +116,9 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count)
     half *= math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounding would put the bounds of 0 and 1 a little beside them.
+    low = 0.0 if share == 0 else max(centre - half, 0.0)
+    return low, 1.0 if share == 1 else min(centre + half, 1.0)
 
 
 def auc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.report.charts import Chart, plane
-from finetune_jax.report.formats import percent, wilson
+from finetune_jax.report.html.charts import Chart, plane
+from finetune_jax.report.html.formats import percent, wilson
 from finetune_jax.report.plots import MOST_NAMED, MOST_NUMBERED, shortened
 
 # More classes are represented by those with the lowest recall.

@@ -1,0 +1,1 @@
+"""The pages of runs and populations: HTML files that load and run nothing."""
