@@ -1,7 +1,7 @@
 """Your photos: a linear probe on a frozen, pretrained network, then fine-tuning if wanted.
 
 Question:  Which class does a photo belong to, if you have 10 to a few thousand of each?
-Command:   python -m finetune_jax.main --config=configs/photos.py:DIR
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/photos.py:DIR
            DIR has one folder of photos per class, or is an `.npz` file with `x` and `y`.
            `:DIR,finetune` then trains all layers; `:DIR,tiny` is a first look.
 Weights:   an EfficientNet-Lite0 for ImageNet, which `make env` installs. Others, such as

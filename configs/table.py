@@ -1,7 +1,7 @@
 """Your table: a small network on numbers and categories.
 
 Question:  Which class does a row belong to, if you have 100 to 10,000 of them?
-Command:   python -m finetune_jax.main --config=configs/table.py:FILE
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/table.py:FILE
            FILE is a `.csv` (with a header line), `.tsv` or `.parquet` file with a column
            `label`; another one: `--config.data.label=bought`. A column of numbers to
            predict: `--config.data.labels=numbers --config.evaluate.best=validation/loss`.

@@ -1,7 +1,7 @@
 """Your sentences: a linear probe on a frozen encoder, then fine-tuning if wanted.
 
 Question:  Which class does a sentence belong to, if you have 100 to 10,000 of them?
-Command:   python -m finetune_jax.main --config=configs/text.py:FILE
+Command:   .venv/bin/python -m finetune_jax.main --config=configs/text.py:FILE
            FILE is a `.csv`, `.tsv` or `.jsonl` file with the columns `sentence` and
            `label`, or a folder of such files, one for each split. Other names:
            `--config.data.text="('review',)" --config.data.label=stars`.

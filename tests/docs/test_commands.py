@@ -130,9 +130,9 @@ def reductions(arguments):
     found = ["evaluate.batch_size=32"]
     for index, phase in enumerate(config.plan):
         place = f"plan[{index}]"
-        if phase.epochs is not None and phase.optimizer != "lbfgs":
+        if phase.epochs is not None:
             found.append(f"{place}.epochs=1")
-        if phase.steps is not None:
+        if (phase.steps or 0) > 2:
             found.append(f"{place}.steps=2")
         if phase.warmup_steps:
             found.append(f"{place}.warmup_steps=1")
@@ -145,6 +145,8 @@ def reductions(arguments):
         found += ["data.max_tokens=48", "data.buckets=(48,)"]
         found += ["data.tokenizer=file:tokenizer.json"]
         found += ["data.overlap=16"] if config.data.overlap else []
+    if config.model.name == "efficientnet_lite0":  # Slow to compile.
+        found += ["model.name=resnet18", "init.pretrained=file:resnet18.pth"]
     if config.population:
         found.append("population=()")
     return [f"--config.{text}" for text in found]
@@ -208,7 +210,8 @@ def files(tmp_path_factory):
     for file in (folder / "texts").glob("*.tsv"):
         file.write_text("sentence\tlabel\n" + file.read_text())
     (folder / "tokenizer.json").write_text(TOKENIZER)
-    shutil.copy(folder / "texts" / "train.tsv", folder / "sentences.tsv")
+    rows = [f"{text},{('bad', 'good')[int(label)]}\n" for text, label in texts.rows(60)]
+    (folder / "sentences.csv").write_text("sentence,label\n" + "".join(rows))
     lines = [row[0] for row in texts.rows(5, seed=9)]
     (folder / "new.txt").write_text("\n".join(lines) + "\n")
     questions.write(folder / "questions")
