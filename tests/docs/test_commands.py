@@ -45,6 +45,9 @@ NOT_RUN = {
     r".* --mode=reproduce --workdir=RUN": "RUN is any run; tests/modes/test_reproduce.py",
     r"sbatch|srun|for |do |done|source |export |kill ": "needs a cluster or a shell",
 }
+# Commands that CI plans only, which checks command line, data and weights; they compile
+# for long, and other tests train these configs.
+PLANNED = "photos,finetune|sentences.csv,finetune|segmentation|criteo|photos_resnet18"
 # Pages about studies and measurements: their commands need real data, and hours.
 ONLY_READ = ("experiments/", "docs/performance")
 # Pages whose blocks another test runs.
@@ -152,9 +155,16 @@ def reductions(arguments):
     return [f"--config.{text}" for text in found]
 
 
-def run_command(text):
-    """Runs a command, in this process unless it sets PYTHONPATH."""
+def run_command(text, *, whole):
+    """Runs a command, in this process unless it sets PYTHONPATH.
+
+    Args:
+        text: The command.
+        whole: Whether commands that take long are run too, or planned only.
+    """
     environment, words, output = pages.words_of(text)
+    if not whole and "--config=" in text and re.search(PLANNED, text):
+        words.append("--mode=plan")
     assert words[0] == pages.PYTHON
     out, path = io.StringIO(), environment.pop("PYTHONPATH", None)
     with pytest.MonkeyPatch.context() as patch:
@@ -278,10 +288,15 @@ def smaller(monkeypatch):
     monkeypatch.setitem(resnet.MODELS, "resnet18", made)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(False, marks=pytest.mark.slow),
+     pytest.param(True, marks=pytest.mark.exhaustive)],
+    ids=("ci", "whole"),
+)  # fmt: skip
 @pytest.mark.parametrize("page", [*followed()], ids=lambda page: page.name)
 def test_a_page_works_from_top_to_bottom(
-    page, smaller, files, tmp_path, monkeypatch, no_pictures
+    page, whole, smaller, files, tmp_path, monkeypatch, no_pictures
 ):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True, copy_function=os.link)
     for name in ("configs", "scripts", "experiments"):
@@ -297,7 +312,7 @@ def test_a_page_works_from_top_to_bottom(
             if block.language == "python":
                 run_python(block, names)
             elif not why_not(block.text):
-                run_command(block.text)
+                run_command(block.text, whole=whole)
 
 
 @contextlib.contextmanager
