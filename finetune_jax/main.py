@@ -23,6 +23,7 @@ from finetune_jax.modes.startup import (
     resolved_config,
     set_precision,
 )
+from finetune_jax.report.workdir import origin
 
 MODES = {
     mode: f"finetune_jax.modes.{mode}"
@@ -43,6 +44,7 @@ READ_BY = {
     "--output": ("predict", "export"),
     "--formats": ("export",),
     "--layout": ("export",),
+    "--extend": ("train", "plan", "config"),
 }
 PREDICTIONS_MAY_CHANGE = ("parallel", "evaluate.batch_size", "task.top_k")
 FLAGS = ("--config", "--workdir", "--mode", *READ_BY)
@@ -97,6 +99,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     parser.add_argument(
         "--layout", metavar="NAME",
         help="layout of exported weights; default: that of the pretrained weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--extend", metavar="DIR",
+        help="workdir of a finished run that a new run goes on from, by a longer plan",
     )  # fmt: skip
     found, rest = parser.parse_known_args(arguments)
     overrides, problems = [], []
@@ -160,13 +166,18 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(
             f"--workdir: missing; --mode={flags.mode} needs the folder of a run"
         )
+    extend = user_path(flags.extend, "--extend").absolute() if flags.extend else None
+    if extend is not None and not (extend / "config.json").is_file():
+        raise UserError(f"--extend: no run in {str(extend)!r}; give its workdir")
     reproduces = flags.mode == "reproduce"
-    config = resolved_config(flags.config, workdir, overrides, reproduces=reproduces)
-    pin_environment(workdir, config.deterministic)
+    config = resolved_config(
+        flags.config, workdir, overrides, reproduces=reproduces, extend=extend
+    )
+    pin_environment(origin(config, workdir), config.deterministic)
     quiet_libraries()
     set_precision(config.precision)
     options = Options(
-        config=flags.config or "run",
+        config=flags.config or (extend.name if extend else "run"),
         workdir=workdir,
         inputs=tuple(flags.inputs),
         output=flags.output,

@@ -322,10 +322,10 @@ def _open(names: Sequence[str], workdir: pathlib.Path) -> list[str]:
     folder = (workdir / FOLDER).resolve()
     modules, files = _index(folder)
     problems = []
-    if set(modules) != {module_of(name) for name in names}:
+    if missing := set(modules) - {module_of(name) for name in names}:
         text = (
-            f"{tuple(names)}, but the run in {workdir} began with "
-            f"{', '.join(modules) or 'none'}; give another --workdir"
+            f"{tuple(names)}, but the run in {workdir} also has "
+            f"{', '.join(sorted(missing))}; add them, or give another --workdir"
         )
         problems.append(Problem(_KEY, text))
     copies, lines = {}, []
@@ -350,6 +350,10 @@ def _open(names: Sequence[str], workdir: pathlib.Path) -> list[str]:
     for module in modules:
         with collected(problems):
             _import_copy(module, copies)
+    for name in names:
+        if module_of(name) not in modules:
+            with collected(problems):
+                _load(name)
     raise_if(problems)
     return lines
 

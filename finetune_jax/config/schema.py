@@ -437,6 +437,14 @@ class Config(Section):
     nonfinite: NonFinite = section(NonFinite)
     parallel: Parallel = section(Parallel)
     report: Report = section(Report)
+    extend: str | None = key(
+        None, "Workdir of a finished run that this one goes on from; --extend sets it."
+    )
+    extend_from: str = key(
+        "final",
+        "Checkpoint of that run.",
+        choices=("final", "best"),
+    )
     plugins: tuple = key(
         (),
         "Modules, or files as from the config file, that add optimizers and the like.",

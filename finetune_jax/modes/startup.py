@@ -9,7 +9,12 @@ from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
 from finetune_jax.plans.phase import plan_problems
-from finetune_jax.report.workdir import read_config, read_manifest, read_recorded_config
+from finetune_jax.report.workdir import (
+    origin,
+    read_config,
+    read_manifest,
+    read_recorded_config,
+)
 
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
@@ -20,6 +25,7 @@ def resolved_config(
     overrides: list[tuple[str, str]],
     *,
     reproduces: bool = False,
+    extend: pathlib.Path | None = None,
 ) -> Config:
     """Returns the config of a file, or else of a workdir, with overrides.
 
@@ -28,12 +34,18 @@ def resolved_config(
         workdir: Workdir of a run.
         overrides: (key, text) pairs of the command line.
         reproduces: Whether to read the config of the manifest instead of config.json.
+        extend: Workdir of a finished run that this one goes on from; without `address`
+            its config is read.
 
     Raises:
         UserError: Lists everything that is wrong with it.
     """
+    if extend is not None:
+        overrides = [*overrides, ("extend", str(extend))]
     if address:
         given = configs.load(address)
+    elif extend is not None:
+        given = read_config(extend)
     elif workdir is not None and reproduces:
         given = read_recorded_config(workdir)
     elif workdir is not None:
@@ -45,7 +57,7 @@ def resolved_config(
     config, problems = configs.resolve(given, overrides)
     problems += plan_problems(config.plan)
     raise_if(problems)
-    for line in plugins.ready(config.plugins, workdir):
+    for line in plugins.ready(config.plugins, origin(config, workdir)):
         print(f"warning: {line}")
     return config
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
+from finetune_jax.core.paths import user_path
 
 # Most characters of the config's argument in the name of a workdir.
 _LONGEST_ARGUMENT = 40
@@ -46,6 +47,16 @@ def new_workdir(config_address: str, seed: object) -> pathlib.Path:
             count += 1
         except OSError as error:
             raise UserError(f"--workdir: {path} cannot be made: {error}") from error
+
+
+def origin(config: Config, workdir: pathlib.Path | None) -> pathlib.Path | None:
+    """Returns the workdir that has the plug-ins and the fitted state of a run.
+
+    It is that of the run itself, or of the run that a new one goes on from.
+    """
+    if config.extend is None or (workdir and (workdir / "config.json").is_file()):
+        return workdir
+    return user_path(config.extend, "config.extend")
 
 
 def make_folder(workdir: pathlib.Path) -> None:

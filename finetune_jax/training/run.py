@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
+from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import bytes_below, write_json, write_text
 from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
@@ -27,6 +28,7 @@ from finetune_jax.report.workdir import (
     check_same_run,
     locked,
     make_folder,
+    origin,
     read_json,
     read_manifest,
 )
@@ -38,6 +40,9 @@ from finetune_jax.training.assembly import (
     make_store,
 )
 from finetune_jax.training.checkpoint import delete_all_but
+from finetune_jax.training.extension import begin as begin_from
+from finetune_jax.training.extension import parent_of
+from finetune_jax.training.extension import write as write_beginning
 from finetune_jax.training.initial.starting_state import Loaded, run_data
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.overview import overview, plan_warnings
@@ -68,17 +73,25 @@ def run(
     plugins.ready(config.plugins, workdir)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
-    setup = make_setup(config, data_of_run(config, workdir))
+    parent = parent_of(config, workdir)
+    setup = make_setup(config, data_of_run(config, origin(config, workdir) or workdir))
+    beginning = begin_from(setup, parent) if parent else None
     domains = open_domains(setup.config, setup.data)
-    begun = (workdir / "checkpoints" / "0").is_dir()
+    begun = beginning is not None or (workdir / "checkpoints" / "0").is_dir()
     start, loaded = setup.start(measure=not begun)
-    told = tell(setup, domains, loaded, notes, terminal)
+    told: dict[str, Any] = tell(setup, domains, loaded, notes, terminal)
+    if beginning is not None:
+        terminal.say(beginning.line)
+        told["lineage"] = beginning.lineage
     setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
     make_folder(workdir)
     with locked(workdir):
         record(workdir, setup, inputs, told)
+        if beginning is not None:
+            write_beginning(beginning, setup, workdir, loaded)
+            del beginning
         executor = DeviceExecutor(devices=setup.devices)
         loop = _resumed(
             workdir, setup, domains, start, loaded,
@@ -209,7 +222,7 @@ def record(
     workdir: pathlib.Path,
     setup: Setup,
     inputs: dict[str, Any],
-    told: dict[str, list[str]],
+    told: dict[str, Any],
 ) -> None:
     """Writes config and manifest of a new run, or checks those of a resumed one.
 
@@ -217,7 +230,7 @@ def record(
         workdir: Workdir of the run.
         setup: Setup of the run.
         inputs: Fingerprints from `inputs_of`.
-        told: Lines from `tell`.
+        told: Lines from `tell`, and other entries of the manifest.
     """
     config = setup.config
     if check_same_run(workdir, config):
@@ -248,6 +261,11 @@ def _resumed(
     begun = (workdir / "checkpoints" / "0").is_dir()
     checkpoints = open_checkpoints(setup, workdir / "checkpoints", loaded)
     found = checkpoints.newest(setup.target, terminal.warn)
+    if begun and not found and setup.config.extend is not None:
+        raise UserError(
+            f"--workdir: every checkpoint in {workdir} was damaged; give another "
+            "--workdir to go on from the finished run once more"
+        )
     if begun and not found:  # Every checkpoint was damaged.
         start, _ = setup.start()
     begun_at = found or (setup.with_ema(start), Progress())

@@ -165,7 +165,7 @@ def test_the_copy_is_used_once_the_file_has_changed(tmp_path, undone):
     [line] = plugins.ready([str(file)], workdir)
     assert "has changed since the run began" in line
     assert "_signs" in str(first.make) and "_signs" in str(OPTIMIZERS["signs"].make)
-    with pytest.raises(UserError, match="began with signs"):
+    with pytest.raises(UserError, match="also has signs"):
         plugins.ready([], workdir)
     (workdir / "plugins" / "signs.py").write_text("")
     with pytest.raises(UserError, match=r"signs.py: damaged"):
