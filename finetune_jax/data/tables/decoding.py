@@ -46,9 +46,11 @@ def _number(standardised: float, column: Number) -> str:
     """Returns the number of a cell, with the digits that float32 keeps."""
     value = standardised * column.std + column.mean
     if column.log:
-        return f"{round(math.copysign(math.expm1(abs(value)), value), 4):.5g}"
-    digits = 4 - math.floor(math.log10(column.std))
-    return f"{round(value, digits):.10g}"
+        value, digits = math.copysign(math.expm1(abs(value)), value), 4
+    else:
+        digits = 4 - math.floor(math.log10(column.std))
+    # Without the sign of -0.0.
+    return f"{round(value, digits) + 0.0:.{5 if column.log else 10}g}"
 
 
 def _category(row: int, column: Category, fitted: Fitted) -> str:

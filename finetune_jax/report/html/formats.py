@@ -3,7 +3,7 @@
 import math
 import re
 
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 SPACE = "\N{NO-BREAK SPACE}"
 # Words of metric names that are written in another way.
@@ -112,13 +112,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     >>> [round(bound, 3) for bound in wilson(1.0, 40)]
     [0.912, 1.0]
     """
-    z = float(norm.ppf(0.975))
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count)
-    half *= math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # Rounding would put the bounds of 0 and 1 a little beside them.
-    low = 0.0 if share == 0 else max(centre - half, 0.0)
-    return low, 1.0 if share == 1 else min(centre + half, 1.0)
+    found = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def auc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
