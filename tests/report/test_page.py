@@ -230,7 +230,7 @@ def test_every_section_is_there_with_what_it_promises(tmp_path):
     for promised in (
         "2026-11-30 12:04", "c.py:a", "data.name=a b", "1,280 train", "/runs/1",
         "92.2 %", "best, step 20; final 91.4 %", "95.1 %", "0.2411", "27 s", "2,352",
-        "95 % interval 92.4 to 96.9 %, n = 360", "2 epochs", "step (an epoch is 40",
+        "95 % interval 92.2 to 96.8 %, n = 360", "2 epochs", "step (an epoch is 40",
         "1.5 s of it in updates, 2,091 examples a second, on cached features in 'phase",
         "highest validation accuracy", "test, 360 examples", "frozen: 2,304",
         "3 x 3 x 16 x 16", "head/kernel", "packages.jax", "0.10.2", "frozen_sha256",
