@@ -54,6 +54,8 @@ def load(address: str) -> Any:
     except UserError:
         raise
     except Exception as error:
+        if argument and isinstance(error, ValueError):  # The file refuses the argument.
+            raise UserError(f"--config={address}: {error}") from error
         kind = type(error).__name__
         raise UserError(
             f"--config={address}: the file fails with {kind}: {error}"

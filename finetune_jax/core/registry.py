@@ -113,7 +113,9 @@ def choose(table: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in table:
         known = ", ".join(sorted(table))
         raise UserError(
-            Problem(where, f"no {name!r}{closest(name, table)} There are: {known}.")
+            Problem(
+                where, f"no {name!r}{closest(name, table) or '.'} There are: {known}."
+            )
         )
     return table[name]
 

@@ -61,7 +61,8 @@ def check_preprocessing(spec: DataSpec) -> None:
     given: ArraySpec = spec.inputs
     problems = [
         f"config.data.{name}: {len(value)} numbers, but inputs have {spec.shape[-1]} "
-        "channels; give one number or one for each"
+        f"channels; give one number, one for each channel, or None for the default. If "
+        f"the config is made for other data: --config.data.{name}=None"
         for name, value in (("mean", given.mean), ("std", given.std))
         if len(value) not in (1, spec.shape[-1])
     ]

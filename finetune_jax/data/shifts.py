@@ -140,8 +140,8 @@ def _problems(source: Source, steps: Sequence[Any]) -> list[str]:
         if not isinstance(step, tuple) or not step or step[0] not in SHIFTS:
             name = step[0] if isinstance(step, tuple) and step else step
             problems.append(
-                f"{where}: {step!r} is no step{closest(str(name), SHIFTS)} There are: "
-                f"{', '.join(SHIFTS)}."
+                f"{where}: {step!r} is no step{closest(str(name), SHIFTS) or '.'} "
+                f"There are: {', '.join(SHIFTS)}."
             )
             continue
         name, *numbers = step

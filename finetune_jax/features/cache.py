@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -208,6 +208,7 @@ class FeatureStore:
         devices: Devices that compute the outputs.
         tables: Cache on the disk.
         batch_size: Number of held-out examples that are computed at once.
+        splits: Names of splits by the key of their data set, for messages.
         compile_s: Seconds spent on compiling.
     """
 
@@ -215,6 +216,7 @@ class FeatureStore:
     devices: Devices
     tables: Tables
     batch_size: int
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compile_s: float = 0.0
     # Tables of the last prefix and of the teachers, by all that they depend on; None if
     # a table cannot be cached.
@@ -310,8 +312,10 @@ class FeatureStore:
                 **dataset.about,
                 "machine": cache_keys.of_machine(),
             }
+            name = self.splits.get(dataset.key)
+            split = f" for {name}" if name else ""
             found = self._found_or_made(
-                seen, f"{len(seen):,} {computation.what}", about, lowered, placed,
+                seen, f"{len(seen):,} {computation.what}{split}", about, lowered, placed,
                 batch_size=batch_size, rows=rows, examples=examples,
             )  # fmt: skip
             if found is None and examples is not None:

@@ -19,6 +19,7 @@ from finetune_jax.inference.export.model_card import make_card
 from finetune_jax.inference.export.opened_run import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.modes.options import Options
+from finetune_jax.report.tables import checkpoint_line
 from finetune_jax.report.workdir import read_json, read_manifest
 from finetune_jax.tasks.components.decision import describe_threshold
 from finetune_jax.weights.metadata.tokenizer import kept_files
@@ -44,7 +45,7 @@ def main(config: Config, options: Options) -> int:
     predictor = open_predictor(config, workdir)
     manifest = read_manifest(workdir) or {}
     trained = trained_from(predictor, manifest, options.layout, kept_files(workdir))
-    print(f"checkpoint of step {trained.step}")
+    print(checkpoint_line(trained.step))
     if note := describe_threshold(trained.task):
         print(printable(note))
     part = folder.with_name(f"{folder.name}.part")
@@ -102,8 +103,9 @@ def _empty(folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"--output: {folder} is a file, not a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"--output: {folder} is not empty; an export overwrites nothing. Take away "
-            "what is there, or give another --output."
+            f"--output: {folder} is not empty, and an export overwrites nothing. Give "
+            "another --output; to have several formats in one folder, name all of them "
+            f"in one command: --formats={','.join(FORMATS)}."
         )
     if not folder.parent.is_dir():
         raise UserError(f"--output: no folder {str(folder.parent)!r}")

@@ -37,7 +37,7 @@ from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.initial.weights_check import weights_lines
 from finetune_jax.training.overview import data_lines, plan_warnings
 from finetune_jax.training.phases import PhaseSetup
-from finetune_jax.training.setup import make_setup
+from finetune_jax.training.setup import check_before_data, make_setup
 from finetune_jax.training.step import train_step
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
@@ -45,6 +45,7 @@ from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
     del options
+    check_before_data(config)
     config, lines = with_weight_defaults(config, weight_keys(config.data))
     for line in lines:
         print(line)

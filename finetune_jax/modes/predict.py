@@ -16,6 +16,7 @@ from finetune_jax.data.reading.files import FileNotes, files_below
 from finetune_jax.data.reading.threads import check_readable
 from finetune_jax.inference.predictor import open_predictor, open_reader
 from finetune_jax.modes.options import Options
+from finetune_jax.report.tables import checkpoint_line
 from finetune_jax.tasks.components.decision import describe_threshold
 
 
@@ -33,7 +34,7 @@ def main(config: Config, options: Options) -> int:
     for line in told:
         print(printable(line))
     predictor = open_predictor(config, workdir, reader)
-    print(f"checkpoint of step {predictor.step}")
+    print(checkpoint_line(predictor.step))
     if note := describe_threshold(predictor.setup.task):
         print(printable(note))
     errors: list[UserError | None] = []

@@ -1,12 +1,13 @@
 """Resolves the config and sets the environment of jax before jax is imported."""
 
+import contextlib
 import logging
 import os
 import pathlib
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
-from finetune_jax.core.errors import UserError, raise_if
+from finetune_jax.core.errors import UserError, collected, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.workdir import (
@@ -56,7 +57,14 @@ def resolved_config(
         )
     config, problems = configs.resolve(given, overrides)
     problems += plan_problems(config.plan)
-    raise_if(problems)
+    if problems and not config.plugins:  # Which may add names, but are not loaded yet.
+        # The program ends, so jax may start: it is needed to know all names.
+        from finetune_jax.training.setup import check_before_data
+
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
+            with collected(problems):
+                check_before_data(config)
+    raise_if(dict.fromkeys(problems))
     for line in plugins.ready(config.plugins, origin(config, workdir)):
         print(f"warning: {line}")
     return config

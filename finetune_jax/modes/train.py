@@ -13,6 +13,7 @@ from finetune_jax.report.workdir import check_same_run, new_workdir, read_json
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import EXIT_STATUS, Stop, stop_on_signals
 from finetune_jax.training.run import run
+from finetune_jax.training.setup import check_before_data
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
@@ -34,7 +35,7 @@ def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) 
     finished, result = None, {}
     result_file = workdir / "result.json"
     try:
-        filled, _ = with_weight_defaults(config, weight_keys(config.data))
+        filled = _with_weight_defaults(config)
         is_same = check_same_run(workdir, filled)
         finished = read_json(result_file) if is_same else None
         if finished is not None:
@@ -57,6 +58,19 @@ def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) 
         raise UserError(f"{result_file}: not the result of a run") from error
     print(f"workdir {workdir}", flush=True)
     return 0
+
+
+def _with_weight_defaults(config: Config) -> Config:
+    """Returns the config as its run will have it.
+
+    Raises:
+        UserError: Lists what is wrong in any section.
+    """
+    try:
+        return with_weight_defaults(config, weight_keys(config.data))[0]
+    except UserError:
+        check_before_data(config)  # Its message has mistakes of other sections, too.
+        raise
 
 
 def _run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict:

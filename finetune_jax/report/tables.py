@@ -35,7 +35,19 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     lines = aligned(rows)
     if step is not None:
         lines.append(f"best at step {step} of {result['steps']}")
+    if step == 0 and result["steps"]:
+        lines.append(
+            "warning: the best checkpoint is the untrained model of step 0, which "
+            "evaluate, predict and export use: no later evaluation was better. A lower "
+            "learning rate, more updates or another config.evaluate.best may help."
+        )
     return lines
+
+
+def checkpoint_line(step: int) -> str:
+    """Returns a line about the checkpoint that is used."""
+    told = ", the untrained model: no later evaluation was better" if not step else ""
+    return f"checkpoint of step {step}{told}"
 
 
 def population_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -22,7 +22,6 @@ from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import (
     NotFinite,
-    Problem,
     TrainingError,
     UserError,
     raise_if,
@@ -62,7 +61,7 @@ from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import best_state
 from finetune_jax.training.run import data_of_run, inputs_of, make_result, record, tell
-from finetune_jax.training.setup import Setup, make_setup
+from finetune_jax.training.setup import Setup, check_before_data, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
@@ -79,7 +78,8 @@ def member_configs(config: Config) -> list[Config]:
     Raises:
         UserError: Lists everything that is wrong with the population.
     """
-    found, problems, seen = [], [], {}
+    found, problems, seen = [], list[str](), {}
+    wrong_by_text: dict[str, list[int]] = {}
     if config.evaluate.best is None:
         problems.append(
             "config.evaluate.best: None; name the metric that chooses the best member"
@@ -99,11 +99,13 @@ def member_configs(config: Config) -> list[Config]:
         texts = [(k, v if isinstance(v, str) else repr(v)) for k, v in overrides]
         member, wrong = configs.resolve(plain, texts)
         wrong = wrong or plan_problems(member.plan)
-        problems += [f"{where}: {text}" for text in wrong]
+        for text in map(str, wrong):
+            wrong_by_text.setdefault(text, []).append(index)
         same = seen.setdefault(configs.to_json(member), index)
         if same != index and not wrong:
             problems.append(f"{where}: the same as config.population[{same}]")
         found.append(member)
+    problems += _by_member(wrong_by_text)
     raise_if(problems)
     return found
 
@@ -119,6 +121,19 @@ def choice_warning(members: Sequence[Config]) -> str | None:
         "task.label_smoothing, which changes the loss itself; better choose "
         "'validation/cross_entropy', with 'cross_entropy' in config.task.metrics"
     )
+
+
+def _by_member(problems: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns a line for each problem, with the members that have it.
+
+    >>> _by_member({"config.plan[0].steps: 0": [0, 1, 2]})
+    ['config.population[0]: config.plan[0].steps: 0 (3 members)']
+    """
+    return [
+        f"config.population[{members[0]}]: {text}"
+        + (f" ({len(members)} members)" if len(members) > 1 else "")
+        for text, members in problems.items()
+    ]
 
 
 def _are_pairs(overrides: Any) -> bool:
@@ -145,6 +160,7 @@ def run_population(
     """
     begin, terminal = time.perf_counter(), Terminal()
     plugins.ready(config.plugins, workdir)
+    check_before_data(config)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     members = member_configs(config)
@@ -196,7 +212,7 @@ def member_setups(
         UserError: Lists overrides that do not fit the model or the data.
     """
     drawn: dict[int | None, Data] = {}
-    setups, problems = [], []
+    setups, problems = [], dict[str, list[int]]()
     for index, member in enumerate(members):
         # The seed of the order draws the examples of `per_class` too.
         few = member.data.per_class is not None
@@ -210,9 +226,9 @@ def member_setups(
         try:
             setups.append(make_setup(member, drawn[seed], like=setup))
         except UserError as error:
-            place = f"config.population[{index}]"
-            problems += [Problem(place, str(p)) for p in error.problems]
-    raise_if(problems)
+            for problem in error.problems:
+                problems.setdefault(str(problem), []).append(index)
+    raise_if(_by_member(problems))
     return setups
 
 

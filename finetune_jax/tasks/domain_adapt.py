@@ -360,7 +360,7 @@ def _check(
     if features not in module.stages[:-1]:
         problems.append(
             f"config.task.features: no stage {features!r} before the head"
-            f"{registry.closest(features, module.stages)} There are: "
+            f"{registry.closest(features, module.stages) or '.'} There are: "
             f"{', '.join(module.stages[:-1])}."
         )
     if not 0 <= threshold <= 1:

@@ -10,6 +10,7 @@ from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.diagnostics import domain_named, make_extras
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.evaluation.fisher import domain_fisher
@@ -151,11 +152,15 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
     if data.cache == "off":
         return None
     if data.on_error == "skip":
-        terminal.say("inputs of later stages are not kept: config.data.on_error=skip")
+        terminal.say(
+            "outputs of frozen stages are not cached: config.data.on_error=skip"
+        )
         return None
     has_several = setup.task.models.prefixes != ("",)
     if has_several:
-        terminal.say("inputs of later stages are not kept: there are several models")
+        terminal.say(
+            "outputs of frozen stages are not cached: the task has several models"
+        )
     if has_several and setup.task.teachers is None:
         return None
     return FeatureStore(
@@ -170,4 +175,9 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
             say=terminal.say,
         ),
         batch_size=setup.config.evaluate.batch_size,
+        splits={
+            part.key: name
+            for name, part in {"train": setup.data.train, **setup.data.held_out}.items()
+            if isinstance(part, Dataset)
+        },
     )

@@ -49,7 +49,7 @@ from finetune_jax.training.overview import overview, plan_warnings
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import last_prefix, open_checkpoints, restore
-from finetune_jax.training.setup import Setup, make_setup
+from finetune_jax.training.setup import Setup, check_before_data, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
@@ -71,6 +71,7 @@ def run(
     """
     begin, terminal = time.perf_counter(), Terminal()
     plugins.ready(config.plugins, workdir)
+    check_before_data(config)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     parent = parent_of(config, workdir)

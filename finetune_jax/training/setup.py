@@ -15,6 +15,8 @@ from finetune_jax.core.errors import Problem, UserError, collected, raise_if, un
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data
+from finetune_jax.data.kind import kind_of
+from finetune_jax.models import constructors
 from finetune_jax.optim import PhaseOptimizer, compile_phase
 from finetune_jax.optim.regularisers import (
     READS_FISHER,
@@ -178,6 +180,27 @@ def metric_names(config: Config) -> tuple[str, ...]:
     return chosen_by(config.data.domains, names) if config.data.domains else names
 
 
+def check_before_data(config: Config) -> None:
+    """Checks all sections of a config as far as that needs no data.
+
+    Raises:
+        UserError: Lists what is wrong in any of them.
+    """
+    problems: list[Problem] = []
+    with collected(problems):
+        registry.choose(constructors(), config.model.name, "config.model.name")
+    with collected(problems):
+        if not config.data.domains:
+            kind_of(config.data)
+    with collected(problems):
+        make_rules(config.init.schemes, *weights_addresses(config).values())
+    with collected(problems):
+        task_module(config.task["name"])
+        plan = plan_from_config(config.plan)
+        check_phases(config, plan, make_devices(config.parallel).count)
+    raise_if(dict.fromkeys(problems))
+
+
 def make_setup(
     config: Config, data: Data | None = None, like: Setup | None = None
 ) -> Setup:
@@ -304,7 +327,7 @@ def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:
     problems += [
         Problem(
             key,
-            f"{name!r} cannot choose{registry.closest(name, known)} "
+            f"{name!r} cannot choose{registry.closest(name, known) or '.'} "
             f"There are {', '.join(known) or 'none: config.data.validation is None'}.",
         )
         for key, name in metrics

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import small
 from other_domains import config
 
 from finetune_jax import main
@@ -53,3 +54,17 @@ def test_changed_data_are_told_when_a_finished_run_is_evaluated(tmp_path, capsys
     assert (
         "the classes are in another order than when the run began, green, red" in line
     )
+
+
+def test_a_split_is_measured_under_its_own_name(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    plan = (Phase(name="all", steps=1, peak_lr=1e-2),)
+    run(small.config(model="mlp", plan=plan, hidden=(4,)), workdir)
+    flags = "--config.data.test=train", "--config.data.validation=validation[:50%]"
+    assert main.run(["--mode=evaluate", f"--workdir={workdir}", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "data.train and data.test share 1078 examples" in said
+    assert "validation is config.data.validation='validation[:50%]'" in said
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert "train/accuracy" in found and "test/accuracy" not in found
+    assert found["splits"] == {"validation": "validation[:50%]"}

@@ -4,12 +4,13 @@ import shlex
 import threading
 
 import pytest
-from command_line import IRIS
+from command_line import IRIS, refused
 
 from finetune_jax import main
 from finetune_jax.config.schema import Seeds
 from finetune_jax.modes import train
 from finetune_jax.modes.options import Options
+from finetune_jax.report.tables import checkpoint_line, result_lines
 from finetune_jax.report.workdir import new_workdir
 from finetune_jax.training.loop import Preempted
 
@@ -70,3 +71,31 @@ def test_a_given_workdir_is_in_the_command_once(tmp_path):
     (tmp_path / "checkpoints" / "120").mkdir(parents=True)
     (tmp_path / "checkpoints" / "85").mkdir()
     assert options.advice(tmp_path).startswith("step 120 is saved; go on with:\n  ")
+
+
+def test_mistakes_in_different_sections_are_told_together(tmp_path):
+    wrong = (
+        "--config.model.name=resnet21", "--config.plan[0].optimizer=adma",
+        "--config.data.name=foldr",
+    )  # fmt: skip
+    names = "'resnet32'", "'adam'", "'folder'"
+    for mode in ("train", "plan"):
+        message = refused(IRIS, *wrong, f"--mode={mode}", f"--workdir={tmp_path}/run")
+        assert all(f"did you mean {name}?" in message for name in names)
+    # Also beside an unknown key.
+    message = refused(IRIS, *wrong, "--config.sede=1", f"--workdir={tmp_path}/run")
+    assert all(f"did you mean {name}?" in message for name in (*names, "'seed'"))
+
+
+def test_an_argument_that_a_config_file_refuses_is_no_crash():
+    message = refused(IRIS.replace("iris_mlp", "resnet_head") + ":foo")
+    assert "resnet_head.py:foo: no variant 'foo'" in message and "fails" not in message
+
+
+def test_a_best_checkpoint_without_training_is_warned_of():
+    metrics = {"validation/loss": 1.0}
+    result = {"final": metrics, "best": metrics, "best_step": 0, "steps": 15}
+    assert "untrained model of step 0" in result_lines(result)[-1]
+    assert "untrained" not in "".join(result_lines({**result, "best_step": 15}))
+    assert "the untrained model" in checkpoint_line(0)
+    assert checkpoint_line(15) == "checkpoint of step 15"

@@ -100,7 +100,7 @@ def infer_schema(
     if options.label not in first:
         problems.append(
             f"config.data.label: no column {options.label!r}"
-            f"{closest(options.label, first)} There are: {', '.join(first)}."
+            f"{closest(options.label, first) or '.'} There are: {', '.join(first)}."
         )
     for key, patterns in (
         ("columns", [pattern for pattern, _ in options.columns]),

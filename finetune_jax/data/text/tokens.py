@@ -140,7 +140,7 @@ def _window_problems(options: TextOptions) -> list[str]:
 def missing_columns(rows: Rows, wanted: Sequence[str]) -> list[str]:
     """Returns which of some columns a file lacks, or that it has no rows."""
     missing = [
-        f"{rows.where}: no column {column!r}{closest(column, rows.columns)} "
+        f"{rows.where}: no column {column!r}{closest(column, rows.columns) or '.'} "
         f"There are: {', '.join(rows.columns)}."
         for column in wanted
         if column not in rows.columns

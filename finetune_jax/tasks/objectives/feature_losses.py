@@ -180,7 +180,7 @@ def make_pairs(
         elif stage not in theirs.get(label, {}):
             problems.append(
                 f"{where}: no stage {entry[1]!r} before a teacher's head"
-                f"{closest(entry[1], known)} There are {', '.join(known)}."
+                f"{closest(entry[1], known) or '.'} There are {', '.join(known)}."
             )
         elif why := misfit(
             own[entry[0]], theirs[label][stage], places=key == "attention"

@@ -175,7 +175,9 @@ def cut(
     """
     if at not in stages:
         hint = closest(at, stages)
-        raise UserError(f"cut: no stage {at!r}{hint} There are: {', '.join(stages)}.")
+        raise UserError(
+            f"cut: no stage {at!r}{hint or '.'} There are: {', '.join(stages)}."
+        )
     upper = "|".join(stages[list(stages).index(at) :])
     return ((f"({upper})/.*", scheme, *arguments),)
 
