@@ -78,6 +78,17 @@ def count_text(count: int) -> str:
     return f"{count:,}" if count < 1e6 else f"{count / 1e6:,.1f}{SPACE}M"
 
 
+def size_text(size: int) -> str:
+    """Returns a number of bytes in MB or GB.
+
+    >>> size_text(124_570_000), size_text(1_400_000_000), size_text(25_600)
+    ('124.6 MB', '1.4 GB', '0.03 MB')
+    """
+    if size >= 1e9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:.{1 if size >= 1e5 else 2}f} MB"
+
+
 def rate_text(rate: float) -> str:
     """Returns a learning rate.
 

@@ -250,6 +250,8 @@ def _facts(page: Page) -> list[tuple[str, str, str]]:
     if total := sum(row.count for row in page.parameters):
         trained = sum(row.count for row in page.parameters if row.is_trained)
         note = f"of {formats.count_text(total)}, {formats.percent(trained / total)}"
+        if size := result.get("disk_bytes", {}).get("checkpoints"):
+            note += f"; checkpoints take {formats.size_text(size)}"
         found.append(("Trained parameters", formats.count_text(trained), note))
     if result.get("wall_s") is not None:
         found.append(("Time", formats.time_text(result["wall_s"]), _time_note(page)))
