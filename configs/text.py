@@ -29,7 +29,7 @@ def format_of(place: str) -> str:
     path = pathlib.Path(place).expanduser()
     files = sorted(path.iterdir()) if place and path.is_dir() else [path]
     suffixes = [file.suffix.lower().removeprefix(".") for file in files]
-    return next((s for s in suffixes if s in ("tsv", "csv", "jsonl")), "csv")
+    return next((s for s in suffixes if s in ("tsv", "csv", "jsonl")), "tsv")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -15,7 +15,7 @@ from finetune_jax.core.errors import Problem
 # include it for pooled features of ResNets, EfficientNets, ViTs and BERTs. Chosen by us.
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(6, -15, -1))
 # Weaker penalties are left out after so many in a row that lower no validation loss.
-PATIENCE = 4
+PATIENCE = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def resolved(variant, tmp_path):
         small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
         small |= {"vocabulary": "30", "positions": "384"}
         overrides += [(f"model.{key}", value) for key, value in small.items()]
-    if config.data.name == "csv":
+    if config.data.name == "csv" and not config.data.text:
         rows = [[f"{n * 7 % 11}.5", f"{n / 60}", f"{n % 2}"] for n in range(60)]
         header = ["Amount", "V1", config.data.label]
         path = clicks.write(tmp_path / "rows.csv", rows, header, delimiter=",")
