@@ -40,8 +40,8 @@ def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) 
         finished = read_json(result_file) if is_same else None
         if finished is not None:
             print(
-                "this run is finished; to train on from its weights, start another run "
-                f"with --config.init.pretrained=orbax:{workdir}"
+                "this run is finished; to train longer, start another run with "
+                f"--extend={workdir} and a longer plan"
             )
             show(finished)
         else:

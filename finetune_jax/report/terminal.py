@@ -89,6 +89,7 @@ class Terminal:
         self._speed = Speed(clock)
         self._root: Terminal = parent or self
         self._printed = clock()
+        self._compile_s, self._compiled = 0.0, list[float]()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -179,6 +180,11 @@ class Terminal:
             train_s: Seconds of updates so far.
             compile_s: Seconds of compiling so far.
         """
+        if compile_s > self._compile_s:
+            self._compiled.append(compile_s - self._compile_s)
+            self._compile_s = compile_s
+            if len(self._compiled) == 2:
+                self.say("batches differ in shape: one program is compiled for each")
         if latest is None or self._phase is None:
             return
         self._speed.add(latest.step, train_s=train_s, compile_s=compile_s)
@@ -216,11 +222,14 @@ class Terminal:
         return parts
 
     def end_phase(self) -> None:
-        """Takes the bar away."""
+        """Takes the bar away, and says how many programs were compiled, if several."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._phase = None
+        if len(self._compiled) > 1 and self._phase is not None:
+            count, seconds = len(self._compiled), sum(self._compiled)
+            self.say(f"{self._phase.name}: {count} programs compiled, {seconds:.0f} s")
+        self._phase, self._compiled = None, []
 
     def metrics(
         self, step: int, phase: str, values: Mapping[str, float], *, epoch: float

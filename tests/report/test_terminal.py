@@ -159,3 +159,16 @@ def test_a_population_has_a_heading_and_short_labels():
         "1      0.1           0.0        2       0      0.9000 ± 0.0500",
         "2     10.0           0.0        1       1                    -",
     ]
+
+
+def test_several_programs_are_told_with_their_number_and_seconds(capsys):
+    terminal = Terminal()
+    for compiled in ((3.0, 3.0), (5.0, 6.5, 6.5)):  # In two phases.
+        terminal.begin_phase(PHASE, 0)
+        for step, seconds in enumerate(compiled):
+            terminal.advance(step, None, train_s=0.0, compile_s=seconds)
+    terminal.end_phase()
+    assert capsys.readouterr().out.splitlines() == [
+        "batches differ in shape: one program is compiled for each",
+        "head: 2 programs compiled, 4 s",
+    ]
