@@ -3,6 +3,9 @@
 Question:  Do class weights, a focal loss or balanced batches find more of the fraud?
 Command:   .venv/bin/python -m finetune_jax.main --config=configs/fraud.py:FILE,seeds
            FILE is fraud.csv; docs/domains.md describes it. `:FILE` alone trains once.
+Expected:  test average precision 0.970 (0.968 to 0.972 over the three seeds), 0.969 with
+           each other arm; F1 0.929 (0.924 to 0.938) at the threshold chosen on
+           validation. Half a minute on two CPU cores for three seeds.
 Argument:  none (default), class_weights, focal or balanced: `:FILE,focal,seeds`.
 """
 

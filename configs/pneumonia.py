@@ -4,8 +4,14 @@ Question:  How much of the pneumonia is found if 5 % of the healthy may be calle
 Command:   .venv/bin/python -m finetune_jax.main --config=configs/pneumonia.py:FILE,seeds
            FILE is pneumonia_mnist.npz; docs/domains.md describes it. `:FILE` alone
            trains once.
+Expected:  test ROC AUC 0.973 (0.970 to 0.976) over the three seeds. At the threshold
+           from validation, sensitivity 0.983 (0.977 to 0.987) and specificity 0.956
+           on validation; 0.991 (0.987 to 0.992) and 0.688 (0.637 to 0.722) on test,
+           which is of another distribution. About three minutes of CPU time for a
+           seed.
+Chosen:    full over head on the validation split; rates and lengths were not searched.
 Argument:  full (default): all layers of a ResNet-20 pretrained on Fashion-MNIST; head: a
-           new head on its frozen layers; scratch: all layers, from random values.
+           new head on its frozen layers: `:FILE,head,seeds`.
 """
 
 import ml_collections
@@ -38,8 +44,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         plan = head_only(epochs=30, optimizer="adam", peak_lr=1e-2)
         config.plan = as_config(plan)
         config.evaluate.every_epochs = 5.0
-    if "scratch" in words:
-        config.init.update(pretrained=None, fresh=())
     if "seeds" in words:
         config.population = grid({"seed": (0, 1, 2)})
     return configs.tiny(config) if "tiny" in words else config

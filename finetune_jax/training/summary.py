@@ -16,6 +16,7 @@ from finetune_jax.report import plots
 from finetune_jax.report.html.page import Page, ParameterRow, PhaseRow, write_page
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.report.workdir import read_json, read_manifest
+from finetune_jax.tasks.components.decision import THRESHOLD
 from finetune_jax.training.predictions import SHOW, Predicted
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
@@ -50,6 +51,8 @@ def write_report(
         outputs, dataset = best.outputs(dataset, domain), dataset.kept()
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"
+        if THRESHOLD in result:
+            caption += ", without the decision threshold"
         figures = show(Predicted(setup_of, outputs, dataset, folder, caption))
     config = read_json(workdir / "config.json") or {}
     page = Page(

@@ -42,6 +42,7 @@ NOT_RUN = {
     r"\S+ -m pytest|\S+ tests/": "tests, which CI runs",
     r"\S+ experiments/": "a study of minutes to hours",
     r".*:stanford_dogs": "neither the data nor the weights come with a package",
+    r".*configs/pneumonia.py": "a convolution at 28 pixels; test_configs.py runs it",
     r".* --mode=reproduce --workdir=RUN": "RUN is any run; tests/modes/test_reproduce.py",
     r"sbatch|srun|for |do |done|source |export |kill ": "needs a cluster or a shell",
 }
@@ -229,6 +230,8 @@ def files(tmp_path_factory):
     (folder / "new.jsonl").write_text("".join(asked))
     _write_visits(folder, rng)
     clicks.write(folder / "train.txt", clicks.rows(200))
+    _write_payments(folder, rng)
+    _write_official_pneumonia(folder / "pneumoniamnist.npz", rng)
     return folder
 
 
@@ -268,6 +271,26 @@ def _write_visits(folder, rng):
         kept = rows if last == 4 else rows[:5]
         text = [",".join(map(str, row[:last])) + "\n" for row in (head, *kept)]
         (folder / name).write_text("".join(text))
+
+
+def _write_payments(folder, rng):
+    """Writes card payments, and some without the label."""
+    head = ["Time", "V1", "Amount", "Class"]
+    rows = [
+        [str(n), f"{rng.normal():.3f}", f"{n % 9}.5", str(n % 2)] for n in range(90)
+    ]
+    clicks.write(folder / "fraud.csv", rows, head, delimiter=",")
+    new = [row[:3] for row in rows[:5]]
+    clicks.write(folder / "new_payments.csv", new, head[:3], delimiter=",")
+
+
+def _write_official_pneumonia(path, rng):
+    """Writes a file with the array names of MedMNIST."""
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (4, 28, 28), np.uint8)
+        arrays[f"{split}_labels"] = np.array([[0], [1], [1], [0]], np.uint8)
+    np.savez(path, **arrays)
 
 
 def followed():
