@@ -1,4 +1,4 @@
-"""Ten labels a class: what do models that learn together, or from a teacher, gain?
+"""Ten labels per class: do models gain from each other, or from a teacher?
 
 .venv/bin/python experiments/domains/mutual_and_distill.py [--workdir=DIR]
 

@@ -1,8 +1,8 @@
-"""Ten labels a class: what does the pretrained backbone bring, and frozen or not?
+"""Ten labels per class: does a pretrained backbone help, frozen or trained?
 
 .venv/bin/python experiments/low_data/study.py [--workdir=runs/low_data]
 
-Four arms on digits with 10 training labels a class. For each arm the learning rate is
+Four arms on digits with 10 training labels per class. For each arm the learning rate is
 chosen on the validation split, with seed 0, out of the same grid; then seeds 0 to 4 draw
 other labels, other orders and another head. The test split is read once a run, for the
 best checkpoint by validation. Writes results.json, table.md and table.png beside itself.

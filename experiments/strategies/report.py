@@ -49,7 +49,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> Non
     found = grouped(rows)
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     lines = [
-        "| transfer, labels a class | strategy | rate | test accuracy (%) | trained | "
+        "| transfer, labels per class | strategy | rate | test accuracy (%) | trained | "
         "FLOPs a step, in forward passes | training (s) | source accuracy lost (points) |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -83,7 +83,7 @@ def _draw(found: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
                 color="#0072B2", capsize=3, ms=4,
             )  # fmt: skip
         axis.set_yticks([-i for i in range(len(part))], [e["arm"] for e in part])
-        axis.set_title(f"{transfer}, {labels} labels a class", fontsize=10)
+        axis.set_title(f"{transfer}, {labels} labels per class", fontsize=10)
         axis.set_xlabel("test accuracy (%)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#eeeeee")

@@ -3,8 +3,9 @@
 .venv/bin/python experiments/strategies/study.py --fashion=DIR --flowers=DIR [--jobs=2]
 
 Two transfers. A small convolutional network that knows clothes (Fashion-MNIST, DIR has its
-IDX files; it is trained first) learns handwritten digits with 5, 20 and 100 labels a class;
-an EfficientNet-Lite0 that knows ImageNet learns flowers (DIR has a folder a class) with 20.
+IDX files; it is trained first) learns handwritten digits with 5, 20 and 100 labels per
+class; an EfficientNet-Lite0 that knows ImageNet learns flowers (DIR has one folder per
+class) with 20.
 All arms make equally many updates, divided among their phases. The learning rate of an arm
 is the best of two (photos: three) on the validation split, with seed 0 and 20 labels; then
 every seed draws other labels, another order and another head. Writes results.json, table.md
@@ -220,7 +221,7 @@ def main() -> None:
     """Runs what is not there yet and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fashion", help="folder of Fashion-MNIST's IDX files")
-    parser.add_argument("--flowers", help="folder of flowers, a folder a class")
+    parser.add_argument("--flowers", help="folder of flowers, one folder per class")
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/strategies")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5, help="at most so many")
