@@ -10,11 +10,13 @@ frozen network runs in every epoch. The split is that of scikit-learn, 60, 20 an
 import argparse
 import pathlib
 import time
+from typing import Any
 
 import timm
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
+from timm.data import create_transform, resolve_model_data_config
 
 
 def main() -> None:
@@ -35,13 +37,13 @@ def main() -> None:
     validation, test = train_test_split(
         rest, test_size=0.5, stratify=[label for _, label in rest], random_state=0
     )
-    model = timm.create_model(f"local-dir:{flags.weights}", pretrained=True)
+    model: Any = timm.create_model(f"local-dir:{flags.weights}", pretrained=True)
     model.reset_classifier(len(names))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith("classifier")
     model.eval()  # Running averages of BatchNorm stay as they are.
-    settings = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**settings, is_training=False)
+    settings = resolve_model_data_config(model)
+    transform: Any = create_transform(**settings, is_training=False)
 
     def batches(examples, shuffle=False):
         order = (

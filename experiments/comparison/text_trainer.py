@@ -11,6 +11,7 @@ import argparse
 import csv
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ class Sentences(torch.utils.data.Dataset):
     def __getitem__(self, index):
         found = {name: values[index] for name, values in self.tokens.items()}
         return {**found, "labels": self.labels[index]}
+
+
+def accuracy(result: Any) -> dict[str, float]:
+    """Returns the share of correct predictions."""
+    correct = result.predictions.argmax(-1) == result.label_ids
+    return {"accuracy": float(np.mean(correct))}
 
 
 def main() -> None:
@@ -75,11 +82,7 @@ def main() -> None:
         train_dataset=Sentences(tokenizer, train),
         eval_dataset=Sentences(tokenizer, validation),
         processing_class=tokenizer,
-        compute_metrics=lambda result: {
-            "accuracy": float(
-                np.mean(result.predictions.argmax(-1) == result.label_ids)
-            )
-        },
+        compute_metrics=accuracy,
     )
     trainer.train()
     result = trainer.evaluate(Sentences(tokenizer, test))
