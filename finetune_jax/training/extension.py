@@ -104,14 +104,21 @@ def begin(setup: Setup, parent: Parent) -> Beginning:
         parent: The finished run.
 
     Raises:
-        UserError: The plan does not go on from that of the parent, or the model is
-            another one.
+        UserError: The plan does not go on from that of the parent, the model is another
+            one, or the parent was fitted to its validation split.
     """
     before = _setup_of(parent, setup)
     checkpoints = open_checkpoints(before, parent.workdir / "checkpoints")
     try:
         step = _step(setup.config, parent, checkpoints.steps())
         progress = checkpoints.progress(step)
+        if progress.refit is not None:
+            text = (
+                f"the run in {str(parent.workdir)!r} was fitted to its validation split, "
+                "too, which could not choose among later states; start a new run with all "
+                "phases, in which only the last one fits again"
+            )
+            raise UserError(Problem(_KEY, text))
         _go_on(progress, step, before, setup)
         then = checkpoints.progress(step)
         state = checkpoints.restore(step, before.target(then))

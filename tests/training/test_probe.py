@@ -127,6 +127,17 @@ def test_evaluation_does_not_measure_a_validation_split_that_was_fitted(
     assert f"{found['validation/loss']:.4f}" in capsys.readouterr().out
 
 
+def test_a_run_that_was_fitted_to_its_validation_split_is_not_extended(tmp_path):
+    run(config(), tmp_path / "a")
+    longer = (
+        *linear_probe(penalties=PENALTIES),
+        Phase(name="all", steps=2, peak_lr=1e-3),
+    )
+    extended = config(plan=longer, overrides=[("extend", str(tmp_path / "a"))])
+    with pytest.raises(UserError, match="config.extend: the run in .* was fitted to"):
+        run(extended, tmp_path / "b")
+
+
 def test_few_labels_are_not_extended_by_those_of_the_validation_split(tmp_path, capsys):
     few = config(overrides=[("data.per_class", "5")])
     run(few, tmp_path)
