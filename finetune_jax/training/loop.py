@@ -30,7 +30,7 @@ from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Clock, Progress
-from finetune_jax.training.setup import Setup
+from finetune_jax.training.setup import Setup, refits
 from finetune_jax.training.updates.nonfinite import Guard
 from finetune_jax.training.updates.phase_run import PhaseRun
 from finetune_jax.training.updates.probe_run import ProbeRun
@@ -205,13 +205,11 @@ class Loop:
         start = int(state.step)
         if phase.compiled.probe is not None:
             assert prefix is not None
-            # Few labels are asked for where `per_class` is set: no others are used.
-            is_last = phase is self.setup.phases[-1]
-            refits = is_last and self.setup.config.data.per_class is None
             return ProbeRun(
                 setup=self.setup,
                 phase=phase,
-                options=phase.compiled.probe.refitting(refits),
+                options=phase.compiled.probe,
+                refits=refits(self.setup, phase),
                 prefix=prefix,
                 evaluator=self.evaluator,
                 step=start,

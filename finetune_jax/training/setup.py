@@ -302,7 +302,25 @@ def _probe_problems(setup: Setup, phase: PhaseSetup, place: str) -> list[Problem
             f"{place}.optimizer_args.penalties=(1e-3,)"
         )
         add("config.data.validation", text)
+    if refits(setup, phase) and dict(config.task).get("threshold_rule") is not None:
+        text = (
+            "chooses on the validation split, but the linear probe is fitted to it, too; "
+            f"set {place}.optimizer_args.refit=False"
+        )
+        add(thresholds.KEY, text)
     return problems
+
+
+def refits(setup: Setup, phase: PhaseSetup) -> bool:
+    """Returns whether a phase fits a linear probe to the validation split, too.
+
+    Only the last phase does: later ones could not be chosen by a split that is not unseen
+    any more. Nor does a run with `data.per_class`, which asks for few labels.
+    """
+    probe, config = phase.compiled.probe, setup.config
+    is_last = phase is setup.phases[-1]
+    has_both = config.data.validation is not None and config.data.per_class is None
+    return probe is not None and probe.refit and is_last and has_both
 
 
 def check_phases(config: Config, plan: tuple[Phase, ...], devices: int) -> None:

@@ -182,6 +182,7 @@ def test_augmentation_does_not_change_a_probe(tmp_path):
         (None, [("data.mix", "(('mixup', 0.2),)")], "config.data.mix: "),
         (None, [("data.validation", "None"), ("evaluate.best", "None")],
          "config.data.validation: None, but it chooses the penalty"),
+        (None, [("task.threshold_rule", "f1")], "config.task.threshold_rule"),
         (None, [("plan[0].peak_lr", "0.1")], r"config.plan\[0\].peak_lr: 0.1, but"),
         (None, [("plan[0].optimizer_args.penalties", "(-1.0,)")],
          r"optimizer_args.penalties: \[-1.0\]"),

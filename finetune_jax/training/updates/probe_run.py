@@ -95,6 +95,7 @@ class ProbeRun:
         setup: Setup of the run.
         phase: The phase.
         options: Options of the fit.
+        refits: Whether to fit training and validation examples together at the end.
         prefix: Frozen prefix, whose outputs are the features.
         evaluator: Measures states, and computes features that are not cached.
         step: Step of the current state.
@@ -108,6 +109,7 @@ class ProbeRun:
     setup: Setup
     phase: PhaseSetup
     options: ProbeOptions
+    refits: bool
     prefix: FrozenPrefix
     evaluator: Evaluator
     step: int
@@ -126,7 +128,7 @@ class ProbeRun:
         head = self._head(state)
         penalty, fits, told = self._chosen(head, state, train, validation)
         told = f"phase {name!r}: L2 penalty {penalty:.2g}{told}"
-        if validation is not None and self.options.refit:
+        if validation is not None and self.refits:
             self._note(_with_leaves(state, fits[-1].leaves))
             both = jax.tree.map(lambda a, b: np.concatenate([a, b]), train, validation)
             # The sum of the losses grows with the examples, the penalty does not.
