@@ -184,6 +184,8 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
         unread -= {"init.fisher_examples"}
     if config.init.pretrained is None:
         unread -= {"init.fresh", "init.input_channels", "init.accept"}
+    if config.extend is None:
+        unread -= {"extend_from"}
     if config.task.name == "mutual":  # What several models need is not kept.
         unread -= {"data.cache_dir", "data.cache_gb"}
     assert not unread
