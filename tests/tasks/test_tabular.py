@@ -127,7 +127,7 @@ def test_a_run_is_evaluated_and_predicts_with_what_was_fitted(tmp_path, capsys):
     first = json.loads(written[0])
     assert len(written) == 60 and first["file"] == f"{other}#1"
     assert main.run([f"--config={config_file(tmp_path)}", "--mode=plan"]) == 0
-    assert "C26: category, 5 rows" in capsys.readouterr().out
+    assert "C26: category, 5 known values" in capsys.readouterr().out
 
 
 @pytest.mark.slow

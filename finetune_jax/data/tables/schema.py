@@ -305,9 +305,11 @@ class TableSpec:
                 f"{one.std:.4g}, {one.missing:.1%} missing"
             )
         for one in self.categories:
-            kind = "hashed into" if one.hashed else "category,"
+            kind, unit = "category,", "known values"
+            if one.hashed:
+                kind, unit = "hashed into", "rows"
             found.append(
-                f"  {_shown(one.name)}: {kind} {one.rows - ROWS_BEFORE:,} rows, "
+                f"  {_shown(one.name)}: {kind} {one.rows - ROWS_BEFORE:,} {unit}, "
                 f"{one.missing:.1%} missing, {one.unseen:.1%} rare"
             )
         return found
