@@ -63,8 +63,6 @@ def main(config: Config, options: Options) -> int:
     task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
     for text in kind_named(spec.kind).lines(spec):
         print(text)
-    for text in plan_warnings(setup):
-        print(f"warning: {text}")
     forward = forward_flops(task, state, config.data.batch_size)
     inputs, outputs = "x".join(map(str, spec.shape)), spec.outputs
     if spec.domains:
@@ -94,6 +92,8 @@ def main(config: Config, options: Options) -> int:
             costs[phase.program] = flops, nbytes(opt_state)
         table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
     Console(width=None if console.is_terminal else 160).print(table)
+    for text in plan_warnings(setup):
+        print(f"warning: {text}")
     known = data_lines(config, data)
     if missing is not None:
         known = [f"not there: {'; '.join(map(str, missing.problems))}"]

@@ -73,8 +73,8 @@ class Speed:
 def duration(seconds: float) -> str:
     """Returns a duration in words, rounded to what an estimate is worth.
 
-    >>> duration(41), duration(250), duration(5000), duration(400_000)
-    ('41 s', '4 min', '1 h 23 min', '4 d 15 h')
+    >>> duration(41), duration(250), duration(10_000), duration(400_000)
+    ('41 s', '4 min', '2 h 47 min', '4 d 15 h')
     """
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -124,6 +124,8 @@ def refusal(case, mode, patch, workdir):
         inner.setattr(Setup, "start", reached)
         for name in ("forward_flops", "step_flops"):
             inner.setattr(plan_mode, name, lambda *arguments: 1.0)
+        # Training reads the weights after its setup.
+        inner.setattr(plan_mode, "weights_lines", lambda *arguments: [])
         try:
             name, key, value, *more = case
             outcome(name, key, value, mode, f"--workdir={workdir}", *more)

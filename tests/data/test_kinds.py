@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import sys
 import textwrap
 
 import numpy as np
@@ -197,6 +198,11 @@ def waves(tmp_path, monkeypatch):
     for package, name in ((data, "data"), (sources, "sources"), (tasks, "tasks")):
         path = str(tmp_path / "own" / name)
         monkeypatch.setattr(package, "__path__", [*package.__path__, path])
+    yield
+    # Later runs of this process would record modules from outside as theirs.
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_a_new_kind_of_data_is_a_folder_and_trains(waves, tmp_path, capsys):

@@ -19,6 +19,7 @@ NOT_STATIC = {
     "schedule": "linear",
     "schedule_args": {"a": 1},
     "warmup_steps": 1,
+    "warmup_share": 0.1,
     "end_lr_scale": 0.1,
     "plateau_metric": "validation/loss",
     "plateau_patience": 2,

@@ -80,7 +80,8 @@ def check_is_minimum(head, regression, splits, penalty):
     assert best - 1e-8 <= objective(*head, splits, penalty) <= best + 1e-5
     for x, _ in splits:
         probability = softmax(x @ head[0] + head[1], axis=1)
-        np.testing.assert_allclose(probability, regression.predict_proba(x), atol=2e-3)
+        # A difference of 1e-5 leaves the head a way to go in flat directions.
+        np.testing.assert_allclose(probability, regression.predict_proba(x), atol=1e-2)
 
 
 def test_a_probe_is_the_regression_that_scikit_learn_chooses_and_fits_again(tmp_path):
@@ -102,6 +103,7 @@ def test_a_probe_is_the_regression_that_scikit_learn_chooses_and_fits_again(tmp_
     check_is_minimum(head_of(config(), tmp_path), again, both, penalty)
 
 
+@pytest.mark.slow
 def test_without_a_refit_the_head_is_that_of_the_training_split(tmp_path):
     plain = config(refit=False)
     found = run(plain, tmp_path)
@@ -116,6 +118,7 @@ def test_without_a_refit_the_head_is_that_of_the_training_split(tmp_path):
     assert found["validation/accuracy"] == pytest.approx(score, abs=1 / 360)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_measure_a_validation_split_that_was_fitted(
     tmp_path, capsys
 ):
@@ -127,6 +130,7 @@ def test_evaluation_does_not_measure_a_validation_split_that_was_fitted(
     assert f"{found['validation/loss']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_fitted_to_its_validation_split_is_not_extended(tmp_path):
     run(config(), tmp_path / "a")
     longer = (
@@ -138,12 +142,14 @@ def test_a_run_that_was_fitted_to_its_validation_split_is_not_extended(tmp_path)
         run(extended, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_few_labels_are_not_extended_by_those_of_the_validation_split(tmp_path, capsys):
     few = config(overrides=[("data.per_class", "5")])
     run(few, tmp_path)
     assert "fitted again" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_probe_before_other_phases_keeps_the_validation_split_unseen(
     tmp_path, capsys
 ):
@@ -156,6 +162,7 @@ def test_a_probe_before_other_phases_keeps_the_validation_split_unseen(
     assert small.lines(tmp_path / "a") == small.lines(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_probe_without_a_cache_gives_the_same_head(tmp_path):
     run(config(), tmp_path / "a")
     run(config(overrides=[("data.cache", "off")]), tmp_path / "b")
@@ -165,6 +172,7 @@ def test_a_probe_without_a_cache_gives_the_same_head(tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_augmentation_does_not_change_a_probe(tmp_path):
     run(config(), tmp_path / "a")
     augmented = config(overrides=[("data.augment", "(('flip',), ('pad_crop', 2))")])
