@@ -333,6 +333,7 @@ def make_result(
         "examples_per_s": clock.examples / clock.train_s if clock.train_s else None,
         "train_s": clock.train_s,
         "cached_phases": clock.cached_phases,
+        "fitted_to": ["train", *(["validation"] if progress.refit else [])],
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
     }

@@ -51,6 +51,8 @@ def write_report(
         outputs, dataset = best.outputs(dataset, domain), dataset.kept()
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"
+        if best.has_seen(held_out[split]):
+            caption += ", to which the model was fitted, too"
         if THRESHOLD in result:
             caption += ", without the decision threshold"
         figures = show(Predicted(setup_of, outputs, dataset, folder, caption))

@@ -86,6 +86,7 @@ def check_is_minimum(head, regression, splits, penalty):
 
 def test_a_probe_is_the_regression_that_scikit_learn_chooses_and_fits_again(tmp_path):
     found = run(config(), tmp_path)
+    assert found["fitted_to"] == ["train", "validation"]
     splits = features(config())
     fits = {p: sklearn_fit([splits["train"]], p) for p in PENALTIES}
     score = {p: fit.score(*splits["validation"]) for p, fit in fits.items()}
