@@ -122,20 +122,21 @@ def _shown_domain(setup: Setup) -> tuple[Setup, str | None]:
 
 
 def _phases(setup: Setup, progress: Progress) -> list[PhaseRow]:
-    starts = [0, *progress.ends]
-    names = {field.name for field in dataclasses.fields(PhaseRow)} - {"batch_stats"}
+    starts, compiled = [0, *progress.ends], [p.compiled for p in setup.phases]
+    given = {"batch_stats", "schedule"}
+    names = {field.name for field in dataclasses.fields(PhaseRow)} - given
     has_statistics = bool(jax.tree.leaves(setup.shapes.batch_stats))
     return [
         PhaseRow(
             first_step=start,
             end_step=end,
             batch_stats=phase.batch_stats if has_statistics else None,
-            rates=setup.phase(index).compiled.learning_rates(),
+            # A linear probe has penalties instead of learning rates.
+            schedule=one.rates if one.probe else phase.schedule,
+            rates=np.zeros(0) if one.probe else one.learning_rates(),
             **{name: phase[name] for name in phase if name in names},
         )
-        for index, (phase, start, end) in enumerate(
-            zip(setup.plan, starts, progress.ends)
-        )
+        for phase, one, start, end in zip(setup.plan, compiled, starts, progress.ends)
     ]
 
 
