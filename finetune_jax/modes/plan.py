@@ -7,6 +7,7 @@ stay in epochs. The last lines say whether data and weights are there and fit th
 
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import member_configs, member_setups
 from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
+from finetune_jax.training.extension import begin, parent_of
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.initial.weights_check import weights_lines
 from finetune_jax.training.overview import data_lines, plan_warnings
@@ -44,14 +46,16 @@ from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
-    del options
     check_before_data(config)
     config, lines = with_weight_defaults(config, weight_keys(config.data))
+    parent = parent_of(config, options.workdir or pathlib.Path("runs"))
     for line in lines:
         print(line)
     data, missing = data_of(config)
     is_there = missing is None
     setup = make_setup(config, data)
+    if parent is not None:
+        print(begin(setup, parent).line)
     # Other domains and members can only be checked with the data.
     if is_there:
         open_domains(setup.config, setup.data)

@@ -113,6 +113,8 @@ def resolved(variant, tmp_path):
         overrides += [("data.dir", str(folder)), ("init.pretrained", "None")]
         tokenizer = tmp_path / "texts" / "tokenizer.json"
         overrides += [("data.tokenizer", f"file:{tokenizer}"), ("init.fresh", "()")]
+        if config.data.name == "tsv" and not config.data.header:
+            overrides.append(("data.header", "('sentence', 'label')"))
         small = {"layers": "1", "width": "8", "heads": "2", "hidden": "8"}
         small |= {"vocabulary": "30", "positions": "384"}
         overrides += [(f"model.{key}", value) for key, value in small.items()]
@@ -174,7 +176,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     config = resolved(variant, tmp_path)
     recorded = Recording(config)
     result = run(recorded, tmp_path / "run")
-    assert result["steps"] == 2 * len(config.plan)
+    assert result["steps"] == sum(phase.steps for phase in config.plan)
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}

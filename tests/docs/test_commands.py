@@ -199,7 +199,9 @@ def run_python(block, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text)
     elif not re.search(rf"^(import|from) ({ORACLES})\b", block.text, re.M):
-        exec(compile(block.text, block.place, "exec"), names)
+        text = block.text.replace("224, 224", "32, 32")  # The photos of these tests.
+        exec(compile(text, block.place, "exec"), names)
+        sys.modules.pop("load", None)  # Of another export each time.
 
 
 @pytest.fixture(scope="module")

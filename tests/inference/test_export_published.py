@@ -161,6 +161,7 @@ def test_the_page_on_weights_leads_back_into_transformers(tmp_path, monkeypatch)
     torch.save(network("torchvision", 1000).state_dict(), tmp_path / "resnet18.pth")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "load", raising=False)
     found = blocks((ROOT / "docs" / "weights.md").read_text())
     assert [bool(command) for command, _ in found] == [1, 0, 1, 0, 0, 1, 0, 0]
     names = {}

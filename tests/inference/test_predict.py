@@ -1,17 +1,14 @@
 """Predictions on files: the preprocessing of the run, and what becomes of bad files."""
 
-import functools
 import json
 import os
 import pathlib
-import shlex
 import shutil
 
 import numpy as np
 import oracles
 import pictures
 import pytest
-import torch_files
 from PIL import Image
 from predictions import predict, trained
 
@@ -19,7 +16,6 @@ from finetune_jax import config as configs
 from finetune_jax import main as program
 from finetune_jax.core.errors import UserError
 from finetune_jax.data import array_inputs
-from finetune_jax.models import make_model, resnet
 from finetune_jax.training.run import run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -237,64 +233,3 @@ def test_probabilities_on_photos_are_those_of_torchs_pipeline(testdata, tmp_path
         found = {e["class"]: e["probability"] for e in record["top"]}
         ours = np.array([found[name] for name in names])
         assert np.abs(ours - wanted).max() <= 1e-3
-
-
-def commands(page):
-    """Returns the indented lines of a page that are commands."""
-    lines = (line.strip() for line in page.splitlines() if line.startswith("    "))
-    return [line for line in lines if line.startswith((".venv/bin/python", "make "))]
-
-
-@pytest.mark.slow
-def test_the_page_on_your_data_leads_to_predictions(tmp_path, monkeypatch):
-    shallow = functools.partial(
-        resnet._resnet, resnet.Shape((1, 1, 1, 1), bottleneck=False)
-    )
-    monkeypatch.setitem(resnet.MODELS, "resnet18", shallow)
-    found = commands((ROOT / "docs" / "your-data.md").read_text())
-    found = [line for line in found if "segmentation.py" not in line]
-    assert len(found) == 6 and found[0] == "make env"
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    pictures.make_folder(tmp_path / "photos", suffix=".jpg")
-    new = pictures.make_folder(tmp_path / "new_photos", examples=2, suffix=".jpg")
-    (tmp_path / "resnet18.pth").write_bytes(torch_files.write_zip(resnet18_weights()))
-    images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3))
-    np.savez(tmp_path / "images.npz", x=images, y=np.arange(30) % 3)
-    monkeypatch.chdir(tmp_path)
-    for command in found[1:]:
-        python, module, *flags = shlex.split(command.partition(" ")[2])
-        assert (python, module) == ("-m", "finetune_jax.main")
-        if flags[0].startswith("--config="):  # A run of many epochs on the page.
-            flags.append("--config.plan[0].epochs=2")
-        assert program.run(flags) == 0
-    lines = (
-        (tmp_path / "runs" / "photos" / "predictions.jsonl").read_text().splitlines()
-    )
-    records = [json.loads(line) for line in lines]
-    assert len(records) == len(list(new.rglob("*.jpg")))
-    # Random weights know nothing: what counts is that every step led to the next.
-    for record in records:
-        assert {entry["class"] for entry in record["top"]} == set(pictures.COLOURS)
-        assert abs(sum(entry["probability"] for entry in record["top"]) - 1) < 1e-6
-    assert (tmp_path / "runs" / "photos" / "report" / "index.html").is_file()
-
-
-def resnet18_weights():
-    """Returns random weights as torchvision names them, for 1,000 classes."""
-    import jax
-    import jax.numpy as jnp
-
-    from finetune_jax.core.pytrees import named
-    from finetune_jax.weights.layout import layouts
-
-    model = make_model("resnet18", {"head": {}}, classes=1000,
-                       dtype=jnp.float32, param_dtype=jnp.float32)  # fmt: skip
-    image = jnp.zeros((1, 32, 32, 3))
-    variables = model.init(jax.random.key(0), image, train=False)
-    leaves = {name: np.asarray(leaf) for name, leaf in named(variables).items()}
-    (layout,) = [one for one in layouts() if one.name == "torchvision or timm"]
-    axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
-    return {
-        theirs: np.ascontiguousarray(leaves[ours].transpose(axes[leaves[ours].ndim]))
-        for ours, theirs in layout.names(leaves).items()
-    }

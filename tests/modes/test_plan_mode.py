@@ -3,6 +3,7 @@
 import socket
 import time
 
+import pytest
 from command_line import IRIS, ROOT, refused
 from weight_files import empty_hub
 
@@ -51,6 +52,7 @@ def test_a_plan_without_data_says_so(tmp_path, capsys):
     assert found[-1] == "weights  none: all parameters start at random"
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_reached_costs_seconds_and_is_told(
     tmp_path, capsys, monkeypatch
 ):

@@ -86,6 +86,7 @@ def config(*overrides, steps=3):
     return small.config(model="mlp", plan=plan, hidden=(4,), overrides=overrides)
 
 
+@pytest.mark.slow
 def test_the_cross_entropy_may_choose_the_best_checkpoint(tmp_path):
     result = run(
         config(

@@ -132,6 +132,7 @@ def config(path, rule="specificity=0.9", **others):
     return small.config(overrides=[*pairs.items()])
 
 
+@pytest.mark.slow
 def test_the_threshold_of_a_run_is_used_by_every_mode(tmp_path, capsys, no_pictures):
     path, workdir = write(tmp_path / "a.npz"), tmp_path / "run"
     asked = config(path, **{"evaluate.best": "validation/f1_at_threshold"})

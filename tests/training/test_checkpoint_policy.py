@@ -52,6 +52,7 @@ def trained_only(source, **overrides):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_frozen_values_stay_in_the_weight_file(source, tmp_path, no_pictures):
     workdir = tmp_path / "trained"
     with pytest.raises(Preempted):
@@ -69,6 +70,7 @@ def test_frozen_values_stay_in_the_weight_file(source, tmp_path, no_pictures):
     assert digest(states[0].params) == digest(states[1].params)
 
 
+@pytest.mark.slow
 def test_weights_that_have_changed_are_told(source, tmp_path, no_pictures):
     workdir = tmp_path / "run"
     run(trained_only(source), workdir)

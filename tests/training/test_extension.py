@@ -51,6 +51,7 @@ def extended(parent, *phases, **overrides):
     return config(*phases, extend=str(parent), **overrides)
 
 
+@pytest.mark.slow
 def test_more_epochs_and_a_phase_have_the_bits_of_the_longer_run(
     parent, tmp_path, no_pictures
 ):
@@ -76,6 +77,7 @@ def test_more_epochs_and_a_phase_have_the_bits_of_the_longer_run(
     assert any("plan[1].epochs: 2.0 here, 1.0 there" in x for x in entry["differences"])
 
 
+@pytest.mark.slow
 def test_it_may_go_on_from_the_best_checkpoint_and_be_extended_again(
     parent, tmp_path, no_pictures
 ):

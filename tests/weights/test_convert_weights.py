@@ -79,7 +79,7 @@ def test_the_variant_that_a_file_beside_says_stays_with_the_weights(tmp_path):
 @pytest.mark.slow
 def test_weights_of_another_model_are_refused_and_nothing_is_written(weights, tmp_path):
     for model, message in (
-        ("resnet34", "(layer1.2.conv1.weight): not in the weights"),
+        ("resnet34", "not in the weights"),
         ("resnet19", "did you mean 'resnet18'?"),
     ):
         done = convert(f"file:{weights}", model, tmp_path / "converted")
