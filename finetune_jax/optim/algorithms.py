@@ -190,7 +190,7 @@ def _linear_probe(
     rate: Link,
     *,
     penalties: tuple = PENALTIES,
-    iterations: int = 1000,
+    iterations: int = 300,
     refit: bool = True,
 ) -> Link:
     """Returns a transformation without state; `training.updates.probe_run` does the fit."""

@@ -13,9 +13,7 @@ from finetune_jax.core.errors import Problem
 
 # Strengths in half decades. The best one depends on the scale of the features; these
 # include it for pooled features of ResNets, EfficientNets, ViTs and BERTs. Chosen by us.
-PENALTIES = tuple(10.0 ** (power / 2) for power in range(6, -15, -1))
-# Weaker penalties are left out after so many in a row that lower no validation loss.
-PATIENCE = 6
+PENALTIES = tuple(10.0 ** (power / 2) for power in range(6, -11, -1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class ProbeOptions:
     """
 
     penalties: tuple[float, ...] = PENALTIES
-    iterations: int = 1000
+    iterations: int = 300
     refit: bool = True
 
     def problems(self) -> list[Problem]:

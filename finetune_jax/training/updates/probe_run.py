@@ -18,7 +18,7 @@ from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.features.cache import Features, FrozenPrefix
 from finetune_jax.models.modes import EVALUATION
 from finetune_jax.optim.optimizer import decays
-from finetune_jax.optim.penalty_path import PATIENCE, Fit, ProbeOptions, minimise
+from finetune_jax.optim.penalty_path import Fit, ProbeOptions, minimise
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.tasks.objectives.metrics import replaces
 from finetune_jax.tasks.task import StepContext, Task
@@ -214,7 +214,7 @@ class ProbeRun:
             return penalties[0], [head.fit(start, train, penalties[0])], ""
         split = self.setup.data.held_out["validation"]
         best_of = self.setup.config.evaluate.best or ""
-        fits, best, lowest, worse, name = [], None, np.inf, 0, "loss"
+        fits, best, name = [], None, "loss"
         for penalty in penalties:
             fits.append(head.fit(start, train, penalty))
             start = fits[-1].leaves
@@ -224,10 +224,6 @@ class ProbeRun:
             value, loss = found[name], found["loss"]
             if best is None or replaces(name, value, best[0], loss, best[1]):
                 best = value, loss, penalty, fits[-1]
-            worse = 0 if loss < lowest else worse + 1
-            lowest = min(lowest, loss)
-            if worse == PATIENCE:
-                break
         assert best is not None
         told = f", of {len(fits)} the best by validation/{name} {best[0]:.4f}"
         return best[2], [*(fit for fit in fits if fit is not best[3]), best[3]], told
