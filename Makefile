@@ -46,7 +46,7 @@ endif
 QUICKLY := TEST_XLA_FLAGS="$(QUICK_FLAGS)"
 
 test: env
-	@echo "The fast tests: about ten minutes on two CPU cores."
+	@echo "The fast tests: about five minutes on two CPU cores."
 	$(QUICKLY) $(PYTEST) -m "not slow and not bits and not exhaustive"
 
 test-slow: env

@@ -49,8 +49,7 @@ def main(config: Config, options: Options) -> int:
     check_before_data(config)
     config, lines = with_weight_defaults(config, weight_keys(config.data))
     parent = parent_of(config, options.workdir or pathlib.Path("runs"))
-    for line in lines:
-        print(line)
+    print("".join(f"{line}\n" for line in lines), end="")
     data, missing = data_of(config)
     is_there = missing is None
     setup = make_setup(config, data)

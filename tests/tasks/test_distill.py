@@ -18,6 +18,7 @@ from finetune_jax.inference.export.opened_run import trained_from
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.models.modes import EVALUATION
 from finetune_jax.modes import plan as plan_mode
+from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.objectives import feature_losses
@@ -186,14 +187,16 @@ def test_what_cannot_teach_is_refused(members, changes, message):
 
 def test_a_plan_counts_the_teachers_and_says_which_are_not_there(capsys):
     with pytest.raises(UserError, match="config.init.pretrained: no file"):
-        plan_mode.main(config((MLP,)), None)
+        plan_mode.main(config((MLP,)), Options(config="", workdir=None))
     printed = capsys.readouterr().out
     assert printed.startswith("mlp, taught by deep: ") and "head" in printed
     with pytest.raises(UserError, match="no file"):
-        plan_mode.main(config((WIDE,)), None)
+        plan_mode.main(config((WIDE,)), Options(config="", workdir=None))
     assert capsys.readouterr().out != printed
     with pytest.raises(UserError, match="a teacher of 12 classes"):
-        plan_mode.main(config(({**MLP, "classes": 12},)), None)
+        plan_mode.main(
+            config(({**MLP, "classes": 12},)), Options(config="", workdir=None)
+        )
 
 
 def test_what_is_missing_names_the_teacher():

@@ -11,6 +11,7 @@ import small
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import digest, named
+from finetune_jax.modes.options import Options
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
@@ -180,7 +181,10 @@ def test_a_stopped_run_with_adabn_ends_in_the_same_bits(tmp_path):
 def test_a_plan_tells_which_domain_has_no_labels(capsys):
     from finetune_jax.modes import plan
 
-    plan.main(mixtures.config(DIGITS, TARGET, task="domain_adapt"), None)
+    plan.main(
+        mixtures.config(DIGITS, TARGET, task="domain_adapt"),
+        Options(config="", workdir=None),
+    )
     printed = capsys.readouterr().out
     assert "inverted 8x8x1 (10 classes, 8 an update, without labels)" in printed
     assert "discriminator/layers" in printed.replace("\n", " ")

@@ -13,6 +13,7 @@ import small
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.inference.predictor import open_predictor
+from finetune_jax.modes.options import Options
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
 from finetune_jax.tasks.components.random_state import random_state
@@ -290,7 +291,7 @@ def test_a_plan_of_several_domains_is_printed(capsys):
     from finetune_jax.modes import plan
 
     config = mixtures.config(DIGITS, INVERTED)
-    plan.main(config, None)
+    plan.main(config, Options(config="", workdir=None))
     printed = capsys.readouterr().out
     assert "inverted 8x8x1 (10 classes, 8 an update)" in printed
     assert "digits/head, inverted/head" in printed.replace("\n", " ")

@@ -15,6 +15,7 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.inference.predictor import open_predictor
 from finetune_jax.models.modes import EVALUATION, Mode
 from finetune_jax.modes import plan as plan_mode
+from finetune_jax.modes.options import Options
 from finetune_jax.plans.strategies import full, partial, together
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.tasks.task import StepContext
@@ -180,11 +181,11 @@ def test_plans_of_members_stand_side_by_side():
 
 
 def test_a_plan_names_members_and_their_stages(capsys):
-    assert plan_mode.main(config(), None) == 0
+    assert plan_mode.main(config(), Options(config="", workdir=None)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("large, cnn: ") and "cnn/head" in printed
     with pytest.raises(UserError, match="twice"):
-        plan_mode.main(config((LARGE, LARGE)), None)
+        plan_mode.main(config((LARGE, LARGE)), Options(config="", workdir=None))
 
 
 @pytest.fixture(scope="module")
