@@ -9,9 +9,9 @@ from scipy.special import logsumexp, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import TrainingError, UserError
 from finetune_jax.core.pytrees import named
-from finetune_jax.features.cache import frozen_prefix
+from finetune_jax.features.cache import Features, frozen_prefix
 from finetune_jax.modes import evaluate
 from finetune_jax.modes.options import Options
 from finetune_jax.plans import head_only, linear_probe
@@ -141,6 +141,17 @@ def test_a_run_that_was_fitted_to_its_validation_split_is_not_extended(tmp_path)
     extended = config(plan=longer, overrides=[("extend", str(tmp_path / "a"))])
     with pytest.raises(UserError, match="config.extend: the run in .* was fitted to"):
         run(extended, tmp_path / "b")
+
+
+def test_a_fit_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    take = Features.take
+
+    def broken(self, positions):
+        return {**take(self, positions), "weight": np.zeros(len(positions), np.float32)}
+
+    monkeypatch.setattr(Features, "take", broken)
+    with pytest.raises(TrainingError, match="the loss of the fit is nan"):
+        run(config(plan=linear_probe(penalties=(1e-2,), refit=False)), tmp_path)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.core.errors import Problem, TrainingError, UserError
 from finetune_jax.core.pytrees import like, named, nbytes
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset, unaugmented
@@ -136,6 +137,11 @@ class ProbeRun:
             fits.append(head.fit(fits[-1].leaves, both, penalty))
             told += f"; fitted again to {len(both['label']):,} examples of train and "
             told += "validation"
+        if not math.isfinite(fits[-1].loss):
+            raise TrainingError(
+                f"Phase {name!r}: the loss of the fit is {fits[-1].loss}; look for inputs "
+                "or weights that are not finite."
+            )
         self.say(told)
         self.step += 1
         values = {"train/loss": fits[-1].loss, "train/l2": penalty}
