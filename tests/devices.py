@@ -1,12 +1,12 @@
 """A task trained on one device, on eight under jit, and on eight under pmap."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import small
 
+from finetune_jax.config.schema import Parallel
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.parallel.compiling import compiled, run_once
@@ -14,6 +14,12 @@ from finetune_jax.parallel.make import make_devices
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import NORMS, train_step
+
+
+def asked(**values):
+    """Returns a section `config.parallel` that shards arrays of any size."""
+    return Parallel(**{"fsdp_min_mb": 0.0, **values})
+
 
 KINDS = {
     "one": dict(mode="jit", devices=1, fsdp=1),
@@ -27,7 +33,7 @@ FIXED = {"task": {}}
 
 def trained(kind, task, phase, batches):
     """Returns (state on the host, losses, logits) after an update on each batch."""
-    devices = make_devices(SimpleNamespace(**KINDS[kind]))
+    devices = make_devices(asked(**KINDS[kind]))
     state = run_once(lambda: random_state(task, 0))
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)

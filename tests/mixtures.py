@@ -1,12 +1,11 @@
 """Small configs of several domains, and updates of them without files."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import small
-from devices import KINDS
+from devices import KINDS, asked
 
 from finetune_jax.core.pytrees import named
 from finetune_jax.data.domains import mixed_batches
@@ -70,7 +69,7 @@ def host(tree):
 
 def on_devices(kind, task, phase, batches):
     """Returns (state on the host, losses) after an update on each batch."""
-    devices = make_devices(SimpleNamespace(**KINDS[kind]))
+    devices = make_devices(asked(**KINDS[kind]))
     state = run_once(lambda: random_state(task, 0))
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)

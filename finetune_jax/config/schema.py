@@ -395,6 +395,16 @@ class Parallel(Section):
     mode: str = key("jit", "How updates are distributed.", choices=("jit", "pmap"))
     devices: int | None = key(None, "Number of devices; None is all.", above=0)
     fsdp: int = key(1, "Devices over which parameters are sharded.", above=0)
+    model: int = key(
+        1, "Devices that compute one layer together, divided by `sharding`.", above=0
+    )
+    sharding: tuple = key(
+        ((".*", "fsdp"),),
+        "Sharding rules: pairs (regex over parameter names, spec); first match wins.",
+    )
+    fsdp_min_mb: float = key(
+        4.0, "MiB of the smallest array that the spec 'fsdp' divides.", least=0
+    )
     steps_per_call: int | None = key(
         None, "Updates in one compiled call; None is as many as take 0.2 s.", above=0
     )

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from finetune_jax.core.backend import backend
 from finetune_jax.core.machine import threads
 from finetune_jax.parallel.compiling import Compiled
+from finetune_jax.parallel.sharding import DATA, FSDP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Devices(abc.ABC):
     """The devices of a run.
 
     Attributes:
-        mesh: Mesh of all devices, with axes 'data' and 'fsdp'.
+        mesh: Mesh of all devices, with axes 'data', 'fsdp' and 'model'.
         axis_name: Name of the axis to sum over by hand; None where the compiler does it.
     """
 
@@ -29,6 +30,11 @@ class Devices(abc.ABC):
     def count(self) -> int:
         """Number of devices."""
         return self.mesh.size
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of parts that a batch is divided into; 'model' repeats each of them."""
+        return self.mesh.shape[DATA] * self.mesh.shape[FSDP]
 
     @abc.abstractmethod
     def place(self, tree: Any, *, own: bool = False) -> Any:
@@ -76,8 +82,8 @@ class Devices(abc.ABC):
 
 
 def rounded_up(devices: Devices, examples: int) -> int:
-    """Returns the least multiple of the number of devices that holds the examples."""
-    return -(-examples // devices.count) * devices.count
+    """Returns the least multiple of the shards of a batch that holds the examples."""
+    return -(-examples // devices.batch_shards) * devices.batch_shards
 
 
 def stable_batch(devices: Devices) -> int:

@@ -1,14 +1,26 @@
 """Makes the devices that `config.parallel` asks for."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import Problem, raise_if
+from finetune_jax.core.pytrees import named
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.mesh import MeshDevices
 from finetune_jax.parallel.pmap import PmapDevices
+from finetune_jax.parallel.sharding import (
+    AXES,
+    DATA,
+    KEY,
+    MIB,
+    Sharding,
+    parameter_problems,
+    rule_problems,
+)
 
 
 def make_devices(asked: Any) -> Devices:
@@ -18,23 +30,59 @@ def make_devices(asked: Any) -> Devices:
         asked: Section `config.parallel`.
 
     Raises:
-        UserError: More devices than there are, or a number that `fsdp` does not divide.
+        UserError: More devices than there are, a number that `fsdp` * `model` does not
+            divide, sharding rules that are invalid whatever the model is.
     """
-    mode, devices, fsdp = asked.mode, asked.devices, asked.fsdp
+    mode, fsdp, model = asked.mode, asked.fsdp, asked.model
     there = jax.devices()
-    count = len(there) if devices is None else devices
+    count = len(there) if asked.devices is None else asked.devices
+    problems = rule_problems(asked.sharding)
     if count > len(there):
-        raise UserError(
-            f"config.parallel.devices: {count}, but there are {len(there)} devices"
-        )
-    if mode == "pmap" and fsdp > 1:
-        raise UserError("config.parallel.fsdp: pmap repeats all parameters; use jit")
-    if count % fsdp:
-        raise UserError(f"config.parallel.fsdp: {fsdp} does not divide {count} devices")
+        text = f"{count}, but there are {len(there)} devices"
+        problems.append(Problem("config.parallel.devices", text))
+    for name, size in (("fsdp", fsdp), ("model", model)):
+        key = f"config.parallel.{name}"
+        if mode == "pmap" and size > 1:
+            problems.append(Problem(key, "pmap repeats all parameters; use jit"))
+        elif count % size:
+            problems.append(Problem(key, f"{size} does not divide {count} devices"))
+        elif name == "model" and count % (fsdp * model) and count % fsdp == 0:
+            text = f"{model}, but {count} devices are not a multiple of fsdp * model = "
+            problems.append(Problem(key, f"{text}{fsdp} * {model}"))
+    if mode == "pmap" and not problems:
+        problems += [
+            Problem(f"{KEY}[{index}]", "pmap repeats all parameters; use jit")
+            for index, (_, spec) in enumerate(asked.sharding)
+            if isinstance(spec, tuple) and DATA in spec
+        ]
+    raise_if(problems)
     mesh = jax.make_mesh(
-        (count // fsdp, fsdp),
-        ("data", "fsdp"),
-        axis_types=(AxisType.Auto,) * 2,
+        (count // (fsdp * model), fsdp, model),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
         devices=there[:count],
     )
-    return PmapDevices(mesh=mesh) if mode == "pmap" else MeshDevices(mesh=mesh)
+    if mode == "pmap":
+        return PmapDevices(mesh=mesh)
+    rules = Sharding(rules=asked.sharding, min_bytes=asked.fsdp_min_mb * MIB)
+    return MeshDevices(mesh=mesh, rules=rules)
+
+
+def for_parameters(devices: Devices, params: Any, heads: Mapping[str, int]) -> Devices:
+    """Returns devices whose sharding rules know the parameters of the run.
+
+    Args:
+        devices: Devices from `make_devices`.
+        params: Tree of the parameters or of their shapes.
+        heads: Number of attention heads of each stage that has some.
+
+    Raises:
+        UserError: Lists the sharding rules that do not fit the parameters.
+    """
+    if not isinstance(devices, MeshDevices):
+        return devices
+    shapes = {name: leaf.shape for name, leaf in named(params).items()}
+    rules = devices.rules
+    raise_if(parameter_problems(rules.rules, devices.mesh.shape, shapes, heads))
+    rules = dataclasses.replace(rules, names=frozenset(shapes))
+    return dataclasses.replace(devices, rules=rules)

@@ -25,7 +25,7 @@ from finetune_jax.optim.regularisers import (
     match_problems,
 )
 from finetune_jax.parallel.devices import Devices
-from finetune_jax.parallel.make import make_devices
+from finetune_jax.parallel.make import for_parameters, make_devices
 from finetune_jax.plans.micro_batches import check_batch
 from finetune_jax.plans.phase import Phase, check_plan, durations, plan_from_config
 from finetune_jax.tasks import check_members, make_task, task_module
@@ -197,7 +197,7 @@ def check_before_data(config: Config) -> None:
     with collected(problems):
         task_module(config.task["name"])
         plan = plan_from_config(config.plan)
-        check_phases(config, plan, make_devices(config.parallel).count)
+        check_phases(config, plan, make_devices(config.parallel).batch_shards)
     raise_if(dict.fromkeys(problems))
 
 
@@ -217,14 +217,14 @@ def make_setup(
     plan = plan_from_config(config.plan)
     rules = make_rules(config.init.schemes, *weights_addresses(config).values())
     devices = make_devices(config.parallel)
-    check_phases(config, plan, devices.count)
+    check_phases(config, plan, devices.batch_shards)
     if data is None:
         data = run_data(config)
     task = make_task(config.task, config.model, config.precision, data.spec)
     raise_if([*split_problems(task, data), *domain_problems(config, data)])
     for index, domain in enumerate(data.spec.domains.values()):
         key = f"config.data.domains[{index}].weight"
-        check_batch(domain.share, plan, devices.count, key, mix=domain.mix)
+        check_batch(domain.share, plan, devices.batch_shards, key, mix=domain.mix)
     if task.teachers is not None:
         raise_if(task.teachers.problems())
     if like is None:
@@ -236,6 +236,7 @@ def make_setup(
         plan = durations(plan, data.spec.train_examples, config.data.batch_size)
     params = named(shapes.params)
     check_plan(plan, params)
+    devices = for_parameters(devices, shapes.params, task.models.attention_heads)
     check_rules(rules, params, task=task, spec=data.spec, fresh=config.init.fresh)
     setup = Setup(
         config=config,

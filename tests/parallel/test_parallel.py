@@ -3,13 +3,12 @@
 import functools
 import threading
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import small
-from devices import FIXED, KINDS, assert_close, batches, trained
+from devices import FIXED, KINDS, asked, assert_close, batches, trained
 
 from finetune_jax.core.array_store import concatenated
 from finetune_jax.core.backend import traced_for
@@ -78,7 +77,7 @@ def test_a_step_takes_less_memory_than_in_xlas_own_order_and_is_the_same_bits():
     batch = batches(1)[0]
     arguments = (state, FIXED, batch, np.float32(0.01), np.float32(0))
     xlas = jax.jit(step).lower(*arguments).compile()
-    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    devices = make_devices(asked(**KINDS["one"]))
     placed = devices.place(state)
     ours = devices.compile_train(step, placed, *arguments[1:]).call
     found, wanted = (c.memory_analysis().temp_size_in_bytes for c in (ours, xlas))
@@ -91,7 +90,7 @@ def test_a_step_takes_less_memory_than_in_xlas_own_order_and_is_the_same_bits():
 def test_a_program_writes_its_result_where_a_state_of_its_own_lies():
     # An array that jax has made lies where a CPU can read it as it is.
     host = {"kernel": np.asarray(jax.numpy.arange(2**16, dtype=np.float32))}
-    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    devices = make_devices(asked(**KINDS["one"]))
     step = devices.compile_train(
         lambda state, x: ({"kernel": state["kernel"] + x}, x),
         devices.place(host),
@@ -128,7 +127,7 @@ class Calls:
 
 
 def at_a_time(calls, at_once):
-    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    devices = make_devices(asked(**KINDS["one"]))
     batches = (np.full(3, number) for number in range(9))
     return outputs(devices, calls.ready, batches, at_once=at_once)
 
@@ -150,8 +149,8 @@ def test_a_batch_that_fails_ends_what_computes_the_others():
 
 
 def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
-    one = make_devices(SimpleNamespace(**KINDS["one"]))
-    eight = make_devices(SimpleNamespace(**KINDS["jit"]))
+    one = make_devices(asked(**KINDS["one"]))
+    eight = make_devices(asked(**KINDS["jit"]))
     monkeypatch.setenv("NPROC", "2")
     assert [concurrent_batch(one, count) for count in (1, 7, 64)] == [1, 4, 32]
     assert [concurrent_batch(eight, count) for count in (1, 8, 20)] == [8, 8, 24]
@@ -163,7 +162,7 @@ def test_examples_at_a_time_are_those_that_were_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("shape, dtype", [((3, 5), np.float32), ((0, 2), np.int32)])
 def test_a_cpu_reads_aligned_arrays_where_they_lie(shape, dtype):
-    devices = make_devices(SimpleNamespace(**KINDS["one"]))
+    devices = make_devices(asked(**KINDS["one"]))
     parts = [np.ones(shape, dtype), np.full((2, *shape[1:]), 2, dtype)]
     array = concatenated(parts)
     np.testing.assert_array_equal(array, np.concatenate(parts), strict=True)
@@ -171,22 +170,17 @@ def test_a_cpu_reads_aligned_arrays_where_they_lie(shape, dtype):
     assert placed.unsafe_buffer_pointer() == array.ctypes.data
 
 
-def test_fsdp_cuts_large_arrays_and_repeats_small_ones():
-    devices = make_devices(SimpleNamespace(**KINDS["fsdp"]))
-    tree = {"large": np.zeros((64, 128), np.float32), "small": np.zeros(8, np.float32)}
-    placed = devices.place(tree)
-    assert placed["large"].addressable_shards[0].data.shape == (64, 32)
-    assert placed["small"].addressable_shards[0].data.shape == (8,)
-
-
 def test_impossible_devices_are_refused():
-    for asked, message in (
+    for given, message in (
         (dict(mode="jit", devices=9, fsdp=1), "there are 8 devices"),
         (dict(mode="jit", devices=8, fsdp=3), "3 does not divide 8"),
+        (dict(mode="jit", devices=8, model=3), "model: 3 does not divide 8"),
+        (dict(devices=8, fsdp=4, model=4), "8 devices are not a multiple .* 4 \\* 4"),
         (dict(mode="pmap", devices=8, fsdp=2), "use jit"),
+        (dict(mode="pmap", devices=8, model=2), "model: pmap repeats .* use jit"),
     ):
         with pytest.raises(UserError, match=message):
-            make_devices(SimpleNamespace(**asked))
+            make_devices(asked(**given))
     plan = (Phase(name="a", steps=1), Phase(name="b", steps=1, accumulate_steps=3))
     with pytest.raises(
         UserError, match="32 examples in 3 micro-batches over 8 devices in phase 'b'"

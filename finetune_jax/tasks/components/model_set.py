@@ -67,6 +67,16 @@ class ModelSet:
             for prefix in self.modules
         )
 
+    @property
+    def attention_heads(self) -> dict[str, int]:
+        """The number of attention heads of each stage that has some, with prefixes."""
+        return {
+            f"{prefix}/{part.name}".removeprefix("/"): part.heads
+            for prefix, module in self.modules.items()
+            for part in getattr(module, "parts", ())
+            if isinstance(getattr(part, "heads", None), int)
+        }
+
     def served(self) -> "ModelSet":
         """Returns the models without the auxiliary ones."""
         kept = {k: v for k, v in self.modules.items() if k not in self.auxiliary}
