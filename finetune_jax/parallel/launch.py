@@ -228,7 +228,8 @@ def _free_port() -> Iterator[int]:
     use this one, and no other user or program is given it.
     """
     with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for option in (socket.SO_REUSEPORT, socket.SO_REUSEADDR):
+            reserved.setsockopt(socket.SOL_SOCKET, option, 1)
         reserved.bind(("127.0.0.1", 0))
         yield reserved.getsockname()[1]
 
