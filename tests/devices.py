@@ -10,7 +10,7 @@ from finetune_jax.config.schema import Parallel
 from finetune_jax.core.pytrees import named
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.parallel.compiling import compiled, run_once
-from finetune_jax.parallel.make import make_devices
+from finetune_jax.parallel.make import for_parameters, make_devices
 from finetune_jax.tasks.components.random_state import random_state
 from finetune_jax.training.phases import phase_setup
 from finetune_jax.training.step import NORMS, train_step
@@ -32,9 +32,14 @@ FIXED = {"task": {}}
 
 
 def trained(kind, task, phase, batches):
-    """Returns (state on the host, losses, logits) after an update on each batch."""
-    devices = make_devices(asked(**KINDS[kind]))
+    """Returns (state on the host, losses, logits) after an update on each batch.
+
+    Args:
+        kind: Key of `KINDS`, or values of the section `config.parallel`.
+    """
+    devices = make_devices(asked(**(KINDS[kind] if isinstance(kind, str) else kind)))
     state = run_once(lambda: random_state(task, 0))
+    devices = for_parameters(devices, state.params, task.models.attention_heads)
     names = tuple(named(state.params))
     setup = phase_setup((phase,), 0, task, names, devices.axis_name)
     optimizer = setup.optimizer()

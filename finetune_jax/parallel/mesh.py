@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from finetune_jax.core.pytrees import leaf_digest, name_of
+from finetune_jax.parallel.activations import divided_by_example
 from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.sharding import DATA, FSDP, Sharding
@@ -74,9 +75,10 @@ class MeshDevices(Devices):
         """Returns the compiled step; the new state has the shardings of the old one."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         shardings = self.shardings(state), everywhere
+        step = divided_by_example(step, self.mesh, batch=2, axis=1)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         return compiled(jitted, state, *rest)
 
     def over_devices(self, step: Callable) -> Any:
         """Returns the jitted step."""
-        return jax.jit(step)
+        return jax.jit(divided_by_example(step, self.mesh, batch=-1, axis=0))

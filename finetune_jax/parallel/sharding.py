@@ -34,6 +34,42 @@ MIB = 2**20
 Spec = str | tuple[str | None, ...]
 
 
+def _megatron(columns: str, rows: str) -> tuple[tuple[str, Spec], ...]:
+    """Returns the rules of pairs of dense layers with one sum over 'model' for a pair.
+
+    Source: Shoeybi et al. 2019, section 3.
+
+    Args:
+        columns: Regex over the first layers, whose outputs are divided: heads, or hidden
+            units.
+        rows: Regex over the second layers, whose inputs are divided.
+    """
+    return (
+        (rf"(.*/)?block\d+/({columns})/kernel", (FSDP, MODEL)),
+        (rf"(.*/)?block\d+/({rows})/kernel", (MODEL, FSDP)),
+    )
+
+
+def _biases(columns: str) -> tuple[tuple[str, Spec], ...]:
+    return ((rf"(.*/)?block\d+/({columns})/bias", (MODEL,)),)
+
+
+_BLOCK = r"attention/(query|key|value)|dense1"
+_REST: tuple[tuple[str, Spec], ...] = ((".*", FSDP),)
+# Rules of tensor parallelism by family of models, for `config.parallel.sharding`.
+# Embeddings are left to 'fsdp': 4 does not divide BERT's vocabulary of 30,522 words.
+TENSOR_PARALLEL: Mapping[str, tuple[tuple[str, Spec], ...]] = {
+    "bert": (*_megatron(_BLOCK, "attention/output|dense2"), *_biases(_BLOCK), *_REST),
+    "vit": (*_megatron(_BLOCK, "attention/out|dense2"), *_biases(_BLOCK), *_REST),
+    # Names as in vit, and 'gate', 'up' and 'down' for the gated layers, all without bias.
+    # There is no such model yet.
+    "llama": (
+        *_megatron(r"attention/(query|key|value)|gate|up", "attention/out|down"),
+        *_REST,
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
     """The sharding rules of a run.
