@@ -2,7 +2,7 @@
 
 .venv/bin/python scripts/launch_local.py -n 2 [--devices 1] -- --config=FILE [...]
 
-The arguments after `--` are those of `python -m finetune_jax.main`. Lines of processes
+The arguments after `--` are those of `finetune_jax.main`. Lines of processes
 other than 0 begin with their index, as in `[1] `. SIGTERM, SIGINT and SIGUSR1 are
 forwarded to all processes. If one fails, all end. The exit status is 0 if all have
 finished, 75 if they were stopped and have saved, and else that of the process that failed

@@ -17,8 +17,9 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Exit status of a run that was stopped by a signal and has saved.
 STOPPED = 75
 # Seconds in which the others may end by themselves after one process has failed, since
-# processes tell one another; and then again between SIGTERM and SIGKILL.
-GRACE_S = 5.0
+# processes tell one another, which takes up to 7 s; and then again between SIGTERM and
+# SIGKILL.
+GRACE_S = 10.0
 _POLL_S = 0.02
 # Linux ends a process that has called this when its parent ends, also by SIGKILL. It
 # stays in force over exec. In a function between fork and exec it could deadlock, since
@@ -180,7 +181,7 @@ def start(
     """
     job = Job(grace_s)
     bound = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid())]
-    with _free_port() as port, contextlib.closing(job):
+    with free_port() as port, contextlib.closing(job):
         for index in range(processes):
             # A terminal gets the progress bar; in a file lines would mix.
             inherits = echo and index == 0 and sys.stdout.isatty()
@@ -221,7 +222,7 @@ def run(arguments: Sequence[str], **options: Any) -> int:
 
 
 @contextlib.contextmanager
-def _free_port() -> Iterator[int]:
+def free_port() -> Iterator[int]:
     """Yields a free port, reserved until the end of the block.
 
     The socket does not listen. gRPC's servers share ports by default, so process 0 can
