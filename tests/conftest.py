@@ -28,6 +28,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # A plan for other numbers of devices would start with those.
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -405,6 +405,9 @@ class Parallel(Section):
     fsdp_min_mb: float = key(
         4.0, "MiB of the smallest array that the spec 'fsdp' divides.", least=0
     )
+    device_memory_gb: float | None = key(
+        None, "Memory of a device for --mode=plan; None asks the device.", above=0
+    )
     steps_per_call: int | None = key(
         None, "Updates in one compiled call; None is as many as take 0.2 s.", above=0
     )

@@ -1,10 +1,13 @@
-"""`--mode=plan`: trained parameters and cost of each phase, without compiling anything.
+"""`--mode=plan`: trained parameters and cost of each phase, by shapes only.
 
-Everything is built by shape, and phases that share a program are traced once. If the data
-is missing, `data.image_size`, `data.channels` and `model.classes` describe it, and lengths
-stay in epochs. The last lines say whether data and weights are there and fit the model.
+Phases that share a program are traced once. Nothing is compiled for one device, unless the
+config says how much memory it has; for several, the update of each phase is compiled, which
+tells its memory and communication, but no array is made. If the data is missing,
+`data.image_size`, `data.channels` and `model.classes` describe it, and lengths stay in
+epochs. The last lines say whether data and weights are there and fit the model.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -12,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -29,23 +32,26 @@ from finetune_jax.data.kind import kind_named, kind_of, weight_keys
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.eval_step import eval_step
+from finetune_jax.modes.memory import plan_devices, print_memory
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import member_configs, member_setups
-from finetune_jax.tasks.components.multi_domain import shares
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.extension import begin, parent_of
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.initial.weights_check import weights_lines
 from finetune_jax.training.overview import data_lines, plan_warnings
 from finetune_jax.training.phases import PhaseSetup
-from finetune_jax.training.setup import check_before_data, make_setup
+from finetune_jax.training.setup import Setup, check_before_data, make_setup
 from finetune_jax.training.step import train_step
+from finetune_jax.training.updates.memory import batch_shapes
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
+    if (line := plan_devices(config.parallel)) is not None:
+        print(line)
     check_before_data(config)
     config, lines = with_weight_defaults(config, weight_keys(config.data))
     parent = parent_of(config, options.workdir or pathlib.Path("runs"))
@@ -63,7 +69,7 @@ def main(config: Config, options: Options) -> int:
         if is_there:
             member_setups(setup, members, decode=False)
         print(f"{len(members)} members; this is the plan without their overrides")
-    task, state, plan, spec = setup.task, setup.shapes, setup.plan, data.spec
+    task, state, spec = setup.task, setup.shapes, data.spec
     for text in kind_named(spec.kind).lines(spec):
         print(text)
     forward = forward_flops(task, state, config.data.batch_size)
@@ -78,23 +84,8 @@ def main(config: Config, options: Options) -> int:
         f"forward pass of {config.data.batch_size}: {forward / 1e9:.3f} GFLOP",
         highlight=False,
     )
-    table = Table(show_lines=True)
-    for title in (
-        "phase", "steps", "learning stages", "trained", "frozen", "optimizer state",
-        "FLOPs a step", "learning rate", "batch_stats",
-    ):  # fmt: skip
-        table.add_column(title, overflow="fold")
-    costs: dict[Any, tuple[float, int]] = {}
-    for index in range(len(plan)):
-        phase = setup.phase(index)
-        if phase.program not in costs:
-            opt_state = jax.eval_shape(phase.optimizer().init, state.params)
-            flops = math.nan  # A fit has no batch.
-            if phase.compiled.probe is None:
-                flops = step_flops(phase, task, state, config.data.batch_size)
-            costs[phase.program] = flops, nbytes(opt_state)
-        table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
-    Console(width=None if console.is_terminal else 160).print(table)
+    _print_phases(setup, forward)
+    print_memory(setup)
     for text in plan_warnings(setup):
         print(f"warning: {text}")
     known = data_lines(config, data)
@@ -105,6 +96,34 @@ def main(config: Config, options: Options) -> int:
     weights = weights_lines(task, config, state, data if is_there else None)
     _print_section("weights", weights)
     return 0
+
+
+def _print_phases(setup: Setup, forward: float) -> None:
+    """Prints a table of the phases.
+
+    Args:
+        setup: Setup of the run.
+        forward: Operations of a forward pass.
+    """
+    config, task, state = setup.config, setup.task, setup.shapes
+    table = Table(show_lines=True)
+    for title in (
+        "phase", "steps", "learning stages", "trained", "frozen", "optimizer state",
+        "FLOPs a step", "learning rate", "batch_stats",
+    ):  # fmt: skip
+        table.add_column(title, overflow="fold")
+    costs: dict[Any, tuple[float, int]] = {}
+    for index in range(len(setup.plan)):
+        phase = setup.phase(index)
+        if phase.program not in costs:
+            opt_state = jax.eval_shape(phase.optimizer().init, state.params)
+            flops = math.nan  # A fit has no batch.
+            if phase.compiled.probe is None:
+                flops = step_flops(phase, task, state, config.data.batch_size)
+            costs[phase.program] = flops, nbytes(opt_state)
+        table.add_row(*_row(phase, task, state, *costs[phase.program], forward))
+    console = Console(soft_wrap=True)
+    Console(width=None if console.is_terminal else 160).print(table)
 
 
 def _print_section(title: str, lines: Sequence[str]) -> None:
@@ -150,32 +169,10 @@ def data_of(config: Config) -> tuple[Data, DataMissing | None]:
         return no_data(spec), missing
 
 
-def _batches(task: Task, spec: dict, examples: int, micro: int | None = None) -> dict:
-    """Returns the shapes of a batch or of k micro-batches; a dict of them for domains."""
-
-    def leading(size: int) -> tuple[int, ...]:
-        return (size,) if micro is None else (micro, size // micro)
-
-    by_domain = shares(task)
-    if not by_domain:
-        return _batch(spec, leading(examples))
-    return {name: _batch(spec[name], leading(n)) for name, n in by_domain.items()}
-
-
-def _batch(spec: dict, leading: tuple[int, ...]) -> dict:
-    shapes = {
-        name: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype)
-        for name, leaf in spec.items()
-    }
-    shapes["weight"] = jax.ShapeDtypeStruct(leading, jnp.float32)
-    shapes["position"] = jax.ShapeDtypeStruct(leading, jnp.int32)
-    return shapes
-
-
 def forward_flops(task: Task, state: TrainState, batch_size: int) -> float:
     """Returns the operations of one evaluation step, by shapes only."""
     step = functools.partial(eval_step, task=task)
-    batch = _batches(task, task.batch_spec, batch_size)
+    batch = batch_shapes(task, task.batch_spec, batch_size)
     return _flops(step, state.params, state.batch_stats, batch)
 
 
@@ -191,9 +188,12 @@ def step_flops(
 ) -> float:
     """Returns the operations of one update of a phase, by shapes only."""
     optimizer = phase.optimizer()
+    # Of one device: under pmap the sums over devices would have no axis here.
+    mode = dataclasses.replace(phase.mode, axis_name=None)
+    phase = dataclasses.replace(phase, mode=mode)
     step = functools.partial(train_step, static=phase.update(task))
     micro = phase.phase.accumulate_steps
-    number = jax.ShapeDtypeStruct((), jnp.float32)
+    number = jax.ShapeDtypeStruct((), np.float32)
     return _flops(
         step,
         state.replace(opt_state=jax.eval_shape(optimizer.init, state.params)),
@@ -201,7 +201,7 @@ def step_flops(
             "task": {} if task.teachers is None else task.teachers.shapes(),
             **dict.fromkeys(("start", "fisher"), named(state.params)),
         },
-        _batches(task, task.train_batch_spec, batch_size, micro),
+        batch_shapes(task, task.train_batch_spec, batch_size, micro),
         number,
         number,
     )

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -67,18 +68,37 @@ class Devices(abc.ABC):
         """Returns placed outputs as numpy arrays, a row an example."""
 
     @abc.abstractmethod
-    def compile_train(self, step: Callable, state: Any, *rest: Any) -> Compiled:
+    def placed_shapes(self, tree: Any) -> Any:
+        """Returns the shapes and shardings that `place` gives a tree, or one of shapes."""
+
+    @abc.abstractmethod
+    def batch_shapes(self, batch: Any, *, batch_axis: int) -> Any:
+        """Returns the shapes and shardings that `place_batch` gives a batch."""
+
+    @abc.abstractmethod
+    def compile_train(
+        self, step: Callable, state: Any, *rest: Any, for_running: bool = True
+    ) -> Compiled:
         """Returns the compiled `step(state, fixed, batch, learning_rate, progress)`.
 
         Args:
             step: `train_step` with its static arguments given.
             state: Placed state, for its shapes; the program's first argument is donated.
             *rest: The other arguments, placed.
+            for_running: Whether the program will be run. If not, arguments may be shapes.
         """
 
     @abc.abstractmethod
     def over_devices(self, step: Callable) -> Any:
         """Returns the jitted or pmapped `step(*arguments, batch)`."""
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of placed arrays, or of their shapes, on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def rounded_up(devices: Devices, examples: int) -> int:

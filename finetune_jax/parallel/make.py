@@ -42,13 +42,15 @@ def make_devices(asked: Any) -> Devices:
         problems.append(Problem("config.parallel.devices", text))
     for name, size in (("fsdp", fsdp), ("model", model)):
         key = f"config.parallel.{name}"
-        if mode == "pmap" and size > 1:
+        if size < 1:
+            problems.append(Problem(key, f"{size}; more than 0 is needed"))
+        elif mode == "pmap" and size > 1:
             problems.append(Problem(key, "pmap repeats all parameters; use jit"))
         elif count % size:
             problems.append(Problem(key, f"{size} does not divide {count} devices"))
-        elif name == "model" and count % (fsdp * model) and count % fsdp == 0:
-            text = f"{model}, but {count} devices are not a multiple of fsdp * model = "
-            problems.append(Problem(key, f"{text}{fsdp} * {model}"))
+    if not problems and count % (fsdp * model):
+        text = f"{model}, but {count} devices are not a multiple of fsdp * model = "
+        problems.append(Problem("config.parallel.model", f"{text}{fsdp} * {model}"))
     if mode == "pmap" and not problems:
         problems += [
             Problem(f"{KEY}[{index}]", "pmap repeats all parameters; use jit")

@@ -71,14 +71,30 @@ class MeshDevices(Devices):
         """Returns placed outputs as numpy arrays."""
         return jax.device_get(tree)
 
-    def compile_train(self, step: Callable, state: Any, *rest: Any) -> Compiled:
+    def placed_shapes(self, tree: Any) -> Any:
+        """Returns the shapes and shardings of a placed tree."""
+        return jax.tree.map(_shaped, tree, self.shardings(tree))
+
+    def batch_shapes(self, batch: Any, *, batch_axis: int) -> Any:
+        """Returns the shapes and shardings of a placed batch."""
+        spec = PartitionSpec(*[None] * batch_axis, (DATA, FSDP))
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda leaf: _shaped(leaf, sharding), batch)
+
+    def compile_train(
+        self, step: Callable, state: Any, *rest: Any, for_running: bool = True
+    ) -> Compiled:
         """Returns the compiled step; the new state has the shardings of the old one."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         shardings = self.shardings(state), everywhere
         step = divided_by_example(step, self.mesh, batch=2, axis=1)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return compiled(jitted, state, *rest)
+        return compiled(jitted, state, *rest, for_running=for_running)
 
     def over_devices(self, step: Callable) -> Any:
         """Returns the jitted step."""
         return jax.jit(divided_by_example(step, self.mesh, batch=-1, axis=0))
+
+
+def _shaped(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -53,11 +53,33 @@ class PmapDevices(Devices):
         """Returns placed outputs as numpy arrays, the devices' rows one after another."""
         return jax.tree.map(np.concatenate, jax.device_get(tree))
 
-    def compile_train(self, step: Callable, state: Any, *rest: Any) -> Compiled:
+    def placed_shapes(self, tree: Any) -> Any:
+        """Returns the shapes and shardings of a placed tree."""
+        return jax.tree.map(lambda leaf: self._rows(leaf.shape, leaf.dtype), tree)
+
+    def batch_shapes(self, batch: Any, *, batch_axis: int) -> Any:
+        """Returns the shapes and shardings of a placed batch."""
+
+        def divided(leaf):
+            shape = list(leaf.shape)
+            shape[batch_axis] //= self.count
+            return self._rows(shape, leaf.dtype)
+
+        return jax.tree.map(divided, batch)
+
+    def _rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape of an array whose first axis is the devices."""
+        rows = Mesh(self.mesh.devices.reshape(-1), ("device",))
+        sharding = NamedSharding(rows, PartitionSpec("device"))
+        return jax.ShapeDtypeStruct((self.count, *shape), dtype, sharding=sharding)
+
+    def compile_train(
+        self, step: Callable, state: Any, *rest: Any, for_running: bool = True
+    ) -> Compiled:
         """Returns the compiled step; its metrics are the first device's copy."""
         over = functools.partial(jax.pmap, axis_name=AXIS, donate_argnums=0)
         mapped = over(step, in_axes=(0, 0, 0, None, None), devices=self._devices)
-        program = compiled(mapped, state, *rest)
+        program = compiled(mapped, state, *rest, for_running=for_running)
 
         def call(state, *rest):
             state, metrics = program.call(state, *rest)

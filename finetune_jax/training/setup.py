@@ -91,11 +91,16 @@ class Setup:
 
     def target(self, progress: Progress) -> TrainState:
         """Returns a state of zeros with the structure of a state at some progress."""
+        shapes = self.shapes_at(progress)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def shapes_at(self, progress: Progress) -> TrainState:
+        """Returns the shapes of a state at some progress."""
         shapes = self.with_ema(self.shapes)
         if progress.phase >= 0:
             init = self.phase(progress.phase).optimizer().init
             shapes = shapes.replace(opt_state=jax.eval_shape(init, shapes.params))
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return shapes
 
     def fixed(self, start: TrainState) -> dict[str, Any]:
         """Returns the arrays that updates read and never change.

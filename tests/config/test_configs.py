@@ -180,6 +180,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
+    unread -= {"parallel.device_memory_gb"}  # Of plans.
     if config.data.text or config.task.name == "tabular":
         unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
     if config.init.fisher is None:

@@ -153,6 +153,8 @@ def reductions(arguments):
         found += ["model.name=resnet18", "init.pretrained=file:resnet18.pth"]
     if config.population:
         found.append("population=()")
+    if "--mode=plan" in arguments and config.parallel.devices is None:
+        found.append("parallel.devices=1")  # Programs for several are compiled.
     return [f"--config.{text}" for text in found]
 
 

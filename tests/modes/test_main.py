@@ -14,6 +14,7 @@ from finetune_jax import main
 from finetune_jax.modes import startup
 
 HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
+ONE_DEVICE = "--config.parallel.devices=1"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_the_plan_needs_no_data_and_compiles_nothing(config, capsys, monkeypatch
     path = ROOT / "configs" / f"{config}.py"
     fresh = ["--config.init.pretrained=None", "--config.init.fresh=()"]
     fresh = fresh if config == "mnist_target" else []  # Its weights are of a run.
-    assert main.run([f"--config={path}", "--mode=plan", *fresh]) == 0
+    assert main.run([f"--config={path}", "--mode=plan", *fresh, ONE_DEVICE]) == 0
     output = capsys.readouterr().out
     assert "forward" in output and "optimizer" in output
 

@@ -14,7 +14,7 @@ HEAD = f"--config={ROOT / 'configs' / 'resnet_head.py'}"
 
 
 def planned(capsys, *arguments):
-    assert main.run(["--mode=plan", *arguments]) == 0
+    assert main.run(["--mode=plan", "--config.parallel.devices=1", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 

@@ -176,6 +176,7 @@ def test_impossible_devices_are_refused():
         (dict(mode="jit", devices=8, fsdp=3), "3 does not divide 8"),
         (dict(mode="jit", devices=8, model=3), "model: 3 does not divide 8"),
         (dict(devices=8, fsdp=4, model=4), "8 devices are not a multiple .* 4 \\* 4"),
+        (dict(devices=8, fsdp=0), "fsdp: 0; more than 0 is needed"),
         (dict(mode="pmap", devices=8, fsdp=2), "use jit"),
         (dict(mode="pmap", devices=8, model=2), "model: pmap repeats .* use jit"),
     ):

@@ -126,7 +126,8 @@ def test_a_run_is_evaluated_and_predicts_with_what_was_fitted(tmp_path, capsys):
     written = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     first = json.loads(written[0])
     assert len(written) == 60 and first["file"] == f"{other}#1"
-    assert main.run([f"--config={config_file(tmp_path)}", "--mode=plan"]) == 0
+    planned = f"--config={config_file(tmp_path)}", "--config.parallel.devices=1"
+    assert main.run([*planned, "--mode=plan"]) == 0
     assert "C26: category, 5 known values" in capsys.readouterr().out
 
 

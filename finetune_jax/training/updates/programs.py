@@ -147,7 +147,7 @@ class Updates:
             lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch
         )
         rest = batch, np.float32(0), np.float32(0)
-        traced = jax.jit(self._step(phase)).trace(state, self.fixed, *rest)
+        traced = jax.jit(self.step(phase)).trace(state, self.fixed, *rest)
         return stock_gradients(traced.jaxpr)
 
     def program(
@@ -169,7 +169,7 @@ class Updates:
         key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
         return self.executor.train_program(
             key,
-            lambda: feed.program(self._step(phase)),
+            lambda: feed.program(self.step(phase)),
             (placed, self.fixed, *call.arguments),
             frozen=lambda: frozenset(phase.frozen(placed)),
             is_resident=isinstance(feed, Scanned),
@@ -182,7 +182,7 @@ class Updates:
         )
         return jax.tree.map(np.asarray, init(params))
 
-    def _step(self, phase: PhaseSetup) -> Callable:
+    def step(self, phase: PhaseSetup) -> Callable:
         """Returns an update of the phase as a function of its arguments."""
         config, views = self.setup.config, self.setup.views
         # The frozen prefix has the same bits whether its outputs are cached or not.
