@@ -18,6 +18,9 @@ from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import choose, closest
 from finetune_jax.modes.options import Options
 from finetune_jax.modes.startup import (
+    end_processes,
+    joined,
+    part,
     pin_environment,
     quiet_libraries,
     resolved_config,
@@ -176,6 +179,7 @@ def run(arguments: Sequence[str]) -> int:
     pin_environment(origin(config, workdir), config.deterministic)
     quiet_libraries()
     set_precision(config.precision)
+    config = joined(config, flags.mode)
     options = Options(
         config=flags.config or (extend.name if extend else "run"),
         workdir=workdir,
@@ -195,19 +199,29 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except OSError as error:
-        if not is_of_disk(error):
+        part()
+    except Exception as error:
+        text, status = _message(error)
+        end_processes(error, text, status)
+        if text is None:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{why_not_written(error)}", file=sys.stderr)
-        status = 1
+        print(text, file=sys.stderr)
     sys.exit(status)
+
+
+def _message(error: Exception) -> tuple[str | None, int]:
+    """Returns the message of an error for the user, and the exit status.
+
+    The message is None if the error is a defect, whose traceback is shown.
+    """
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, TrainingError):
+        return f"error: {error}", 1
+    if isinstance(error, OSError) and is_of_disk(error):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"error: {place}{why_not_written(error)}", 1
+    return None, 1
 
 
 if __name__ == "__main__":

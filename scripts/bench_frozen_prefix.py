@@ -80,7 +80,7 @@ def read(address: str):
     photos = [part.take(np.arange(len(part)))["inputs"] for part in parts]
     batches = training_batches(
         setup.data.in_memory(1e12).train, seed=0, batch_size=BATCH, micro_batches=1,
-        start=0, stop=2 * -(-len(photos[0]) // BATCH),
+        updates=range(2 * -(-len(photos[0]) // BATCH)),
     )  # fmt: skip
     return setup, state, photos, list(batches)
 

@@ -115,8 +115,8 @@ def ours(folder: str, decode: str) -> tuple[Callable[[], object], Callable]:
     def turn() -> None:
         start = next(turns) * BATCHES
         for batch in training_batches(
-            train, seed=0, batch_size=BATCH, micro_batches=1, start=start,
-            stop=start + BATCHES,
+            train, seed=0, batch_size=BATCH, micro_batches=1,
+            updates=range(start, start + BATCHES),
         ):  # fmt: skip
             placed = jax.device_put(batch)
             jax.block_until_ready((normalised(placed["inputs"]), placed))

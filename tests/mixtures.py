@@ -36,7 +36,7 @@ def trained(config, *, updates=3, rate=0.1):
     state, _ = setup.start()
     trainer = small.Trainer(setup.task, setup.plan[0], state=state)
     batches = mixed_batches(
-        setup.data.train, seed=config.seed, micro_batches=1, start=0, stop=updates
+        setup.data.train, seed=config.seed, micro_batches=1, updates=range(updates)
     )
     metrics = {}
     for batch in batches:

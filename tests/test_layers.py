@@ -21,7 +21,7 @@ ORDER = {
     "tasks": ("core", "config", "plans", "models", "weights", "data"),
     "features": ...,
     "evaluation": ...,
-    "report": ("core", "config", "data"),
+    "report": ("core", "config", "data", "parallel"),
     "training": ...,
     "sweeps": ...,
     "inference": ...,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import ml_collections
 
 from finetune_jax.config.fields import Section, key, section
+from finetune_jax.config.parallel import Parallel
 from finetune_jax.config.phase import Phase
 from finetune_jax.core import registry
 from finetune_jax.core.errors import Problem, collected
@@ -15,7 +16,9 @@ from finetune_jax.core.errors import Problem, collected
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.best_only", "checkpoint.grace_s",
     "data.memory_gb", "data.cache", "data.cache_gb", "data.cache_dir",
-    "parallel.steps_per_call", "plugins",
+    "parallel.steps_per_call", "parallel.coordinator", "parallel.processes",
+    "parallel.process", "parallel.local_devices", "parallel.join_timeout_s",
+    "parallel.hang_timeout_s", "parallel.work_timeout_s", "plugins",
 )  # fmt: skip
 # Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
 # not finite, and a kept head of other classes.
@@ -386,31 +389,6 @@ class NonFinite(Section):
         choices=("stop", "skip", "rollback"),
     )
     limit: int = key(10, "Such updates before the run stops anyway.", above=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parallel(Section):
-    """Devices."""
-
-    mode: str = key("jit", "How updates are distributed.", choices=("jit", "pmap"))
-    devices: int | None = key(None, "Number of devices; None is all.", above=0)
-    fsdp: int = key(1, "Devices over which parameters are sharded.", above=0)
-    model: int = key(
-        1, "Devices that compute one layer together, divided by `sharding`.", above=0
-    )
-    sharding: tuple = key(
-        ((".*", "fsdp"),),
-        "Sharding rules: pairs (regex over parameter names, spec); first match wins.",
-    )
-    fsdp_min_mb: float = key(
-        4.0, "MiB of the smallest array that the spec 'fsdp' divides.", least=0
-    )
-    device_memory_gb: float | None = key(
-        None, "Memory of a device for --mode=plan; None asks the device.", above=0
-    )
-    steps_per_call: int | None = key(
-        None, "Updates in one compiled call; None is as many as take 0.2 s.", above=0
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

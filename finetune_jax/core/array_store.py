@@ -33,12 +33,17 @@ class Tables:
         limit: Bytes that they may take; the longest unused go first.
         memory: Bytes of one table that may be in memory; a larger one stays on disk.
         say: Tells a person.
+        writes: Whether this process writes tables. Of several processes that see the same
+            folder one does; all of them read.
+        wait: Returns once all processes have called it, after a table is written.
     """
 
     folder: pathlib.Path
     limit: float
     memory: float
     say: Callable[[str], None]
+    writes: bool = True
+    wait: Callable[[], None] = lambda: None
 
     def place(self, key: str) -> pathlib.Path:
         """Returns where a table is, or would be."""
@@ -74,7 +79,8 @@ class Tables:
         except Exception as error:  # Damage can raise any exception.
             wrong = str(error)
         self.say(f"{place} is damaged and made anew: {wrong}")
-        discard(place)
+        if self.writes:
+            discard(place)
         return None
 
     def _opened(self, place: pathlib.Path, table: Any) -> list[np.ndarray]:
@@ -120,23 +126,44 @@ class Tables:
                 yield parts
 
         given = noted()
+        if not self.writes:
+            for _ in given:  # Computed with the process that writes them.
+                pass
+            self.wait()
+            return self._kept_or_opened(kept, place, table)
         try:
             text = json.dumps(about, indent=2)
             self._make_room(nbytes(table) + len(text) + 100 * len(leaves))
             write_table(self.folder, len(leaves), given, lambda: (place, about))
         except OSError as error:
             self.say(f"{what} cannot be kept in {self.folder}: {error}")
-            if kept is None:
-                return None
             for _ in given:  # To the end, though nowhere but in memory.
                 pass
+            self.wait()
+            if kept is None:
+                return None
             if sum(len(parts[0]) for parts in kept) < len(leaves[0]):
                 raise  # It was the examples that could not be read.
         else:
             self.say(f"{what}: computed once, {nbytes(table) / 1e6:,.1f} MB in {place}")
-        if kept is None:
+            self.wait()
+        return self._kept_or_opened(kept, place, table)
+
+    def _kept_or_opened(
+        self, kept: list | None, place: pathlib.Path, table: Any
+    ) -> list[np.ndarray] | None:
+        """Returns the arrays of a new table, from memory if they fit into it.
+
+        They are None if another process could not write them.
+        """
+        if kept is not None:
+            return [concatenated(parts) for parts in zip(*kept)]
+        try:
             return self._opened(place, table)
-        return [concatenated(parts) for parts in zip(*kept)]
+        except OSError:
+            if self.writes:
+                raise
+            return None
 
     def _make_room(self, size: int) -> None:
         """Deletes the tables that were not used for longest, as the limit says."""

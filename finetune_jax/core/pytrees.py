@@ -76,6 +76,11 @@ def digest(tree: Any) -> str:
     return digester.hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """Returns the sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def leaf_digests(tree: Any) -> dict[str, str]:
     """Returns `leaf_digest` of every leaf by its name."""
     leaves = named(tree)

@@ -12,6 +12,10 @@ from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.kind import Lengths
 from finetune_jax.data.order import Order, training_order
 
+# The positions that this process needs of a batch axis: a function of the length of the
+# axis, as `Devices.local_rows`. None needs all.
+LocalRows = Callable[[int], np.ndarray] | None
+
 
 class BatchSource(Protocol):
     """A split that batches are taken from: a `Dataset` or a view of one."""
@@ -113,35 +117,70 @@ def training_batches(
     seed: int,
     batch_size: int,
     micro_batches: int,
-    start: int,
-    stop: int,
+    updates: range,
     sampling: str = "uniform",
     views: int | None = None,
+    local_rows: LocalRows = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the batches of updates `start` to `stop`, arrays [k, b, ...].
+    """Yields the batches of updates, arrays [k, b, ...].
+
+    With several processes b is the number of rows that the devices of this one need.
 
     Args:
         dataset: The training split.
         seed: Seed of the order.
         batch_size: Examples in one update.
         micro_batches: k, by which the batch is divided.
-        start: First update, counted from the beginning of the run.
-        stop: The update after the last.
+        updates: The updates, counted from the beginning of the run.
         sampling: 'uniform' or 'balanced'.
         views: How many ways there are to augment an example, which take turns; 'position'
             then is the example's view instead of its place in the update.
+        local_rows: Rows of a micro-batch that this process needs.
     """
     order = training_order(dataset.label, seed, sampling)
+    mine = local_part(batch_size, micro_batches, local_rows)
 
     def load(update: int) -> dict[str, Any]:
         taken = rows_of(
             order, len(dataset.label), batch_size, update, update + 1, views
         )
-        batch = dataset.take(taken)
-        batch["position"] = places_of(taken, batch_size, views)
+        batch = taken_locally(dataset, taken, mine)
+        batch["position"] = places_of(taken, batch_size, views)[mine]
         return batch
 
-    return loaded(load, range(start, stop), micro_batches)
+    return loaded(load, updates, micro_batches)
+
+
+def local_part(
+    examples: int, micro_batches: int, local_rows: LocalRows
+) -> np.ndarray | slice:
+    """Returns the places in an update of the examples that this process needs.
+
+    Args:
+        examples: Examples in the update.
+        micro_batches: Number of micro-batches, each of which is divided.
+        local_rows: Rows of a micro-batch that this process needs.
+    """
+    if local_rows is None:
+        return slice(None)
+    places = np.arange(examples).reshape(micro_batches, -1)
+    return places[:, local_rows(places.shape[1])].reshape(-1)
+
+
+def taken_locally(
+    source: BatchSource, rows: np.ndarray, mine: np.ndarray | slice
+) -> dict[str, Any]:
+    """Returns arrays of the rows of a batch that this process needs.
+
+    Args:
+        source: The split.
+        rows: Rows of the whole batch.
+        mine: Places among them that this process needs.
+    """
+    if isinstance(getattr(source, "examples", source), Shortened):
+        # The longest text of the whole batch decides its length; texts are in memory.
+        return jax.tree.map(lambda array: array[mine], source.take(rows))
+    return source.take(rows[mine])
 
 
 def loaded(
@@ -195,20 +234,27 @@ def _padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def evaluation_batches(
-    dataset: BatchSource, *, batch_size: int
+    dataset: BatchSource, *, batch_size: int, local_rows: LocalRows = None
 ) -> Iterator[dict[str, Any]]:
     """Yields all rows once, in order; the last batch is padded with weight 0.
 
     Args:
         dataset: A split.
         batch_size: Size of every batch, the last too.
+        local_rows: Rows of a batch that this process needs.
     """
+    mine = local_part(batch_size, 1, local_rows)
     for start in range(0, len(dataset), batch_size):
-        rows = np.arange(start, start + batch_size)
-        real = rows < len(dataset)
-        batch: dict[str, Any] = jax.tree.map(
-            lambda array: _padded(array, batch_size), dataset.take(rows[real])
-        )
-        batch["weight"] *= real
-        batch["position"] = rows.astype(np.int32)
+        places = np.arange(start, start + batch_size)
+        real = places < len(dataset)
+        # The padding repeats the first row of the batch.
+        rows = np.where(real, places, start)
+        if local_rows is None:
+            batch: dict[str, Any] = jax.tree.map(
+                lambda array: _padded(array, batch_size), dataset.take(rows[real])
+            )
+        else:
+            batch = taken_locally(dataset, rows, mine)
+        batch["weight"] *= real[mine]
+        batch["position"] = places.astype(np.int32)[mine]
         yield batch

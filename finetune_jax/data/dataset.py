@@ -47,6 +47,7 @@ class Dataset:
         shape: Shape of one example's inputs after that.
         lengths: How batches are cut to their longest example; None for equal shapes.
         decoded: All examples as `source` reads them, if they are kept in memory.
+        missing: Which of `decoded` have not been read yet, bool [N]; None: all were.
         unreadable: Messages by index for examples that could not be read and have weight
             0; None raises an error instead.
     """
@@ -58,6 +59,7 @@ class Dataset:
     shape: tuple[int, ...]
     lengths: Lengths | None = None
     decoded: np.ndarray | None = None
+    missing: np.ndarray | None = None
     unreadable: dict[int, str] | None = None
 
     def __len__(self) -> int:
@@ -94,14 +96,22 @@ class Dataset:
             return 0
         return len(self) * math.prod(self._read_shape) * self._dtype.itemsize
 
-    def in_memory(self) -> "Dataset":
+    def in_memory(self, *, lazily: bool = False) -> "Dataset":
         """Returns the split with all examples decoded.
+
+        Args:
+            lazily: Whether an example is decoded when it is first taken: one of several
+                processes does not take all of them.
 
         Raises:
             UserError: Lists the examples that cannot be read.
         """
         if not self.nbytes:
             return self
+        if lazily:
+            decoded = aligned_zeros((len(self), *self._read_shape), self._dtype)
+            missing = np.ones(len(self), bool)
+            return dataclasses.replace(self, decoded=decoded, missing=missing)
         everything = self._read(np.arange(len(self)))
         return dataclasses.replace(self, decoded=everything)
 
@@ -115,6 +125,11 @@ class Dataset:
             UserError: Lists the examples that cannot be read.
         """
         kept = self.decoded
+        if kept is not None and self.missing is not None:
+            wanted = np.unique(positions[self.missing[positions]])
+            if len(wanted):
+                kept[wanted] = self._read(wanted)
+                self.missing[wanted] = False
         return {
             **self.parts(self._read(positions) if kept is None else kept[positions]),
             "label": self.label[positions],
@@ -171,12 +186,14 @@ class Dataset:
         readable = self.readable(np.arange(len(self)))
         if readable.all():
             return self
-        decoded = None if self.decoded is None else self.decoded[readable]
+        return self.selected(readable)
+
+    def selected(self, chosen: np.ndarray | slice) -> "Dataset":
+        """Returns some of the examples, by a mask, positions or a slice."""
+        names = "indices", "label", "decoded", "missing"
+        arrays = {name: getattr(self, name) for name in names}
         return dataclasses.replace(
-            self,
-            indices=self.indices[readable],
-            label=self.label[readable],
-            decoded=decoded,
+            self, **{k: None if v is None else v[chosen] for k, v in arrays.items()}
         )
 
     def without_labels(self) -> "Dataset":
@@ -224,7 +241,9 @@ def unaugmented(split: Dataset, spec: DataSpec) -> Dataset:
     if not spec.augment:
         return split
     geometry = kind_named(spec.kind).geometry(spec, training=False)
-    return dataclasses.replace(split, geometry=geometry, shape=spec.shape, decoded=None)
+    return dataclasses.replace(
+        split, geometry=geometry, shape=spec.shape, decoded=None, missing=None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,8 +285,12 @@ class Data:
             found |= part.messages()
         return found
 
-    def in_memory(self, limit: float) -> "Data":
+    def in_memory(self, limit: float, *, lazily: bool = False) -> "Data":
         """Returns the data decoded, if that takes no more than `limit` bytes.
+
+        Args:
+            limit: Bytes.
+            lazily: As in `Dataset.in_memory`.
 
         Raises:
             UserError: Lists the examples that cannot be read.
@@ -277,7 +300,7 @@ class Data:
         parts, problems = {"train": self.train, **self.held_out}, list[Problem]()
         for name, part in parts.items():
             with collected(problems), under(f"config.data.{name}"):
-                parts[name] = part.in_memory()
+                parts[name] = part.in_memory(lazily=lazily)
         raise_if(problems)
         return dataclasses.replace(self, train=parts.pop("train"), held_out=parts)
 

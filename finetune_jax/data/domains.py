@@ -25,7 +25,7 @@ from finetune_jax.core.errors import (
     under,
 )
 from finetune_jax.core.metric_names import RESERVED
-from finetune_jax.data.batches import loaded
+from finetune_jax.data.batches import LocalRows, loaded, local_part
 from finetune_jax.data.dataset import Data, Dataset, make_data
 from finetune_jax.data.kind import kind_named, kind_of
 from finetune_jax.data.order import Order, training_order
@@ -77,8 +77,11 @@ class DomainMixture:
         """Bytes that keeping all examples in memory takes; 0 if they are there already."""
         return sum(part.nbytes for part in self.parts.values())
 
-    def in_memory(self) -> "DomainMixture":
+    def in_memory(self, *, lazily: bool = False) -> "DomainMixture":
         """Returns the split with all examples decoded.
+
+        Args:
+            lazily: As in `Dataset.in_memory`.
 
         Raises:
             UserError: Lists the examples that cannot be read.
@@ -86,7 +89,7 @@ class DomainMixture:
         parts, problems = {}, list[Problem]()
         for name, part in self.parts.items():
             with collected(problems), under(f"domain {name!r}"):
-                parts[name] = part.in_memory()
+                parts[name] = part.in_memory(lazily=lazily)
         raise_if(problems)
         return dataclasses.replace(self, parts=parts)
 
@@ -116,7 +119,11 @@ class DomainMixture:
         ]
 
     def batch(
-        self, update: int, orders: Mapping[str, Order]
+        self,
+        update: int,
+        orders: Mapping[str, Order],
+        micro_batches: int = 1,
+        local_rows: LocalRows = None,
     ) -> dict[str, dict[str, Any]]:
         """Returns the batch of an update, arrays [n, ...] by domain.
 
@@ -125,11 +132,14 @@ class DomainMixture:
         Args:
             update: Counted from the beginning of the run.
             orders: From `orders`.
+            micro_batches: Number of micro-batches.
+            local_rows: Rows of a micro-batch that this process needs.
         """
         found = {}
         for domain, rows in self._rows(update, orders).items():
-            batch = self.parts[domain].take(rows)
-            batch["position"] = np.arange(len(rows), dtype=np.int32)
+            mine = local_part(len(rows), micro_batches, local_rows)
+            batch = self.parts[domain].take(rows[mine])
+            batch["position"] = np.arange(len(rows), dtype=np.int32)[mine]
             if not self.draws[domain].labelled:
                 del batch["label"]
             found[domain] = batch
@@ -149,20 +159,29 @@ class DomainMixture:
 
 
 def mixed_batches(
-    mixture: DomainMixture, *, seed: int, micro_batches: int, start: int, stop: int
+    mixture: DomainMixture,
+    *,
+    seed: int,
+    micro_batches: int,
+    updates: range,
+    local_rows: LocalRows = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the batches of updates `start` to `stop`, arrays [k, b, ...] by domain.
+    """Yields the batches of updates, arrays [k, b, ...] by domain.
 
     Args:
         mixture: The training split.
         seed: Seed of the order.
         micro_batches: k, by which each domain's part is divided.
-        start: First update, counted from the beginning of the run.
-        stop: The update after the last.
+        updates: The updates, counted from the beginning of the run.
+        local_rows: Rows of a micro-batch that this process needs.
     """
-    orders = mixture.orders(seed)
-    load = functools.partial(mixture.batch, orders=orders)
-    return loaded(load, range(start, stop), micro_batches)
+    load = functools.partial(
+        mixture.batch,
+        orders=mixture.orders(seed),
+        micro_batches=micro_batches,
+        local_rows=local_rows,
+    )
+    return loaded(load, updates, micro_batches)
 
 
 def make_mixture(config: Mapping[str, Any], *, seed: int) -> Data:

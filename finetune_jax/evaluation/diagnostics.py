@@ -1,6 +1,5 @@
 """Measurements besides the splits: other domains, distance from the start, CKA."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -70,9 +69,7 @@ def _compared_split(data: Data) -> str | None:
 
 
 def _first(dataset: Dataset, examples: int) -> Dataset:
-    kept = {name: getattr(dataset, name) for name in ("indices", "label", "decoded")}
-    kept = {k: None if v is None else v[:examples] for k, v in kept.items()}
-    return dataclasses.replace(dataset, **kept)
+    return dataset.selected(slice(examples))
 
 
 class _OnDomain:

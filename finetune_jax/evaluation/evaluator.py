@@ -11,6 +11,7 @@ import numpy as np
 from finetune_jax.core.train_state import TrainState, eval_params
 from finetune_jax.data.batches import (
     BatchSource,
+    LocalRows,
     Shortened,
     evaluation_batches,
     shortened,
@@ -20,6 +21,7 @@ from finetune_jax.data.domains import DomainMixture
 from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.features.cache import Features, FeatureStore, FrozenPrefix
 from finetune_jax.features.frozen_prefix import is_large
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.devices import Devices, concurrent_batch
 from finetune_jax.parallel.executor import Batches, Executor
 from finetune_jax.tasks.components.decision import decided
@@ -138,11 +140,24 @@ class Evaluator:
         batches = Batches(
             key=(type(examples), id(whole), size),
             count=len(examples),
-            make=functools.partial(evaluation_batches, examples, batch_size=size),
+            make=functools.partial(
+                evaluation_batches,
+                examples,
+                batch_size=size,
+                local_rows=self._local_rows,
+            ),
             # Between updates, memory counts for more than two programs at once.
             is_large=self.training and is_large(self.task),
         )
-        return self.executor.rows(name, step, arguments, batches)
+        rows = self.executor.rows(name, step, arguments, batches)
+        if isinstance(whole, Dataset):
+            share_unreadable(whole)
+        return rows
+
+    @property
+    def _local_rows(self) -> LocalRows:
+        """The rows of a batch that this process needs; None needs all."""
+        return self.devices.local_rows if self.devices.spans_processes else None
 
     def measure(
         self,
@@ -261,6 +276,15 @@ def mean_metrics(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]
         for name in first
         if all(name in metrics for metrics in others)
     }
+
+
+def share_unreadable(dataset: Dataset) -> None:
+    """Tells all processes which examples one of them could not read."""
+    if dataset.unreadable is None:
+        return
+    mine = {str(index): text for index, text in dataset.unreadable.items()}
+    for found in processes.gathered("unreadable examples", mine):
+        dataset.unreadable.update({int(index): text for index, text in found.items()})
 
 
 # Returns metrics of a placed state by their full names.

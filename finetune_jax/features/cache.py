@@ -19,12 +19,18 @@ import numpy as np
 from finetune_jax.core.array_store import Tables
 from finetune_jax.core.pytrees import digest, nbytes, stage_of
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.batches import BatchSource, Views, evaluation_batches
+from finetune_jax.data.batches import (
+    BatchSource,
+    LocalRows,
+    Views,
+    evaluation_batches,
+)
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.features import cache_keys
 from finetune_jax.features.frozen_prefix import at_a_time, features_step, teacher_step
 from finetune_jax.models.modes import EVALUATION, Mode
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.devices import (
     Devices,
     concurrent_batch,
@@ -299,7 +305,10 @@ class FeatureStore:
         if key not in self._held:
             step = computation.step(self.task, mode, rows)
             seen = Views(dataset=dataset, views=views)
-            example = next(evaluation_batches(seen, batch_size=batch_size))
+            batches = evaluation_batches(
+                seen, batch_size=batch_size, local_rows=self._local_rows
+            )
+            example = next(batches)
             placed = self.devices.place((*computation.variables, computation.rng))
             batch = self.devices.place_batch(example, batch_axis=0)
             lowered = self.devices.over_devices(step).lower(*placed, batch)
@@ -323,6 +332,11 @@ class FeatureStore:
             mine = {k: v for k, v in self._held.items() if k[:2] == stages}
             self._held = mine | {key: found}
         return self._held[key]
+
+    @property
+    def _local_rows(self) -> LocalRows:
+        """The rows of a batch that this process needs; None needs all."""
+        return self.devices.local_rows if self.devices.spans_processes else None
 
     def _found_or_made(
         self,
@@ -348,7 +362,7 @@ class FeatureStore:
             )
             return None
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        leaves = self.tables.find(key, table)
+        leaves = self._if_all_have(self.tables.find(key, table))
         if leaves is not None:
             self.tables.say(f"{what}: found in {self.tables.place(key)}")
         elif examples is not None and examples < len(seen):
@@ -358,11 +372,16 @@ class FeatureStore:
         else:
             call = functools.partial(self._compiled(about["program"], lowered), *placed)
             made = self._leaves(call, seen, batch_size, rows)
-            leaves = self.tables.make(key, about, table, made, what)
+            leaves = self._if_all_have(self.tables.make(key, about, table, made, what))
         if leaves is None:
             return None
         kept = jax.tree.unflatten(jax.tree.structure(table), leaves)
         return Features(table=kept, label=seen.label, views=seen.views)
+
+    def _if_all_have(self, leaves: list[np.ndarray] | None) -> list | None:
+        """Returns the arrays of a table if all processes have it."""
+        found = processes.gathered("table of features", leaves is not None)
+        return leaves if all(found) else None
 
     def _compiled(self, program: str, lowered: Any) -> Callable:
         """Returns a compiled program, given a digest of its text."""
@@ -382,7 +401,9 @@ class FeatureStore:
         computed = outputs(
             self.devices,
             lambda batch: functools.partial(call, batch),
-            evaluation_batches(seen, batch_size=batch_size),
+            evaluation_batches(
+                seen, batch_size=batch_size, local_rows=self._local_rows
+            ),
             at_once=concurrent_programs(self.devices) if fits else 1,
         )
         for index, batch in enumerate(computed):

@@ -1,6 +1,7 @@
 """Resolves the config and sets the environment of jax before jax is imported."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -17,6 +18,12 @@ from finetune_jax.report.workdir import (
     read_recorded_config,
 )
 
+# Modes that several processes can run together.
+TOGETHER = ("train",)
+# Modes in which one process with several devices has the bits of several processes.
+JOINS_ITSELF = ("train", "reproduce")
+# Keys of `config.parallel` that say how a process was started, not what it computes.
+LAUNCH = ("coordinator", "processes", "process", "local_devices")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -118,3 +125,52 @@ def set_precision(precision: str) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", precision == "float64")
+
+
+def joined(config: Config, mode: str) -> Config:
+    """Joins the processes of a run; returns the config without what only starts them.
+
+    Args:
+        config: Resolved config.
+        mode: Mode of the command line.
+
+    Raises:
+        UserError: The processes cannot be joined, or the mode needs one process.
+    """
+    from finetune_jax.parallel import joining, processes
+
+    asked = config.parallel
+    launch = joining.launch_of(asked, os.environ)
+    if not launch.is_alone and mode not in TOGETHER:
+        if launch.processes is not None:
+            raise UserError(
+                f"--mode={mode}: runs in one process, but {launch.processes} were started "
+                f"({launch.started_by}); start one"
+            )
+    elif mode in JOINS_ITSELF:
+        lines = joining.join(asked, launch)
+        if processes.is_first():
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    parallel = dataclasses.replace(asked, **dict.fromkeys(LAUNCH))
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def part() -> None:
+    """Waits for the other processes at the end of a run."""
+    from finetune_jax.parallel import joining
+
+    joining.leave()
+
+
+def end_processes(error: Exception, text: str | None, status: int) -> None:
+    """Ends this process and all others after an exception; returns if there is one.
+
+    Args:
+        error: The exception.
+        text: Message for the user; None shows the traceback.
+        status: Exit status.
+    """
+    from finetune_jax.parallel import watch
+
+    if watch.is_on():
+        watch.ended(error, text, status)

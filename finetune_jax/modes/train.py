@@ -8,6 +8,7 @@ from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.kind import weight_keys
 from finetune_jax.modes.options import Options
+from finetune_jax.parallel import processes
 from finetune_jax.report.tables import population_lines, result_lines
 from finetune_jax.report.workdir import check_same_run, new_workdir, read_json
 from finetune_jax.training.loop import Preempted
@@ -19,7 +20,10 @@ from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 def main(config: Config, options: Options) -> int:
     """Trains and prints the result; returns the exit status."""
-    workdir = options.workdir or new_workdir(options.config, config.seed)
+    workdir = options.workdir
+    if workdir is None:
+        new = functools.partial(new_workdir, options.config, config.seed)
+        workdir = pathlib.Path(processes.agreed("workdir", lambda: str(new())))
     advice = functools.partial(options.advice, workdir)
     try:
         with stop_on_signals(config.checkpoint.grace_s, advice) as stop:
@@ -31,7 +35,8 @@ def main(config: Config, options: Options) -> int:
 
 
 def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) -> int:
-    print(f"workdir {workdir}", flush=True)
+    say = functools.partial(print, flush=True) if processes.is_first() else _nothing
+    say(f"workdir {workdir}")
     finished, result = None, {}
     result_file = workdir / "result.json"
     try:
@@ -39,25 +44,29 @@ def _train(config: Config, workdir: pathlib.Path, options: Options, stop: Stop) 
         is_same = check_same_run(workdir, filled)
         finished = read_json(result_file) if is_same else None
         if finished is not None:
-            print(
+            say(
                 "this run is finished; to train longer, start another run with "
                 f"--extend={workdir} and a longer plan"
             )
-            show(finished)
         else:
             result = _run(config, workdir, stop)
-            show(result)
         result = finished or result
-        print(f"report  {_reported(workdir, result) / 'report' / 'index.html'}")
+        if processes.is_first():
+            show(result)
+        say(f"report  {_reported(workdir, result) / 'report' / 'index.html'}")
     except Preempted as message:
-        print(f"{message}; go on with:\n  {options.command(workdir)}", flush=True)
+        say(f"{message}; go on with:\n  {options.command(workdir)}")
         return EXIT_STATUS
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError) or finished is None:
             raise
         raise UserError(f"{result_file}: not the result of a run") from error
-    print(f"workdir {workdir}", flush=True)
+    say(f"workdir {workdir}")
     return 0
+
+
+def _nothing(_: str) -> None:
+    """Says nothing: process 0 does."""
 
 
 def _with_weight_defaults(config: Config) -> Config:

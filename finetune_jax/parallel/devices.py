@@ -2,11 +2,13 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from finetune_jax.core.backend import backend
@@ -49,7 +51,22 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
-        """Returns a host batch divided among the devices along `batch_axis`."""
+        """Returns a host batch divided among the devices along `batch_axis`.
+
+        With several processes each gives the rows of `local_rows`.
+        """
+
+    @abc.abstractmethod
+    def local_rows(self, count: int) -> np.ndarray:
+        """Returns the rows of a batch axis of `count` that this process's devices need."""
+
+    @functools.cached_property
+    def spans_processes(self) -> bool:
+        """Whether other processes have some of the devices."""
+        return any(
+            device.process_index != jax.process_index()
+            for device in self.mesh.devices.flat
+        )
 
     @abc.abstractmethod
     def to_host(self, tree: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from finetune_jax.core.backend import backend
+from finetune_jax.parallel import watch
 from finetune_jax.parallel.compiling import compiled
 from finetune_jax.parallel.devices import Devices, concurrent_programs
 
@@ -182,6 +183,20 @@ class DeviceExecutor(Executor):
         self._resident.clear()
 
 
+def _watched(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields the batches, and notes whether this process reads one or waits for results."""
+    batches = iter(batches)
+    while True:
+        watch.begins("reading a batch")
+        try:
+            batch = next(batches)
+        except StopIteration:
+            watch.begins("computing the outputs of a split", watch.LONG)
+            return
+        watch.begins("computing the outputs of a batch", watch.WAITING)
+        yield batch
+
+
 def outputs(
     devices: Devices, ready: Callable, batches: Iterable[Any], *, at_once: int
 ) -> Iterator[Any]:
@@ -195,6 +210,7 @@ def outputs(
         batches: Batches on the host.
         at_once: Number of batches that are computed concurrently on CPU.
     """
+    batches = _watched(batches)
     if backend() != "cpu":
         before = None
         for batch in batches:

@@ -40,6 +40,12 @@ def make_devices(asked: Any) -> Devices:
     if count > len(there):
         text = f"{count}, but there are {len(there)} devices"
         problems.append(Problem("config.parallel.devices", text))
+    elif count < len(there) and jax.process_count() > 1:
+        text = (
+            f"{count}, but {jax.process_count()} processes have {len(there)} devices, and "
+            "all of them are used; start fewer processes"
+        )
+        problems.append(Problem("config.parallel.devices", text))
     for name, size in (("fsdp", fsdp), ("model", model)):
         key = f"config.parallel.{name}"
         if size < 1:

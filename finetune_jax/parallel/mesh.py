@@ -1,12 +1,13 @@
 """Devices of one mesh under `jit`: the compiler divides the work by shardings."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.core.pytrees import leaf_digest, name_of
 from finetune_jax.parallel.activations import divided_by_example
@@ -43,6 +44,8 @@ class MeshDevices(Devices):
         if self.shared is not None:
             return jax.tree_util.tree_map_with_path(self._placed_once, tree)
         shardings = self.shardings(tree)
+        if self.spans_processes:
+            return jax.tree.map(_over_processes, tree, shardings)
         if own and jax.default_backend() == "cpu":
             # `may_alias=False` is ignored for numpy arrays, so they are copied twice.
             tree = jax.device_put(tree)
@@ -61,11 +64,19 @@ class MeshDevices(Devices):
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
         """Returns a host batch divided over the first two axes of the mesh."""
         spec = PartitionSpec(*[None] * batch_axis, (DATA, FSDP))
-        return jax.device_put(batch, NamedSharding(self.mesh, spec))
+        sharding = NamedSharding(self.mesh, spec)
+        if self.spans_processes:
+            return jax.make_array_from_process_local_data(sharding, batch)
+        return jax.device_put(batch, sharding)
+
+    def local_rows(self, count: int) -> np.ndarray:
+        """Returns the rows of a batch axis that this process's devices need."""
+        sharding = NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
+        return rows_of_process(sharding, count)
 
     def to_host(self, tree: Any) -> Any:
         """Returns a placed state as numpy arrays."""
-        return jax.tree.map(lambda leaf: np.array(leaf), tree)
+        return jax.tree.map(lambda leaf: np.array(whole(leaf)), tree)
 
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays."""
@@ -92,8 +103,49 @@ class MeshDevices(Devices):
         return compiled(jitted, state, *rest, for_running=for_running)
 
     def over_devices(self, step: Callable) -> Any:
-        """Returns the jitted step."""
-        return jax.jit(divided_by_example(step, self.mesh, batch=-1, axis=0))
+        """Returns the jitted step, whose outputs every process of several gets whole."""
+        step = divided_by_example(step, self.mesh, batch=-1, axis=0)
+        if self.count == 1:
+            return jax.jit(step)
+        return jax.jit(step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+
+def rows_of_process(sharding: NamedSharding, count: int) -> np.ndarray:
+    """Returns the rows of an axis of `count` that the devices of this process have."""
+    rows, shape = np.zeros(count, bool), (count,)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        rows[index] = True
+    return np.flatnonzero(rows)
+
+
+def whole(leaf: Any) -> Any:
+    """Returns an array of which this process has all values, from one over processes.
+
+    All processes call it in the same order.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf.addressable_data(0)
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)
+    return _gather(sharding.mesh)(leaf).addressable_data(0)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable:
+    return jax.jit(
+        lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def _over_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array over processes, each of which has all of it on its host.
+
+    `device_put` would gather all values to compare them.
+    """
+    host = np.asarray(whole(leaf))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _shaped(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

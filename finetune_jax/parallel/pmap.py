@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
+from finetune_jax.parallel.mesh import rows_of_process, whole
 
 AXIS = "data"
 
@@ -24,7 +25,8 @@ class PmapDevices(Devices):
     def place(self, tree: Any, *, own: bool = False) -> Any:
         """Returns a copy of the tree on every device."""
         del own  # Stacking copies.
-        stacked = jax.tree.map(lambda x: np.stack([x] * self.count), tree)
+        here = len(self.mesh.local_devices)
+        stacked = jax.tree.map(lambda x: np.stack([x] * here), tree)
         return jax.tree.map(self._split_rows, stacked)
 
     def place_batch(self, batch: Any, *, batch_axis: int) -> Any:
@@ -32,18 +34,30 @@ class PmapDevices(Devices):
 
         def divided(array):
             shape = array.shape
-            rows = shape[batch_axis] // self.count
+            here = len(self.mesh.local_devices)
+            rows = shape[batch_axis] // here
             array = array.reshape(
-                *shape[:batch_axis], self.count, rows, *shape[batch_axis + 1 :]
+                *shape[:batch_axis], here, rows, *shape[batch_axis + 1 :]
             )
             return self._split_rows(np.moveaxis(array, batch_axis, 0))
 
         return jax.tree.map(divided, batch)
 
     def _split_rows(self, array: np.ndarray) -> jax.Array:
-        """Returns row i on device i."""
-        rows = Mesh(self.mesh.devices.reshape(-1), ("device",))
-        return jax.device_put(array, NamedSharding(rows, PartitionSpec("device")))
+        """Returns row i on device i of this process."""
+        if self.spans_processes:
+            return jax.make_array_from_process_local_data(self._rows_sharding, array)
+        return jax.device_put(array, self._rows_sharding)
+
+    @functools.cached_property
+    def _rows_sharding(self) -> NamedSharding:
+        """A row for each device."""
+        mesh = Mesh(self.mesh.devices.reshape(-1), ("device",))
+        return NamedSharding(mesh, PartitionSpec("device"))
+
+    def local_rows(self, count: int) -> np.ndarray:
+        """Returns the rows of a batch axis that this process's devices need."""
+        return rows_of_process(self._rows_sharding, count)
 
     def to_host(self, tree: Any) -> Any:
         """Returns the first device's copy of a placed state as numpy arrays."""
@@ -51,7 +65,16 @@ class PmapDevices(Devices):
 
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays, the devices' rows one after another."""
-        return jax.tree.map(np.concatenate, jax.device_get(tree))
+        if self.spans_processes:
+            tree = jax.tree.map(self._on_rows, tree)
+        return jax.tree.map(lambda leaf: np.concatenate(np.asarray(whole(leaf))), tree)
+
+    def _on_rows(self, leaf: jax.Array) -> jax.Array:
+        """Returns an output of pmap with the sharding that has a mesh."""
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(
+            leaf.shape, self._rows_sharding, shards
+        )
 
     def placed_shapes(self, tree: Any) -> Any:
         """Returns the shapes and shardings of a placed tree."""
@@ -69,9 +92,8 @@ class PmapDevices(Devices):
 
     def _rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """Returns the shape of an array whose first axis is the devices."""
-        rows = Mesh(self.mesh.devices.reshape(-1), ("device",))
-        sharding = NamedSharding(rows, PartitionSpec("device"))
-        return jax.ShapeDtypeStruct((self.count, *shape), dtype, sharding=sharding)
+        whole_shape = self.count, *shape
+        return jax.ShapeDtypeStruct(whole_shape, dtype, sharding=self._rows_sharding)
 
     def compile_train(
         self, step: Callable, state: Any, *rest: Any, for_running: bool = True

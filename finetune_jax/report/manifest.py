@@ -1,6 +1,7 @@
 """`manifest.json`: data, weights, versions and devices of a run, for reruns."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -11,6 +12,7 @@ import sys
 import jax
 
 from finetune_jax.core import machine
+from finetune_jax.parallel import processes
 
 PACKAGES = (
     "finetune_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
@@ -43,12 +45,13 @@ def make_manifest(
         "command": [sys.executable, *sys.argv],
         "seed": config["seed"],
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git": _git(),
         "platform": platform.platform(),
         "cpu": machine.cpu(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
+        "processes": processes.count(),
         "backend": jax.default_backend(),
         "nproc": os.environ.get("NPROC"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -59,6 +62,20 @@ def make_manifest(
         "weights_sha256": weights_sha256,
         "weights_layout": weights_layout,
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Returns the versions of the packages that results depend on."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def code_digest() -> str:
+    """Returns the sha256 over the code of this package."""
+    digester, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digester.update(path.relative_to(root).as_posix().encode())
+        digester.update(path.read_bytes())
+    return digester.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core.files import write_text
+from finetune_jax.parallel import processes
 from finetune_jax.report.trackers import Tracker
 
 
 class MetricsLog:
-    """Appends lines; a resumed run first drops those written after its checkpoint."""
+    """Appends lines; a resumed run first drops those written after its checkpoint.
+
+    With several processes process 0 alone writes; all of them count the lines.
+    """
 
     def __init__(
         self,
@@ -28,20 +32,27 @@ class MetricsLog:
             trackers: Are told every line, too.
         """
         self._trackers = trackers
-        kept = read_lines(path)[:keep_lines]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
-        self.lines = len(kept)
+        self._path, self._file = path, None
+        self.lines: int = processes.agreed("log", lambda: self._open(keep_lines))
+
+    def _open(self, keep_lines: int) -> int:
+        """Opens the file, and returns the number of lines that it keeps."""
+        kept = read_lines(self._path)[:keep_lines]
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a")
+        return len(kept)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends a line; a number that is not finite becomes null."""
+        self.lines += 1
+        if self._file is None:
+            return
         plain = {
             key: None if isinstance(v, float) and not math.isfinite(v) else v
             for key, v in values.items()
         }
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
-        self.lines += 1
         numbers = {
             key: float(value)
             for key, value in values.items()
@@ -52,7 +63,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the file, and the trackers."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from finetune_jax.core.metric_names import is_of_class
+from finetune_jax.parallel import processes
 from finetune_jax.report.speed import Speed, duration
 
 # Seconds without a line after which one is printed, where there is no terminal.
@@ -58,7 +59,7 @@ class LatestUpdate:
 
 
 class Terminal:
-    """Prints lines and the progress of a phase."""
+    """Prints lines and the progress of a phase; process 0 of several alone does."""
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class Terminal:
         self._quiet, self._label, self._every_s = quiet, label, every_s
         self._clock = clock
         self._console = Console(highlight=False, soft_wrap=True)
-        self._is_live = self._console.is_terminal and not quiet
+        self._is_first = processes.is_first()
+        self._is_live = self._console.is_terminal and not quiet and self._is_first
         self._bar: Progress | None = None
         self._task = None
         self._phase: PhaseLine | None = None
@@ -108,6 +110,8 @@ class Terminal:
             self.warn(text)
 
     def _print(self, text: str) -> None:
+        if not self._is_first:
+            return
         self._root._printed = self._clock()
         self._console.print(text, markup=False)
         sys.stdout.flush()

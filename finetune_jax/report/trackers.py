@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import write_text
+from finetune_jax.parallel import processes
 
 
 class Tracker(Protocol):
@@ -121,7 +122,7 @@ def make_trackers(
     workdir: pathlib.Path,
     first_step: int,
 ) -> list[Tracker]:
-    """Returns the trackers that `config.report` asks for.
+    """Returns the trackers that `config.report` asks for; only process 0 has any.
 
     Args:
         report: The section `config.report`.
@@ -133,6 +134,8 @@ def make_trackers(
         UserError: A package is not installed.
     """
     trackers: list[Tracker] = []
+    if not processes.is_first():
+        return trackers
     if report["tensorboard"]:
         folder = workdir / "tensorboard"
         trackers.append(TensorBoard(folder, first_step=first_step))

@@ -7,15 +7,19 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator, Mapping
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.paths import user_path
+from finetune_jax.parallel import processes
 
 # Most characters of the config's argument in the name of a workdir.
 _LONGEST_ARGUMENT = 40
+# Seconds in which all processes must see a file of process 0.
+_SHARED_WITHIN_S = 30.0
 
 
 def new_workdir(config_address: str, seed: object) -> pathlib.Path:
@@ -73,11 +77,17 @@ def make_folder(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes from running in a workdir; ends with the process at last.
+    """Keeps other runs out of a workdir; ends with the process at last.
+
+    Process 0 of several has the lock.
 
     Raises:
-        UserError: Another process runs in it.
+        UserError: Another process runs in it, or it is not shared by all processes.
     """
+    if not processes.is_first():
+        _check_shared(workdir, processes.agreed("lock", str))
+        yield
+        return
     with (workdir / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,9 +98,31 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                 f"{workdir}. Wait for it, stop it, or give another --workdir."
             ) from error
         file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        holder = f"{os.getpid()} on {os.uname().nodename}"
+        file.write(f"{holder}\n")
         file.flush()
+        os.fsync(file.fileno())
+        processes.agreed("lock", lambda: holder)
         yield
+
+
+def _check_shared(workdir: pathlib.Path, holder: str) -> None:
+    """Checks that this process sees the lock of process 0.
+
+    Raises:
+        UserError: It does not; a network file system got some seconds.
+    """
+    until = time.monotonic() + _SHARED_WITHIN_S
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            if (workdir / "lock").read_text().strip() == holder:
+                return
+        time.sleep(0.2)
+    raise UserError(
+        f"--workdir: {workdir} on {os.uname().nodename} (process {processes.index()}) is "
+        f"not the folder that process 0 ({holder}) has locked; give a folder on a file "
+        "system that all processes share"
+    )
 
 
 def read_json(path: pathlib.Path) -> dict | None:

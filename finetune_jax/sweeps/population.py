@@ -33,6 +33,7 @@ from finetune_jax.data.kind import weight_keys
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.tables import short_labels
@@ -60,7 +61,14 @@ from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import best_state
-from finetune_jax.training.run import data_of_run, inputs_of, make_result, record, tell
+from finetune_jax.training.run import (
+    check_processes,
+    data_of_run,
+    inputs_of,
+    make_result,
+    record,
+    tell,
+)
 from finetune_jax.training.setup import Setup, check_before_data, make_setup
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
@@ -167,12 +175,13 @@ def run_population(
     setup = make_setup(config, data_of_run(config, workdir))
     domains = open_domains(setup.config, setup.data)
     setups = member_setups(setup, members)
-    _, loaded = setup.start(measure=False)
+    start, loaded = setup.start(measure=False)
     told = tell(setup, domains, loaded, notes, terminal)
     if text := choice_warning(members):
         terminal.warn(text)
     inputs = inputs_of(setup, domains, loaded)
-    make_folder(workdir)
+    check_processes(setup, inputs, start)
+    processes.agreed("the workdir", lambda: make_folder(workdir))
     with locked(workdir):
         record(workdir, setup, inputs, told)
         population = _Population(
@@ -192,9 +201,10 @@ def run_population(
         result = results[best] | {
             "member": best, "population": rows, "wall_s": seconds
         }  # fmt: skip
-        write_text(workdir / "table.csv", as_csv(rows))
-        write_population_report(setup, results, result, workdir)
-        write_json(workdir / "result.json", result)
+        if processes.is_first():
+            write_text(workdir / "table.csv", as_csv(rows))
+            write_population_report(setup, results, result, workdir)
+            write_json(workdir / "result.json", result)
     return result
 
 
@@ -265,7 +275,10 @@ class _Population:
             TrainingError: A member cannot go on for another reason.
             Preempted: The population was asked to stop.
         """
-        found = [read_json(self._folder(n) / "result.json") for n in self._numbers]
+        found: list[dict[str, Any] | None] = processes.agreed(
+            "finished members",
+            lambda: [read_json(self._folder(n) / "result.json") for n in self._numbers],
+        )
         done = sum(result is not None for result in found)
         if done:
             self.terminal.say(f"{done} of {len(found)} members are finished")
@@ -302,6 +315,8 @@ class _Population:
 
     def _keep_best(self, results: Sequence[Mapping[str, Any] | None]) -> None:
         """Removes the states of all finished members but the best."""
+        if not processes.is_first():
+            return
         best = self.best(results)
         for other in self._numbers:
             if other != best and results[other] is not None:
@@ -364,12 +379,10 @@ class _Population:
     ) -> dict[str, Any]:
         """Returns the result of a member, and writes its folder, the result last."""
         begin, setup = time.perf_counter(), self.setups[number]
-        if self.stop.asked():
+        if self.stop.agreed():
             raise Preempted(f"stopped before member {number:03d}")
         folder = self._folder(number)
-        shutil.rmtree(folder, ignore_errors=True)  # An unfinished attempt.
-        make_folder(folder)
-        self._record(folder, setup.config)
+        processes.agreed(f"member {number:03d}", lambda: self._renew(number))
         start, _ = setup.start()
         evaluator = make_evaluator(
             setup, start, self.domains, executor=self.executor, store=self.store
@@ -395,8 +408,16 @@ class _Population:
         results = [*results[:number], result, *results[number + 1 :]]
         if self.best(results) == number:
             held.write(folder / "checkpoints")
-        write_json(folder / "result.json", result)
+        if processes.is_first():
+            write_json(folder / "result.json", result)
         return result
+
+    def _renew(self, number: int) -> None:
+        """Makes the folder of a member, without an unfinished attempt."""
+        folder = self._folder(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
+        self._record(folder, self.setups[number].config)
 
     def report(self, number: int, result: Mapping[str, Any]) -> None:
         """Writes the report of a member whose states are on the disk."""

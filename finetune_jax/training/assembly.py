@@ -1,5 +1,6 @@
 """Assembles evaluator, executor, cache and loop of a run from its setup."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -17,6 +18,7 @@ from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
 from finetune_jax.optim.regularisers import READS_FISHER
+from finetune_jax.parallel import folders, processes
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
@@ -163,16 +165,19 @@ def make_store(setup: Setup, terminal: Terminal) -> FeatureStore | None:
         )
     if has_several and setup.task.teachers is None:
         return None
+    folder = user_path(
+        data.cache_dir or cache_folder() / "features", "config.data.cache_dir"
+    )
     return FeatureStore(
         task=setup.task,
         devices=setup.devices,
         tables=Tables(
-            folder=user_path(
-                data.cache_dir or cache_folder() / "features", "config.data.cache_dir"
-            ),
+            folder=folder,
             limit=data.cache_gb * 1e9,
             memory=data.memory_gb * 1e9,
             say=terminal.say,
+            writes=folders.writes(folder),
+            wait=functools.partial(processes.wait_for_all, "a table of features"),
         ),
         batch_size=setup.config.evaluate.batch_size,
         splits={

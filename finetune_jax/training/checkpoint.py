@@ -7,17 +7,22 @@ orbax alone restores damaged arrays in silence.
 Parameters and batch statistics that are those of checkpoint 0 are not stored again: the
 metadata lists them under `shared`, and a scalar is stored in their place. In the same way
 checkpoint 0 can leave out values of a weight file, listed under `reloaded`.
+
+Of several processes, process 0 saves and tells the others when it has, and each restores by
+itself: orbax's own barriers hang all of them for 20 minutes if one fails.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -35,6 +40,7 @@ from finetune_jax.core.machine import give_back_memory
 from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.parallel import processes, watch
 from finetune_jax.training.progress import Progress
 
 
@@ -50,6 +56,9 @@ class DamagedStart(TrainingError):
 ELSEWHERE = np.zeros((), np.uint8)
 # Leaves are shared with checkpoint 0 if they make up this part of a state's bytes.
 LEAST_SHARED = 0.1
+# Seconds in which all processes must see a checkpoint of process 0: network file systems
+# keep the content of folders for some time.
+SEEN_WITHIN_S = 90.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,10 @@ class Reloaded:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the first, the best and the newest ones are kept."""
+    """The checkpoints of one run: the first, the best and the newest ones are kept.
+
+    With several processes all of them call its methods; `read_only` ones need not agree.
+    """
 
     def __init__(
         self,
@@ -91,11 +103,24 @@ class Checkpoints:
         self._keep = keep
         self._reloaded = reloaded
         self._start_leaves: dict[str, str] | None = None
+        self._is_shared = processes.count() > 1 and not read_only
+        if not read_only:
+            make = functools.partial(self.folder.mkdir, parents=True, exist_ok=True)
+            processes.agreed("the folder of checkpoints", make)
+        index, alone = processes.index(), ocp.options.MultiprocessingOptions()
+        if processes.count() > 1:
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=index,
+                active_processes={index},
+                barrier_sync_key_prefix=f"process{index}",
+            )
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
-                create=not read_only, cleanup_tmp_directories=not read_only
+                create=False,
+                cleanup_tmp_directories=not read_only and processes.is_first(),
+                multiprocessing_options=alone,
             ),
         )
 
@@ -114,6 +139,29 @@ class Checkpoints:
             TrainingError: The checkpoint cannot be written; earlier ones are whole.
         """
         step = int(state.step)
+        what = f"saving checkpoint {step}"
+        with watch.doing(what):
+            processes.agreed(what, lambda: self._save(step, state, progress))
+        self._see(step)
+
+    def _see(self, step: int) -> None:
+        """Waits until this process sees a checkpoint of process 0."""
+        if not self._is_shared or processes.is_first():
+            return
+        until = time.monotonic() + SEEN_WITHIN_S
+        while True:
+            self._manager.reload()
+            if step in self._manager.all_steps():
+                return
+            if time.monotonic() > until:
+                raise TrainingError(
+                    f"process {processes.index()} does not see checkpoint {step} in "
+                    f"{self.folder}, which process 0 has saved {SEEN_WITHIN_S:g} s ago; "
+                    "is the workdir on a file system that all processes share?"
+                )
+            time.sleep(0.1)
+
+    def _save(self, step: int, state: TrainState, progress: Progress) -> None:
         tree = dict(vars(state))
         leaves = leaf_digests(tree)
         meta: dict[str, Any] = {
@@ -285,18 +333,46 @@ class Checkpoints:
             target: Returns a state with the structure that some progress implies.
             warn: Prints a warning.
         """
-        for step in reversed(self.steps()):
-            try:
-                progress = self.progress(step)
-                return self.restore(step, target(progress)), progress
-            except DamagedCheckpoint as error:
-                aside = self.folder.parent / "damaged" / str(step)
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                shutil.move(self.folder / str(step), aside)
-                self._manager.reload()
-                warn(f"damaged, moved to {aside}: {error}")
-        return None
+        found: dict[int, tuple[TrainState, Progress]] = {}
+
+        def restored(step: int) -> tuple[TrainState, Progress]:
+            progress = self.progress(step)
+            return self.restore(step, target(progress)), progress
+
+        def choose() -> int | None:
+            for step in reversed(self.steps()):
+                if self._is_whole(step, restored, found, warn):
+                    return step
+            return None
+
+        if self._is_shared:
+            step = processes.agreed("the newest checkpoint", choose)
+        else:
+            step = choose()
+        if step is None:
+            return None
+        self._see(step)
+        return found.get(step) or restored(step)
+
+    def _is_whole(
+        self,
+        step: int,
+        restored: Callable[[int], tuple[TrainState, Progress]],
+        found: dict[int, tuple[TrainState, Progress]],
+        warn: Callable[[str], None],
+    ) -> bool:
+        """Returns whether a checkpoint is whole, and restores it into `found` if so."""
+        try:
+            found[step] = restored(step)
+            return True
+        except DamagedCheckpoint as error:
+            aside = self.folder.parent / "damaged" / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(self.folder / str(step), aside)
+            self._manager.reload()
+            warn(f"damaged, moved to {aside}: {error}")
+            return False
 
     def close(self) -> None:
         """Waits for pending writes and closes the folder."""

@@ -17,6 +17,7 @@ from finetune_jax.core.errors import Problem, UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import digest
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.parallel import processes
 from finetune_jax.plans.phase import durations, plan_from_config
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.report.workdir import read_config, read_json, read_manifest
@@ -240,6 +241,33 @@ def write(
         workdir: Its workdir.
         loaded: Origin of its weights.
     """
+    part = workdir / "checkpoints.part"
+    progress = beginning.progress
+    progress.log_lines = processes.agreed(
+        "the begin of the run", lambda: _copied(beginning, workdir, part)
+    )
+    checkpoints = open_checkpoints(setup, part, loaded)
+    try:
+        checkpoints.save(beginning.state, progress)
+    finally:
+        checkpoints.close()
+
+    def move() -> None:
+        # A kill before this leaves a run that has not begun.
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        part.rename(workdir / "checkpoints")
+
+    processes.agreed("the first checkpoints", move)
+
+
+def _copied(beginning: Beginning, workdir: pathlib.Path, part: pathlib.Path) -> int:
+    """Copies metrics and checkpoints; returns the number of lines of the metrics.
+
+    Args:
+        beginning: First state of the run.
+        workdir: Workdir of the run.
+        part: Folder that gets the checkpoints.
+    """
     progress, step = beginning.progress, int(beginning.state.step)
     theirs = beginning.parent.workdir
     lines = [
@@ -247,20 +275,11 @@ def write(
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text)
-    progress.log_lines = len(lines)
-    part = workdir / "checkpoints.part"
     shutil.rmtree(part, ignore_errors=True)
     for other in {0, progress.best_step, progress.plateau_best_step} - {None, step}:
         place = theirs / "checkpoints" / str(other)
         shutil.copytree(place, part / str(other), copy_function=_linked)
-    checkpoints = open_checkpoints(setup, part, loaded)
-    try:
-        checkpoints.save(beginning.state, progress)
-    finally:
-        checkpoints.close()
-    # A kill before this leaves a run that has not begun.
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    part.rename(workdir / "checkpoints")
+    return len(lines)
 
 
 def _linked(source: str, target: str) -> str:

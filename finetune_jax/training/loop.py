@@ -20,6 +20,7 @@ from finetune_jax.features.cache import (
     frozen_prefix,
 )
 from finetune_jax.optim.optimizer import carried
+from finetune_jax.parallel import watch
 from finetune_jax.parallel.executor import LONGEST
 from finetune_jax.plans.phase import carried_cohorts, optimizer_state_moves, phase_at
 from finetune_jax.report.metrics_log import MetricsLog
@@ -165,7 +166,7 @@ class Loop:
                 compile_s=self.clock.compile_s,
             )
             start = updates.step
-            stopped = self.stop.asked()
+            stopped = self.stop.agreed()
             if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
                 if stopped:
@@ -329,6 +330,7 @@ class Loop:
         """
         config, data, phase = self.setup.config, self.setup.data, updates.phase
         step, often = updates.step, self._evaluation_every
+        watch.begins(f"measuring and saving at step {step}", watch.LONG)
         every = config.checkpoint.every_steps
         over, due = step == updates.end, bool(often) and step % often == 0
         begin = time.perf_counter()

@@ -7,6 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from finetune_jax.parallel import processes, watch
+from finetune_jax.parallel.any_process import AnyProcess
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STATUS = 75
 
@@ -22,14 +25,27 @@ class Stop:
         """Starts without a request."""
         self.at_risk = False
         self._asked = threading.Event()
+        self._any_process: Callable[[bool], bool] | None = None
 
     def ask(self) -> None:
         """Asks the run to save and stop."""
         self._asked.set()
 
     def asked(self) -> bool:
-        """Returns whether the run was asked to stop."""
+        """Returns whether this process was asked to stop."""
         return self._asked.is_set()
+
+    def agreed(self) -> bool:
+        """Returns whether the run is to stop now.
+
+        With several processes all of them get the same answer in the same call, and a
+        request to any of them counts.
+        """
+        if processes.count() == 1:
+            return self.asked()
+        if self._any_process is None:
+            self._any_process = AnyProcess()
+        return self._any_process(self.asked())
 
 
 @contextlib.contextmanager
@@ -39,10 +55,12 @@ def stop_on_signals(
     """Yields a `Stop` that is set when a signal arrives.
 
     If nothing is at risk, as while starting, compiling and reporting, a signal ends the
-    program at once with status 75. So do a second signal and the end of the grace period,
-    at the cost of the updates since the last checkpoint. A thread handles signals, since
-    Python's handlers wait while the main thread compiles. Outside the main thread no
-    signal can be caught.
+    program at once with status 75. So do a second Ctrl-C and the end of the grace period,
+    at the cost of the updates since the last checkpoint. Other signals after the first
+    one are ignored: srun sends one when one of several tasks has ended.
+
+    A thread handles signals, since Python's handlers wait while the main thread compiles.
+    Outside the main thread no signal can be caught.
 
     Args:
         grace_s: Seconds in which the run may save after it was asked to stop.
@@ -79,7 +97,9 @@ def _watch(reader: int, stop: Stop, grace_s: float, advice: Callable[[], str]) -
         if numbers[0] not in SIGNALS:
             continue
         if stop.asked():
-            _leave("a second signal", advice)
+            if numbers[0] == signal.SIGINT and processes.count() == 1:
+                _leave("a second signal", advice)
+            continue
         if not stop.at_risk:
             _leave(signal.Signals(numbers[0]).name, advice)
         stop.ask()
@@ -93,5 +113,8 @@ def _watch(reader: int, stop: Stop, grace_s: float, advice: Callable[[], str]) -
 
 def _leave(why: str, advice: Callable[[], str]) -> None:
     """Ends the program; what was saved stays, since it may be killed at any moment."""
-    print(f"\nstopped: {why}; {advice()}", file=sys.stderr, flush=True)
+    text = f"stopped: {why}; {advice()}"
+    if watch.is_on():
+        watch.leave(EXIT_STATUS, text)
+    print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(EXIT_STATUS)

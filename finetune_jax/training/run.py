@@ -1,6 +1,7 @@
 """Trains a run from its config to `result.json`."""
 
 import json
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -8,9 +9,9 @@ from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.files import bytes_below, write_json, write_text
-from finetune_jax.core.pytrees import digest
+from finetune_jax.core.pytrees import digest, text_digest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
@@ -19,9 +20,10 @@ from finetune_jax.data.spec import check_reads_alike
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.plans.phase import optimizer_state_moves
-from finetune_jax.report.manifest import make_manifest
+from finetune_jax.report.manifest import code_digest, make_manifest, package_versions
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.workdir import (
     check_same_inputs,
@@ -78,7 +80,7 @@ def run(
     setup = make_setup(config, data_of_run(config, origin(config, workdir) or workdir))
     beginning = begin_from(setup, parent) if parent else None
     domains = open_domains(setup.config, setup.data)
-    begun = beginning is not None or (workdir / "checkpoints" / "0").is_dir()
+    begun = beginning is not None or _has_begun(workdir)
     start, loaded = setup.start(measure=not begun)
     told: dict[str, Any] = tell(setup, domains, loaded, notes, terminal)
     if beginning is not None:
@@ -87,7 +89,8 @@ def run(
     setup.random_states.forget()
     setup = setup.in_memory()
     inputs = inputs_of(setup, domains, loaded)
-    make_folder(workdir)
+    check_processes(setup, inputs, start)
+    processes.agreed("the workdir", lambda: make_folder(workdir))
     with locked(workdir):
         record(workdir, setup, inputs, told)
         if beginning is not None:
@@ -103,17 +106,53 @@ def run(
             state = loop.run()
             executor.end_training()
             result, best = make_result(loop, state, begin)
-            result["disk_bytes"] = _disk_bytes(loop, result, workdir)
+            if processes.is_first():
+                result["disk_bytes"] = _disk_bytes(loop, result, workdir)
             write_report(setup, best, loop.progress, result, workdir)
         finally:
             terminal.end_phase()
             loop.log.close()
             loop.checkpoints.close()
         _tell_unreadable(workdir, setup, terminal)
-        write_json(workdir / "result.json", result)
-        if setup.config.checkpoint.best_only:
+        if processes.is_first():
+            write_json(workdir / "result.json", result)
+        if processes.is_first() and setup.config.checkpoint.best_only:
             delete_all_but(workdir / "checkpoints", _best_steps(result))
     return result
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    """Returns whether a workdir has the first checkpoint."""
+    first = workdir / "checkpoints" / "0"
+    return processes.agreed("whether the run has begun", first.is_dir)
+
+
+def check_processes(setup: Setup, inputs: dict[str, Any], start: TrainState) -> None:
+    """Checks that all processes have the same config, code, data and weights.
+
+    Args:
+        setup: Setup of the run.
+        inputs: Fingerprints from `inputs_of`.
+        start: State before the first update, on the host.
+
+    Raises:
+        UserError: Lists what differs, and in which processes.
+    """
+    if processes.count() == 1:
+        return
+    values = {
+        "config": text_digest(configs.to_json(setup.config)),
+        "code": code_digest(),
+        "packages": text_digest(json.dumps(package_versions())),
+        "XLA flags": os.environ.get("XLA_FLAGS", ""),
+        **{key: text_digest(json.dumps(inputs[key])) for key in inputs},
+        "initial state": digest(start),
+    }
+    raise_if(
+        processes.differing("inputs of the run", values),
+        "The processes of the run differ:",
+        "Start all of them with the same command, code, environment and files.",
+    )
 
 
 def _best_steps(result: dict[str, Any]) -> list[int]:
@@ -212,9 +251,11 @@ def inputs_of(setup: Setup, domains: tuple, loaded: Loaded) -> dict[str, Any]:
 
 def _tell_unreadable(workdir: pathlib.Path, setup: Setup, terminal: Terminal) -> None:
     """Lists skipped examples, of this attempt and earlier ones."""
-    path = workdir / "unreadable.json"
-    found = (read_json(path) or {}) | setup.data.unreadable()
-    if found:
+    path, found = workdir / "unreadable.json", dict[str, str]()
+    for own in processes.gathered("unreadable examples", setup.data.unreadable()):
+        found |= own
+    found = (read_json(path) or {}) | found
+    if found and processes.is_first():
         write_json(path, found)
         terminal.warn(f"{len(found)} examples could not be read; they are in {path}")
 
@@ -227,12 +268,23 @@ def record(
 ) -> None:
     """Writes config and manifest of a new run, or checks those of a resumed one.
 
+    Process 0 of several does it.
+
     Args:
         workdir: Workdir of the run.
         setup: Setup of the run.
         inputs: Fingerprints from `inputs_of`.
         told: Lines from `tell`, and other entries of the manifest.
     """
+    processes.agreed("the manifest", lambda: _record(workdir, setup, inputs, told))
+
+
+def _record(
+    workdir: pathlib.Path,
+    setup: Setup,
+    inputs: dict[str, Any],
+    told: dict[str, Any],
+) -> None:
     config = setup.config
     if check_same_run(workdir, config):
         check_same_inputs(workdir, inputs)
@@ -259,7 +311,7 @@ def _resumed(
     stop: Stop,
 ) -> Loop:
     """Returns the loop of a run, at its newest checkpoint or at its beginning."""
-    begun = (workdir / "checkpoints" / "0").is_dir()
+    begun = _has_begun(workdir)
     checkpoints = open_checkpoints(setup, workdir / "checkpoints", loaded)
     found = checkpoints.newest(setup.target, terminal.warn)
     if begun and not found and setup.config.extend is not None:

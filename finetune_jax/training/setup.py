@@ -24,6 +24,7 @@ from finetune_jax.optim.regularisers import (
     entry_problems,
     match_problems,
 )
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.make import for_parameters, make_devices
 from finetune_jax.plans.micro_batches import check_batch
@@ -138,10 +139,13 @@ class Setup:
     def in_memory(self) -> "Setup":
         """Returns the run with decoded examples in memory, if `data.memory_gb` allows.
 
+        One of several processes decodes an example when it first needs it.
+
         Raises:
             UserError: Lists the examples that cannot be read.
         """
-        data = self.data.in_memory(self.config.data.memory_gb * 1e9)
+        limit, lazily = self.config.data.memory_gb * 1e9, processes.count() > 1
+        data = self.data.in_memory(limit, lazily=lazily)
         return dataclasses.replace(self, data=data)
 
     def start(self, *, measure: bool = True) -> tuple[TrainState, Loaded]:

@@ -11,6 +11,7 @@ import numpy as np
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.evaluator import EvaluatedState
+from finetune_jax.parallel import processes
 from finetune_jax.plans.phase import scales
 from finetune_jax.report import plots
 from finetune_jax.report.html.page import Page, ParameterRow, PhaseRow, write_page
@@ -31,6 +32,8 @@ def write_report(
 ) -> None:
     """Writes `report/`: learning curves, figures of predictions, and the page.
 
+    All processes compute the predictions, process 0 writes.
+
     Args:
         setup: Setup of the run.
         best: Best state.
@@ -39,16 +42,21 @@ def write_report(
         workdir: Workdir of the run, with all other files.
     """
     folder = workdir / "report"
+    setup_of, domain = _shown_domain(setup)
+    held_out = setup_of.data.held_out
+    split = next((name for name in ("test", "validation") if name in held_out), None)
+    show = SHOW.get(setup_of.data.spec.labels)
+    outputs = None
+    if split is not None and show is not None:
+        outputs = best.outputs(held_out[split], domain)
+    if not processes.is_first():
+        return
     folder.mkdir(exist_ok=True)
     lines = read_metrics(workdir / "metrics.jsonl")
     plots.learning_curves(lines, folder / "learning_curves.png")
     figures: dict[str, Any] = {}
-    setup_of, domain = _shown_domain(setup)
-    held_out = setup_of.data.held_out
-    split = next((name for name in ("test", "validation") if name in held_out), None)
-    if split is not None and (show := SHOW.get(setup_of.data.spec.labels)):
-        dataset = held_out[split]
-        outputs, dataset = best.outputs(dataset, domain), dataset.kept()
+    if outputs is not None and split is not None and show is not None:
+        dataset = held_out[split].kept()
         which = split if domain is None else f"{split} of {domain}"
         caption = f"{which}, {len(dataset):,} examples"
         if best.has_seen(held_out[split]):

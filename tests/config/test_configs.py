@@ -17,6 +17,7 @@ from recording import Recording
 
 from finetune_jax import config as configs
 from finetune_jax.models import efficientnet_lite, resnet_cifar, vgg, vit
+from finetune_jax.modes.startup import LAUNCH
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup
@@ -164,6 +165,10 @@ def tier(variant):
     return () if variant in QUICK else pytest.mark.slow
 
 
+# Keys of `config.parallel` that are read before a run begins.
+JOINING = (*LAUNCH, "join_timeout_s", "hang_timeout_s", "work_timeout_s")
+
+
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=tier(v)) for v in VARIANTS])
 def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, request):
     for name, make in SMALLER.items():
@@ -181,6 +186,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
     unread -= {"parallel.device_memory_gb"}  # Of plans.
+    unread -= {f"parallel.{key}" for key in JOINING}
     if config.data.text or config.task.name == "tabular":
         unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}
     if config.init.fisher is None:

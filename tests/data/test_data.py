@@ -144,16 +144,20 @@ def test_images_are_resized_as_pillow_does_and_change_channels():
 
 def test_the_order_is_a_function_of_seed_and_position():
     data = digits(image_size=10).train
-    options = dict(batch_size=64, start=0, stop=40)
+    options = dict(batch_size=64, updates=range(40))
 
     def labels(**changed):
         arguments = {"seed": 3, "micro_batches": 1, **options, **changed}
         return [b["label"].reshape(-1) for b in training_batches(data, **arguments)]
 
     whole = np.concatenate(labels())
-    np.testing.assert_array_equal(np.concatenate(labels(start=17)), whole[17 * 64 :])
+    np.testing.assert_array_equal(
+        np.concatenate(labels(updates=range(17, 40))), whole[17 * 64 :]
+    )
     np.testing.assert_array_equal(np.concatenate(labels(micro_batches=4)), whole)
-    np.testing.assert_array_equal(np.concatenate(labels(batch_size=32, stop=80)), whole)
+    np.testing.assert_array_equal(
+        np.concatenate(labels(batch_size=32, updates=range(80))), whole
+    )
     assert (np.concatenate(labels(seed=4)) != whole).any()
     epoch = len(data)
     for start in (0, epoch):
@@ -165,7 +169,7 @@ def test_the_order_is_a_function_of_seed_and_position():
 def test_batches_are_full_and_hold_the_images_of_their_labels():
     data = digits().train
     batch = next(training_batches(
-        data, seed=0, batch_size=8, micro_batches=2, start=5, stop=6
+        data, seed=0, batch_size=8, micro_batches=2, updates=range(5, 6)
     ))  # fmt: skip
     assert batch["inputs"].shape == (2, 4, 8, 8, 1)
     assert batch["position"].reshape(-1).tolist() == list(range(8))

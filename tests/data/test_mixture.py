@@ -20,7 +20,7 @@ TARGET = {**mixtures.INVERTED, "labelled": False}
 def batches(config, count=3):
     train = run_data(config).train
     return list(
-        mixed_batches(train, seed=config.seed, micro_batches=1, start=0, stop=count)
+        mixed_batches(train, seed=config.seed, micro_batches=1, updates=range(count))
     )
 
 
@@ -37,7 +37,7 @@ def test_the_examples_of_a_domain_depend_on_no_other_domain():
 def test_an_update_is_that_of_its_number_wherever_a_run_begins():
     config = mixtures.config(DIGITS, mixtures.INVERTED)
     train = run_data(config).train
-    (third,) = mixed_batches(train, seed=0, micro_batches=2, start=2, stop=3)
+    (third,) = mixed_batches(train, seed=0, micro_batches=2, updates=range(2, 3))
     straight = batches(config)[2]
     for domain in third:
         for name, array in third[domain].items():

@@ -92,7 +92,7 @@ def test_a_batch_is_as_long_as_the_smallest_bucket_that_holds_it(folder):
     seen = set()
     for batch in training_batches(
         shortened(data.train),
-        seed=0, batch_size=2, micro_batches=1, start=0, stop=60,
+        seed=0, batch_size=2, micro_batches=1, updates=range(60),
     ):  # fmt: skip
         inputs = batch["inputs"][0]
         longest = int((inputs[:, 1] != 0).sum(axis=-1).max())

@@ -311,7 +311,7 @@ def test_values_depend_on_seed_and_name_alone():
 def variances(setup, state):
     """Returns the variance of each layer's output, in the order of its own module."""
     batches = training_batches(
-        setup.data.train, seed=0, batch_size=32, micro_batches=1, start=0, stop=1
+        setup.data.train, seed=0, batch_size=32, micro_batches=1, updates=range(1)
     )
     raw = next(iter(batches))["inputs"][0]
     inputs = raw.astype(np.float32) / 255 if raw.dtype == np.uint8 else raw
@@ -380,8 +380,8 @@ def test_the_first_examples_are_those_of_the_first_update_but_not_augmented():
     wanted = next(
         iter(
             training_batches(
-                given_setup.data.train, seed=0, batch_size=32, micro_batches=1, start=0,
-                stop=1,
+                given_setup.data.train, seed=0, batch_size=32, micro_batches=1,
+                updates=range(1),
             )
         )
     )  # fmt: skip

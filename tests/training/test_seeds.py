@@ -78,7 +78,7 @@ def test_the_order_has_a_seed_of_its_own():
         setup = make_setup(config(("seed.order", str(seed))))
         batches = training_batches(
             setup.data.train, seed=setup.config.seed.order, batch_size=32,
-            micro_batches=1, start=0, stop=1,
+            micro_batches=1, updates=range(1),
         )  # fmt: skip
         return next(batches)["label"].tolist()
 

@@ -121,8 +121,7 @@ def first_examples(data: Data, config: Config) -> dict[str, np.ndarray]:
         seed=seeds(config)["order"],
         batch_size=config.data.batch_size,
         micro_batches=1,
-        start=0,
-        stop=1,
+        updates=range(1),
         sampling=config.data.sampling,
     )
     return {name: array[0] for name, array in next(iter(batches)).items()}

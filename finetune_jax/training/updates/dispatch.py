@@ -49,19 +49,30 @@ class Stepwise:
         kind: Part of the program's key, besides the phase.
     """
 
-    def __init__(self, batches: Iterator[dict], devices: Devices, *, repeats: bool):
+    def __init__(
+        self,
+        make: Callable[..., Iterator[dict]],
+        devices: Devices,
+        updates: range,
+        *,
+        repeats: bool,
+    ):
         """Starts the feed.
 
         Args:
-            batches: Batches of the updates, in order.
+            make: Takes `updates` and `local_rows`; returns the batches, in order.
             devices: Devices of the run.
+            updates: The updates, counted from the beginning of the run.
             repeats: Whether all updates get the first batch.
         """
+        self._make = make
+        local_rows = devices.local_rows if devices.spans_processes else None
+        batches = make(updates=updates, local_rows=local_rows)
         begun = next(batches)
         self._devices = devices
-        self._batches = itertools.chain([begun], batches)
+        self._batches = zip(updates, itertools.chain([begun], batches))
         if repeats:
-            self._batches = itertools.repeat(begun)
+            self._batches = itertools.repeat((updates.start, begun))
         self.kind = ("stepwise", "features" in begun, TEACHER_OUTPUTS in begun)
 
     def program(self, step: Callable) -> Callable:
@@ -79,11 +90,17 @@ class Stepwise:
             rates: Learning rates of the updates that may be made, float32.
             progress: Share of the phase that is over before each.
         """
-        batch = next(self._batches)
+        number, batch = next(self._batches)
         placed = self._devices.place_batch(batch, batch_axis=1)
-        return Call(
-            updates=1, arguments=(placed, rates[0], progress[0]), batch=lambda _: batch
-        )
+
+        def whole(_: int) -> Mapping[str, np.ndarray]:
+            """Returns the batch with the rows of all processes."""
+            if not self._devices.spans_processes:
+                return batch
+            return next(self._make(updates=range(number, number + 1)))
+
+        arguments = placed, rates[0], progress[0]
+        return Call(updates=1, arguments=arguments, batch=whole)
 
     def took(self, seconds: float) -> None:
         """Ignores the duration; one update cannot be shortened."""

@@ -19,6 +19,7 @@ from finetune_jax.core.pytrees import named
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.data.domains import DomainMixture
 from finetune_jax.data.order import training_order
+from finetune_jax.parallel import processes
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.training.progress import Progress
@@ -85,6 +86,8 @@ class Guard:
     def _keep(self, record: UpdateRecord, checkpoint: int) -> pathlib.Path:
         """Writes the batch and the metrics of an update; returns the folder."""
         place = self.folder / str(record.step)
+        if not processes.is_first():
+            return place
         place.mkdir(parents=True, exist_ok=True)
         np.savez(place / "batch.npz", allow_pickle=False, **named(record.batch()))
         norms = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from finetune_jax.core.train_state import TrainState
+from finetune_jax.parallel import watch
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.updates.dispatch import Feed
@@ -57,11 +58,14 @@ class PhaseRun:
         start, stop = self.step - self.first, stop - self.first
         rates = (np.asarray(self.rates[start:stop]) * rate_scale).astype(np.float32)
         progress = (np.arange(start, stop) / length).astype(np.float32)
+        watch.begins(f"reading the examples of update {self.step + 1}")
         call = self.feed.call(rates, progress)
         waited = time.perf_counter() - begin
+        watch.begins("compiling", watch.LONG)
         program, compile_s = self.updates.program(self.phase, self.feed, placed, call)
         self.stop.at_risk = True
         rest = self.updates.fixed, *call.arguments
+        watch.begins(f"update {self.step + call.updates}", watch.WAITING)
         placed, metrics = program(placed, *rest)
         if self.update_log.read():
             placed, metrics = program(self.roll_back(self.step), *rest)

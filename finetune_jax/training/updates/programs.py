@@ -90,18 +90,17 @@ class Updates:
             self._said.add(why)
             self.say(f"one update per call (no scan): {why}")
         fixed = phase.phase.fixed_batch
-        updates = {
-            "start": first if fixed else start,
-            "stop": first + 1 if fixed else end,
-        }
+        updates = range(first, first + 1) if fixed else range(start, end)
         if isinstance(examples, DomainMixture):
             parts = phase.phase.accumulate_steps
-            batches = mixed_batches(examples, seed=seed, micro_batches=parts, **updates)
-        else:
-            batches = training_batches(
-                examples, seed=seed, sampling=sampling, **updates, **shape
+            make = functools.partial(
+                mixed_batches, examples, seed=seed, micro_batches=parts
             )
-        return Stepwise(batches, self.setup.devices, repeats=fixed)
+        else:
+            make = functools.partial(
+                training_batches, examples, seed=seed, sampling=sampling, **shape
+            )
+        return Stepwise(make, self.setup.devices, updates, repeats=fixed)
 
     def _why_stepwise(
         self,
