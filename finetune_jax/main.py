@@ -38,6 +38,7 @@ MODES = {
         "plan",
         "config",
         "reproduce",
+        "drill",
     )  # fmt: skip
 }
 WORKDIR_HAS_CONFIG = ("evaluate", "predict", "export", "reproduce")

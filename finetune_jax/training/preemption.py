@@ -83,8 +83,11 @@ def stop_on_signals(
         yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
+        # srun sends SIGTERM to the other tasks once one has left with status 75, which all
+        # of them are about to do.
+        is_one = processes.count() == 1
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if is_one else signal.SIG_IGN)
         os.close(writer)
         watcher.join()
         os.close(reader)
