@@ -203,6 +203,7 @@ def join(asked: Any, launch: Launch) -> list[str]:
 
     One process whose CPU is divided into several devices joins itself: its reductions over
     devices then have the same order, and so the same bits, as those of several processes.
+    It cannot where jax has computed already, as in a notebook.
 
     Args:
         asked: Section `config.parallel`.
@@ -212,7 +213,7 @@ def join(asked: Any, launch: Launch) -> list[str]:
         UserError: The processes cannot be joined, or do not fit together.
     """
     devices = virtual_cpu_devices(os.environ)
-    if launch.is_alone and devices == 1:
+    if launch.is_alone and (devices == 1 or _has_started()):
         return list(launch.notes)
     # XLA divides reductions by the number of host threads.
     threads = max(int(os.environ.get("NPROC") or 1), devices * (launch.processes or 1))
@@ -255,6 +256,12 @@ def join(asked: Any, launch: Launch) -> list[str]:
         f"{count} processes of {here} devices, {jax.default_backend()}, started by "
         f"{launch.started_by}, joined in {time.monotonic() - begin:.1f} s",
     ]
+
+
+def _has_started() -> bool:
+    """Returns whether jax has devices already, with which processes cannot be joined."""
+    module = sys.modules.get("jax._src.xla_bridge")
+    return module is not None and module.backends_are_initialized()
 
 
 def leave() -> None:
