@@ -25,6 +25,9 @@ class Parallel(Section):
     device_memory_gb: float | None = key(
         None, "Memory of a device for --mode=plan; None asks the device.", above=0
     )
+    topology: str | None = key(
+        None, "TPU that --mode=plan compiles for, such as 'v5e:2x4'; needs libtpu."
+    )
     steps_per_call: int | None = key(
         None, "Updates in one compiled call; None is as many as take 0.2 s.", above=0
     )

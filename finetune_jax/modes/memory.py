@@ -1,12 +1,20 @@
 """The part of `--mode=plan` on memory and communication, for more than one device."""
 
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.extend.backend
 from rich.console import Console
 from rich.table import Table
 
 from finetune_jax.config.schema import Parallel
+from finetune_jax.core.errors import Problem, UserError
 from finetune_jax.parallel.collectives import Traffic
+from finetune_jax.parallel.make import devices_to_plan_for
 from finetune_jax.training.setup import Setup
 from finetune_jax.training.updates.memory import (
     UpdateMemory,
@@ -17,31 +25,73 @@ from finetune_jax.training.updates.memory import (
 
 # Virtual devices, for which programs are compiled; each has threads of its own.
 MOST_PLANNED = 1024
+# Without these the compiler for TPUs asks the network for the TPU that it runs on.
+_NO_TPU_HOST = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
-def plan_devices(asked: Parallel) -> str | None:
-    """Has jax make CPU devices in place of devices that are not there.
-
-    If jax has started already, there are the devices that there are.
+@contextlib.contextmanager
+def planned_devices(asked: Parallel) -> Iterator[None]:
+    """Has plans be for devices that need not be there, and prints a line about them.
 
     Args:
         asked: Section `config.parallel`.
 
-    Returns:
-        A line that says so; None if the devices of the run are there.
+    Raises:
+        UserError: There is no such topology, or no compiler for it.
     """
-    if asked.devices is None or not 1 < asked.devices <= MOST_PLANNED:
-        return None
+    if asked.topology is not None:
+        devices = _topology(asked.topology)
+        # A program in the cache could only be read by the devices that it is for.
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(f"devices  {len(devices)} of the topology {asked.topology}")
+        with devices_to_plan_for(devices):
+            yield
+        return
+    if asked.devices is not None and 1 < asked.devices <= MOST_PLANNED:
+        if _make_cpu_devices(asked.devices):
+            print(f"devices  {asked.devices} CPU devices stand for those of the run")
+    yield
+
+
+def _make_cpu_devices(count: int) -> bool:
+    """Returns whether jax has made CPU devices in place of devices that are not there.
+
+    If jax has started already, there are the devices that there are.
+    """
     try:
-        jax.config.update("jax_num_cpu_devices", asked.devices)
+        jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        return None
-    if len(jax.devices()) < asked.devices:  # There are GPUs or TPUs, but too few.
+        return False
+    if len(jax.devices()) < count:  # There are GPUs or TPUs, but too few.
         jax.extend.backend.clear_backends()
         jax.config.update("jax_platforms", "cpu")
-    if jax.default_backend() != "cpu":
-        return None
-    return f"devices  {asked.devices} CPU devices stand for those of the run"
+    return jax.default_backend() == "cpu"
+
+
+def _topology(name: str) -> list[Any]:
+    """Returns the devices of a TPU topology, which can only be compiled for."""
+    key = "config.parallel.topology"
+    if importlib.util.find_spec("libtpu") is None:
+        text = (
+            f"{name!r} needs the compiler for TPUs, which is not installed; "
+            ".venv/bin/python -m pip install libtpu (700 MB)"
+        )
+        raise UserError(Problem(key, text))
+    from jax.experimental import topologies
+
+    # A process that has these variables later would be taken for one on a TPU.
+    added = [variable for variable in _NO_TPU_HOST if variable not in os.environ]
+    os.environ.update({variable: _NO_TPU_HOST[variable] for variable in added})
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    except Exception as error:  # The compiler has no class of its own for it.
+        reason = str(error).partition("\n")[0]
+        text = f"no topology {name!r}, such as 'v5e:2x4': {reason}"
+        raise UserError(Problem(key, text)) from error
+    finally:
+        for variable in added:
+            del os.environ[variable]
+    return list(found.devices)
 
 
 def print_memory(setup: Setup) -> None:
@@ -74,7 +124,7 @@ def print_memory(setup: Setup) -> None:
         table.add_row(", ".join(names[program]), *map(_size, parts))
     sizes = " x ".join(f"{size} {axis}" for axis, size in devices.mesh.shape.items())
     print(f"memory   of an update on each device of {devices.count} ({sizes})")
-    if devices.mesh.devices.flat[0].platform == "cpu":
+    if devices.platform == "cpu":
         print(
             "         temporaries are those of the CPU compiler; others need more or less"
         )

@@ -32,7 +32,7 @@ from finetune_jax.data.kind import kind_named, kind_of, weight_keys
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.eval_step import eval_step
-from finetune_jax.modes.memory import plan_devices, print_memory
+from finetune_jax.modes.memory import planned_devices, print_memory
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
 from finetune_jax.sweeps.population import member_configs, member_setups
@@ -50,8 +50,11 @@ from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 def main(config: Config, options: Options) -> int:
     """Prints a table of the phases; returns the exit status."""
-    if (line := plan_devices(config.parallel)) is not None:
-        print(line)
+    with planned_devices(config.parallel):
+        return _planned(config, options)
+
+
+def _planned(config: Config, options: Options) -> int:
     check_before_data(config)
     config, lines = with_weight_defaults(config, weight_keys(config.data))
     parent = parent_of(config, options.workdir or pathlib.Path("runs"))

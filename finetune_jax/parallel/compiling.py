@@ -49,7 +49,7 @@ def compiled(
         for_running: Whether the program will be run, or only asked for its memory.
     """
     begin = time.perf_counter()
-    if options is None and jax.default_backend() == "cpu":
+    if options is None and _platform(arguments) == "cpu":
         options = CPU_OPTIONS if for_running else UNRUN_CPU_OPTIONS
     with uncollected():
         lowered = jitted.lower(*arguments)
@@ -58,6 +58,15 @@ def compiled(
     return Compiled(
         call=program, program=program, compile_s=time.perf_counter() - begin
     )
+
+
+def _platform(arguments: Any) -> str:
+    """Returns the platform that a program is compiled for."""
+    for leaf in jax.tree.leaves(arguments):
+        # A plan may be for a platform that is not there.
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            return next(iter(leaf.sharding.device_set)).platform
+    return jax.default_backend()
 
 
 def run_once(function: Callable, *arguments: Any) -> Any:

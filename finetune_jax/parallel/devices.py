@@ -35,6 +35,11 @@ class Devices(abc.ABC):
         return self.mesh.size
 
     @property
+    def platform(self) -> str:
+        """Platform of the devices: 'cpu', 'gpu' or 'tpu'."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def batch_shards(self) -> int:
         """Number of parts that a batch is divided into; 'model' repeats each of them."""
         return self.mesh.shape[DATA] * self.mesh.shape[FSDP]

@@ -1,7 +1,9 @@
 """Makes the devices that `config.parallel` asks for."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,20 @@ from finetune_jax.parallel.sharding import (
     rule_problems,
 )
 
+_PLANNED: contextvars.ContextVar[Sequence[Any] | None] = contextvars.ContextVar(
+    "devices to plan for", default=None
+)
+
+
+@contextlib.contextmanager
+def devices_to_plan_for(devices: Sequence[Any]) -> Iterator[None]:
+    """Has `make_devices` take devices that can be compiled for, but not computed on."""
+    before = _PLANNED.set(devices)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(before)
+
 
 def make_devices(asked: Any) -> Devices:
     """Returns the devices that `config.parallel` asks for.
@@ -34,7 +50,7 @@ def make_devices(asked: Any) -> Devices:
             divide, sharding rules that are invalid whatever the model is.
     """
     mode, fsdp, model = asked.mode, asked.fsdp, asked.model
-    there = jax.devices()
+    there = _PLANNED.get() or jax.devices()
     count = len(there) if asked.devices is None else asked.devices
     problems = rule_problems(asked.sharding)
     if count > len(there):

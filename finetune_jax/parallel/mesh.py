@@ -36,8 +36,8 @@ class MeshDevices(Devices):
         return jax.tree_util.tree_map_with_path(self._sharding, tree)
 
     def _sharding(self, path: tuple, leaf: Any) -> NamedSharding:
-        spec = self.rules.partition(name_of(path), leaf, self.mesh.shape)
-        return NamedSharding(self.mesh, spec)
+        axes = self.rules.axes(name_of(path), leaf, self.mesh.shape)
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def place(self, tree: Any, *, own: bool = False) -> Any:
         """Returns the tree on the devices; see `Devices.place`."""

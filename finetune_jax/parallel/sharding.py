@@ -9,7 +9,7 @@ such as `block1/attention/query/kernel`, and the first rule that matches decides
 
 A parameter that no rule matches, and an array that is no parameter, has the spec 'fsdp'.
 The optimizer's state, averages and fixed arrays are sharded like the parameter whose name
-ends theirs.
+ends theirs. Config files import this module, so it must not start jax.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from finetune_jax.core.errors import Problem
 from finetune_jax.core.registry import closest
@@ -105,12 +104,6 @@ class Sharding:
             ):
                 return spec
         return self._longest(shape, leaf, sizes[FSDP])
-
-    def partition(
-        self, name: str, leaf: Any, sizes: Mapping[str, int]
-    ) -> PartitionSpec:
-        """Returns `axes` as a spec of jax."""
-        return PartitionSpec(*self.axes(name, leaf, sizes))
 
     def _spec(self, name: str) -> Spec:
         parts = name.split("/")

@@ -185,7 +185,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
-    unread -= {"parallel.device_memory_gb"}  # Of plans.
+    unread -= {"parallel.device_memory_gb", "parallel.topology"}  # Of plans.
     unread -= {f"parallel.{key}" for key in JOINING}
     if config.data.text or config.task.name == "tabular":
         unread -= {"data.mean", "data.std", "data.interpolation", "data.decode"}

@@ -155,6 +155,12 @@ def test_rematerialisation_and_smaller_batches_are_tried(monkeypatch):
     ]
 
 
+def test_a_topology_without_its_compiler_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match="topology: 'v5e:2x4' needs the compiler for"):
+        plan_mode.main(config(topology="v5e:2x4"), Options(config="", workdir=None))
+
+
 @pytest.mark.slow
 def test_devices_that_are_not_there_are_planned_for(tmp_path):
     arguments = [

@@ -1,11 +1,14 @@
 """Sharding rules: which axes they divide, and what is refused."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import small
+from command_line import ROOT
 from devices import asked
 
 from finetune_jax import config as configs
@@ -148,3 +151,11 @@ def test_a_run_refuses_rules_that_do_not_fit_its_model():
     assert read.parallel == given.parallel
     with pytest.raises(UserError, match="'.*/kernal' matches no parameter"):
         make_setup(given)
+
+
+def test_config_files_can_import_the_rules_before_jax_starts():
+    program = (
+        "import finetune_jax.parallel.sharding, sys; sys.exit('jax' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0

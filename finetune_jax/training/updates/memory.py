@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune_jax.core.backend import traced_for
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.pytrees import named
 from finetune_jax.optim.regularisers import READS_FISHER, READS_START
@@ -120,9 +121,10 @@ def update_memory(setup: Setup, index: int) -> UpdateMemory:
         setup=setup, executor=DeviceExecutor(devices=devices), fixed=fixed, say=print
     )
     number = np.float32(0)
-    compiled = devices.compile_train(
-        updates.step(phase), state, fixed, batch, number, number, for_running=False
-    )
+    with traced_for(devices.platform):
+        compiled = devices.compile_train(
+            updates.step(phase), state, fixed, batch, number, number, for_running=False
+        )
     needs = compiled.program.memory_analysis()
     parameters = bytes_per_device(state.params)
     optimizer = bytes_per_device(state.opt_state)
@@ -152,9 +154,9 @@ def memory_limit(setup: Setup) -> float | None:
     """Returns the bytes that a device has; None if they are unknown."""
     if (asked := setup.config.parallel.device_memory_gb) is not None:
         return asked * 1e9
-    here = jax.process_index()
-    mine = [d for d in setup.devices.mesh.devices.flat if d.process_index == here]
-    return (mine[0].memory_stats() or {}).get("bytes_limit")
+    there = jax.local_devices()
+    mine = [device for device in setup.devices.mesh.devices.flat if device in there]
+    return (mine[0].memory_stats() or {}).get("bytes_limit") if mine else None
 
 
 def savings(setup: Setup, index: int, now: UpdateMemory) -> list[Saving]:
