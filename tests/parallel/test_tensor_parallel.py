@@ -89,11 +89,11 @@ def test_activations_stay_divided_by_example_where_parameters_are_divided(small_
 
     text = devices.over_devices(logits).lower(*placed).compile().as_text()
     made = re.findall(r"(\S+) (all-gather|all-reduce|all-to-all|dot)\(", text)
-    # Parameters are gathered; sums over devices and all examples on one are not needed.
+    # Parameters and the outputs are gathered. Sums over devices are not needed, nor all
+    # examples on one device.
     assert {kind for _, kind in made} == {"all-gather", "dot"}
-    assert not [
-        shape for shape, kind in made if kind == "all-gather" and "[8," in shape
-    ]
+    gathered = [shape for shape, kind in made if kind == "all-gather"]
+    assert [shape for shape in gathered if "[8," in shape] == ["f32[8,10]{1,0}"]
 
 
 @pytest.mark.parametrize("family, heads", [("vit", 3), ("bert", 2)])
