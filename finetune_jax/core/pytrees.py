@@ -1,12 +1,15 @@
 """Names, counts and digests of the arrays of a tree."""
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.core.machine import threads
 
@@ -68,6 +71,26 @@ def nbytes(tree: Any) -> int:
     )
 
 
+def whole(leaf: Any) -> Any:
+    """Returns an array of which this process has all values.
+
+    An array over processes is gathered; all processes call it in the same order.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf.addressable_data(0)
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)
+    return _gather(sharding.mesh)(leaf).addressable_data(0)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda leaf: leaf, out_shardings=everywhere)
+
+
 def digest(tree: Any) -> str:
     """Returns the sha256 over sorted names, dtypes, shapes and bytes of the leaves."""
     digester = hashlib.sha256()
@@ -84,10 +107,17 @@ def text_digest(text: str) -> str:
 def leaf_digests(tree: Any) -> dict[str, str]:
     """Returns `leaf_digest` of every leaf by its name."""
     leaves = named(tree)
+    if any(_spans_processes(leaf) for leaf in leaves.values()):
+        # One at a time, so that no process has all of a large state.
+        return {name: leaf_digest(whole(leaf)) for name, leaf in leaves.items()}
     if sum(np.size(leaf) for leaf in leaves.values()) < 2**18:
         return {name: leaf_digest(leaf) for name, leaf in leaves.items()}
     with ThreadPoolExecutor(threads()) as pool:
         return dict(zip(leaves, pool.map(leaf_digest, leaves.values())))
+
+
+def _spans_processes(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def leaf_digest(leaf: Any) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from finetune_jax.config import Config
 from finetune_jax.core.errors import Problem, raise_if
-from finetune_jax.core.pytrees import named, stage_of
+from finetune_jax.core.pytrees import named, stage_of, whole
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Data, Dataset
 from finetune_jax.evaluation.cka import gram, similarity, stage_features
@@ -122,7 +122,7 @@ def distances(
     """
     squares: dict[str, np.ndarray] = {}
     for (name, before), after in zip(named(start).items(), named(now).values()):
-        before, after = (np.asarray(x, np.float64) for x in (before, after))
+        before, after = (np.asarray(whole(x), np.float64) for x in (before, after))
         moved = before != after  # inf - inf is NaN, but equal values have distance 0.
         sums = np.array(
             [np.sum((after[moved] - before[moved]) ** 2), np.sum(before**2)]

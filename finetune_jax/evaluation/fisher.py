@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune_jax.core.pytrees import count, like, named, stage_of
+from finetune_jax.core.pytrees import count, like, named, stage_of, whole
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.other_domains import Domain, with_head
@@ -82,7 +82,7 @@ def fisher_information(
     size = int(np.clip(GRADIENT_VALUES // count(params), 1, MOST_GRADIENTS))
     total = {n: np.zeros(leaf.shape, np.float64) for n, leaf in named(params).items()}
     program = jax.jit(functools.partial(_squared_gradients, task=task, seed=seed))
-    on_device = jax.device_put((params, batch_stats))
+    on_device = jax.device_put(jax.tree.map(whole, (params, batch_stats)))
     for start in range(0, len(drawn), size):
         places = drawn[start : start + size]
         padded = np.resize(places, size).astype(np.int32)

@@ -21,6 +21,9 @@ UNRUN_CPU_OPTIONS: Any = {
     "xla_cpu_use_fusion_emitters": False,
 }
 
+# Options for programs that run only a few times.
+FOR_FEW: Any = {"xla_backend_optimization_level": 1}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
@@ -85,6 +88,5 @@ def compiled_for_few(function: Callable, *arguments: Any) -> Callable:
         function: Function to compile.
         *arguments: Arguments, for their shapes.
     """
-    options = {"xla_backend_optimization_level": 1}
-    program = compiled(jax.jit(function), *arguments, options=options).call
+    program = compiled(jax.jit(function), *arguments, options=FOR_FEW).call
     return lambda *given: jax.tree.map(np.asarray, program(*given))

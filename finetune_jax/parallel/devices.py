@@ -77,6 +77,29 @@ class Devices(abc.ABC):
     def to_host(self, tree: Any) -> Any:
         """Returns a placed state as numpy arrays, one copy of each."""
 
+    @abc.abstractmethod
+    def at_rest(self, tree: Any) -> Any:
+        """Returns a placed state as it lies between phases, one copy of each array.
+
+        It lies on the host; with several processes it stays on the devices, divided, since
+        no process needs it whole. Its arrays must not be donated.
+        """
+
+    @property
+    def divides_state(self) -> bool:
+        """Whether no process has all of a state."""
+        return False
+
+    def jit_at_rest(self, function: Callable, *, options: Any = None) -> Callable:
+        """Returns a jitted function whose results are at rest; see `at_rest`.
+
+        Args:
+            function: Takes trees of arrays; returns a tree of the names of a state.
+            options: Options of XLA.
+        """
+        jitted = jax.jit(function, compiler_options=options)
+        return lambda *given: jax.tree.map(np.asarray, jitted(*given))
+
     def rows_of(self, lowered: Any) -> Any:
         """Returns shape and dtype of a row of each output of a lowered program."""
         leading = 1 if self.axis_name is None else 2  # Under pmap one is the devices.

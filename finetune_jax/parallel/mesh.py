@@ -6,10 +6,11 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from finetune_jax.core.pytrees import leaf_digest, name_of
+from finetune_jax.core.pytrees import leaf_digest, name_of, whole
 from finetune_jax.parallel.activations import divided_by_example
 from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
@@ -45,7 +46,8 @@ class MeshDevices(Devices):
             return jax.tree_util.tree_map_with_path(self._placed_once, tree)
         shardings = self.shardings(tree)
         if self.spans_processes:
-            return jax.tree.map(_over_processes, tree, shardings)
+            placed = jax.tree.map(_over_processes, tree, shardings)
+            return jax.tree.map(jnp.copy, placed) if own else placed
         if own and jax.default_backend() == "cpu":
             # `may_alias=False` is ignored for numpy arrays, so they are copied twice.
             tree = jax.device_put(tree)
@@ -77,6 +79,36 @@ class MeshDevices(Devices):
     def to_host(self, tree: Any) -> Any:
         """Returns a placed state as numpy arrays."""
         return jax.tree.map(lambda leaf: np.array(whole(leaf)), tree)
+
+    def at_rest(self, tree: Any) -> Any:
+        """Returns a placed state as it lies between phases; see `Devices.at_rest`."""
+        return tree if self.spans_processes else self.to_host(tree)
+
+    @property
+    def divides_state(self) -> bool:
+        """Whether no process has all of a state."""
+        return self.spans_processes and self.mesh.size > self.mesh.shape[DATA]
+
+    def jit_at_rest(self, function: Callable, *, options: Any = None) -> Callable:
+        """Returns a jitted function whose results are at rest.
+
+        With several processes each computes its part alone.
+        """
+        if not self.spans_processes:
+            return Devices.jit_at_rest(self, function, options=options)
+
+        @functools.cache
+        def jitted(structure: Any) -> Any:
+            shapes = jax.eval_shape(function, *jax.tree.unflatten(*structure))
+            shardings = self.shardings(shapes)
+            return jax.jit(function, out_shardings=shardings, compiler_options=options)
+
+        def call(*given: Any) -> Any:
+            leaves, structure = jax.tree.flatten(self.place(given))
+            shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+            return jitted((structure, shapes))(*jax.tree.unflatten(structure, leaves))
+
+        return call
 
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays."""
@@ -118,33 +150,18 @@ def rows_of_process(sharding: NamedSharding, count: int) -> np.ndarray:
     return np.flatnonzero(rows)
 
 
-def whole(leaf: Any) -> Any:
-    """Returns an array of which this process has all values, from one over processes.
-
-    All processes call it in the same order.
-    """
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return leaf
-    if leaf.is_fully_replicated:
-        return leaf.addressable_data(0)
-    sharding = leaf.sharding
-    assert isinstance(sharding, NamedSharding)
-    return _gather(sharding.mesh)(leaf).addressable_data(0)
-
-
-@functools.cache
-def _gather(mesh: Mesh) -> Callable:
-    return jax.jit(
-        lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-
-
 def _over_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns an array over processes, each of which has all of it on its host.
+    """Returns an array over processes.
 
     `device_put` would gather all values to compare them.
+
+    Args:
+        leaf: Array of which this process has all values, or an array over processes.
+        sharding: Sharding of the result.
     """
-    host = np.asarray(whole(leaf))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 

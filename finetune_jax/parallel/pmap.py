@@ -63,6 +63,10 @@ class PmapDevices(Devices):
         """Returns the first device's copy of a placed state as numpy arrays."""
         return jax.tree.map(lambda leaf: np.array(_first(leaf)), tree)
 
+    def at_rest(self, tree: Any) -> Any:
+        """Returns a placed state on the host; see `Devices.at_rest`."""
+        return self.to_host(tree)
+
     def rows_to_host(self, tree: Any) -> Any:
         """Returns placed outputs as numpy arrays, the devices' rows one after another."""
         if self.spans_processes:

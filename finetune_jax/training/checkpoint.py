@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -37,7 +38,7 @@ from finetune_jax.core.errors import (
     why_not_written,
 )
 from finetune_jax.core.machine import give_back_memory
-from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes
+from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes, whole
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.parallel import processes, watch
@@ -132,13 +133,15 @@ class Checkpoints:
         """Saves a state and the progress of the run; returns when both are on the disk.
 
         Args:
-            state: State on the host.
+            state: State at rest.
             progress: Progress of the run at this state.
 
         Raises:
             TrainingError: The checkpoint cannot be written; earlier ones are whole.
         """
         step = int(state.step)
+        if self._is_shared:
+            state = _on_first_process(state)
         what = f"saving checkpoint {step}"
         with watch.doing(what):
             processes.agreed(what, lambda: self._save(step, state, progress))
@@ -419,7 +422,9 @@ class HeldCheckpoints:
         return sorted(self._held)
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a state, on the host, and the progress of the run."""
+        """Keeps a state, at rest, and the progress of the run."""
+        # Arrays over processes are those of the next update, which it donates.
+        state = jax.tree.map(lambda leaf: np.asarray(whole(leaf)), state)
         self._held[int(state.step)] = state, copy.deepcopy(progress)
         for old in _superfluous(self.steps(), progress, self._keep):
             del self._held[old]
@@ -455,6 +460,16 @@ def delete_all_but(folder: pathlib.Path, steps: Collection[int]) -> None:
     for place in folder.iterdir():
         if place.name.isdigit() and int(place.name) not in {0, *steps}:
             shutil.rmtree(place)
+
+
+def _on_first_process(state: TrainState) -> TrainState:
+    """Returns a state on the host of process 0; the others get a state without leaves."""
+
+    def gathered(leaf: Any) -> np.ndarray | None:
+        found = whole(leaf)
+        return np.array(found) if processes.is_first() else None
+
+    return jax.tree.map(gathered, state)
 
 
 def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:

@@ -347,7 +347,7 @@ class Loop:
             plateau.lower_rate(phase.compiled, self.progress, self.measured)
             ends = plateau.is_reached(phase.phase, self.progress, self.measured, step)
             over = ends or over
-        state = self.setup.devices.to_host(placed)
+        state = self.setup.devices.at_rest(placed)
         if over:
             if restores and self.progress.plateau_best_step not in (None, step):
                 state = self._best_of_phase(state)

@@ -238,7 +238,7 @@ def make_setup(
         raise_if(task.teachers.problems())
     if like is None:
         shapes = shapes_of(task, config.model.name)
-        random_states = RandomStates(task, shapes)
+        random_states = RandomStates(task, shapes, devices)
     else:
         shapes, random_states = like.shapes, like.random_states
     if data.spec.train_examples:  # Else lengths stay in epochs.

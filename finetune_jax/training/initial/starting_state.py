@@ -109,7 +109,7 @@ def starting_state(
     *,
     measure: bool = True,
 ) -> tuple[TrainState, Loaded]:
-    """Returns the state before the first update, on the host, and its origin.
+    """Returns the state before the first update, at rest, and its origin.
 
     Args:
         task: Task with the models.
@@ -131,7 +131,8 @@ def starting_state(
     prefixes = task.models.prefixes
     others = [prefix for prefix in prefixes if prefix] if "" in prefixes else []
     wanted = None if rules else _wanted(task, data, weights, init.fresh, others)
-    own = random_states(drawn, wanted)
+    on_host = bool(rules or init.embeddings)
+    own = random_states(drawn, wanted, on_host=on_host)
     if "" in weights:
         weights[""] = matched(weights[""], own.params, data.fitted)
     variables = {"params": own.params, "batch_stats": own.batch_stats}

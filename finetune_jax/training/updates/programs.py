@@ -175,11 +175,12 @@ class Updates:
         )
 
     def optimizer_state(self, phase: PhaseSetup, params: Any) -> Any:
-        """Returns the initial state of a phase's optimizer, on the host."""
+        """Returns the initial state of a phase's optimizer, at rest as the parameters."""
         init = self.executor.once(
-            ("optimizer", phase.program), lambda: jax.jit(phase.optimizer().init)
+            ("optimizer", phase.program),
+            lambda: self.setup.devices.jit_at_rest(phase.optimizer().init),
         )
-        return jax.tree.map(np.asarray, init(params))
+        return init(params)
 
     def step(self, phase: PhaseSetup) -> Callable:
         """Returns an update of the phase as a function of its arguments."""
