@@ -1,0 +1,161 @@
+"""One run over several processes: the same bits, wherever the work is done."""
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import process_configs
+import pytest
+import texts
+
+from finetune_jax.parallel.launch import start
+from finetune_jax.report.metrics_log import read_metrics
+
+LIMIT_S = 600
+pytestmark = pytest.mark.slow
+FSDP = ("--config.parallel.fsdp=2", "--config.parallel.fsdp_min_mb=0")
+
+
+def arguments(name, workdir, *more):
+    config = f"--config={process_configs.PATH}:{name}"
+    return [config, f"--workdir={workdir}", *more]
+
+
+def ran(name, workdir, *more, processes=1, devices=1, status=0, env=None):
+    """Runs a config, and returns the content of `result.json`."""
+    given = arguments(name, workdir, *more)
+    with start(given, processes=processes, devices=devices, env=env) as job:
+        found = job.wait(LIMIT_S)
+        outputs = [job.output(index) for index in range(processes)]
+    assert found == status, "\n".join(outputs)
+    path = workdir / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def lines_of(workdir):
+    """Returns the lines of `metrics.jsonl` without times."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines
+    ]
+
+
+def evidence(result, workdir):
+    """Returns all that must be the same, whatever the number of processes."""
+    names = "params_sha256", "state_sha256", "frozen_sha256", "final", "best", "steps"
+    return {name: result[name] for name in names}, lines_of(workdir)
+
+
+def inputs_of(name, folder):
+    """Returns the arguments that give a config its data, in a folder."""
+    if name == "bert":
+        texts.write(folder / "texts")
+        place = folder / "texts"
+        return [f"--config.data.dir={place}", f"--config.data.tokenizer=file:{place}"]
+    if name == "table":
+        rng = np.random.default_rng(0)
+        kinds, numbers = rng.integers(3, size=200), rng.normal(size=200)
+        rows = [f"{k}{n:.3f},k{k},{int(n > 0)}" for k, n in zip(kinds, numbers)]
+        (folder / "rows.csv").write_text("\n".join(["number,kind,label", *rows]))
+        return [f"--config.data.dir={folder / 'rows.csv'}"]
+    return []
+
+
+@pytest.mark.parametrize(
+    "name, more, layouts",
+    [
+        pytest.param("phases", FSDP, ((1, 2), (2, 1)), id="fsdp"),
+        pytest.param(
+            "phases", ("--config.parallel.mode=pmap",), ((1, 2), (2, 1)), id="pmap"
+        ),
+        pytest.param("prefix", (), ((1, 2), (2, 1)), id="prefix"),
+        pytest.param("population", (), ((1, 2), (2, 1)), id="population"),
+        pytest.param("joint", (), ((1, 2), (2, 1)), id="joint"),
+        pytest.param("table", (), ((1, 2), (2, 1)), id="table"),
+        pytest.param("bert", (), ((1, 4), (2, 2), (4, 1)), id="bert"),
+        pytest.param("bert", FSDP, ((1, 4), (2, 2), (4, 1)), id="bert-fsdp"),
+        pytest.param("resnet", (), ((1, 4), (2, 2), (4, 1)), id="resnet"),
+        pytest.param("resnet", FSDP, ((1, 4), (2, 2), (4, 1)), id="resnet-fsdp"),
+    ],
+)
+@pytest.mark.ci_runs("fsdp", "prefix", "bert")
+def test_the_number_of_processes_changes_no_bit(name, more, layouts, tmp_path):
+    data = inputs_of(name, tmp_path)
+    found = []
+    for processes, devices in layouts:
+        workdir = tmp_path / f"{processes}x{devices}"
+        result = ran(
+            name, workdir, *data, *more, processes=processes, devices=devices,
+            # Tables of features are computed anew.
+            env={"FINETUNE_JAX_CACHE": str(tmp_path / f"cache{processes}")},
+        )  # fmt: skip
+        found.append(evidence(result, workdir))
+    assert all(other == found[0] for other in found[1:])
+
+
+def wait_for(job, condition):
+    """Waits until a condition holds, while the processes run."""
+    until = time.monotonic() + LIMIT_S
+    while not condition():
+        assert job.running(), "\n".join(job.output(i) for i in (0, 1))
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_bits(tmp_path):
+    """A signal to one process, a kill of each, then one process instead of two."""
+    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    wanted = evidence(ran("phases", alone, devices=2), alone)
+    log = workdir / "metrics.jsonl"
+
+    def has_logged(step):
+        return log.is_file() and any(line["step"] >= step for line in read_metrics(log))
+
+    with start(arguments("phases", workdir)) as job:
+        wait_for(job, lambda: has_logged(10))
+        job.signal(1, signal.SIGTERM)
+        assert job.wait(60) == 75
+        assert list(job.statuses.values()) == [75, 75]
+        assert "stopped and saved" in job.output(0)
+        assert "saved" not in job.output(1)
+    for killed, step in ((1, 50), (0, 90)):
+        with start(arguments("phases", workdir)) as job:
+            wait_for(job, lambda step=step: has_logged(step))
+            job.kill(killed)
+            begin = time.monotonic()
+            assert job.wait(60) not in (0, 75)
+            assert time.monotonic() - begin < 30
+            assert "resumed at step" in job.output(0)
+        if killed == 1:
+            assert job.statuses[0] == 1
+            assert "another process is gone" in job.output(0)
+    assert evidence(ran("phases", workdir, devices=2), workdir) == wanted
+
+
+def test_one_process_that_fails_ends_the_other_with_its_message(tmp_path):
+    folder = tmp_path / "run"
+    broken = ("--config.plan[0].peak_lr=1e30", "--config.data.batch_size=16")
+    begin = time.monotonic()
+    given = arguments("phases", folder, *broken)
+    with start(given) as job:
+        assert job.wait(LIMIT_S) == 1
+    assert "Not finite" in job.output(0) and "Not finite" not in job.output(1)
+    assert job.statuses == {0: 1, 1: 1} and time.monotonic() - begin < LIMIT_S
+
+
+def differ(tmp_path, *of_each):
+    """Returns the outputs of two processes that get different arguments."""
+    name = str(pathlib.Path(__file__).parents[1] / "differing_processes.py")
+    with start([name, str(tmp_path / "run"), *of_each], program=()) as job:
+        status = job.wait(LIMIT_S)
+        return status, [job.output(index) for index in (0, 1)]
+
+
+def test_processes_with_different_configs_name_each_other(tmp_path):
+    status, outputs = differ(tmp_path, "--config.seed=0", "--config.seed=1")
+    assert status == 2
+    assert "config: process 0: " in outputs[0] and "process 1: " in outputs[0]
+    assert "Traceback" not in "".join(outputs)
+    assert not (tmp_path / "run" / "config.json").exists()
