@@ -3,6 +3,7 @@
 import json
 import pathlib
 import signal
+import sys
 import time
 
 import numpy as np
@@ -134,28 +135,37 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_bits(tmp_path):
     assert evidence(ran("phases", workdir, devices=2), workdir) == wanted
 
 
-def test_one_process_that_fails_ends_the_other_with_its_message(tmp_path):
-    folder = tmp_path / "run"
-    broken = ("--config.plan[0].peak_lr=1e30", "--config.data.batch_size=16")
-    begin = time.monotonic()
-    given = arguments("phases", folder, *broken)
-    with start(given) as job:
-        assert job.wait(LIMIT_S) == 1
-    assert "Not finite" in job.output(0) and "Not finite" not in job.output(1)
-    assert job.statuses == {0: 1, 1: 1} and time.monotonic() - begin < LIMIT_S
+ODD = str(pathlib.Path(__file__).parents[1] / "odd_process.py")
 
 
-def differ(tmp_path, *of_each):
-    """Returns the outputs of two processes that get different arguments."""
-    name = str(pathlib.Path(__file__).parents[1] / "differing_processes.py")
-    with start([name, str(tmp_path / "run"), *of_each], program=()) as job:
+def odd(how, workdir, *more):
+    """Returns status, outputs and statuses of two processes, of which process 1 is odd."""
+    given = [ODD, how, *arguments("phases", workdir, *more)]
+    with start(given, program=(sys.executable,)) as job:
         status = job.wait(LIMIT_S)
-        return status, [job.output(index) for index in (0, 1)]
+        return status, [job.output(index) for index in (0, 1)], job.statuses
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        pytest.param("raises", "photo 17 cannot be read", id="raises"),
+        pytest.param("hangs", "process 1 has made no progress for", id="hangs"),
+        pytest.param("stops", "process 1 has not answered for", id="stops"),
+        pytest.param("deadlocks", "all processes have waited for", id="deadlocks"),
+    ],
+)
+@pytest.mark.ci_runs("raises", "hangs")
+def test_a_process_that_fails_or_hangs_ends_all(how, told, tmp_path):
+    limit = "--config.parallel.hang_timeout_s=6"
+    status, outputs, statuses = odd(how, tmp_path / "run", limit)
+    assert status == 1 and told in outputs[0], outputs
+    assert statuses[0] == 1 and (statuses[1] == 1 or how == "stops")
 
 
 def test_processes_with_different_configs_name_each_other(tmp_path):
-    status, outputs = differ(tmp_path, "--config.seed=0", "--config.seed=1")
+    status, outputs, _ = odd("--config.seed=1", tmp_path / "run")
     assert status == 2
-    assert "config: process 0: " in outputs[0] and "process 1: " in outputs[0]
+    assert "config: process 0: " in outputs[0] and "; process 1: " in outputs[0]
     assert "Traceback" not in "".join(outputs)
     assert not (tmp_path / "run" / "config.json").exists()

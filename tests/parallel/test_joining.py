@@ -1,0 +1,131 @@
+"""How a process finds out with which others it runs, before jax starts."""
+
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.parallel import joining
+from finetune_jax.parallel.joining import Launch, gpus_of_task, launch_of
+
+NOTHING = {
+    "coordinator": None, "processes": None, "process": None, "local_devices": None
+}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+JAX = {
+    "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": "1",
+}  # fmt: skip
+GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+def asked(**given):
+    return SimpleNamespace(**NOTHING | given)
+
+
+def test_without_a_cluster_a_process_is_alone():
+    assert launch_of(asked(), {}) == Launch()
+    assert launch_of(asked(), {}).is_alone
+
+
+def test_config_and_environment_give_the_same():
+    address, count, index = JAX.values()
+    given = asked(coordinator=address, processes=int(count), process=int(index))
+    of_config, of_environment = launch_of(given, {}), launch_of(asked(), JAX)
+    assert of_config.started_by == "config.parallel"
+    assert of_environment.started_by == "JAX_*"
+    for name in ("coordinator", "processes", "process"):
+        assert getattr(of_config, name) == getattr(of_environment, name)
+    # The config comes first.
+    assert launch_of(asked(process=0), JAX).process == 0
+
+
+def test_missing_values_are_all_named():
+    with pytest.raises(UserError) as error:
+        launch_of(asked(processes=2), {})
+    assert "config.parallel.coordinator: missing" in str(error.value)
+    assert "config.parallel.process: missing" in str(error.value)
+    with pytest.raises(UserError, match="JAX_PROCESS_ID: 'two' is no number"):
+        launch_of(asked(), JAX | {"JAX_PROCESS_ID": "two"})
+
+
+def test_clusters_are_recognised():
+    slurm = launch_of(asked(), SLURM)
+    assert (slurm.started_by, slurm.processes, slurm.process) == ("SLURM", 4, 3)
+    mpi = launch_of(asked(), OPEN_MPI)
+    assert (mpi.started_by, mpi.processes, mpi.process) == ("Open MPI", 2, 1)
+    # Names of nodes need not resolve if an address is given.
+    address = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
+    assert launch_of(asked(), SLURM | address).coordinator == "10.0.0.1:1234"
+    assert launch_of(asked(), SLURM | {"SLURM_NTASKS": "1"}).is_alone
+
+
+def test_a_shell_on_a_node_of_a_job_is_alone_and_says_so():
+    shell = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}
+    found = launch_of(asked(), shell)
+    assert found.is_alone and "SLURM_STEP_NODELIST: srun has not" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    "local, tasks, environment, wanted",
+    [
+        (0, 1, GPUS, tuple(range(8))),  # jax itself would take the first one.
+        (3, 8, GPUS, (3,)),
+        (1, 2, GPUS, (4, 5, 6, 7)),
+        (1, 2, GPUS | {"SLURM_GPUS_PER_TASK": "8"}, tuple(range(8))),
+        (3, 4, {"CUDA_VISIBLE_DEVICES": "5"}, (0,)),
+        (0, 2, {"CUDA_VISIBLE_DEVICES": ""}, None),
+    ],
+)
+def test_a_task_gets_its_share_of_the_gpus(local, tasks, environment, wanted):
+    assert gpus_of_task(local, tasks, environment) == wanted
+
+
+def test_given_devices_replace_the_share():
+    given = asked(local_devices=(2, 5))
+    assert launch_of(given, SLURM | GPUS).local_devices == (2, 5)
+    environment = SLURM | GPUS | {"JAX_LOCAL_DEVICE_IDS": "1,3"}
+    assert launch_of(asked(), environment).local_devices == (1, 3)
+
+
+def launch(address, process=1):
+    return Launch(started_by="JAX_*", coordinator=address, processes=2, process=process)
+
+
+@pytest.mark.parametrize(
+    "address, told",
+    [
+        ("nowhere", "is not HOST:PORT"),
+        ("host.invalid:1234", "the host 'host.invalid' is unknown here"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused(address, told):
+    with pytest.raises(UserError, match=told):
+        joining._check_coordinator(launch(address), 1)
+
+
+def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UserError, match="nobody answers at 127.0.0.1:9 .*process 1"):
+        joining._check_coordinator(launch("127.0.0.1:9"), 0.3)
+
+
+def test_a_taken_port_is_refused():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match="taken, maybe by another run"):
+            joining._check_coordinator(launch(address, process=0), 1)
