@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_told_with_what_saves_most(capsys):
     assert line.endswith("MB less, which is enough")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_activations_are_what_smaller_batches_save(capsys):
     # Many examples of each device, and few parameters.
     given = config(
