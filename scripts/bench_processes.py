@@ -12,7 +12,7 @@ import time
 
 from finetune_jax.parallel.launch import start
 
-CONFIG = '''
+CONFIG = """
 from finetune_jax import config as configs
 from finetune_jax.plans import as_config, full
 
@@ -25,7 +25,7 @@ def get_config(arg):
     config.model.hidden = (int(arg),) * 3
     config.plan = as_config(full(steps=5, optimizer="adamw", peak_lr=1e-3))
     return config
-'''
+"""
 PROCESSES = 4
 
 

@@ -180,7 +180,11 @@ def taken_locally(
     if isinstance(getattr(source, "examples", source), Shortened):
         # The longest text of the whole batch decides its length; texts are in memory.
         return jax.tree.map(lambda array: array[mine], source.take(rows))
-    return source.take(rows[mine])
+    wanted, back = np.unique(rows[mine], return_inverse=True)
+    if len(wanted) == len(back):
+        return source.take(rows[mine])
+    # Padding repeats a row, which is read once.
+    return jax.tree.map(lambda array: array[back], source.take(wanted))
 
 
 def loaded(

@@ -12,7 +12,7 @@ import pytest
 import texts
 
 from finetune_jax.parallel.launch import start
-from finetune_jax.report.metrics_log import read_metrics
+from finetune_jax.report.metrics_log import read_lines, read_metrics
 
 LIMIT_S = 600
 pytestmark = pytest.mark.slow
@@ -133,6 +133,76 @@ def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_bits(tmp_path):
             assert job.statuses[0] == 1
             assert "another process is gone" in job.output(0)
     assert evidence(ran("phases", workdir, devices=2), workdir) == wanted
+
+
+def ended(workdir, rng, event):
+    """Starts a run, and ends one process of two at a random moment, if it gets there.
+
+    Returns whether the run has finished.
+    """
+    who, folder = int(rng.integers(2)), workdir / "checkpoints"
+    begin = len(read_lines(workdir / "metrics.jsonl"))
+    later = begin + int(rng.integers(1, 12))
+    more = "--config.plan[1].steps=150", "--config.plan[2].steps=150"
+    with start(arguments("phases", workdir, *more)) as job:
+
+        def is_time():
+            if not job.running():
+                return True
+            has_begun = len(read_lines(workdir / "metrics.jsonl")) > begin
+            if event == "save":
+                return has_begun and any(folder.glob("*tmp*"))
+            return len(read_lines(workdir / "metrics.jsonl")) >= later
+
+        until = time.monotonic() + LIMIT_S
+        while not is_time() and time.monotonic() < until:
+            time.sleep(0.005)
+        number = signal.SIGTERM if event == "stop" else signal.SIGKILL
+        if len(job.running()) == 2:
+            job.signal(who, number)
+            moment = time.monotonic()
+            status = job.wait(LIMIT_S)
+            assert time.monotonic() - moment < 60
+            assert (status in (0, 75)) == (event == "stop" or status == 0), status
+        return (workdir / "result.json").is_file()
+
+
+@pytest.mark.parametrize("events", [["kill"] * 15 + ["save"] * 5 + ["stop"] * 10])
+@pytest.mark.exhaustive
+def test_random_kills_and_stops_change_no_bit(events, tmp_path):
+    rng, left = np.random.default_rng(0), list(events)
+    rng.shuffle(left)
+    alone = tmp_path / "alone"
+    more = "--config.plan[1].steps=150", "--config.plan[2].steps=150"
+    wanted = evidence(ran("phases", alone, *more, devices=2), alone)
+    number = 0
+    while left:
+        workdir, is_over = tmp_path / f"run{number}", False
+        while left and not is_over:
+            is_over = ended(workdir, rng, left.pop())
+        assert evidence(ran("phases", workdir, *more, processes=2), workdir) == wanted
+        number += 1
+
+
+@pytest.mark.parametrize(
+    "layouts", [((2, 2), (4, 1), (1, 4)), ((1, 4), (4, 1), (2, 2))]
+)
+@pytest.mark.exhaustive
+def test_a_run_goes_on_with_another_number_of_processes(layouts, tmp_path):
+    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    wanted = evidence(ran("phases", alone, devices=4), alone)
+    for (processes, devices), step in zip(layouts, (10, 50, None)):
+        given = arguments("phases", workdir)
+        with start(given, processes=processes, devices=devices) as job:
+            while step is not None and job.running():
+                log = workdir / "metrics.jsonl"
+                if log.is_file() and any(x["step"] >= step for x in read_metrics(log)):
+                    job.signal(processes - 1, signal.SIGTERM)
+                    break
+                time.sleep(0.02)
+            assert job.wait(LIMIT_S) == (0 if step is None else 75)
+    result = json.loads((workdir / "result.json").read_text())
+    assert evidence(result, workdir) == wanted
 
 
 ODD = str(pathlib.Path(__file__).parents[1] / "odd_process.py")
