@@ -34,11 +34,12 @@ def odd(how):
     PhaseRun.call = wrong
 
 
-how, *rest = sys.argv[1:]
-sys.argv[1:] = rest
-if os.environ["JAX_PROCESS_ID"] == "1":
-    if how.startswith("--"):
-        sys.argv.append(how)
-    else:
-        odd(how)
-main.main()
+if __name__ == "__main__":
+    how, *rest = sys.argv[1:]
+    sys.argv[1:] = rest
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        if how.startswith("--"):
+            sys.argv.append(how)
+        else:
+            odd(how)
+    main.main()

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import socket
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune_jax.core.errors import Problem, UserError, raise_if
-from finetune_jax.parallel import processes, watch
+from finetune_jax.parallel import meeting, processes, watch
 
 # Variables that a task of SLURM has, if srun has started it.
 SLURM = (
@@ -224,15 +223,16 @@ def join(asked: Any, launch: Launch) -> list[str]:
     jax.config.update("jax_enable_preemption_service", False)
     _standard_output_for_python_only()
     if launch.is_alone:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{meeting.free_port()}"
         _initialize(address, 1, 0, asked.join_timeout_s, bind=address)
         return list(launch.notes)
-    begin = time.monotonic()
-    if launch.coordinator is not None:
-        _check_coordinator(launch, asked.join_timeout_s)
+    begin, address = time.monotonic(), launch.coordinator or _address_of(launch)
+    if address and launch.processes is not None and launch.process is not None:
+        who = launch.processes, launch.process
+        address = meeting.meet(address, *who, asked.join_timeout_s)
     with _ends_after(asked.join_timeout_s, launch):
         _initialize(
-            launch.coordinator,
+            address,
             launch.processes,
             launch.process,
             asked.join_timeout_s,
@@ -288,7 +288,7 @@ def _initialize(
 ) -> None:
     import jax
 
-    if address is not None and bind is None and _is_loopback(address):
+    if address and bind is None and meeting.is_loopback(address.rpartition(":")[0]):
         bind = address  # Not on the network.
     try:
         jax.distributed.initialize(
@@ -307,53 +307,15 @@ def _initialize(
         ) from error
 
 
-def _is_loopback(address: str) -> bool:
-    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
+def _address_of(launch: Launch) -> str | None:
+    """Returns the address that jax derives from a job of a cluster; None for TPUs."""
+    from jax._src import clusters
 
-
-def _check_coordinator(launch: Launch, seconds: float) -> None:
-    """Checks that the address of process 0 can be used, and waits until it answers.
-
-    jax would end the process by a signal, and without a reason.
-
-    Raises:
-        UserError: The host has no address, the port is taken, or nobody answers.
-    """
-    key = "config.parallel.coordinator"
-    host, _, port = (launch.coordinator or "").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(Problem(key, f"{launch.coordinator!r} is not HOST:PORT"))
-    host = host.strip("[]")
-    try:
-        family, *_, place = socket.getaddrinfo(
-            host, int(port), type=socket.SOCK_STREAM
-        )[0]
-    except OSError as error:
-        text = f"the host {host!r} is unknown here ({error}); give an IP address"
-        raise UserError(Problem(key, text)) from error
-    if launch.process == 0:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(port)) if family == socket.AF_INET else place)
-            except OSError as error:
-                text = f"port {port} is taken, maybe by another run ({error}); give another"
-                raise UserError(Problem(key, text)) from error
-        return
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                text = (
-                    f"nobody answers at {launch.coordinator} ({error}); process "
-                    f"{launch.process} has tried for {seconds:g} s. Process 0 must run on "
-                    "that host, and the port must be open between the hosts."
-                )
-                raise UserError(Problem(key, text)) from error
-            time.sleep(0.2)
+    known = {"SLURM": clusters.SlurmCluster, "Open MPI": clusters.OmpiCluster}
+    if launch.started_by not in known:
+        return None
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    return known[launch.started_by].get_coordinator_address(None, port)
 
 
 @contextlib.contextmanager
@@ -378,12 +340,6 @@ def _ends_after(seconds: float, launch: Launch) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _standard_output_for_python_only() -> None:

@@ -1,13 +1,15 @@
 """How a process finds out with which others it runs, before jax starts."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.parallel import joining
+from finetune_jax.parallel import meeting
 from finetune_jax.parallel.joining import Launch, gpus_of_task, launch_of
+from finetune_jax.parallel.meeting import meet
 
 NOTHING = {
     "coordinator": None, "processes": None, "process": None, "local_devices": None
@@ -97,10 +99,6 @@ def test_given_devices_replace_the_share():
     assert launch_of(asked(), environment).local_devices == (1, 3)
 
 
-def launch(address, process=1):
-    return Launch(started_by="JAX_*", coordinator=address, processes=2, process=process)
-
-
 @pytest.mark.parametrize(
     "address, told",
     [
@@ -110,22 +108,56 @@ def launch(address, process=1):
 )
 def test_an_address_that_cannot_be_used_is_refused(address, told):
     with pytest.raises(UserError, match=told):
-        joining._check_coordinator(launch(address), 1)
+        meet(address, 2, 1, 1)
 
 
-def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
-    def refuse(*_, **__):
-        raise ConnectionRefusedError("refused")
+@pytest.fixture
+def address(monkeypatch, no_network):
+    """An address on this machine, which processes of this test may connect to."""
+    monkeypatch.undo()
+    return f"127.0.0.1:{meeting.free_port()}"
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    with pytest.raises(UserError, match="nobody answers at 127.0.0.1:9 .*process 1"):
-        joining._check_coordinator(launch("127.0.0.1:9"), 0.3)
+
+def came(address, *processes, seconds=10):
+    """Returns what each process (count, index) gets at a meeting: address, or message."""
+
+    def come(process):
+        try:
+            return meet(address, *process, seconds)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(come, processes))
+
+
+def test_processes_meet_and_get_the_same_address(address):
+    first, *others = came(address, (3, 0), (3, 1), (3, 2))
+    assert others == [first, first] and first.startswith("127.0.0.1:")
+    assert first != address
+
+
+def test_a_process_of_another_run_is_refused_and_harms_nobody(address):
+    found = came(address, (2, 0), (3, 1), (2, 7), seconds=2)
+    assert "process 0 waits for 2 processes, not 3" in found[1]
+    assert "7 is no index of 2 processes" in found[2]
+    assert "process 1 has not come within 2 s" in found[0]
+    one, two, other = came(address, (2, 0), (2, 1), (3, 2), seconds=5)
+    assert one == two and one.startswith("127.0.0.1:")
+    assert "not 3; another run" in other or "nobody answers" in other
+
+
+def test_missing_processes_are_named_by_all(address):
+    found = came(address, (4, 0), (4, 2), seconds=1)
+    assert all("process 1, 3 has not come within 1 s" in text for text in found)
+    (alone,) = came(address, (2, 1), seconds=1)
+    assert f"nobody answers at {address}" in alone and "process 1 has tried" in alone
 
 
 def test_a_taken_port_is_refused():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        address = f"127.0.0.1:{other.getsockname()[1]}"
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(UserError, match="taken, maybe by another run"):
-            joining._check_coordinator(launch(address, process=0), 1)
+            meet(taken, 2, 0, 1)
