@@ -251,11 +251,10 @@ def join(asked: Any, launch: Launch) -> list[str]:
             f"config.parallel: {'; '.join(lines)} devices; all processes need the same "
             "number of devices"
         )
-    return [
-        *launch.notes,
-        f"{count} processes of {here} devices, {jax.default_backend()}, started by "
-        f"{launch.started_by}, joined in {time.monotonic() - begin:.1f} s",
-    ]
+    each = f"{here} device{'s' * (here > 1)} each, {jax.default_backend()}"
+    took = f"joined in {time.monotonic() - begin:.1f} s"
+    joined = f"{count} processes with {each}, started by {launch.started_by}, {took}"
+    return [*launch.notes, joined]
 
 
 def _has_started() -> bool:

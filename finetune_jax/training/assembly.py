@@ -16,9 +16,10 @@ from finetune_jax.evaluation.diagnostics import domain_named, make_extras
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import Domain
+from finetune_jax.features import folders
 from finetune_jax.features.cache import FeatureStore
 from finetune_jax.optim.regularisers import READS_FISHER
-from finetune_jax.parallel import folders, processes
+from finetune_jax.parallel import processes
 from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal

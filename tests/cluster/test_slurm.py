@@ -131,7 +131,7 @@ def test_a_job_that_is_stopped_is_requeued_and_ends_in_the_same_bits(
         until(is_over, 180, log)
     text, found = log.read_text(), state()
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), text
-    assert text.count("2 processes of 1 devices, cpu, started by SLURM") == 2
+    assert text.count("2 processes with 1 device each, cpu, started by SLURM") == 2
     stopped = re.search(r"stopped and saved at step (\d+)", text)
     assert stopped and f"resumed at step {stopped[1]}" in text
     assert 20 <= int(stopped[1]) < 120
