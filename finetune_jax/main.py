@@ -177,7 +177,7 @@ def run(arguments: Sequence[str]) -> int:
     config = resolved_config(
         flags.config, workdir, overrides, reproduces=reproduces, extend=extend
     )
-    pin_environment(origin(config, workdir), config.deterministic)
+    pin_environment(config, origin(config, workdir))
     quiet_libraries()
     set_precision(config.precision)
     config = joined(config, flags.mode)

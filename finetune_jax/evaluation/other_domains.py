@@ -21,6 +21,7 @@ from finetune_jax.data.loading import load_source
 from finetune_jax.data.source import check_labelled
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.data.splits import named_splits, select
+from finetune_jax.parallel import processes
 from finetune_jax.tasks import make_task
 from finetune_jax.tasks.components.random_state import shapes_of
 from finetune_jax.tasks.task import Task
@@ -352,5 +353,8 @@ def _in_memory(domains: list[Domain], config: Config, data: Data) -> list[Domain
     if sum(domain.test.nbytes for domain in domains) > limit:
         return domains
     return [
-        dataclasses.replace(domain, test=domain.test.in_memory()) for domain in domains
+        dataclasses.replace(
+            domain, test=domain.test.in_memory(lazily=processes.count() > 1)
+        )
+        for domain in domains
     ]

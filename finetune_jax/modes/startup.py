@@ -10,6 +10,7 @@ from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import UserError, collected, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
+from finetune_jax.parallel import joining
 from finetune_jax.plans.phase import plan_problems
 from finetune_jax.report.workdir import (
     origin,
@@ -24,6 +25,7 @@ TOGETHER = ("train",)
 JOINS_ITSELF = ("train", "reproduce")
 # Keys of `config.parallel` that say how a process was started, not what it computes.
 LAUNCH = ("coordinator", "processes", "process", "local_devices")
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count="
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -77,16 +79,16 @@ def resolved_config(
     return config
 
 
-def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
+def pin_environment(config: Config, workdir: pathlib.Path | None) -> None:
     """Sets NPROC, XLA_FLAGS and the folder of compiled programs before jax starts.
 
     A run that is resumed gets NPROC and XLA_FLAGS from its manifest: XLA divides
-    reductions by the number of host threads, so another number changes the last bits.
+    reductions by the number of host threads, so another number changes the last bits. One
+    process also gets as many CPU devices as the processes of the run had together.
 
     Args:
+        config: Resolved config.
         workdir: Workdir of the run.
-        deterministic: Whether a GPU gives the same bits again; without autotuning and
-            atomic additions it is slower.
     """
     manifest = (read_manifest(workdir) if workdir else None) or {}
     threads = str(manifest.get("nproc") or "")
@@ -94,8 +96,18 @@ def pin_environment(workdir: pathlib.Path | None, deterministic: bool) -> None:
         raise UserError(f"{workdir}/manifest.json: nproc is {threads!r}")
     if threads or "NPROC" not in os.environ:
         os.environ["NPROC"] = threads or str(len(os.sched_getaffinity(0)))
-    flags = os.environ.get("XLA_FLAGS", str(manifest.get("xla_flags") or "")).split()
-    if deterministic:
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if "XLA_FLAGS" not in os.environ:
+        flags = str(manifest.get("xla_flags") or "").split()
+        flags = [flag for flag in flags if not flag.startswith(VIRTUAL_DEVICES)]
+    is_alone = joining.launch_of(config.parallel, os.environ, tpu=False).is_alone
+    devices = manifest.get("device_count", 1)
+    if manifest.get("backend") == "cpu" and is_alone and devices > 1:
+        if not any(flag.startswith(VIRTUAL_DEVICES) for flag in flags):
+            os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
+    # A GPU that is to give the same bits again is slower without autotuning and atomic
+    # additions.
+    if config.deterministic:
         flags += [flag for flag in DETERMINISTIC if flag not in flags]
     if flags:
         os.environ["XLA_FLAGS"] = " ".join(flags)
@@ -137,7 +149,7 @@ def joined(config: Config, mode: str) -> Config:
     Raises:
         UserError: The processes cannot be joined, or the mode needs one process.
     """
-    from finetune_jax.parallel import joining, processes
+    from finetune_jax.parallel import processes
 
     asked = config.parallel
     launch = joining.launch_of(asked, os.environ)
@@ -157,8 +169,6 @@ def joined(config: Config, mode: str) -> Config:
 
 def part() -> None:
     """Waits for the other processes at the end of a run."""
-    from finetune_jax.parallel import joining
-
     joining.leave()
 
 

@@ -50,7 +50,9 @@ class Launch:
         return self.processes == 1
 
 
-def launch_of(asked: Any, environment: Mapping[str, str]) -> Launch:
+def launch_of(
+    asked: Any, environment: Mapping[str, str], *, tpu: bool = True
+) -> Launch:
     """Returns how this process was started.
 
     The config comes first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
@@ -59,6 +61,7 @@ def launch_of(asked: Any, environment: Mapping[str, str]) -> Launch:
     Args:
         asked: Section `config.parallel`.
         environment: Environment variables.
+        tpu: Whether to look for a TPU host, which imports jax.
 
     Raises:
         UserError: Some of the values are missing, or are not numbers.
@@ -82,7 +85,7 @@ def launch_of(asked: Any, environment: Mapping[str, str]) -> Launch:
     own = asked.local_devices
     if own is None and (ids := environment.get("JAX_LOCAL_DEVICE_IDS")):
         own = tuple(int(part) for part in ids.split(",") if part.strip().isdigit())
-    cluster = _of_cluster(environment)
+    cluster = _of_cluster(environment, tpu)
     raise_if(problems)
     missing = [key for key, value in given.items() if value is None]
     if len(missing) == 3 or (len(missing) == 2 and cluster.started_by):
@@ -107,7 +110,7 @@ def launch_of(asked: Any, environment: Mapping[str, str]) -> Launch:
     )
 
 
-def _of_cluster(environment: Mapping[str, str]) -> Launch:
+def _of_cluster(environment: Mapping[str, str], tpu: bool) -> Launch:
     """Returns how a cluster has started this process; alone if none has."""
     tasks: str | None
     if "OMPI_COMM_WORLD_SIZE" in environment:
@@ -126,7 +129,7 @@ def _of_cluster(environment: Mapping[str, str]) -> Launch:
             "process, so the run has one process"
         )
         return Launch(notes=(note,))
-    elif _is_tpu_host(environment):
+    elif tpu and _is_tpu_host(environment):
         return Launch(started_by="TPU", processes=None, process=None)
     else:
         return Launch()

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
 from finetune_jax.core.errors import UserError, raise_if
@@ -330,6 +332,13 @@ def _resumed(
         # Fixed arrays come from the original start, not from a new one.
         start = checkpoints.restore(0, setup.target(Progress()))
         terminal.say(f"resumed at step {int(state.step)}")
+        began_on = (read_manifest(workdir) or {}).get("device_count")
+        if began_on not in (None, jax.device_count()):
+            terminal.warn(
+                f"the run began on {began_on} devices and goes on with "
+                f"{jax.device_count()}: its results will not have the same bits as those "
+                "of a run that was left alone"
+            )
     store = make_store(setup, terminal)
     evaluator = make_evaluator(setup, start, domains, executor=executor, store=store)
     return make_loop(
