@@ -326,8 +326,8 @@ def _ends_after(seconds: float, launch: Launch) -> Iterator[None]:
 
     def end() -> None:
         print(
-            f"error: config.parallel.processes: not all of {launch.processes} processes "
-            f"have joined process {launch.process} at {launch.coordinator or 'process 0'} "
+            "error: config.parallel.processes: not all processes have joined this one, "
+            f"which was started by {launch.started_by}, "
             f"within {seconds:g} s (config.parallel.join_timeout_s); start all of them, "
             "each with its own index",
             file=sys.stderr,
