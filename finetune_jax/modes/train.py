@@ -29,7 +29,7 @@ def main(config: Config, options: Options) -> int:
         with stop_on_signals(config.checkpoint.grace_s, advice) as stop:
             return _train(config, workdir, options, stop)
     finally:
-        if options.workdir is None:
+        if options.workdir is None and processes.is_first():
             with contextlib.suppress(OSError):
                 workdir.rmdir()  # Only an empty one: a run that was refused at once.
 

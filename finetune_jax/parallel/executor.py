@@ -166,7 +166,8 @@ class DeviceExecutor(Executor):
             key = name, tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if key not in self._evaluation:
                 over = self.devices.over_devices(step)
-                program = compiled(over, *arguments, batch)
+                with watch.doing("compiling", watch.LONG):
+                    program = compiled(over, *arguments, batch)
                 self._evaluation[key] = program.call
                 self.compile_s += program.compile_s
             return functools.partial(self._evaluation[key], *arguments, batch)

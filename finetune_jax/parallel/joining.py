@@ -87,15 +87,16 @@ def launch_of(
         own = tuple(int(part) for part in ids.split(",") if part.strip().isdigit())
     cluster = _of_cluster(environment, tpu)
     raise_if(problems)
+    if given["processes"] == 1 and not given["process"]:
+        return Launch(local_devices=own)
     missing = [key for key, value in given.items() if value is None]
-    if len(missing) == 3 or (len(missing) == 2 and cluster.started_by):
+    has_address_only = len(missing) == 2 and given["coordinator"] is not None
+    if len(missing) == 3 or (has_address_only and cluster.started_by):
         if own is None:
             own = cluster.local_devices
         # An address alone replaces that of the cluster, whose host names need not resolve.
         address = given["coordinator"]
         return dataclasses.replace(cluster, coordinator=address, local_devices=own)
-    if given["processes"] == 1 and not given["process"]:
-        return Launch(local_devices=own)
     if missing:
         raise UserError(
             *[Problem(f"config.parallel.{key}", "missing") for key in missing],
@@ -233,7 +234,7 @@ def join(asked: Any, launch: Launch) -> list[str]:
     if address and launch.processes is not None and launch.process is not None:
         who = launch.processes, launch.process
         address = meeting.meet(address, *who, asked.join_timeout_s)
-    with _ends_after(asked.join_timeout_s, launch):
+    with _ends_after(asked.join_timeout_s, launch, address):
         _initialize(
             address,
             launch.processes,
@@ -321,15 +322,15 @@ def _address_of(launch: Launch) -> str | None:
 
 
 @contextlib.contextmanager
-def _ends_after(seconds: float, launch: Launch) -> Iterator[None]:
+def _ends_after(seconds: float, launch: Launch, address: str | None) -> Iterator[None]:
     """Ends the process with a message if a block takes too long, before jax aborts it."""
 
     def end() -> None:
         print(
-            "error: config.parallel.processes: not all processes have joined this one, "
-            f"which was started by {launch.started_by}, "
-            f"within {seconds:g} s (config.parallel.join_timeout_s); start all of them, "
-            "each with its own index",
+            "error: config.parallel.processes: not all processes have joined, started by "
+            f"{launch.started_by}, within {seconds:g} s (config.parallel.join_timeout_s); "
+            f"all of them must reach {address or 'the first host'}: open the ports "
+            "between the hosts",
             file=sys.stderr,
             flush=True,
         )

@@ -90,6 +90,8 @@ def differing(name: str, values: dict[str, str]) -> list[str]:
         name: Name of the comparison, for messages.
         values: Digests or other short texts by what they are, such as 'config'.
     """
+    if count() == 1:
+        return []
     found = gathered(name, values)
     lines = []
     for what in dict.fromkeys(key for value in found for key in value):

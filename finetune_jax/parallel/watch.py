@@ -253,9 +253,10 @@ def ended(error: Exception, message: str | None, status: int) -> NoReturn:
         status: Exit status.
     """
     text = str(error)
-    if any(sign in text for sign in _SIGNS_OF_DEATH):
-        message = f"error: another process is gone, and left no message ({text[:120]})"
-        leave(status, message, own=False)
+    if message is None and any(sign in text for sign in _SIGNS_OF_DEATH):
+        if _told(_state().client, GRACE_S) is not None:
+            leave(status, "", own=False)
+        leave(status, f"error: another process is gone, and left no message ({text})")
     if message is None:
         traceback.print_exception(error)
         message = f"error: {type(error).__name__}: {text}"

@@ -28,6 +28,7 @@ from finetune_jax.core.errors import (
 )
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.metric_names import is_better
+from finetune_jax.core.pytrees import digest
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import weight_keys
 from finetune_jax.evaluation.diagnostics import open_domains
@@ -384,6 +385,10 @@ class _Population:
         folder = self._folder(number)
         processes.agreed(f"member {number:03d}", lambda: self._renew(number))
         start, _ = setup.start()
+        if processes.count() > 1:  # Some schemes run the model in each process.
+            values = {"initial state": digest(start)}
+            name = f"member {number:03d}"
+            raise_if(processes.differing(name, values), "The processes differ:")
         evaluator = make_evaluator(
             setup, start, self.domains, executor=self.executor, store=self.store
         )

@@ -42,6 +42,7 @@ from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes, whole
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.parallel import processes, watch
+from finetune_jax.parallel.exchange import on_first_process
 from finetune_jax.training.progress import Progress
 
 
@@ -104,6 +105,7 @@ class Checkpoints:
         self._keep = keep
         self._reloaded = reloaded
         self._start_leaves: dict[str, str] | None = None
+        self._loaded: TrainState | None = None
         self._is_shared = processes.count() > 1 and not read_only
         if not read_only:
             make = functools.partial(self.folder.mkdir, parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ class Checkpoints:
         """
         step = int(state.step)
         if self._is_shared:
-            state = _on_first_process(state)
+            state = on_first_process(state)
         what = f"saving checkpoint {step}"
         with watch.doing(what):
             processes.agreed(what, lambda: self._save(step, state, progress))
@@ -286,6 +288,13 @@ class Checkpoints:
         give_back_memory()
         return TrainState(**state)
 
+    def _reloaded_start(self) -> TrainState:
+        """Returns the state before the first update, with values of the weight file."""
+        assert self._reloaded is not None
+        if self._loaded is None:
+            self._loaded = self._reloaded.load()
+        return self._loaded
+
     def _elsewhere(
         self, step: int, meta: dict[str, Any], target: TrainState
     ) -> dict[str, Any]:
@@ -312,7 +321,7 @@ class Checkpoints:
                 raise DamagedCheckpoint(
                     f"checkpoint {step}: values of a weight file are not in it"
                 )
-            start = self._reloaded.load()
+            start = self._reloaded_start()
         leaves = named(dict(vars(start)))
         found = {name: leaves[name] for name in names}
         digests = leaf_digests(found)
@@ -349,10 +358,13 @@ class Checkpoints:
             return None
 
         if self._is_shared:
+            if self._reloaded is not None:  # By a program that all processes run.
+                self._reloaded_start()
             step = processes.agreed("the newest checkpoint", choose)
         else:
             step = choose()
         if step is None:
+            self._manager.reload()
             return None
         self._see(step)
         return found.get(step) or restored(step)
@@ -460,16 +472,6 @@ def delete_all_but(folder: pathlib.Path, steps: Collection[int]) -> None:
     for place in folder.iterdir():
         if place.name.isdigit() and int(place.name) not in {0, *steps}:
             shutil.rmtree(place)
-
-
-def _on_first_process(state: TrainState) -> TrainState:
-    """Returns a state on the host of process 0; the others get a state without leaves."""
-
-    def gathered(leaf: Any) -> np.ndarray | None:
-        found = whole(leaf)
-        return np.array(found) if processes.is_first() else None
-
-    return jax.tree.map(gathered, state)
 
 
 def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:

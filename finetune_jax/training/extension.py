@@ -252,6 +252,8 @@ def write(
     finally:
         checkpoints.close()
 
+    processes.wait_for_all("the first checkpoints")
+
     def move() -> None:
         # A kill before this leaves a run that has not begun.
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)

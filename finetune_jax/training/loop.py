@@ -167,6 +167,8 @@ class Loop:
             )
             start = updates.step
             stopped = self.stop.agreed()
+            if updates.step == end:  # The answer is that to the call before.
+                stopped = self.stop.agreed() or stopped
             if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
                 if stopped:

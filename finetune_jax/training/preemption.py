@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from finetune_jax.parallel import processes, watch
-from finetune_jax.parallel.any_process import AnyProcess
+from finetune_jax.parallel.exchange import AnyProcess
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STATUS = 75

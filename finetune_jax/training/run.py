@@ -147,6 +147,7 @@ def check_processes(setup: Setup, inputs: dict[str, Any], start: TrainState) -> 
         "code": code_digest(),
         "packages": text_digest(json.dumps(package_versions())),
         "XLA flags": os.environ.get("XLA_FLAGS", ""),
+        "NPROC": os.environ.get("NPROC", ""),
         **{key: text_digest(json.dumps(inputs[key])) for key in inputs},
         "initial state": digest(start),
     }

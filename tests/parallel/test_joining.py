@@ -69,6 +69,10 @@ def test_clusters_are_recognised():
     address = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}
     assert launch_of(asked(), SLURM | address).coordinator == "10.0.0.1:1234"
     assert launch_of(asked(), SLURM | {"SLURM_NTASKS": "1"}).is_alone
+    # Tasks that are runs of their own.
+    assert launch_of(asked(processes=1), SLURM).is_alone
+    with pytest.raises(UserError, match="config.parallel.coordinator: missing"):
+        launch_of(asked(processes=2), SLURM)
 
 
 def test_a_shell_on_a_node_of_a_job_is_alone_and_says_so():

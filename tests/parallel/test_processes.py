@@ -81,7 +81,7 @@ def inputs_of(name, folder):
         pytest.param("resnet", FSDP, ((1, 4), (2, 2), (4, 1)), id="resnet-fsdp"),
     ],
 )
-@pytest.mark.ci_runs("fsdp", "prefix", "bert")
+@pytest.mark.ci_runs("fsdp")
 def test_the_number_of_processes_changes_no_bit(name, more, layouts, tmp_path):
     data = inputs_of(name, tmp_path)
     found = []
@@ -105,6 +105,7 @@ def wait_for(job, condition):
         time.sleep(0.02)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_stopped_or_killed_goes_on_with_the_same_bits(tmp_path):
     """A signal to one process, a kill of each, then one process instead of two."""
     alone, workdir = tmp_path / "alone", tmp_path / "run"
@@ -233,6 +234,7 @@ def test_a_process_that_fails_or_hangs_ends_all(how, told, tmp_path):
     assert statuses[0] == 1 and (statuses[1] == 1 or how == "stops")
 
 
+@pytest.mark.exhaustive
 def test_processes_with_different_configs_name_each_other(tmp_path):
     status, outputs, _ = odd("--config.seed=1", tmp_path / "run")
     assert status == 2

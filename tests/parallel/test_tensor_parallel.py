@@ -57,7 +57,7 @@ def test_a_vit_over_all_three_axes_is_trained_as_on_one_device(small_vit):
         assert_same_training(task, steps, fsdp=2, model=2, sharding=rules)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bert_over_four_devices_of_model_is_trained_as_on_one_device(tmp_path):
     folder = texts.write(tmp_path)
     with jax.enable_x64(True):

@@ -60,6 +60,8 @@ class Guard:
             NotFinite: The policy is 'stop', or there were more than `limit`.
         """
         place = self._keep(record, progress.anchor)
+        # The others might end the run before process 0 has written all.
+        processes.wait_for_all("the update that is not finite")
         progress.nonfinite += 1
         norms = record.metrics[NORMS]["gradient"]
         found = (

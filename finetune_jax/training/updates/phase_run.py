@@ -68,7 +68,9 @@ class PhaseRun:
         watch.begins(f"update {self.step + call.updates}", watch.WAITING)
         placed, metrics = program(placed, *rest)
         if self.update_log.read():
-            placed, metrics = program(self.roll_back(self.step), *rest)
+            with watch.doing("going back to a checkpoint", watch.LONG):
+                before = self.roll_back(self.step)
+            placed, metrics = program(before, *rest)
         self.update_log.add(
             CallMetrics(
                 step=self.step,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.core.errors import Problem, TrainingError, UserError
-from finetune_jax.core.pytrees import like, named, nbytes
+from finetune_jax.core.pytrees import digest, like, named, nbytes
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.data.dataset import Dataset, unaugmented
 from finetune_jax.evaluation.evaluator import Evaluator
@@ -20,6 +20,7 @@ from finetune_jax.features.cache import Features, FrozenPrefix
 from finetune_jax.models.modes import EVALUATION
 from finetune_jax.optim.optimizer import decays
 from finetune_jax.optim.penalty_path import Fit, ProbeOptions, minimise
+from finetune_jax.parallel import processes
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.tasks.objectives.metrics import replaces
 from finetune_jax.tasks.task import StepContext, Task
@@ -141,6 +142,13 @@ class ProbeRun:
             raise TrainingError(
                 f"Phase {name!r}: the loss of the fit is {fits[-1].loss}; look for inputs "
                 "or weights that are not finite."
+            )
+        # Every process computes the fit by itself.
+        fit = {"fit of the probe": digest(dict(fits[-1].leaves))}
+        if lines := processes.differing("fit of the probe", fit):
+            raise TrainingError(
+                f"Phase {name!r}: {lines[0]}; processes on different hardware compute "
+                "different bits. Use one process, or head_only()."
             )
         self.say(told)
         self.step += 1

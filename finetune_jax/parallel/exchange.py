@@ -1,9 +1,14 @@
-"""Tells in every call whether any process of a run has said yes."""
+"""Arrays that processes exchange: a flag of each in every call, and whole states."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from finetune_jax.core.pytrees import whole
+from finetune_jax.parallel import processes
 
 
 class AnyProcess:
@@ -31,3 +36,16 @@ class AnyProcess:
         )
         before, self._before = self._before, self._sum(flags)
         return before is not None and bool(before.addressable_data(0))
+
+
+def on_first_process(tree: Any) -> Any:
+    """Returns a tree on the host of process 0; the others get one without leaves.
+
+    Leaves are gathered one at a time. All processes call it.
+    """
+
+    def gathered(leaf: Any) -> np.ndarray | None:
+        found = whole(leaf)
+        return np.array(found) if processes.is_first() else None
+
+    return jax.tree.map(gathered, tree)
