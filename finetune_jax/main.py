@@ -177,7 +177,7 @@ def run(arguments: Sequence[str]) -> int:
     config = resolved_config(
         flags.config, workdir, overrides, reproduces=reproduces, extend=extend
     )
-    pin_environment(config, origin(config, workdir))
+    pin_environment(origin(config, workdir), config.deterministic, config.parallel)
     quiet_libraries()
     set_precision(config.precision)
     config = joined(config, flags.mode)

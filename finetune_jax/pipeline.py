@@ -48,7 +48,7 @@ def pipeline(
     folder = user_path(workdir, "pipeline")
     pairs = [(keys[name], str(value)) for name, value in overrides.items()]
     config = resolved_config("", folder, pairs)
-    pin_environment(config, folder)
+    pin_environment(folder, config.deterministic, config.parallel)
     wide = config.precision == "float64"
     with jax.enable_x64(wide):
         return Pipeline(open_predictor(config, folder), wide=wide)

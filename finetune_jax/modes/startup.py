@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
@@ -79,7 +80,9 @@ def resolved_config(
     return config
 
 
-def pin_environment(config: Config, workdir: pathlib.Path | None) -> None:
+def pin_environment(
+    workdir: pathlib.Path | None, deterministic: bool, parallel: Any = None
+) -> None:
     """Sets NPROC, XLA_FLAGS and the folder of compiled programs before jax starts.
 
     A run that is resumed gets NPROC and XLA_FLAGS from its manifest: XLA divides
@@ -87,8 +90,10 @@ def pin_environment(config: Config, workdir: pathlib.Path | None) -> None:
     process also gets as many CPU devices as the processes of the run had together.
 
     Args:
-        config: Resolved config.
         workdir: Workdir of the run.
+        deterministic: Whether a GPU gives the same bits again; without autotuning and
+            atomic additions it is slower.
+        parallel: Section `config.parallel`; None leaves the number of devices.
     """
     manifest = (read_manifest(workdir) if workdir else None) or {}
     threads = str(manifest.get("nproc") or "")
@@ -100,14 +105,13 @@ def pin_environment(config: Config, workdir: pathlib.Path | None) -> None:
     if "XLA_FLAGS" not in os.environ:
         flags = str(manifest.get("xla_flags") or "").split()
         flags = [flag for flag in flags if not flag.startswith(VIRTUAL_DEVICES)]
-    is_alone = joining.launch_of(config.parallel, os.environ, tpu=False).is_alone
     devices = manifest.get("device_count", 1)
-    if manifest.get("backend") == "cpu" and is_alone and devices > 1:
-        if not any(flag.startswith(VIRTUAL_DEVICES) for flag in flags):
+    if parallel is not None and manifest.get("backend") == "cpu" and devices > 1:
+        is_set = any(flag.startswith(VIRTUAL_DEVICES) for flag in flags)
+        launch = joining.launch_of(parallel, os.environ, tpu=False)
+        if launch.is_alone and not is_set:
             os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
-    # A GPU that is to give the same bits again is slower without autotuning and atomic
-    # additions.
-    if config.deterministic:
+    if deterministic:
         flags += [flag for flag in DETERMINISTIC if flag not in flags]
     if flags:
         os.environ["XLA_FLAGS"] = " ".join(flags)

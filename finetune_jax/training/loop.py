@@ -166,9 +166,7 @@ class Loop:
                 compile_s=self.clock.compile_s,
             )
             start = updates.step
-            stopped = self.stop.agreed()
-            if updates.step == end:  # The answer is that to the call before.
-                stopped = self.stop.agreed() or stopped
+            stopped = self.stop.agreed(is_last=updates.step == end)
             if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
                 if stopped:

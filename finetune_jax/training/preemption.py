@@ -35,17 +35,21 @@ class Stop:
         """Returns whether this process was asked to stop."""
         return self._asked.is_set()
 
-    def agreed(self) -> bool:
+    def agreed(self, *, is_last: bool = False) -> bool:
         """Returns whether the run is to stop now.
 
         With several processes all of them get the same answer in the same call, and a
-        request to any of them counts.
+        request to any of them counts, one call later.
+
+        Args:
+            is_last: Whether requests count in this call, since no other follows soon.
         """
         if processes.count() == 1:
             return self.asked()
         if self._any_process is None:
             self._any_process = AnyProcess()
-        return self._any_process(self.asked())
+        asked = self._any_process(self.asked())
+        return self._any_process(self.asked()) or asked if is_last else asked
 
 
 @contextlib.contextmanager

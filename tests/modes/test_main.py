@@ -196,22 +196,15 @@ def test_the_plan_says_what_it_needs_where_the_data_is_not_there():
     assert "config.data.channels" in message and "config.model.classes" in message
 
 
-def given(**changes):
-    """Returns a config."""
-    config = configs.default()
-    config.update(changes)
-    return configs.resolve(config, [])[0]
-
-
 def test_host_threads_are_those_of_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "7")
-    startup.pin_environment(given(), None)
+    startup.pin_environment(None, False)
     assert os.environ["NPROC"] == "7"
     (tmp_path / "manifest.json").write_text('{"nproc": "3"}')
-    startup.pin_environment(given(), tmp_path)
+    startup.pin_environment(tmp_path, False)
     assert os.environ["NPROC"] == "3"
     monkeypatch.delenv("NPROC")
-    startup.pin_environment(given(), None)
+    startup.pin_environment(None, False)
     assert int(os.environ["NPROC"]) == len(os.sched_getaffinity(0))
 
 
@@ -220,16 +213,17 @@ def test_flags_of_xla_are_those_of_the_manifest_and_deterministic_ones(
 ):
     monkeypatch.delenv("XLA_FLAGS")
     (tmp_path / "manifest.json").write_text('{"xla_flags": "--xla_cpu_foo=1"}')
-    startup.pin_environment(given(), tmp_path)
+    startup.pin_environment(tmp_path, False)
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_foo=1"
-    startup.pin_environment(given(deterministic=True), tmp_path)
+    startup.pin_environment(tmp_path, True)
     flags = os.environ["XLA_FLAGS"].split()
     assert flags == ["--xla_cpu_foo=1", *startup.DETERMINISTIC]
-    startup.pin_environment(given(deterministic=True), tmp_path)
+    startup.pin_environment(tmp_path, True)
     assert os.environ["XLA_FLAGS"].split() == flags
 
 
 def test_one_process_has_the_cpu_devices_of_all_that_the_run_had(tmp_path, monkeypatch):
+    parallel = configs.resolve(configs.default(), [])[0].parallel
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     about = {
@@ -241,8 +235,8 @@ def test_one_process_has_the_cpu_devices_of_all_that_the_run_had(tmp_path, monke
         for name, value in (("COORDINATOR_ADDRESS", "h:1"), ("NUM_PROCESSES", "2"),
                             ("PROCESS_ID", "0")):  # fmt: skip
             several.setenv(f"JAX_{name}", value)
-        startup.pin_environment(given(), tmp_path)
+        startup.pin_environment(tmp_path, False, parallel)
         assert "JAX_NUM_CPU_DEVICES" not in os.environ
         assert os.environ["XLA_FLAGS"] == "--xla_a=1"
-    startup.pin_environment(given(), tmp_path)
+    startup.pin_environment(tmp_path, False, parallel)
     assert os.environ.pop("JAX_NUM_CPU_DEVICES") == "4"

@@ -77,8 +77,8 @@ def calls(monkeypatch):
     counts = collections.Counter()
     compiled = finetune_jax.parallel.compiling.compiled
 
-    def counted(jitted, *arguments):
-        program = compiled(jitted, *arguments)
+    def counted(jitted, *arguments, **options):
+        program = compiled(jitted, *arguments, **options)
 
         def call(*given):
             counts["calls"] += 1
