@@ -18,7 +18,8 @@ JOINT = (
 
 
 def resnet(config):
-    """BatchNorm moves, dropout in the head, two micro-batches, phases of both kinds."""
+    """BatchNorm moves, dropout in the head, two micro-batches, examples of any weight."""
+    config.task.class_weights = "balanced"
     config.data.update(name="digits", validation="validation", test="test")
     config.data.update(image_size=16, batch_size=16, augment=(("pad_crop", 2),))
     config.model.name = "resnet20"

@@ -4,6 +4,9 @@ import dataclasses
 
 from finetune_jax.config.fields import Section, key
 
+# Keys that say how a process was started, not what it computes.
+LAUNCH = ("coordinator", "processes", "process", "local_devices")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Section):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import ml_collections
 
 from finetune_jax.config.fields import Section, key, section
-from finetune_jax.config.parallel import Parallel
+from finetune_jax.config.parallel import LAUNCH, Parallel
 from finetune_jax.config.phase import Phase
 from finetune_jax.core import registry
 from finetune_jax.core.errors import Problem, collected
@@ -16,9 +16,9 @@ from finetune_jax.core.errors import Problem, collected
 NO_RESULT_DEPENDS_ON = (
     "report", "checkpoint.keep", "checkpoint.best_only", "checkpoint.grace_s",
     "data.memory_gb", "data.cache", "data.cache_gb", "data.cache_dir",
-    "parallel.steps_per_call", "parallel.coordinator", "parallel.processes",
-    "parallel.process", "parallel.local_devices", "parallel.join_timeout_s",
-    "parallel.hang_timeout_s", "parallel.work_timeout_s", "plugins",
+    "parallel.steps_per_call", *(f"parallel.{key}" for key in LAUNCH),
+    "parallel.join_timeout_s", "parallel.hang_timeout_s", "parallel.work_timeout_s",
+    "plugins",
 )  # fmt: skip
 # Doubtful weights that `init.accept` allows: integers, floats of 8 bits, numbers that are
 # not finite, and a kept head of other classes.

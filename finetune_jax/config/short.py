@@ -3,6 +3,7 @@
 import math
 import re
 
+from finetune_jax.config.parallel import LAUNCH
 from finetune_jax.config.schema import Config
 
 STEPS = 10
@@ -11,8 +12,6 @@ EXAMPLES = 256
 LEAST_BATCH, EVALUATION_BATCH = 8, 32
 # The most virtual devices that the processes of a short run have together.
 MOST_DEVICES = 8
-# Where the processes of a run are; those of a short run are on one machine.
-_PLACES = ("coordinator", "processes", "process", "local_devices")
 
 
 def device_count(config: Config) -> int:
@@ -51,7 +50,7 @@ def short_overrides(
         found["evaluate.cka"] = min(config.evaluate.cka, EXAMPLES)
     if devices % (config.parallel.fsdp * config.parallel.model):
         found |= {"parallel.fsdp": devices, "parallel.model": 1}
-    found |= {f"parallel.{name}": None for name in _PLACES if name in config.parallel}
+    found |= {f"parallel.{name}": None for name in LAUNCH}  # It is on one machine.
     for index, phase in enumerate(config.plan):
         steps = min(phase.steps or STEPS, STEPS)
         found[f"plan[{index}].steps"] = steps

@@ -157,7 +157,11 @@ def main(config: Config, options: Options) -> int:
     for small in (True, False):
         job, saves = drill.undisturbed(small=small)
         if job.status() != 2:
-            break  # Otherwise the config may need all of its data.
+            break
+        if small:
+            print(
+                f"{job.output(0).strip()}\nonce more with all of the data:", flush=True
+            )
     if job.status():
         print(job.output(0), file=sys.stderr)
         return job.status()

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
+from finetune_jax.config.parallel import LAUNCH
 from finetune_jax.core.errors import UserError, collected, raise_if
 from finetune_jax.core.machine import free_at_once, keep_programs
 from finetune_jax.parallel import joining
@@ -24,9 +25,6 @@ from finetune_jax.report.workdir import (
 TOGETHER = ("train",)
 # Modes in which one process with several devices has the bits of several processes.
 JOINS_ITSELF = ("train", "reproduce")
-# Keys of `config.parallel` that say how a process was started, not what it computes.
-LAUNCH = ("coordinator", "processes", "process", "local_devices")
-VIRTUAL_DEVICES = "--xla_force_host_platform_device_count="
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
 
@@ -104,13 +102,14 @@ def pin_environment(
     flags = os.environ.get("XLA_FLAGS", "").split()
     if "XLA_FLAGS" not in os.environ:
         flags = str(manifest.get("xla_flags") or "").split()
-        flags = [flag for flag in flags if not flag.startswith(VIRTUAL_DEVICES)]
+        flags = [flag for flag in flags if not flag.startswith(joining.VIRTUAL_DEVICES)]
     devices = manifest.get("device_count", 1)
     if parallel is not None and manifest.get("backend") == "cpu" and devices > 1:
-        is_set = any(flag.startswith(VIRTUAL_DEVICES) for flag in flags)
+        is_set = any(flag.startswith(joining.VIRTUAL_DEVICES) for flag in flags)
         launch = joining.launch_of(parallel, os.environ, tpu=False)
-        if launch.is_alone and not is_set:
-            os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
+        if launch.is_alone and not is_set and "JAX_NUM_CPU_DEVICES" not in os.environ:
+            os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+            print(f"the CPU is divided into {devices} devices, as many as the run had")
     if deterministic:
         flags += [flag for flag in DETERMINISTIC if flag not in flags]
     if flags:

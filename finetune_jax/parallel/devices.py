@@ -90,6 +90,15 @@ class Devices(abc.ABC):
         """Whether no process has all of a state."""
         return False
 
+    def unused(self, params: Any) -> dict[str, int]:
+        """Returns the sizes of the axes 'fsdp' and 'model' that divide no parameter.
+
+        Args:
+            params: Parameters, or their shapes.
+        """
+        del params
+        return {}
+
     def jit_at_rest(self, function: Callable, *, options: Any = None) -> Callable:
         """Returns a jitted function whose results are at rest; see `at_rest`.
 

@@ -19,6 +19,7 @@ SLURM = (
     "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
     "SLURM_LOCALID",
 )  # fmt: skip
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count="
 # Seconds after the limit of joining in which jax would end the process by a signal.
 _JAX_LATER_S = 60
 
@@ -84,7 +85,12 @@ def launch_of(
     }
     own = asked.local_devices
     if own is None and (ids := environment.get("JAX_LOCAL_DEVICE_IDS")):
-        own = tuple(int(part) for part in ids.split(",") if part.strip().isdigit())
+        parts = [part.strip() for part in ids.split(",")]
+        if all(part.isdigit() for part in parts):
+            own = tuple(map(int, parts))
+        else:
+            text = f"{ids!r}; numbers with commas between them are needed"
+            problems.append(Problem("JAX_LOCAL_DEVICE_IDS", text))
     cluster = _of_cluster(environment, tpu)
     raise_if(problems)
     if given["processes"] == 1 and not given["process"]:
@@ -141,7 +147,26 @@ def _of_cluster(environment: Mapping[str, str], tpu: bool) -> Launch:
         processes=int(count),
         process=int(environment[index]),
         local_devices=gpus_of_task(int(local), int(tasks or 1), environment),
+        notes=_gpu_notes(name, tasks, environment),
     )
+
+
+def _gpu_notes(
+    name: str, tasks: str | None, environment: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Returns lines about GPUs whose division among the tasks of a node is doubtful."""
+    key, count = "config.parallel.local_devices", _visible_gpus(environment)
+    if count and tasks is None:
+        return (
+            f"{name} does not say how many tasks this node has: each one takes all GPUs "
+            f"that it sees, unless {key} is set",
+        )
+    if count > int(tasks or 1) and count % int(tasks or 1):
+        rest = count % int(tasks or 1)
+        return (
+            f"{tasks} tasks leave {rest} of {count} GPUs of this node idle; see {key}",
+        )
+    return ()
 
 
 def _tasks_of_node(text: str | None, node: int) -> str | None:
@@ -180,11 +205,7 @@ def gpus_of_task(
         tasks: Number of tasks on the node.
         environment: Environment variables.
     """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        count = len([part for part in visible.split(",") if part.strip()])
-    else:
-        count = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+    count = _visible_gpus(environment)
     if count == 0:
         return None
     bound = {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"} & environment.keys()
@@ -194,11 +215,21 @@ def gpus_of_task(
     return tuple(range(count))
 
 
+def _visible_gpus(environment: Mapping[str, str]) -> int:
+    """Returns the number of GPUs that this process sees."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip()])
+    return len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+
+
 def virtual_cpu_devices(environment: Mapping[str, str]) -> int:
     """Returns the number of devices that the CPU is divided into."""
-    flags = environment.get("XLA_FLAGS", "")
-    found = re.search(r"--xla_force_host_platform_device_count=(\d+)", flags)
-    return int(environment.get("JAX_NUM_CPU_DEVICES") or (found[1] if found else 1))
+    found = re.search(rf"{VIRTUAL_DEVICES}(\d+)", environment.get("XLA_FLAGS", ""))
+    given = environment.get("JAX_NUM_CPU_DEVICES") or (found[1] if found else "1")
+    if not given.isdigit():
+        raise UserError(Problem("JAX_NUM_CPU_DEVICES", f"{given!r} is no number"))
+    return int(given)
 
 
 def join(asked: Any, launch: Launch) -> list[str]:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from finetune_jax.parallel.joining import VIRTUAL_DEVICES
+
 PROGRAM = (sys.executable, "-m", "finetune_jax.main")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Exit status of a run that was stopped by a signal and has saved.
@@ -248,7 +250,6 @@ def _environment(
     if devices is None:
         return found | {"JAX_LOCAL_DEVICE_IDS": str(index)}
     # jax accepts one way only to set the number of virtual devices.
-    virtual = r"--xla_force_host_platform_device_count=\d+"
-    flags = re.sub(virtual, "", found.pop("XLA_FLAGS", "")).strip()
+    flags = re.sub(rf"{VIRTUAL_DEVICES}\d+", "", found.pop("XLA_FLAGS", "")).strip()
     found |= {"XLA_FLAGS": flags} if flags else {}
     return found | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}

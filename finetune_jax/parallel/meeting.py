@@ -53,7 +53,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> str:
         place = f"[{host}]" if ":" in host else host
         found = f"{place}:{free_port(family)}"
         for guest in guests.values():
-            guest.sendall(json.dumps({"address": found}).encode() + b"\n")
+            _tell(guest, {"address": found})
     return found
 
 
@@ -85,19 +85,19 @@ def _guests(
                 _tell(waiting, {"error": f"config.parallel.processes: {text}"})
             raise UserError(Problem("config.parallel.processes", text)) from error
         hello = _line(guest, HELLO_S)
-        wrong = None
         if hello is None:
             continue  # A scanner of ports, or a process that has been killed.
+        wrong, index = None, int(hello.get("index") or 0)
         if hello.get("count") != count:
             wrong = f"process 0 waits for {count} processes, not {hello.get('count')}"
-        elif hello["index"] in guests:
-            wrong = f"process {hello['index']} has come already"
-        elif not 0 < hello["index"] < count:
-            wrong = f"{hello['index']} is no index of {count} processes"
+        elif not 0 < index < count:
+            wrong = f"{index} is no index of {count} processes"
+        elif index in guests:
+            wrong = f"process {index} has come already"
         if wrong is not None:
             _tell(guest, {"error": f"{KEY}: {wrong}; another run may use the address"})
             continue
-        guests[hello["index"]] = guest
+        guests[index] = guest
     return guests
 
 
@@ -146,7 +146,8 @@ def _line(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
             found = json.loads(file.readline(10_000))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    is_known = isinstance(found, dict) and type(found.get("index", 0)) is int
+    return found if is_known else None
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from finetune_jax.core.pytrees import leaf_digest, name_of, whole
 from finetune_jax.parallel.activations import divided_by_example
 from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
-from finetune_jax.parallel.sharding import DATA, FSDP, Sharding
+from finetune_jax.parallel.sharding import DATA, FSDP, MODEL, Sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,13 @@ class MeshDevices(Devices):
     def divides_state(self) -> bool:
         """Whether no process has all of a state."""
         return self.spans_processes and self.mesh.size > self.mesh.shape[DATA]
+
+    def unused(self, params: Any) -> dict[str, int]:
+        """Returns the sizes of the axes 'fsdp' and 'model' that divide no parameter."""
+        specs = [sharding.spec for sharding in jax.tree.leaves(self.shardings(params))]
+        used = {axis for spec in specs for axis in spec}
+        sizes = {axis: self.mesh.shape[axis] for axis in (FSDP, MODEL)}
+        return {axis: n for axis, n in sizes.items() if n > 1 and axis not in used}
 
     def jit_at_rest(self, function: Callable, *, options: Any = None) -> Callable:
         """Returns a jitted function whose results are at rest.

@@ -7,12 +7,11 @@ store of jax's coordinator, which is process 0. The module does not import jax, 
 environment variables that are set before.
 """
 
-import contextlib
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune_jax.parallel import watch
@@ -118,7 +117,7 @@ def _tell(key: str, name: str, value: Any) -> None:
 def _heard(key: str, name: str, sender: int) -> Any:
     """Returns the value that a process has told, once it has."""
     client = joined().client
-    with waiting(f"waiting for process {sender}: {name}"):
+    with watch.doing(f"waiting for process {sender}: {name}", watch.WAITING):
         while True:
             began = time.monotonic()
             try:
@@ -134,10 +133,3 @@ def _heard(key: str, name: str, sender: int) -> Any:
             f"process {sender} is at {found['name']!r}, process {index()} at {name!r}"
         )
     return found["value"]
-
-
-@contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Marks a block in which this process waits for others."""
-    with watch.doing(what, watch.WAITING):
-        yield

@@ -38,9 +38,15 @@ def overview(setup: Setup, loaded: Loaded, notes: Sequence[str] = ()) -> list[st
 
 
 def plan_warnings(setup: Setup) -> list[str]:
-    """Returns a line for every phase of so few updates that it can hardly learn."""
+    """Returns lines for phases of few updates, and for devices that divide nothing."""
     examples, size = setup.data.spec.train_examples, setup.config.data.batch_size
-    return [
+    unused = [
+        f"config.parallel.{axis}: {number}, but config.parallel.sharding divides no "
+        f"parameter over {axis!r}, so each of these devices has all of them; 'fsdp' "
+        "divides arrays of at least config.parallel.fsdp_min_mb"
+        for axis, number in setup.devices.unused(setup.shapes.params).items()
+    ]
+    return unused + [
         f"config.plan[{index}], phase {phase.name!r}: {phase.steps:,} "
         f"update{'' if phase.steps == 1 else 's'} of {size:,} of {examples:,} examples; "
         "more epochs or a smaller config.data.batch_size train longer"

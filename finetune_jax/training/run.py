@@ -279,27 +279,22 @@ def record(
         inputs: Fingerprints from `inputs_of`.
         told: Lines from `tell`, and other entries of the manifest.
     """
-    processes.agreed("the manifest", lambda: _record(workdir, setup, inputs, told))
-
-
-def _record(
-    workdir: pathlib.Path,
-    setup: Setup,
-    inputs: dict[str, Any],
-    told: dict[str, Any],
-) -> None:
     config = setup.config
-    if check_same_run(workdir, config):
-        check_same_inputs(workdir, inputs)
-        return
-    looks, plain = setup.data.spec.to_json(), json.loads(configs.to_json(config))
-    manifest = make_manifest(config=plain, data=looks, **inputs)
-    plugins.record(config.plugins, workdir)
-    write_json(workdir / "manifest.json", manifest | told)
-    write_text(workdir / "config.json", configs.to_json(config))
-    for name, text in setup.data.files().items():
-        write_text(workdir / name, text)
-    kind_named(setup.data.spec.kind).save(workdir, setup.data.fitted)
+
+    def write() -> None:
+        if check_same_run(workdir, config):
+            check_same_inputs(workdir, inputs)
+            return
+        looks, plain = setup.data.spec.to_json(), json.loads(configs.to_json(config))
+        manifest = make_manifest(config=plain, data=looks, **inputs)
+        plugins.record(config.plugins, workdir)
+        write_json(workdir / "manifest.json", manifest | told)
+        write_text(workdir / "config.json", configs.to_json(config))
+        for name, text in setup.data.files().items():
+            write_text(workdir / name, text)
+        kind_named(setup.data.spec.kind).save(workdir, setup.data.fitted)
+
+    processes.agreed("the manifest", write)
 
 
 def _resumed(

@@ -16,8 +16,8 @@ import texts
 from recording import Recording
 
 from finetune_jax import config as configs
+from finetune_jax.config.parallel import LAUNCH
 from finetune_jax.models import efficientnet_lite, resnet_cifar, vgg, vit
-from finetune_jax.modes.startup import LAUNCH
 from finetune_jax.plans.phase import Phase
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup

@@ -8,7 +8,12 @@ import pytest
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.parallel import meeting
-from finetune_jax.parallel.joining import Launch, gpus_of_task, launch_of
+from finetune_jax.parallel.joining import (
+    Launch,
+    gpus_of_task,
+    launch_of,
+    virtual_cpu_devices,
+)
 from finetune_jax.parallel.meeting import meet
 
 NOTHING = {
@@ -94,6 +99,23 @@ def test_a_shell_on_a_node_of_a_job_is_alone_and_says_so():
 )
 def test_a_task_gets_its_share_of_the_gpus(local, tasks, environment, wanted):
     assert gpus_of_task(local, tasks, environment) == wanted
+
+
+def test_idle_gpus_and_unknown_tasks_are_told():
+    three = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,3"} | GPUS
+    (note,) = launch_of(asked(), three).notes
+    assert "3 tasks leave 2 of 8 GPUs of this node idle" in note
+    del three["SLURM_STEP_TASKS_PER_NODE"]
+    (note,) = launch_of(asked(), three).notes
+    assert "does not say how many tasks this node has" in note
+    assert launch_of(asked(), SLURM | GPUS).notes == ()
+
+
+def test_ids_and_counts_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS: '0,x'"):
+        launch_of(asked(), SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,x"})
+    with pytest.raises(UserError, match="JAX_NUM_CPU_DEVICES: 'two'"):
+        virtual_cpu_devices({"JAX_NUM_CPU_DEVICES": "two"})
 
 
 def test_given_devices_replace_the_share():

@@ -159,3 +159,19 @@ def test_config_files_can_import_the_rules_before_jax_starts():
     )
     run = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "parallel, unused",
+    [
+        (dict(fsdp=4, fsdp_min_mb=4.0), {"fsdp": 4}),
+        (dict(fsdp=4), {}),
+        (dict(fsdp=2, model=2), {"model": 2}),
+        (dict(model=4, sharding=((KERNEL, (None, "model")),)), {}),
+        (dict(), {}),
+    ],
+)
+def test_axes_that_divide_no_parameter_are_found(parallel, unused):
+    params = shapes(PARAMS)
+    devices = make_devices(asked(devices=8, **parallel))
+    assert for_parameters(devices, params, {}).unused(params) == unused
