@@ -148,7 +148,12 @@ TOGETHER = [
     "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 4))]
 )
 def test_plan_and_train_refuse_the_same_configs(part, monkeypatch, tmp_path):
-    here = [case for case in cases() if case[0] in ("iris_mlp", "resnet_head")]
+    # Only a plan compiles for a topology, and needs a compiler for it.
+    here = [
+        case
+        for case in cases()
+        if case[0] in ("iris_mlp", "resnet_head") and case[1] != "parallel.topology"
+    ]
     chosen = here[part * 30 : part * 30 + 30] + (TOGETHER if part == 0 else [])
     refused = 0
     for number, case in enumerate(chosen):
