@@ -155,7 +155,7 @@ def _gpu_notes(
     name: str, tasks: str | None, environment: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Returns lines about GPUs whose division among the tasks of a node is doubtful."""
-    key, count = "config.parallel.local_devices", _visible_gpus(environment)
+    key, count = "config.parallel.local_devices", len(visible_gpus(environment))
     if count and tasks is None:
         return (
             f"{name} does not say how many tasks this node has: each one takes all GPUs "
@@ -205,7 +205,7 @@ def gpus_of_task(
         tasks: Number of tasks on the node.
         environment: Environment variables.
     """
-    count = _visible_gpus(environment)
+    count = len(visible_gpus(environment))
     if count == 0:
         return None
     bound = {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"} & environment.keys()
@@ -215,12 +215,18 @@ def gpus_of_task(
     return tuple(range(count))
 
 
-def _visible_gpus(environment: Mapping[str, str]) -> int:
-    """Returns the number of GPUs that this process sees."""
+def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the GPUs that a process sees, as they stand in CUDA_VISIBLE_DEVICES.
+
+    >>> visible_gpus({"CUDA_VISIBLE_DEVICES": "2, 3"})
+    ('2', '3')
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip()])
-    return len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        count = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+        return tuple(map(str, range(count)))
+    ids = tuple(part.strip() for part in visible.split(",") if part.strip())
+    return ids[: ids.index("-1")] if "-1" in ids else ids  # CUDA ignores the rest.
 
 
 def virtual_cpu_devices(environment: Mapping[str, str]) -> int:

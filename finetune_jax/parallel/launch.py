@@ -165,6 +165,7 @@ def start(
     program: Sequence[str] = PROGRAM,
     grace_s: float = GRACE_S,
     echo: bool = False,
+    prefix: str = "",
 ) -> Iterator[Job]:
     """Yields the running processes of one run on this machine; ends them at the end.
 
@@ -180,13 +181,14 @@ def start(
         grace_s: Seconds that processes may outlive one that failed.
         echo: Whether to print the output; lines of processes other than 0 begin with
             their index, as in `[1] `.
+        prefix: Printed before each line.
     """
     job = Job(grace_s)
     bound = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid())]
     with free_port() as port, contextlib.closing(job):
         for index in range(processes):
             # A terminal gets the progress bar; in a file lines would mix.
-            inherits = echo and index == 0 and sys.stdout.isatty()
+            inherits = echo and not (index or prefix) and sys.stdout.isatty()
             process = subprocess.Popen(
                 [*bound, *program, *arguments],
                 env=_environment(index, port, processes, devices) | dict(env or {}),
@@ -198,8 +200,8 @@ def start(
                 text=True,
                 errors="backslashreplace",
             )
-            prefix = f"[{index}] " if index else ""
-            job.add(process, prefix if echo else None)
+            begin = f"{prefix}[{index}] " if index else prefix
+            job.add(process, begin if echo else None)
         yield job
 
 
@@ -248,7 +250,8 @@ def _environment(
         "PYTHONUNBUFFERED": "1",
     }
     if devices is None:
-        return found | {"JAX_LOCAL_DEVICE_IDS": str(index)}
+        # One process has all of them.
+        return found | ({"JAX_LOCAL_DEVICE_IDS": str(index)} if processes > 1 else {})
     # jax accepts one way only to set the number of virtual devices.
     flags = re.sub(rf"{VIRTUAL_DEVICES}\d+", "", found.pop("XLA_FLAGS", "")).strip()
     found |= {"XLA_FLAGS": flags} if flags else {}
