@@ -169,7 +169,8 @@ class Loop:
             stopped = self.stop.agreed(is_last=updates.step == end)
             if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
-                if stopped:
+                more = last is None or self.progress.phase + 1 < len(self.setup.plan)
+                if stopped or (more and self.stop.is_pruned()):
                     raise Preempted(f"stopped and saved at step {start}")
                 if last is not None:
                     self.terminal.end_phase()

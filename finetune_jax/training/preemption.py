@@ -19,11 +19,14 @@ class Stop:
 
     Attributes:
         at_risk: Whether updates were made that no checkpoint contains yet.
+        judge: Returns whether the values measured so far end the run early, as in a search;
+            None never does. Process 0 calls it, after each evaluation but the last.
     """
 
     def __init__(self) -> None:
         """Starts without a request."""
         self.at_risk = False
+        self.judge: Callable[[], bool] | None = None
         self._asked = threading.Event()
         self._any_process: Callable[[bool], bool] | None = None
 
@@ -34,6 +37,11 @@ class Stop:
     def asked(self) -> bool:
         """Returns whether this process was asked to stop."""
         return self._asked.is_set()
+
+    def is_pruned(self) -> bool:
+        """Returns whether measured values end the run, the same in all processes."""
+        judge = self.judge
+        return judge is not None and processes.agreed("pruning", judge)
 
     def agreed(self, *, is_last: bool = False) -> bool:
         """Returns whether the run is to stop now.
