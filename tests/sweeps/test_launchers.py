@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.sweeps import claims
-from finetune_jax.sweeps.launchers import local
+from finetune_jax.sweeps.launchers import command, local, slurm
 from finetune_jax.sweeps.launchers.launch import Launch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def test_a_worker_that_lost_its_claim_is_started_again(folder, capfd):
 
 LAUNCHER = """
 import json, pathlib, sys
-from finetune_jax.sweeps.launchers import local
+from finetune_jax.sweeps.launchers import command, local, slurm
 from finetune_jax.sweeps.launchers.launch import Launch
 given = json.loads(sys.argv[1])
 given["folder"] = pathlib.Path(given["folder"])
@@ -241,3 +242,110 @@ def test_wrong_numbers_are_refused_before_anything_starts(folder, monkeypatch):
     with pytest.raises(UserError, match="processes: 3, but there are 2 GPUs here"):
         local.run(launch_of(folder, "", processes=3))
     assert not list(folder.iterdir())
+
+
+def test_a_worker_that_is_killed_while_all_stop_is_not_started_again(folder):
+    does = (
+        "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), 9))\n"
+        "(folder / f'ready.{me}').write_text(''); time.sleep(60)"
+    )
+    process = started(launch_of(folder, does, jobs=1))
+    until(lambda: (folder / "ready.0").exists())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1
+    assert "ended by SIGKILL\n" in process.communicate()[0]
+    assert not (folder / "start.1").exists()
+
+
+def test_the_job_script_has_the_options_of_the_site(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = {
+        "partition": "gpu", "gpus_per_task": 1, "time": "04:00:00", "comment": "a b",
+        "requeue": False, "exclusive": True, "signal": "TERM@300", "ntasks": 8,
+        "setup": ("module load cuda", "ulimit -n 4096"),
+    }  # fmt: skip
+    launch = launch_of(folder, "", jobs=4, processes=2, options=options)
+    text = slurm.script(launch)
+    assert re.findall(r"#SBATCH (.*)", text) == [
+        "--job-name=rates", "--array=0-3", f"--output={folder}/logs/worker-%A_%a.txt",
+        "--ntasks=8", "--cpus-per-task=1", "--signal=TERM@300", "--open-mode=append",
+        "--partition=gpu", "--gpus-per-task=1", "--time=04:00:00", "--comment='a b'",
+        "--exclusive",
+    ]  # fmt: skip
+    begin = f"cd {folder} || exit\nmodule load cuda\nulimit -n 4096\nexport SRUN_CPUS"
+    assert begin in text
+    token = claims.token(folder / "claims")
+    assert f"  env NPROC=1 FINETUNE_JAX_CLAIMS={token} {sys.executable} -c" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_options_that_are_not_of_sbatch_are_named_together(folder):
+    options = {
+        "array": "0-9", "--time": "1:00", "comment": "a\nb", "open mode": 1, "setup": [3],
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        slurm.script(launch_of(folder, "", jobs=0, options=options))
+    assert str(caught.value).splitlines() == [
+        "--jobs: 0; at least 1 is needed",
+        "slurm['array']: leave it out: --jobs gives the number of workers",
+        "slurm['--time']: no option of sbatch; give its long name without the dashes",
+        "slurm['comment']: 'a\\nb'; one line is needed",
+        "slurm['open mode']: no option of sbatch; give its long name without the dashes",
+        "slurm['setup']: [3]; lines of a shell are needed",
+    ]
+
+
+def test_without_sbatch_nothing_is_written(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        UserError, match="--launcher=slurm: sbatch is missing; run this"
+    ):
+        slurm.submit(launch_of(folder, ""))
+    assert not list(folder.iterdir())
+
+
+def test_a_command_is_made_and_run_for_each_worker(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    options = {
+        "command": "echo {host} {name} ${{HOME:+home}}; (cd / && bash -c {worker})",
+        "host": ("a", "b", "c"),
+    }
+    does = "print(f'worker {me}', os.getcwd(), os.environ['NPROC'])  # it's quoted"
+    launch = launch_of(folder, does, options=options)
+    assert len(command.lines(launch)) == 2
+    assert command.run(launch) == 0
+    found = sorted(capfd.readouterr().out.splitlines())
+    assert [line for line in found if "home" in line] == [
+        "[0] a rates home", "[1] b rates home",
+    ]  # fmt: skip
+    ends = sorted(line.partition("] ")[2] for line in found if "worker" in line)
+    assert ends == [f"worker {k} {folder.parent} 1" for k in range(2)]
+    failing = launch_of(folder, "", options={"command": "false {worker} {index}"})
+    assert command.lines(failing)[1].endswith(" 1")
+    assert command.run(failing) == 1
+
+
+def test_wrong_templates_are_refused(folder):
+    def message(**options):
+        with pytest.raises(UserError) as caught:
+            command.lines(launch_of(folder, "", jobs=3, options=options))
+        return str(caught.value).splitlines()
+
+    assert message() == [
+        "command: missing; give a template such as 'ssh {host} {worker}'"
+    ]
+    assert message(command="ssh {host {worker}")[0].startswith("command: 'ssh {host")
+    assert message(
+        command="ssh {hots} ${HOME}", host=("a", "b"), name=("a",), zone="z"
+    ) == [
+        "command: unknown field {hots}; did you mean 'host'?; write {{ for a brace",
+        "command: unknown field {HOME}; write {{ for a brace",
+        "command: 'ssh {hots} ${HOME}' has no {worker}, so it starts none",
+        "host: the template has no {host}",
+        "name: every template has this field; use another name",
+        "zone: the template has no {zone}",
+    ]
+    assert message(command="ssh {host} {zone} {worker}", host=("a", "b"), zone="z") == [
+        "host: 2 values for 3 workers (--jobs)",
+        "zone: one value for 3 workers (--jobs)",
+    ]

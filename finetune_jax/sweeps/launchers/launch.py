@@ -60,7 +60,6 @@ class Launch:
         return {"NPROC": str(self.threads), claims.TOKEN: token}
 
     def command(self) -> str:
-        """Returns the command of a worker for a shell of another machine."""
-        here = shlex.quote(str(pathlib.Path.cwd()))
+        """Returns the command of a worker for a shell, with its environment."""
         variables = [f"{name}={value}" for name, value in self.environment().items()]
-        return f"cd {here} && exec {shlex.join(['env', *variables, *self.worker])}"
+        return shlex.join(["env", *variables, *self.worker])
