@@ -4,7 +4,7 @@ import argparse
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from finetune_jax.config.document import described
 from finetune_jax.core.errors import (
@@ -193,8 +193,12 @@ def run(arguments: Sequence[str]) -> int:
     return importlib.import_module(MODES[flags.mode]).main(config, options)
 
 
-def main() -> None:
-    """Runs the program; a mistake of the user ends with one message and status 2."""
+def ended(run: Callable[[Sequence[str]], int]) -> None:
+    """Runs a command line and exits; a mistake of the user ends with one message.
+
+    Args:
+        run: Takes the arguments and returns the exit status.
+    """
     for stream in (sys.stdout, sys.stderr):  # File names need not be UTF-8.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -208,6 +212,11 @@ def main() -> None:
             raise
         print(text, file=sys.stderr)
     sys.exit(status)
+
+
+def main() -> None:
+    """Runs the program."""
+    ended(run)
 
 
 def _message(error: Exception) -> tuple[str | None, int]:

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.report.workdir import read_config, read_manifest
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
 from finetune_jax.training.restore import restore
 from finetune_jax.training.setup import make_setup
 from finetune_jax.weights.addresses import ZOO

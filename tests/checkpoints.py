@@ -5,7 +5,7 @@ import numpy as np
 import small
 
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import make_setup
 

@@ -28,6 +28,7 @@ ORDER = {
     "modes": ...,
     "pipeline": ...,
     "main": ...,
+    "sweep": ...,
 }
 # Folders to which anybody adds modules.
 OPEN_SETS = {PACKAGE / "models", PACKAGE / "tasks", PACKAGE / "data" / "sources"}

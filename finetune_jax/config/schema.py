@@ -398,6 +398,10 @@ class Report(Section):
     every_steps: int = key(10, "Updates between lines of training metrics.", above=0)
     tensorboard: bool = key(False, "Whether to write event files to the workdir.")
     wandb: str | None = key(None, "Weights & Biases project to log to.")
+    group: str | None = key(
+        None, "Group of the run in Weights & Biases; a sweep sets its name."
+    )
+    tags: tuple = key((), "Tags of the run there; a sweep sets arm, case and stage.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

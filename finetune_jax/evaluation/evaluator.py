@@ -42,7 +42,7 @@ class Evaluator:
             it, since padding is cut off.
         extras: Measurements besides those of the splits.
         store: Cache of the outputs of frozen prefixes; None computes them again.
-        compiled_before: `compile_s` of the executor before the run.
+        compiled_before: `compile_s` of the executor and the cache before the run.
     """
 
     task: Task
@@ -63,8 +63,8 @@ class Evaluator:
     @property
     def compile_s(self) -> float:
         """Seconds spent on compiling evaluation programs, those of the cache too."""
-        own = self.executor.compile_s - self.compiled_before
-        return own + (self.store.compile_s if self.store else 0.0)
+        of_store = self.store.compile_s if self.store else 0.0
+        return self.executor.compile_s + of_store - self.compiled_before
 
     def weights(self, placed: TrainState) -> dict[str, Any]:
         """Returns the parameters to measure, by the prefix of the names of metrics."""

@@ -35,7 +35,7 @@ from finetune_jax.evaluation.eval_step import eval_step
 from finetune_jax.modes.memory import planned_devices, print_memory
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
-from finetune_jax.sweeps.population import member_configs, member_setups
+from finetune_jax.sweeps.populations.population import member_configs, member_setups
 from finetune_jax.tasks.task import Task
 from finetune_jax.training.extension import begin, parent_of
 from finetune_jax.training.initial.starting_state import run_data

@@ -86,7 +86,7 @@ def _run(config: Config, workdir: pathlib.Path, stop: Stop) -> dict:
     """Runs what the config describes, one run or many."""
     if not config.population:
         return run(config, workdir, stop)
-    from finetune_jax.sweeps.population import run_population
+    from finetune_jax.sweeps.populations.population import run_population
 
     return run_population(config, workdir, stop)
 

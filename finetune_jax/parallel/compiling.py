@@ -25,6 +25,31 @@ UNRUN_CPU_OPTIONS: Any = {
 FOR_FEW: Any = {"xla_backend_optimization_level": 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Programs that were compiled, or loaded from the folder of compiled programs.
+
+    Attributes:
+        programs: Number of programs.
+        seconds: Seconds that tracing, compiling and loading took.
+    """
+
+    programs: int = 0
+    seconds: float = 0.0
+
+    def __sub__(self, before: "Tally") -> "Tally":
+        return Tally(self.programs - before.programs, self.seconds - before.seconds)
+
+
+# All programs of this process so far.
+_tally = Tally()
+
+
+def tally() -> Tally:
+    """Returns the number of programs that this process has compiled so far."""
+    return _tally
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
     """A compiled function.
@@ -58,9 +83,11 @@ def compiled(
         lowered = jitted.lower(*arguments)
     program = lowered.compile(compiler_options=options)
     give_back_memory()
-    return Compiled(
-        call=program, program=program, compile_s=time.perf_counter() - begin
-    )
+    seconds = time.perf_counter() - begin
+    if for_running:
+        global _tally
+        _tally = Tally(_tally.programs + 1, _tally.seconds + seconds)
+    return Compiled(call=program, program=program, compile_s=seconds)
 
 
 def _platform(arguments: Any) -> str:

@@ -9,8 +9,6 @@ import platform
 import subprocess
 import sys
 
-import jax
-
 from finetune_jax.core import machine
 from finetune_jax.parallel import processes
 
@@ -40,6 +38,8 @@ def make_manifest(
         weights_sha256: Digest of every weight file, by path.
         weights_layout: How their tensors are named, None where there are none.
     """
+    import jax  # Not at the top: a sweep looks at manifests before jax starts.
+
     return {
         "began": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
@@ -47,6 +47,7 @@ def make_manifest(
         "python": platform.python_version(),
         "packages": package_versions(),
         "git": _git(),
+        "code_sha256": code_digest(),
         "platform": platform.platform(),
         "cpu": machine.cpu(),
         "device_kind": jax.devices()[0].device_kind,

@@ -69,11 +69,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases; WANDB_MODE=offline needs no account."""
 
-    def __init__(self, project: str, workdir: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        report: Mapping[str, Any],
+        workdir: pathlib.Path,
+        config: Mapping[str, Any],
+    ):
         """Begins the run, or goes on with it.
 
         Args:
-            project: Its project.
+            report: The section `config.report`, with project, group and tags.
             workdir: Names the run, and keeps its files.
             config: Config for the run's page.
         """
@@ -86,7 +91,9 @@ class WeightsAndBiases:
             write_text(name_file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=project,
+                project=report["wandb"],
+                group=report["group"],
+                tags=list(report["tags"]),
                 name=workdir.name,
                 id=name_file.read_text(),
                 resume="allow",
@@ -140,5 +147,5 @@ def make_trackers(
         folder = workdir / "tensorboard"
         trackers.append(TensorBoard(folder, first_step=first_step))
     if report["wandb"]:
-        trackers.append(WeightsAndBiases(report["wandb"], workdir, config()))
+        trackers.append(WeightsAndBiases(report, workdir, config()))
     return trackers

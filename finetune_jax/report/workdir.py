@@ -75,6 +75,10 @@ def make_folder(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir: {workdir} cannot be made: {error}") from error
 
 
+class InUse(UserError):
+    """Another process runs in a workdir."""
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other runs out of a workdir; ends with the process at last.
@@ -93,7 +97,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
+            raise InUse(
                 f"--workdir: process {file.read().strip() or '(unknown)'} runs in "
                 f"{workdir}. Wait for it, stop it, or give another --workdir."
             ) from error

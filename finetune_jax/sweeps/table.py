@@ -1,7 +1,9 @@
 """The result table of a population, with intervals over seeds."""
 
 import csv
+import dataclasses
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +12,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 from finetune_jax.config.grids import Overrides
+from finetune_jax.core.files import write_text
 from finetune_jax.core.metric_names import higher_is_better
+from finetune_jax.report.tables import aligned
+from finetune_jax.sweeps.folder import SweepFolder
+from finetune_jax.sweeps.members import Member
+from finetune_jax.sweeps.schedule import Wanted
 
 
 def table(
@@ -81,3 +88,78 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return text.getvalue()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The runs of an arm in a case.
+
+    Attributes:
+        case: Name of the case.
+        arm: Name of the arm.
+        tuned: Values that were chosen for it.
+        members: Its members that are complete, in the order of seeds.
+        results: Content of `result.json` of each.
+        missing: Number of members that are not complete.
+    """
+
+    case: str
+    arm: str
+    tuned: Mapping[str, Any]
+    members: Sequence[Member]
+    results: Sequence[Mapping[str, Any]]
+    missing: int
+
+    def values(self, metric: str) -> np.ndarray:
+        """Returns a metric of the best states, a number for each run that has it."""
+        found = [result["best"].get(metric) for result in self.results]
+        return np.array([value for value in found if value is not None], float)
+
+
+def rows_of(folder: SweepFolder, wanted: Wanted) -> list[Row]:
+    """Returns a row for each arm, or trial, in each case."""
+    grouped: dict[tuple[str, str], list[Member]] = {}
+    for member in wanted.members:
+        if member.stage in ("final", "trial"):
+            grouped.setdefault((member.case, member.arm), []).append(member)
+    rows = []
+    for (case, arm), members in grouped.items():
+        ended = [(m, folder.outcome(m.key)) for m in members]
+        done = [(m, o.result) for m, o in ended if o and o.state == "complete"]
+        done.sort(key=lambda pair: pair[0].seed)
+        rows.append(
+            Row(
+                case=case,
+                arm=arm,
+                tuned=wanted.tuned.get((arm, case), {}),
+                members=[member for member, _ in done],
+                results=[result for _, result in done],
+                missing=len(members) - len(done),
+            )
+        )
+    return rows
+
+
+def write_tables(folder: SweepFolder, name: str, wanted: Wanted) -> list[str]:
+    """Writes `table.csv` of a sweep; returns lines for a person."""
+    metric = folder.sweep.search.metric if folder.sweep.search else folder.sweep.metric
+    sign = -1 if higher_is_better(metric) else 1
+
+    def key(row: Row) -> tuple:
+        values = row.values(metric)
+        return row.case, sign * float(np.mean(values)) if len(values) else math.inf
+
+    text, lines = io.StringIO(), [("case", "arm", "runs", metric)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case", "arm", "tuned", "runs", "missing", metric, "interval_95"])
+    for row in sorted(rows_of(folder, wanted), key=key):
+        values = row.values(metric)
+        mean = f"{np.mean(values):.6g}" if len(values) else ""
+        half = interval(values) if len(values) else None
+        spread = "" if half is None else f"{half:.6g}"
+        tuned = json.dumps(dict(row.tuned)) if row.tuned else ""
+        cells = [row.case, row.arm, tuned, len(row.results), row.missing, mean, spread]
+        writer.writerow(cells)
+        lines.append((row.case, row.arm, str(len(row.results)), f"{mean} ± {spread}"))
+    write_text(folder.root / "table.csv", text.getvalue())
+    return aligned(lines)

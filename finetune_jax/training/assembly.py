@@ -1,18 +1,25 @@
 """Assembles evaluator, executor, cache and loop of a run from its setup."""
 
+import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from finetune_jax import config as configs
+from finetune_jax.config import Config
 from finetune_jax.core.array_store import Tables
 from finetune_jax.core.machine import cache_folder
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.pytrees import named
 from finetune_jax.core.train_state import TrainState
-from finetune_jax.data.dataset import Dataset
-from finetune_jax.evaluation.diagnostics import domain_named, make_extras
+from finetune_jax.data.dataset import Data, Dataset
+from finetune_jax.evaluation.diagnostics import (
+    domain_named,
+    make_extras,
+    open_domains,
+)
 from finetune_jax.evaluation.evaluator import Evaluator
 from finetune_jax.evaluation.fisher import domain_fisher
 from finetune_jax.evaluation.other_domains import Domain
@@ -24,13 +31,78 @@ from finetune_jax.parallel.executor import DeviceExecutor, Executor
 from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
-from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.checkpoints.held import AnyCheckpoints
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
-from finetune_jax.training.setup import Setup
+from finetune_jax.training.setup import Setup, make_setup
 from finetune_jax.training.updates.nonfinite import Guard
 from finetune_jax.training.updates.programs import Updates
+
+
+@dataclasses.dataclass(kw_only=True)
+class Shared:
+    """Parts that runs of one model and one data set share, one run after another.
+
+    The runs may differ in seeds, plans, initialisation schemes and label smoothing.
+
+    Attributes:
+        like: Setup of the first run.
+        domains: Other domains, on which states are measured too.
+        executor: Compiled programs.
+        store: Cache of features.
+        data: Data in memory, by the seed that chooses examples.
+    """
+
+    like: Setup | None = None
+    domains: tuple[Domain, ...] = ()
+    executor: DeviceExecutor | None = None
+    store: FeatureStore | None = None
+    data: dict[int | None, Data] = dataclasses.field(default_factory=dict)
+    _decoded: set[int | None] = dataclasses.field(default_factory=set)
+
+    def setup(self, config: Config, data: Callable[[], Data]) -> Setup:
+        """Returns the setup of a run.
+
+        Args:
+            config: Config of the run.
+            data: Opens its data.
+
+        Raises:
+            UserError: The config does not fit the model or the data.
+        """
+        seed = _seed_of_data(config)
+        if seed not in self.data:
+            self.data[seed] = data()
+        setup = make_setup(config, self.data[seed], like=self.like)
+        if self.like is None:
+            self.like = setup
+            self.domains = open_domains(config, setup.data)
+            self.executor = DeviceExecutor(devices=setup.devices)
+        return setup
+
+    def in_memory(self, setup: Setup) -> Setup:
+        """Returns the setup of a run with its examples in memory, as far as they fit."""
+        seed = _seed_of_data(setup.config)
+        if seed not in self._decoded:
+            self.data[seed] = setup.in_memory().data
+            self._decoded.add(seed)
+        return dataclasses.replace(setup, data=self.data[seed])
+
+    def store_of(self, setup: Setup, terminal: Terminal) -> FeatureStore | None:
+        """Returns the cache of features; its messages go to the terminal of the run."""
+        if self.store is None:
+            self.store = make_store(setup, terminal)
+        if self.store is not None:
+            tables = dataclasses.replace(self.store.tables, say=terminal.say)
+            self.store.tables = tables
+        return self.store
+
+
+def _seed_of_data(config: Config) -> int | None:
+    """Returns the seed that draws the examples of a run; None if it takes all."""
+    few = config.data.per_class is not None
+    return configs.seeds(config)["order"] if few else None
 
 
 def make_fixed(
@@ -85,7 +157,7 @@ def make_evaluator(
         chosen_ema="/ema_" in (evaluate.best or ""),
         extras=make_extras(setup.config, setup.data, start, domains),
         store=store,
-        compiled_before=executor.compile_s,
+        compiled_before=executor.compile_s + (store.compile_s if store else 0.0),
     )
 
 
@@ -93,7 +165,7 @@ def make_loop(
     setup: Setup,
     evaluator: Evaluator,
     fixed: dict[str, Any],
-    checkpoints: Checkpoints | HeldCheckpoints,
+    checkpoints: AnyCheckpoints,
     begun: tuple[TrainState, Progress],
     *,
     workdir: pathlib.Path,

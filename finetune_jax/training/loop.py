@@ -27,7 +27,7 @@ from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import PhaseLine, Terminal
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training import plateau
-from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.checkpoints.held import AnyCheckpoints
 from finetune_jax.training.phases import PhaseSetup
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Clock, Progress
@@ -64,7 +64,7 @@ class Loop:
 
     setup: Setup
     evaluator: Evaluator
-    checkpoints: Checkpoints | HeldCheckpoints
+    checkpoints: AnyCheckpoints
     log: MetricsLog
     terminal: Terminal
     guard: Guard

@@ -12,7 +12,8 @@ from finetune_jax.features.cache import FrozenPrefix, frozen_prefix
 from finetune_jax.report.workdir import read_json
 from finetune_jax.tasks.components.decision import THRESHOLD, with_threshold
 from finetune_jax.training.assembly import make_evaluator
-from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints, Reloaded
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints, Reloaded
+from finetune_jax.training.checkpoints.held import AnyCheckpoints
 from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.setup import Setup
@@ -77,9 +78,7 @@ def check_is_one_run(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def restore(
-    setup: Setup, checkpoints: Checkpoints | HeldCheckpoints, step: int
-) -> TrainState:
+def restore(setup: Setup, checkpoints: AnyCheckpoints, step: int) -> TrainState:
     """Returns the state of a checkpoint of a run, on the host."""
     return checkpoints.restore(step, setup.target(checkpoints.progress(step)))
 

@@ -1,10 +1,12 @@
 """Trains a run from its config to `result.json`."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +21,11 @@ from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import kind_named, restored, weight_keys
 from finetune_jax.data.spec import check_reads_alike
-from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.parallel import processes
-from finetune_jax.parallel.executor import DeviceExecutor, Executor
+from finetune_jax.parallel.compiling import Tally, tally
+from finetune_jax.parallel.executor import DeviceExecutor
 from finetune_jax.plans.phase import optimizer_state_moves
 from finetune_jax.report.manifest import code_digest, make_manifest, package_versions
 from finetune_jax.report.terminal import Terminal
@@ -38,28 +40,51 @@ from finetune_jax.report.workdir import (
 )
 from finetune_jax.tasks.components.decision import threshold_entry
 from finetune_jax.training.assembly import (
+    Shared,
     make_evaluator,
     make_fixed,
     make_loop,
-    make_store,
 )
-from finetune_jax.training.checkpoint import delete_all_but
+from finetune_jax.training.checkpoints.checkpoint import delete_all_but
+from finetune_jax.training.checkpoints.held import DeferredCheckpoints, flush
 from finetune_jax.training.extension import begin as begin_from
 from finetune_jax.training.extension import parent_of
 from finetune_jax.training.extension import write as write_beginning
 from finetune_jax.training.initial.starting_state import Loaded, run_data
-from finetune_jax.training.loop import Loop
+from finetune_jax.training.loop import Loop, Preempted
 from finetune_jax.training.overview import overview, plan_warnings
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import last_prefix, open_checkpoints, restore
-from finetune_jax.training.setup import Setup, check_before_data, make_setup
+from finetune_jax.training.setup import Setup, check_before_data
 from finetune_jax.training.summary import write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Membership:
+    """How a run is made that is one of many.
+
+    Attributes:
+        labels: Entry `sweep` of `result.json`.
+        shared: Parts that the run shares with others.
+        hold_s: Seconds in which checkpoints stay in memory.
+        keeps_states: Whether the checkpoints of a finished run stay, from its result.
+        has_page: Whether the run gets a report.
+    """
+
+    labels: Mapping[str, Any]
+    shared: Shared
+    hold_s: float = 20.0
+    keeps_states: Callable[[Mapping[str, Any]], bool] = lambda result: True
+    has_page: bool = True
+
+
 def run(
-    config: Config, workdir: pathlib.Path, stop: Stop | None = None
+    config: Config,
+    workdir: pathlib.Path,
+    stop: Stop | None = None,
+    member: Membership | None = None,
 ) -> dict[str, Any]:
     """Trains or resumes a run, and returns the content of `result.json`.
 
@@ -67,30 +92,35 @@ def run(
         config: Resolved config.
         workdir: Workdir, made if need be; a run in it is resumed.
         stop: Whether to stop, asked after every call; None never stops.
+        member: How it is made as one of many; None for a run of its own.
 
     Raises:
         UserError: The config cannot be run, or the workdir holds another run.
         TrainingError: The run cannot go on.
         Preempted: The run was asked to stop, and has saved.
     """
-    begin, terminal = time.perf_counter(), Terminal()
+    begin, terminal, before = time.perf_counter(), Terminal(), tally()
     plugins.ready(config.plugins, workdir)
     check_before_data(config)
     config, notes = with_weight_defaults(config, weight_keys(config.data))
     check_same_run(workdir, config)
     parent = parent_of(config, workdir)
-    setup = make_setup(config, data_of_run(config, origin(config, workdir) or workdir))
+    place = origin(config, workdir) or workdir
+    shared = member.shared if member else Shared()
+    if (place / "manifest.json").is_file():
+        shared = Shared()  # The data is encoded as it was when the run began.
+    setup = shared.setup(config, functools.partial(data_of_run, config, place))
     beginning = begin_from(setup, parent) if parent else None
-    domains = open_domains(setup.config, setup.data)
     begun = beginning is not None or _has_begun(workdir)
     start, loaded = setup.start(measure=not begun)
-    told: dict[str, Any] = tell(setup, domains, loaded, notes, terminal)
+    told: dict[str, Any] = tell(setup, shared.domains, loaded, notes, terminal)
     if beginning is not None:
         terminal.say(beginning.line)
         told["lineage"] = beginning.lineage
-    setup.random_states.forget()
-    setup = setup.in_memory()
-    inputs = inputs_of(setup, domains, loaded)
+    if member is None:
+        setup.random_states.forget()
+    setup = shared.in_memory(setup)
+    inputs = inputs_of(setup, shared.domains, loaded)
     check_processes(setup, inputs, start)
     processes.agreed("the workdir", lambda: make_folder(workdir))
     with locked(workdir):
@@ -98,19 +128,17 @@ def run(
         if beginning is not None:
             write_beginning(beginning, setup, workdir, loaded)
             del beginning
-        executor = DeviceExecutor(devices=setup.devices)
+        hold_s = member.hold_s if member else 0.0
         loop = _resumed(
-            workdir, setup, domains, start, loaded,
-            executor=executor, terminal=terminal, stop=stop or Stop(),
+            workdir, setup, start, loaded,
+            shared=shared, terminal=terminal, stop=stop or Stop(), hold_s=hold_s,
         )  # fmt: skip
         del start
         try:
-            state = loop.run()
-            executor.end_training()
-            result, best = make_result(loop, state, begin)
-            if processes.is_first():
-                result["disk_bytes"] = _disk_bytes(loop, result, workdir)
-            write_report(setup, best, loop.progress, result, workdir)
+            result = _finished(loop, workdir, member, begin, before)
+        except Preempted:
+            flush(loop.checkpoints)
+            raise
         finally:
             terminal.end_phase()
             loop.log.close()
@@ -121,6 +149,48 @@ def run(
         if processes.is_first() and setup.config.checkpoint.best_only:
             delete_all_but(workdir / "checkpoints", _best_steps(result))
     return result
+
+
+def _finished(
+    loop: Loop,
+    workdir: pathlib.Path,
+    member: Membership | None,
+    begin: float,
+    before: Tally,
+) -> dict[str, Any]:
+    """Returns the result of a run, after its last update.
+
+    Args:
+        loop: Loop of the run.
+        workdir: Workdir of the run.
+        member: How it is made as one of many.
+        begin: Time at which the run began.
+        before: Programs that were compiled before.
+    """
+    state = loop.run()
+    executor = loop.evaluator.executor
+    if member is None and isinstance(executor, DeviceExecutor):
+        executor.end_training()
+    result, best = make_result(loop, state, begin)
+    del state
+    result["programs"] = dataclasses.asdict(tally() - before)
+    if member is not None:
+        result["sweep"] = dict(member.labels)
+    _keep(loop, result, workdir, member)
+    if member is None or member.has_page:
+        write_report(loop.setup, best, loop.progress, result, workdir)
+    return result
+
+
+def _keep(
+    loop: Loop, result: dict[str, Any], workdir: pathlib.Path, member: Membership | None
+) -> None:
+    """Has the checkpoints of a finished run on the disk, if they stay."""
+    if member is not None and not member.keeps_states(result):
+        return
+    flush(loop.checkpoints)
+    if processes.is_first():
+        result["disk_bytes"] = _disk_bytes(loop, result, workdir)
 
 
 def _has_begun(workdir: pathlib.Path) -> bool:
@@ -300,17 +370,24 @@ def record(
 def _resumed(
     workdir: pathlib.Path,
     setup: Setup,
-    domains: tuple[Domain, ...],
     start: TrainState,
     loaded: Loaded,
     *,
-    executor: Executor,
+    shared: Shared,
     terminal: Terminal,
     stop: Stop,
+    hold_s: float,
 ) -> Loop:
     """Returns the loop of a run, at its newest checkpoint or at its beginning."""
     begun = _has_begun(workdir)
-    checkpoints = open_checkpoints(setup, workdir / "checkpoints", loaded)
+    open_folder = functools.partial(
+        open_checkpoints, setup, workdir / "checkpoints", loaded
+    )
+    if begun or not hold_s:
+        checkpoints = open_folder()
+    else:
+        keep = setup.config.checkpoint.keep
+        checkpoints = DeferredCheckpoints(open_folder, keep=keep, hold_s=hold_s)
     found = checkpoints.newest(setup.target, terminal.warn)
     if begun and not found and setup.config.extend is not None:
         raise UserError(
@@ -335,10 +412,12 @@ def _resumed(
                 f"{jax.device_count()}: its results will not have the same bits as those "
                 "of a run that was left alone"
             )
-    store = make_store(setup, terminal)
-    evaluator = make_evaluator(setup, start, domains, executor=executor, store=store)
+    store = shared.store_of(setup, terminal)
+    evaluator = make_evaluator(
+        setup, start, shared.domains, executor=shared.executor, store=store
+    )
     return make_loop(
-        setup, evaluator, make_fixed(setup, start, domains), checkpoints, begun_at,
+        setup, evaluator, make_fixed(setup, start, shared.domains), checkpoints, begun_at,
         workdir=workdir, terminal=terminal, stop=stop,
     )  # fmt: skip
 

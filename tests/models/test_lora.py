@@ -15,7 +15,7 @@ from finetune_jax.models import make_model
 from finetune_jax.models.peft.lora import LoRA, is_lora, merge, with_lora
 from finetune_jax.parallel.compiling import run_once
 from finetune_jax.plans.phase import Phase
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.restore import restore
 from finetune_jax.training.run import run

@@ -15,7 +15,7 @@ from PIL import Image
 
 from finetune_jax import config as configs
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.sweeps.population import run_population
+from finetune_jax.sweeps.populations.population import run_population
 from finetune_jax.training.run import run
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from finetune_jax.sweeps.lockstep import Lockstep, Request
+from finetune_jax.sweeps.populations.lockstep import Lockstep, Request
 
 SET = contextvars.ContextVar("set", default="nothing")
 

@@ -8,7 +8,7 @@ import pytest
 import small
 from scipy import stats
 
-import finetune_jax.sweeps.population
+import finetune_jax.sweeps.populations.population
 import finetune_jax.training.run
 from finetune_jax import config as configs
 from finetune_jax.config import grid
@@ -17,7 +17,7 @@ from finetune_jax.modes import evaluate, reproduce
 from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_config, read_json
-from finetune_jax.sweeps.population import member_configs, run_population
+from finetune_jax.sweeps.populations.population import member_configs, run_population
 from finetune_jax.sweeps.table import as_csv, table
 from finetune_jax.training.run import run
 
@@ -45,7 +45,10 @@ MEMBERS = (
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    for module in (finetune_jax.training.run, finetune_jax.sweeps.population):
+    for module in (
+        finetune_jax.training.run,
+        finetune_jax.sweeps.populations.population,
+    ):
         monkeypatch.setattr(module, "write_report", lambda *_: None)
 
 
@@ -81,7 +84,9 @@ def outcome(workdir):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("population")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_jax.sweeps.population, "write_report", lambda *_: None)
+        patch.setattr(
+            finetune_jax.sweeps.populations.population, "write_report", lambda *_: None
+        )
         result = run_population(config(folder, MEMBERS), folder / "run")
     return folder, result
 
@@ -139,7 +144,7 @@ def test_a_killed_population_goes_on_with_the_member_that_was_not_finished(
     folder, whole = trained
     given = config(folder, MEMBERS[:4])
     with monkeypatch.context() as patch, pytest.raises(small.Killed):
-        make_loop, begun = finetune_jax.sweeps.population.make_loop, []
+        make_loop, begun = finetune_jax.sweeps.populations.population.make_loop, []
 
         def dies(*arguments, **options):
             begun.append(1)
@@ -147,7 +152,7 @@ def test_a_killed_population_goes_on_with_the_member_that_was_not_finished(
                 small.die_before(patch, 2)
             return make_loop(*arguments, **options)
 
-        patch.setattr(finetune_jax.sweeps.population, "make_loop", dies)
+        patch.setattr(finetune_jax.sweeps.populations.population, "make_loop", dies)
         run_population(given, tmp_path / "run")
     members = tmp_path / "run" / "members"
     times = [(members / f"{n:03d}" / "result.json").stat().st_mtime_ns for n in (0, 1)]

@@ -10,15 +10,15 @@ import pytest
 import small
 
 import finetune_jax.parallel.compiling
-import finetune_jax.sweeps.population
-import finetune_jax.sweeps.vectorised
+import finetune_jax.sweeps.populations.population
+import finetune_jax.sweeps.populations.vectorised
 from finetune_jax.core.backend import traced_for
 from finetune_jax.parallel.executor import SHORT_S
 from finetune_jax.parallel.pmap import PmapDevices
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_json
-from finetune_jax.sweeps.population import member_configs, run_population
-from finetune_jax.sweeps.vectorised import (
+from finetune_jax.sweeps.populations.population import member_configs, run_population
+from finetune_jax.sweeps.populations.vectorised import (
     SharedPace,
     VectorisedExecutor,
     members_at_once,
@@ -68,7 +68,9 @@ def side_by_side(given, workdir, stop=None):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr(finetune_jax.sweeps.population, "write_report", lambda *_: None)
+    monkeypatch.setattr(
+        finetune_jax.sweeps.populations.population, "write_report", lambda *_: None
+    )
 
 
 @pytest.fixture
@@ -96,7 +98,9 @@ def in_turn(tmp_path_factory):
     """The same members one after the other, which are the bits of single runs."""
     workdir = tmp_path_factory.mktemp("population") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_jax.sweeps.population, "write_report", lambda *_: None)
+        patch.setattr(
+            finetune_jax.sweeps.populations.population, "write_report", lambda *_: None
+        )
         run_population(config(), workdir)
     return workdir
 
@@ -161,14 +165,16 @@ def test_members_have_the_numbers_of_single_runs_in_fewer_calls(
 def test_chunks_and_programs_that_do_not_fit_change_no_number(
     in_turn, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "MOST", 4)
+    monkeypatch.setattr(finetune_jax.sweeps.populations.vectorised, "MOST", 4)
     sizes = []
 
     def has_room(devices, program):
         sizes.append(None)
         return len(sizes) % 2 == 0
 
-    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "has_room", has_room)
+    monkeypatch.setattr(
+        finetune_jax.sweeps.populations.vectorised, "has_room", has_room
+    )
     side_by_side(config(), tmp_path / "run")
     assert_same(tmp_path / "run", in_turn)
     assert len(sizes) > 2
@@ -215,21 +221,21 @@ def test_an_update_that_fails_ends_the_population(tmp_path, monkeypatch):
     def fails(*_):
         raise MemoryError("of the device")
 
-    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "compiled", fails)
+    monkeypatch.setattr(finetune_jax.sweeps.populations.vectorised, "compiled", fails)
     with pytest.raises(MemoryError, match="of the device"):
         side_by_side(config(), tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_what_is_the_same_for_all_is_not_stacked(tmp_path, monkeypatch):
-    kernels, compiled = [], finetune_jax.sweeps.vectorised.compiled
+    kernels, compiled = [], finetune_jax.sweeps.populations.vectorised.compiled
 
     def watched(many, shared, own, *rest):
         shapes = [[np.shape(leaf) for leaf in leaves] for leaves in (shared, own[0])]
         kernels.append([[s for s in found if len(s) == 4] for found in shapes])
         return compiled(many, shared, own, *rest)
 
-    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "compiled", watched)
+    monkeypatch.setattr(finetune_jax.sweeps.populations.vectorised, "compiled", watched)
     plan = (Phase(name="head", steps=4, rules=small.HEAD, batch_stats="hold"),)
     given = config(
         (*MEMBERS[:1], *MEMBERS[3:5]),
@@ -271,7 +277,9 @@ def test_members_of_phases_and_learning_convolutions_have_their_numbers(tmp_path
     )  # fmt: skip
     side_by_side(given, tmp_path / "run")
     with traced_for("gpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_jax.sweeps.population, "members_at_once", lambda _: 1)
+        patch.setattr(
+            finetune_jax.sweeps.populations.population, "members_at_once", lambda _: 1
+        )
         run_population(given, tmp_path / "turn")
     assert_same(tmp_path / "run", tmp_path / "turn", 1e-3)
 
@@ -284,19 +292,21 @@ def test_as_many_members_are_side_by_side_as_fit(monkeypatch):
 
     def most(free=None, memory=10**12):
         monkeypatch.setattr(
-            finetune_jax.sweeps.vectorised, "free_bytes", lambda _: free
+            finetune_jax.sweeps.populations.vectorised, "free_bytes", lambda _: free
         )
-        monkeypatch.setattr(finetune_jax.sweeps.vectorised, "memory", lambda: memory)
+        monkeypatch.setattr(
+            finetune_jax.sweeps.populations.vectorised, "memory", lambda: memory
+        )
         with traced_for("gpu"):
             return members_at_once([setup])
 
-    assert most() == finetune_jax.sweeps.vectorised.MOST
+    assert most() == finetune_jax.sweeps.populations.vectorised.MOST
     assert most(free=0) == 1
     each = 4 * own + own / 2  # And the model: no weights make what is frozen the same.
     assert most(free=int(5 * each / 0.8) + 1000) == 5
     assert most(free=int(5 * each / 0.8) - 1000) == 4
     assert 1 < most(memory=10**6) < most(memory=2 * 10**6) < 64
-    monkeypatch.setattr(finetune_jax.sweeps.vectorised, "MOST_ARRAYS", 21)
+    monkeypatch.setattr(finetune_jax.sweeps.populations.vectorised, "MOST_ARRAYS", 21)
     assert 1 < most() < 21
     pmap = PmapDevices(mesh=setup.devices.mesh)
     with traced_for("gpu"):

@@ -8,7 +8,7 @@ import pytest
 import small
 
 from finetune_jax.plans.phase import Phase
-from finetune_jax.sweeps.population import choice_warning, member_configs
+from finetune_jax.sweeps.populations.population import choice_warning, member_configs
 from finetune_jax.tasks.components.targets import ClassTarget, measured_names
 from finetune_jax.tasks.segmentation import IGNORED, PixelTarget
 from finetune_jax.training.run import run

@@ -9,8 +9,8 @@ from checkpoints import PLAN, opened, some_state
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import bytes_below
 from finetune_jax.core.pytrees import digest
-from finetune_jax.training import checkpoint
-from finetune_jax.training.checkpoint import (
+from finetune_jax.training.checkpoints import checkpoint
+from finetune_jax.training.checkpoints.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     DamagedStart,

@@ -10,7 +10,7 @@ from small import lines
 from finetune_jax.core.pytrees import digest, named
 from finetune_jax.core.train_state import eval_params
 from finetune_jax.plans.phase import Phase, optimizer_state_moves
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
 from finetune_jax.training.restore import restore
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup

@@ -11,7 +11,7 @@ from finetune_jax import config as configs
 from finetune_jax.core.errors import TrainingError
 from finetune_jax.core.pytrees import named
 from finetune_jax.plans.phase import Phase, as_config
-from finetune_jax.training.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
 from finetune_jax.training.restore import restore
 from finetune_jax.training.run import run
 from finetune_jax.training.setup import make_setup

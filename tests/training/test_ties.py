@@ -6,7 +6,7 @@ import pytest
 import small
 
 from finetune_jax.plans.phase import Phase
-from finetune_jax.sweeps.population import _Population
+from finetune_jax.sweeps.populations.population import _Population
 from finetune_jax.tasks.objectives.metrics import loss_beside, replaces
 from finetune_jax.training import plateau
 from finetune_jax.training.progress import Progress

@@ -13,7 +13,6 @@ itself: orbax's own barriers hang all of them for 20 minutes if one fails.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +25,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -38,7 +36,7 @@ from finetune_jax.core.errors import (
     why_not_written,
 )
 from finetune_jax.core.machine import give_back_memory
-from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes, whole
+from finetune_jax.core.pytrees import leaf_digests, like, named, nbytes
 from finetune_jax.core.registry import closest
 from finetune_jax.core.train_state import TrainState
 from finetune_jax.parallel import processes, watch
@@ -188,7 +186,7 @@ class Checkpoints:
                 f"checkpoint {step} cannot be saved in {self.folder}: "
                 f"{why_not_written(error)}"
             ) from error
-        for old in _superfluous(self.steps(), progress, self._keep):
+        for old in superfluous(self.steps(), progress, self._keep):
             self._manager.delete(old)
         give_back_memory()
 
@@ -421,52 +419,6 @@ def _without_tracebacks() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class HeldCheckpoints:
-    """Checkpoints in memory, for a run that is too short to be resumed."""
-
-    def __init__(self, *, keep: int):
-        """Takes the number of newest checkpoints to keep."""
-        self._keep = keep
-        self._held: dict[int, tuple[TrainState, Progress]] = {}
-
-    def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, in order."""
-        return sorted(self._held)
-
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a state, at rest, and the progress of the run."""
-        # Arrays over processes are those of the next update, which it donates.
-        state = jax.tree.map(lambda leaf: np.asarray(whole(leaf)), state)
-        self._held[int(state.step)] = state, copy.deepcopy(progress)
-        for old in _superfluous(self.steps(), progress, self._keep):
-            del self._held[old]
-
-    def progress(self, step: int) -> Progress:
-        """Returns the progress of the run at a checkpoint."""
-        return copy.deepcopy(self._held[step][1])
-
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """Returns the state of a checkpoint, on the host."""
-        del target
-        return self._held[step][0]
-
-    def write(self, folder: pathlib.Path) -> None:
-        """Saves all checkpoints in a folder, as `Checkpoints` does.
-
-        Raises:
-            TrainingError: A checkpoint cannot be written.
-        """
-        checkpoints = Checkpoints(folder, keep=len(self._held))
-        try:
-            for step in self.steps():
-                checkpoints.save(*self._held[step])
-        finally:
-            checkpoints.close()
-
-    def close(self) -> None:
-        """Returns at once; nothing is pending."""
-
-
 def delete_all_but(folder: pathlib.Path, steps: Collection[int]) -> None:
     """Deletes the checkpoints of a finished run, except for some steps and the first."""
     for place in folder.iterdir():
@@ -474,7 +426,7 @@ def delete_all_but(folder: pathlib.Path, steps: Collection[int]) -> None:
             shutil.rmtree(place)
 
 
-def _superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
+def superfluous(steps: list[int], progress: Progress, keep: int) -> list[int]:
     """Returns the steps to delete: neither first, best, due, nor among the newest."""
     kept = {0, progress.best_step, progress.plateau_best_step, progress.anchor}
     return [step for step in steps[:-keep] if step not in kept]

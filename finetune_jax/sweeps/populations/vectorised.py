@@ -26,7 +26,7 @@ from finetune_jax.parallel.compiling import Compiled, compiled
 from finetune_jax.parallel.devices import Devices
 from finetune_jax.parallel.executor import Batches, Executor, Pace, outputs
 from finetune_jax.parallel.mesh import MeshDevices
-from finetune_jax.sweeps.lockstep import Lockstep, Request
+from finetune_jax.sweeps.populations.lockstep import Lockstep, Request
 from finetune_jax.training.setup import Setup
 
 # Most members of one call, and most arrays of their states in one call: compile time

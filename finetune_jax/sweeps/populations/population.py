@@ -46,9 +46,12 @@ from finetune_jax.report.workdir import (
     read_json,
     read_manifest,
 )
+from finetune_jax.sweeps.populations.vectorised import (
+    VectorisedExecutor,
+    members_at_once,
+)
 from finetune_jax.sweeps.summary import write_population_report
 from finetune_jax.sweeps.table import as_csv, table
-from finetune_jax.sweeps.vectorised import VectorisedExecutor, members_at_once
 from finetune_jax.tasks.objectives.metrics import loss_beside
 from finetune_jax.training.assembly import (
     make_evaluator,
@@ -56,7 +59,8 @@ from finetune_jax.training.assembly import (
     make_loop,
     make_store,
 )
-from finetune_jax.training.checkpoint import Checkpoints, HeldCheckpoints
+from finetune_jax.training.checkpoints.checkpoint import Checkpoints
+from finetune_jax.training.checkpoints.held import HeldCheckpoints
 from finetune_jax.training.initial.starting_state import run_data
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop

@@ -1,0 +1,73 @@
+"""Checks of all members of a sweep before anything runs."""
+
+from collections.abc import Sequence
+
+from finetune_jax.config import Config
+from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.core.registry import closest
+from finetune_jax.sweeps.definition import Sweep
+from finetune_jax.sweeps.members import Member
+from finetune_jax.sweeps.schedule import tune_metric
+from finetune_jax.training.setup import check_before_data, metric_names
+
+
+def config_problems(sweep: Sweep, members: Sequence[Member]) -> list[Problem]:
+    """Returns what is wrong with configs as far as that needs no data, and with metrics.
+
+    Args:
+        sweep: The sweep.
+        members: Members, each arm with its first seed.
+    """
+    found: dict[str, list[str]] = {}
+    for member in members:
+        try:
+            check_before_data(member.config)
+            texts = [] if member.stage == "source" else _metric_problems(sweep, member)
+        except UserError as error:
+            texts = [str(problem) for problem in error.problems]
+        for text in texts:
+            found.setdefault(text, []).append(member.label)
+    return [Problem.of(f"{text} ({_few(labels)})") for text, labels in found.items()]
+
+
+def _metric_problems(sweep: Sweep, member: Member) -> list[str]:
+    """Returns metrics of the sweep that a member does not have."""
+    wanted = {}
+    if sweep.search is not None:
+        wanted["search.metric"] = sweep.search.metric
+    elif member.stage == "tune":
+        wanted["tune_by"] = tune_metric(sweep, member)
+    if sweep.search is None:
+        wanted["metric"] = sweep.metric
+    known = known_metrics(member.config)
+    return [
+        f"Sweep.{key}: no run has {name!r}{closest(name, known)} There are "
+        f"{', '.join(known) or 'none'}."
+        for key, name in wanted.items()
+        if name not in known and not name.startswith(("distance/", "cka/"))
+    ]
+
+
+def known_metrics(config: Config) -> list[str]:
+    """Returns the metrics that a run of a config measures, without those of classes."""
+    splits = [s for s in ("validation", "test") if config.data[s] is not None]
+    domains = [domain.domain for domain in config.data.domains]
+    for domain in config.data.domains:
+        own = [s for s in ("validation", "test") if domain[s] is not None]
+        splits += [s for s in own if s not in splits]
+    names = metric_names(config)
+    bare = [name for name in names if "/" not in name]
+    found = [f"{split}/{name}" for split in splits for name in names]
+    found += [
+        f"{split}/{domain}/{name}"
+        for split in splits
+        for domain in domains
+        for name in bare
+    ]
+    found += [f"{also.label}/{name}" for also in config.evaluate.also for name in bare]
+    return list(dict.fromkeys(found))
+
+
+def _few(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+    return f"{labels[0]}{more}"

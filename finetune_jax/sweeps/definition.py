@@ -1,0 +1,312 @@
+"""The definition of a sweep: a base config, arms, cases, seeds, and what decides.
+
+A sweep is a file with `get_sweep(arg="")`. It is read before jax starts, so nothing here
+imports jax.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune_jax.config import loading, plugins
+from finetune_jax.config.fields import keys_of
+from finetune_jax.config.schema import Seeds
+from finetune_jax.core.errors import Problem, UserError, raise_if
+from finetune_jax.core.paths import user_path
+from finetune_jax.core.registry import closest
+from finetune_jax.report.tables import short_labels
+from finetune_jax.sweeps.search import Search
+
+SOURCES = tuple(keys_of(Seeds))
+# A seed of each source of randomness: the identity by which runs are paired.
+Seed = tuple[tuple[str, int], ...]
+KEEP = ("all", "best", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        overrides: Values of config keys, such as {"plan[0].peak_lr": 0.1}; a dict changes
+            keys of a section, and a plan may be given as phases.
+        base: Config instead of that of the sweep: a file's address or a ConfigDict.
+        tune: Values of keys that are chosen for this arm; None is `Sweep.tune`.
+    """
+
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base: Any = None
+    tune: Mapping[str, Sequence[Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A run whose weights other runs start from, as `init.pretrained="sweep:NAME"`.
+
+    Attributes:
+        overrides: As those of an arm.
+        base: As that of an arm.
+        by_seed: Whether there is a run for each seed; otherwise all start from one.
+    """
+
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base: Any = None
+    by_seed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A set of runs that are compared.
+
+    Attributes:
+        base: Config that all arms share: a file's address or a ConfigDict.
+        arms: Overrides or `Arm`, by name; a sequence, such as that of `grid`, names the
+            arms by their values.
+        cases: Overrides of the data sets or settings in which arms are compared, by name.
+        seeds: Number of seeds, or a sequence of them: an integer for all sources of
+            randomness, or a dict with a seed of some sources; see `by_source`.
+        metric: Metric that decides, such as 'test/accuracy'.
+        baseline: Arm that all others are compared with; None is the first.
+        tune: Values of keys from which each arm's best combination is chosen; {} tunes
+            nothing.
+        tune_by: Metric that chooses it; None is `evaluate.best`, or the same metric as
+            `metric` on the validation split.
+        tune_seeds: Number of seeds with which each combination runs.
+        tune_case: Case in which all arms are tuned; None tunes them in every case.
+        sources: Runs whose weights other runs start from, by name.
+        search: Search of a space of values instead of arms.
+        keep: Runs whose checkpoints stay: 'all', the 'best' by `tune_by`, or 'none'.
+        pages: Whether each run gets a report page of its own.
+        attempts: Number of times that a failing member is run.
+        threads: CPU threads of a worker (NPROC), on which the last bits depend; None is
+            what the first worker of the sweep has.
+        claim_timeout_s: Seconds without a sign of life after which another worker takes
+            over a member.
+        slurm: Options of sbatch, such as {"partition": "gpu", "time": "04:00:00"}.
+        command: Template of the command that starts a worker, for --launcher=command.
+        processes: Processes of a worker.
+    """
+
+    base: Any
+    arms: Any = dataclasses.field(default_factory=lambda: {"base": {}})
+    cases: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"": {}})
+    seeds: Any = 3
+    metric: str = "test/accuracy"
+    baseline: str | None = None
+    tune: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    tune_by: str | None = None
+    tune_seeds: int = 1
+    tune_case: str | None = None
+    sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    search: Search | None = None
+    keep: str = "all"
+    pages: bool = True
+    attempts: int = 2
+    threads: int | None = None
+    claim_timeout_s: float = 120.0
+    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    command: str | None = None
+    processes: int = 1
+
+    def all_seeds(self) -> list[Seed]:
+        """Returns the seed of each source of randomness, for each run of an arm."""
+        is_count = type(self.seeds) is int
+        given: Sequence[Any] = range(self.seeds) if is_count else self.seeds
+        return [_seed(one) for one in given]
+
+    def all_arms(self) -> dict[str, Arm]:
+        """Returns the arms by name."""
+        if isinstance(self.arms, Mapping):
+            return {name: _as_arm(arm) for name, arm in self.arms.items()}
+        found: list[dict[str, Any]] = [dict(overrides) for overrides in self.arms]
+        keys = list(dict.fromkeys(key for overrides in found for key in overrides))
+        label = dict(zip(keys, short_labels(keys), strict=True))
+        return {
+            ", ".join(f"{label[k]}={v!r}" for k, v in one.items()) or "base": Arm(
+                overrides=one
+            )
+            for one in found
+        }
+
+    def the_baseline(self) -> str:
+        """Returns the arm that all others are compared with."""
+        return next(iter(self.all_arms())) if self.baseline is None else self.baseline
+
+
+def by_source(count: int, sources: Sequence[str] = SOURCES) -> list[dict[str, int]]:
+    """Returns seeds that vary one source of randomness at a time.
+
+    The variance of each source can be told from them: Bouthillier et al. 2021, Accounting
+    for Variance in Machine Learning Benchmarks.
+
+    >>> by_source(2, ("init", "order"))
+    [{'init': 0, 'order': 0}, {'init': 1, 'order': 0}, {'init': 0, 'order': 1}]
+
+    Args:
+        count: Number of seeds of each source, the first of which is 0.
+        sources: Sources of randomness: init, order, augmentation, dropout.
+    """
+    zeros = dict.fromkeys(sources, 0)
+    others = [zeros | {source: i} for source in sources for i in range(1, count)]
+    return [zeros, *others]
+
+
+def _seed(given: Any) -> Seed:
+    if isinstance(given, Mapping):
+        return tuple((source, given.get(source, 0)) for source in SOURCES)
+    return tuple((source, given) for source in SOURCES)
+
+
+def _as_arm(given: Any) -> Arm:
+    if isinstance(given, Arm):
+        return given
+    # A ConfigDict is a whole config, a dict has overrides.
+    return Arm(base=given) if hasattr(given, "to_dict") else Arm(overrides=dict(given))
+
+
+def definition_problems(sweep: Sweep) -> list[Problem]:
+    """Returns what is wrong with a sweep, without its configs."""
+    problems = _shape_problems(sweep)
+    if problems:
+        return problems
+    arms, cases = sweep.all_arms(), list(sweep.cases)
+
+    def add(key: str, text: str) -> None:
+        problems.append(Problem(f"Sweep.{key}", text))
+
+    if not isinstance(sweep.arms, Mapping) and len(arms) < len(sweep.arms):
+        add("arms", "two have the same overrides; leave one of them out")
+    if sweep.search is None and sweep.the_baseline() not in arms:
+        near = closest(sweep.the_baseline(), arms)
+        add("baseline", f"no arm {sweep.baseline!r}{near}")
+    if sweep.tune_case is not None and sweep.tune_case not in cases:
+        near = closest(sweep.tune_case, cases)
+        add("tune_case", f"no case {sweep.tune_case!r}{near}")
+    seeds = sweep.all_seeds()
+    if not seeds:
+        add("seeds", f"{sweep.seeds!r}; give a number of seeds, or some")
+    for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
+        add("seeds", f"{dict(seed)} twice")
+    if not 1 <= sweep.tune_seeds <= max(len(seeds), 1):
+        add(
+            "tune_seeds", f"{sweep.tune_seeds}; between 1 and {len(seeds)} are possible"
+        )
+    if sweep.keep not in KEEP:
+        add("keep", f"{sweep.keep!r}; {', '.join(KEEP)} are possible")
+    for name, arm in arms.items():
+        tune = sweep.tune if arm.tune is None else arm.tune
+        for key, values in tune.items():
+            if (
+                isinstance(values, str)
+                or not isinstance(values, Sequence)
+                or not values
+            ):
+                add("tune", f"{key}, arm {name!r}: {values!r}; give a tuple of values")
+    for key in ("attempts", "processes", "claim_timeout_s"):
+        if getattr(sweep, key) <= 0:
+            add(key, f"{getattr(sweep, key)}; more than 0 is needed")
+    if sweep.threads is not None and sweep.threads < 1:
+        add("threads", f"{sweep.threads}; at least 1 is needed")
+    if sweep.search is not None:
+        if arms != {"base": Arm()} or cases != [""] or sweep.tune:
+            add("search", "a search has no arms, cases and tune; leave them out")
+        problems += sweep.search.problems()
+    return problems
+
+
+def _shape_problems(sweep: Sweep) -> list[Problem]:
+    """Returns arms, cases, seeds and sources that have another form."""
+    problems = []
+
+    def check(key: str, is_right: bool, form: str) -> None:
+        if not is_right:
+            found = getattr(sweep, key)
+            problems.append(Problem(f"Sweep.{key}", f"{found!r}; {form} is needed"))
+
+    def is_arm(arm: Any) -> bool:
+        return isinstance(arm, Arm | Mapping) or hasattr(arm, "to_dict")
+
+    arms, seeds = sweep.arms, sweep.seeds
+    if isinstance(arms, Mapping):
+        form = "a dict of names and overrides"
+        check("arms", bool(arms) and all(map(is_arm, arms.values())), form)
+    else:
+        form = "a dict of names and overrides, or a sequence of overrides"
+        check(
+            "arms", isinstance(arms, Sequence) and all(map(_are_overrides, arms)), form
+        )
+    is_dict = isinstance(sweep.cases, Mapping) and bool(sweep.cases)
+    is_right = is_dict and all(isinstance(v, Mapping) for v in sweep.cases.values())
+    check("cases", is_right, "a dict of names and overrides")
+    is_number = type(seeds) is int and seeds >= 0
+    is_list = isinstance(seeds, Sequence | range) and not isinstance(seeds, str)
+    is_right = is_number or (is_list and all(map(_is_seed, seeds)))
+    form = f"a number, or a sequence of numbers or dicts of {', '.join(SOURCES)}"
+    check("seeds", is_right, form)
+    are_sources = all(isinstance(s, Source) for s in sweep.sources.values())
+    check("sources", are_sources, "a dict of names and sweeps.Source")
+    return problems
+
+
+def _are_overrides(given: Any) -> bool:
+    try:
+        return all(isinstance(key, str) for key in dict(given))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_seed(given: Any) -> bool:
+    if isinstance(given, Mapping):
+        return set(given) <= set(SOURCES) and all(map(_is_seed, given.values()))
+    return type(given) is int and given >= 0
+
+
+def load(address: str) -> tuple[Sweep, str]:
+    """Returns the sweep of a file FILE[:ARG], and its name.
+
+    The name is that of the folder of a file `sweep.py`, of any other file its own; the
+    argument follows.
+
+    Raises:
+        UserError: No such file, or one that fails or returns no sweep.
+    """
+    path, _, argument = address.partition(":")
+    file = user_path(path, "--sweep")
+    if not file.is_file():
+        near = [str(p) for p in sorted(file.parent.glob("*.py"))]
+        raise UserError(
+            f"--sweep: no file {path!r}{closest(path, near)} "
+            "A sweep is a Python file with get_sweep()."
+        )
+    try:
+        found = plugins.execute(f"sweep_{file.stem}", file)
+        sweep = found.get_sweep(*([argument] if argument else []))
+    except UserError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        if argument and isinstance(error, ValueError):  # The file refuses the argument.
+            raise UserError(f"--sweep={address}: {error}") from error
+        text = f"--sweep={address}: the file fails with {kind}: {error}"
+        raise UserError(text) from error
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"--sweep={path}: get_sweep() returned a {type(sweep)}")
+    raise_if(definition_problems(sweep), f"--sweep={address}:")
+    name = file.absolute().parent.name if file.stem == "sweep" else file.stem
+    return sweep, "-".join(filter(None, (name, argument.replace("/", "_"))))
+
+
+def base_of(given: Any) -> Any:
+    """Returns the ConfigDict of a base config: a file's address, or the config itself.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(given, str | pathlib.PurePath):
+        return loading.load(str(given))
+    if not hasattr(given, "to_dict"):
+        raise UserError(
+            f"Sweep.base: {given!r}; give the address of a config file, or a ConfigDict"
+        )
+    return given

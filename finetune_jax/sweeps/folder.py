@@ -1,0 +1,379 @@
+"""The folder of a sweep: a workdir for each member, claims, failures, and the index.
+
+runs/NAME/KEY/                 workdir of a member
+          claims/KEY/          claim.N, failure.N.json, pruned.json
+          logs/KEY.N.txt       what attempt N printed
+          by_arm/CASE/ARM/...  links to the workdirs, by names for people
+          sweep.json           definition and members
+          table.csv, report/   results
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from finetune_jax.config import resolve
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.files import write_json, write_text
+from finetune_jax.report.manifest import code_digest, package_versions
+from finetune_jax.report.workdir import make_folder, read_json, read_manifest
+from finetune_jax.sweeps.definition import Sweep
+from finetune_jax.sweeps.members import Member, as_plain, member_key
+from finetune_jax.sweeps.pruning import curve_of
+from finetune_jax.sweeps.schedule import Outcome, tune_metric
+
+_FAILURE = re.compile(r"failure\.(\d+)\.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An attempt of a member that failed.
+
+    Attributes:
+        number: Number of its claim.
+        error: Last line of the error.
+        log: Path of the log.
+        again: Whether another attempt may succeed.
+        at: Time at which it failed.
+    """
+
+    number: int
+    error: str
+    log: str
+    again: bool
+    at: str
+
+
+class SweepFolder:
+    """The folder of a sweep."""
+
+    def __init__(self, root: pathlib.Path, sweep: Sweep):
+        """Takes the folder, which need not be there, and the sweep."""
+        self.root = root.absolute()
+        self.sweep = sweep
+        self._ended: dict[str, Outcome] = {}
+
+    def workdir(self, key: str) -> pathlib.Path:
+        """Returns the workdir of a member."""
+        return self.root / key
+
+    @property
+    def claims(self) -> pathlib.Path:
+        """Folder of the claims of all members."""
+        return self.root / "claims"
+
+    def log(self, key: str, number: int) -> pathlib.Path:
+        """Returns the file of what an attempt prints."""
+        return self.root / "logs" / f"{key}.{number}.txt"
+
+    def make(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            UserError: It cannot be made.
+        """
+        for folder in (self.root, self.claims, self.root / "logs"):
+            make_folder(folder)
+
+    def outcome(self, key: str) -> Outcome | None:
+        """Returns how a member ended; None if it has not."""
+        if key in self._ended:
+            return self._ended[key]
+        found = self._outcome(key)
+        # Failures may be retried, results stay.
+        if found is not None and found.state != "failed":
+            self._ended[key] = found
+        return found
+
+    def _outcome(self, key: str) -> Outcome | None:
+        result = read_json(self.workdir(key) / "result.json")
+        if result is not None:
+            curve: dict[int, float] = {}
+            if self.sweep.search is not None:
+                curve = curve_of(self.workdir(key), self.sweep.search.metric)
+            return Outcome(state="complete", result=result, curve=curve)
+        pruned = read_json(self.claims / key / "pruned.json")
+        if pruned is not None:
+            curve = {int(step): value for step, value in pruned["curve"].items()}
+            return Outcome(state="pruned", result=pruned, curve=curve)
+        failures = self.failures(key)
+        if failures and (
+            len(failures) >= self.sweep.attempts or not failures[-1].again
+        ):
+            return Outcome(state="failed", result={"failed": failures[-1].error})
+        return None
+
+    def failures(self, key: str) -> list[Failure]:
+        """Returns the attempts of a member that failed, in order."""
+        found = []
+        for path in _listed(self.claims / key):
+            if matched := _FAILURE.fullmatch(path.name):
+                found.append(Failure(number=int(matched[1]), **(read_json(path) or {})))
+        return sorted(found, key=lambda failure: failure.number)
+
+    def failed(self, key: str, number: int, error: str, *, again: bool) -> None:
+        """Notes that an attempt failed."""
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        log = str(self.log(key, number))
+        values = {"error": error, "log": log, "again": again, "at": now}
+        write_json(self.claims / key / f"failure.{number}.json", values)
+
+    def pruned(
+        self, key: str, curve: Mapping[int, float], result: Mapping[str, Any]
+    ) -> None:
+        """Notes that a member was pruned, with its metrics so far by step."""
+        values = {**result, "curve": {str(k): v for k, v in curve.items()}}
+        write_json(self.claims / key / "pruned.json", values)
+
+    def retry(self, keys: Iterable[str]) -> int:
+        """Forgets the failures of members; returns the number of these members."""
+        count = 0
+        for key in keys:
+            failures = self.failures(key)
+            for failure in failures:
+                path = self.claims / key / f"failure.{failure.number}.json"
+                path.rename(path.with_suffix(".retried"))
+            count += bool(failures)
+        return count
+
+    def write_index(self, name: str, members: Sequence[Member]) -> None:
+        """Writes `sweep.json`, and links to the workdirs by names for people."""
+        sweep = self.sweep
+        arms = sweep.all_arms() if sweep.search is None else {}
+        index = {
+            "name": name,
+            "metric": sweep.metric,
+            "baseline": sweep.the_baseline() if arms else None,
+            "tune_by": tune_metric(sweep, members[0]) if members else sweep.tune_by,
+            "keep": sweep.keep,
+            "arms": {name: as_plain(arm.overrides) for name, arm in arms.items()},
+            "cases": {name: as_plain(of) for name, of in sweep.cases.items()},
+            "seeds": [dict(seed) for seed in sweep.all_seeds()],
+            "members": {member.key: member.to_json() for member in members},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        path = self.root / "sweep.json"
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == text:
+                return
+        # Workers write it at the same time.
+        part = self.root / f"sweep.json.{os.uname().nodename}-{os.getpid()}"
+        write_text(part, text)
+        part.replace(path)
+        for member in members:
+            self._link(member)
+
+    def _link(self, member: Member) -> None:
+        """Links the workdir of a member below `by_arm/`."""
+        values = list(dict(member.seed).values())
+        values = values[:1] if len(set(values)) == 1 else values
+        seed = f"seed{'_'.join(map(str, values))}"
+        tuned = member.key if member.stage == "tune" else seed
+        parts = [member.case, member.arm, *(["tuning"] if tuned != seed else []), tuned]
+        place = self.root.joinpath("by_arm", *(_as_name(p) for p in parts if p))
+        target = os.path.relpath(self.workdir(member.key), place.parent)
+        with contextlib.suppress(OSError):  # A file system without links has none.
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.is_symlink() and os.readlink(place) != target:
+                place.unlink()
+            if not place.is_symlink():
+                place.symlink_to(target)
+
+    def adopt(self, members: Sequence[Member]) -> list[str]:
+        """Links members that have run elsewhere; returns lines about them.
+
+        They are looked for beside this folder: finished runs, and members of other
+        sweeps. Those of other code run again.
+
+        Args:
+            members: Members without a workdir are looked for.
+        """
+        missing = {m.key: m for m in members if not self.workdir(m.key).exists()}
+        lines = []
+        for key, place in _elsewhere(self.root, set(missing)):
+            if key not in missing or missing[key].needs:
+                continue
+            member = missing[key]
+            if identity(place) != identity(None):
+                lines.append(f"{member.label}: {place} ran with other code; runs again")
+                continue
+            del missing[key]
+            with contextlib.suppress(FileExistsError):
+                self.workdir(key).symlink_to(os.path.relpath(place, self.root))
+            lines.append(f"{member.label}: finished in {place}")
+        return lines
+
+    def changes(self, members: Sequence[Member]) -> list[str]:
+        """Returns lines about finished members of other code, packages or data."""
+        now, lines = identity(None), []
+        others: dict[str, list[str]] = {"code": [], "packages": []}
+        data: dict[str, dict[str, list[str]]] = {}
+        for member in members:
+            outcome = self.outcome(member.key)
+            if outcome is None or outcome.state != "complete":
+                continue
+            then = identity(self.workdir(member.key))
+            for name, labels in others.items():
+                if then[name] != now[name]:
+                    labels.append(member.label)
+            manifest = read_manifest(self.workdir(member.key)) or {}
+            same = repr((member.config.data, dict(member.seed)["order"]))
+            by_print = data.setdefault(same, {})
+            found = str(manifest.get("data_fingerprint"))
+            by_print.setdefault(found, []).append(member.label)
+        for name, labels in others.items():
+            if labels:
+                lines.append(
+                    f"{len(labels)} finished members ran with other {name} than that of "
+                    f"now ({_few(labels)}); `retry --changed` runs them again"
+                )
+        for by_print in data.values():
+            if len(by_print) > 1:
+                fewest = min(by_print.values(), key=len)
+                lines.append(
+                    f"{_few(fewest)} had other data than the other runs with the same "
+                    "config.data; `retry --changed` runs all of them again"
+                )
+        return lines
+
+    def set_aside(self, members: Sequence[Member]) -> int:
+        """Moves finished members of other code, packages or data to `aside/`.
+
+        Returns:
+            The number of these members, which run again when workers are started.
+        """
+        now, count = identity(None), 0
+        for member in members:
+            workdir = self.workdir(member.key)
+            if self.outcome(member.key) is None or identity(workdir) == now:
+                continue
+            count += 1
+            self._ended.pop(member.key, None)
+            if workdir.is_symlink():
+                workdir.unlink()
+                continue
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            place = self.root / "aside" / f"{member.key}-{stamp}"
+            place.parent.mkdir(exist_ok=True)
+            workdir.rename(place)
+        return count
+
+    def drop_states_of(self, key: str) -> None:
+        """Removes the checkpoints of a member."""
+        shutil.rmtree(self.workdir(key) / "checkpoints", ignore_errors=True)
+
+    def drop_states(self, keep: Iterable[str], members: Sequence[Member]) -> None:
+        """Removes the checkpoints of finished members, but those of some."""
+        kept = set(keep)
+        for member in members:
+            workdir = self.workdir(member.key)
+            is_own = not workdir.is_symlink()
+            if (
+                member.key not in kept
+                and is_own
+                and (workdir / "result.json").is_file()
+            ):
+                shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+
+
+def identity(workdir: pathlib.Path | None) -> dict[str, Any]:
+    """Returns code and packages of the run in a workdir; None are those of now."""
+    if workdir is None:
+        return {"code": code_digest(), "packages": package_versions()}
+    manifest = read_manifest(workdir) or {}
+    return {"code": manifest.get("code_sha256"), "packages": manifest.get("packages")}
+
+
+def threads_of(folder: SweepFolder, threads: int) -> int:
+    """Returns the CPU threads of the sweep's workers, which the first worker decides.
+
+    Args:
+        folder: Folder of the sweep, made.
+        threads: Threads that the first worker would choose.
+
+    Raises:
+        UserError: The file that has them cannot be read.
+    """
+    if folder.sweep.threads is not None:
+        threads = folder.sweep.threads
+    path = folder.root / "threads"
+    try:
+        with path.open("x") as file:
+            file.write(f"{threads}\n")
+        return threads
+    except FileExistsError:
+        pass
+    text = ""
+    for _ in range(50):  # Its writer has made it, and writes it now.
+        if (text := path.read_text()).endswith("\n"):
+            break
+        time.sleep(0.1)
+    if not text.strip().isdigit():
+        raise UserError(f"{path}: {text!r} is no number of threads; remove the file")
+    found = int(text)
+    if folder.sweep.threads not in (None, found):
+        raise UserError(
+            f"Sweep.threads: {folder.sweep.threads}, but the sweep in {folder.root} began "
+            f"with {found}, on which the last bits depend; set {found}, or give another "
+            "--dir"
+        )
+    return found
+
+
+def _elsewhere(
+    root: pathlib.Path, keys: set[str]
+) -> Iterator[tuple[str, pathlib.Path]]:
+    """Yields keys and workdirs of finished runs beside the folder of a sweep."""
+    if not keys:
+        return
+    for folder in _listed(root.parent):
+        if folder == root or not folder.is_dir():
+            continue
+        if (folder / "sweep.json").is_file():
+            for key in keys:
+                if (folder / key / "result.json").is_file():
+                    yield key, folder / key
+        elif (folder / "result.json").is_file():
+            key = _key_of(folder)
+            if key in keys:
+                yield key, folder
+
+
+def _key_of(workdir: pathlib.Path) -> str | None:
+    """Returns the key of the config of a plain run; None if it cannot be read."""
+    try:
+        config, problems = resolve(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return None if problems else member_key(config)
+
+
+def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _as_name(text: str) -> str:
+    """Returns a text as the name of a folder.
+
+    >>> _as_name("lora (rank 4)"), _as_name("..")
+    ('lora (rank 4)', '__')
+    """
+    name = re.sub(r"[^\w .,=()+-]", "_", text)
+    return "_" * len(name) if set(name) <= {"."} else name
+
+
+def _few(labels: Sequence[str]) -> str:
+    """Returns the first labels of many as text."""
+    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+    return f"{'; '.join(labels[:3])}{more}"

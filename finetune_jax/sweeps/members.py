@@ -1,0 +1,265 @@
+"""Members of a sweep: resolved configs, and the hashes that name their workdirs."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from finetune_jax.config import Config, flat, resolve, seeds, to_json
+from finetune_jax.config.fields import plain
+from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
+from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.core.registry import closest
+from finetune_jax.plans.phase import Phase, as_config, plan_problems
+from finetune_jax.sweeps.definition import Arm, Seed, Source, Sweep, base_of
+
+# Beginning of the value of a config key that stands for the workdir of another member.
+REFERENCE = "sweep:"
+_KEY_LENGTH = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """A run of a sweep.
+
+    Attributes:
+        key: Hash of its resolved config, the name of its workdir.
+        config: Resolved config; references to other members are `sweep:KEY`.
+        stage: 'source', 'tune', 'final' or 'trial'.
+        arm: Name of its arm, or of the source.
+        case: Name of its case.
+        seed: Seed of each source of randomness.
+        overrides: Values that differ from the base config, without the seed.
+        needs: Keys of the members that must be finished before.
+        trial: Number of its trial in a search.
+    """
+
+    key: str
+    config: Config
+    stage: str
+    arm: str
+    case: str
+    seed: Seed
+    overrides: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    trial: int | None = None
+
+    def runnable(self, root: pathlib.Path) -> Config:
+        """Returns its config with the addresses of other members' workdirs.
+
+        Args:
+            root: Folder of the sweep.
+        """
+        if not self.needs:
+            return self.config
+        plain_config = json.loads(to_json(self.config))
+        root = root.absolute()
+        found, problems = resolve(
+            _replaced(plain_config, lambda name: f"orbax:{root / name}")
+        )
+        assert not problems, problems
+        return found
+
+    @property
+    def label(self) -> str:
+        """Text that names it for a person."""
+        numbers = sorted(set(dict(self.seed).values()))
+        same = len(numbers) == 1
+        seed = f"seed {numbers[0]}" if same else f"seeds {dict(self.seed)}"
+        where = [self.case, self.arm] if self.trial is None else [f"trial {self.trial}"]
+        stage = {"tune": "tuning ", "source": "source "}.get(self.stage, "")
+        return f"{stage}{', '.join(filter(None, where))}, {seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `result.json` and `sweep.json` say of it."""
+        return {
+            "stage": self.stage, "arm": self.arm, "case": self.case,
+            "seed": dict(self.seed), "overrides": as_plain(self.overrides),
+        } | ({} if self.trial is None else {"trial": self.trial})  # fmt: skip
+
+
+def as_plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns overrides with dicts for phases and sections."""
+    return {key: plain(_as_config(value)) for key, value in overrides.items()}
+
+
+def member_key(config: Config) -> str:
+    """Returns the hash of all values that a result depends on."""
+    values = {
+        key: value
+        for key, value in flat({**config.to_dict(), "seed": seeds(config)}).items()
+        if not any(key == k or key.startswith(f"{k}.") for k in NO_RESULT_DEPENDS_ON)
+    }
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+
+
+class Members:
+    """Resolves the members of a sweep, each once."""
+
+    def __init__(self, sweep: Sweep):
+        """Takes the sweep."""
+        self.sweep = sweep
+        self._base = functools.lru_cache(maxsize=None)(base_of)
+        self._found: dict[Any, tuple[Member | None, list[Problem]]] = {}
+
+    def final(
+        self, arm: str, case: str, seed: Seed, tuned: Mapping[str, Any], stage: str
+    ) -> Member:
+        """Returns the member of an arm.
+
+        Args:
+            arm: Name of the arm.
+            case: Name of the case.
+            seed: Seed of each source of randomness.
+            tuned: Values of the keys that are tuned.
+            stage: 'tune' or 'final'.
+        """
+        one = self.sweep.all_arms()[arm]
+        of_case = self.sweep.cases[case]
+        overrides = {**of_case, **one.overrides, **tuned}
+        return self._member(one.base, overrides, seed, stage=stage, arm=arm, case=case)
+
+    def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
+        """Returns the member of a search's trial."""
+        return self._member(
+            None, overrides, seed, stage="trial", arm=f"trial {number}", case="",
+            trial=number,
+        )  # fmt: skip
+
+    def source(self, name: str, seed: Seed) -> Member:
+        """Returns the member that is a source of weights for runs with a seed."""
+        source: Source = self.sweep.sources[name]
+        if not source.by_seed:
+            seed = self.sweep.all_seeds()[0]
+        return self._member(
+            source.base, source.overrides, seed, stage="source", arm=name, case=""
+        )
+
+    def _member(
+        self, base: Any, overrides: Mapping[str, Any], seed: Seed, **names: Any
+    ) -> Member:
+        """Returns a member.
+
+        Raises:
+            UserError: Lists what is wrong with its config.
+        """
+        identity = json.dumps(
+            [as_plain(overrides), seed, names, id(base)], sort_keys=True, default=str
+        )
+        if identity not in self._found:
+            self._found[identity] = self._made(base, overrides, seed, names)
+        member, problems = self._found[identity]
+        if member is None:
+            case = names["case"]
+            header = f"{names['stage']} {names['arm']!r}" + (
+                case and f", case {case!r}"
+            )
+            raise UserError(*problems, header=f"{header}:")
+        return member
+
+    def _made(
+        self, base: Any, overrides: Mapping[str, Any], seed: Seed, names: Any
+    ) -> tuple[Member | None, list[Problem]]:
+        given = self.sweep.base if base is None else base
+        tree = _mutable(plain(self._base(given)))
+        problems: list[Problem] = []
+        for key, value in overrides.items():
+            _set(tree, key, _mutable(plain(_as_config(value))), problems)
+        values = dict(seed)
+        is_one = len(set(values.values())) == 1
+        tree["seed"] = next(iter(values.values())) if is_one else values
+        needs: list[str] = []
+
+        def key_of(name: str) -> str:
+            if name not in self.sweep.sources:
+                text = f"no source {name!r}{closest(name, self.sweep.sources)}"
+                problems.append(Problem("Sweep.sources", text))
+                return REFERENCE + name
+            needs.append(self.source(name, seed).key)
+            return REFERENCE + needs[-1]
+
+        config, wrong = resolve(_replaced(tree, key_of))
+        problems += wrong or plan_problems(config.plan)
+        if config.population:
+            text = "a member is one run; give its members as arms of the sweep"
+            problems.append(Problem("config.population", text))
+        if problems:
+            return None, problems
+        found = Member(
+            key=member_key(config), config=config, seed=seed, overrides=overrides,
+            needs=tuple(needs), **names,
+        )  # fmt: skip
+        return found, []
+
+
+def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:
+    """Returns the values of the keys that are tuned for an arm."""
+    one: Arm = sweep.all_arms()[arm]
+    return sweep.tune if one.tune is None else one.tune
+
+
+def _as_config(value: Any) -> Any:
+    """Returns a plan as a config file has it, if a value is a plan of phases."""
+    phases = (value,) if isinstance(value, Phase) else value
+    is_plan = isinstance(phases, tuple | list) and len(phases) > 0
+    if is_plan and all(isinstance(phase, Phase) for phase in phases):
+        return as_config(phases)
+    return value
+
+
+def _mutable(value: Any) -> Any:
+    """Returns a copy whose dicts, and tuples of dicts, can be changed."""
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    if isinstance(value, tuple | list) and any(isinstance(v, dict) for v in value):
+        return [_mutable(item) for item in value]
+    return value
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, problems: list[Problem]) -> None:
+    """Sets the value of a key such as `plan[0].peak_lr`; a dict changes keys."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _set(tree, f"{key}.{name}", item, problems)
+        return
+    *parts, last = re.findall(r"[^.\[\]]+|\[\d+\]", key) or [""]
+    node: Any = tree
+    for place, part in enumerate(parts):
+        if part.startswith("["):
+            index = int(part[1:-1])
+            if not isinstance(node, list) or index >= len(node):
+                size = len(node) if isinstance(node, list) else "no"
+                before = "".join(parts[:place])
+                text = f"no entry {index}; config.{before} has {size} entries"
+                problems.append(Problem(f"config.{key}", text))
+                return
+            node = node[index]
+        else:
+            # Sections that the base does not name have their defaults.
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part] if isinstance(node, dict) else None
+        if not isinstance(node, dict | list):
+            text = f"{'.'.join(parts[: place + 1])} is no section"
+            problems.append(Problem(f"config.{key}", text))
+            return
+    if last.startswith("[") or not isinstance(node, dict):
+        problems.append(Problem(f"config.{key}", "names no key"))
+        return
+    node[last] = value
+
+
+def _replaced(value: Any, name: Callable[[str], str]) -> Any:
+    """Returns a tree whose references `sweep:NAME` are replaced by `name(NAME)`."""
+    if isinstance(value, dict):
+        return {key: _replaced(item, name) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_replaced(item, name) for item in value)
+    if isinstance(value, str) and value.startswith(REFERENCE):
+        return name(value.removeprefix(REFERENCE))
+    return value

@@ -1,0 +1,1 @@
+"""Populations: many runs of one model in one process, side by side on an accelerator."""

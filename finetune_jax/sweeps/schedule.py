@@ -1,0 +1,283 @@
+"""The members that a sweep wants next: a pure function of the results so far.
+
+All workers compute it for themselves from the folder, so they agree without a server.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from finetune_jax.core.errors import Problem, collected, raise_if
+from finetune_jax.core.metric_names import is_better
+from finetune_jax.sweeps.definition import Sweep
+from finetune_jax.sweeps.members import Member, Members, tune_of
+from finetune_jax.sweeps.pruning import Trial
+from finetune_jax.sweeps.search import is_pruned, proposal
+from finetune_jax.sweeps.space import Proposal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a member ended.
+
+    Attributes:
+        state: 'complete', 'pruned', or 'failed' after its last attempt.
+        result: Content of `result.json`; {} if it is not complete.
+        curve: Metric of a search by step.
+    """
+
+    state: str
+    result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    curve: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """Returns a metric of the best state, None if there is none."""
+        return self.result.get("best", {}).get(metric)
+
+
+# Returns how a member ended, by its key; None if it has not.
+OutcomeOf = Callable[[str], Outcome | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Members that are known by now.
+
+    Attributes:
+        members: All of them, in order of their urgency.
+        is_all: Whether there will be no more.
+        tuned: Chosen values of each (arm, case) that has been tuned.
+        trials: Trials of a search by number, as far as they have ended.
+    """
+
+    members: tuple[Member, ...]
+    is_all: bool
+    tuned: Mapping[tuple[str, str], Mapping[str, Any]]
+    trials: Mapping[int, Trial] = dataclasses.field(default_factory=dict)
+
+
+class Schedule:
+    """Says which members a sweep wants."""
+
+    def __init__(self, sweep: Sweep):
+        """Takes the sweep."""
+        self.sweep = sweep
+        self.members = Members(sweep)
+        self._proposals: dict[int, Proposal] = {}
+
+    def wanted(self, outcome_of: OutcomeOf) -> Wanted:
+        """Returns the members that are known by the results of others.
+
+        Args:
+            outcome_of: Returns how a member ended, by its key; None if it has not.
+
+        Raises:
+            UserError: A config cannot be resolved.
+        """
+        if self.sweep.search is not None:
+            return self._trials(outcome_of)
+        tuning, tuned, is_all = list[Member](), {}, True
+        pairs = list(itertools.product(self.sweep.cases, self.sweep.all_arms()))
+        for case, arm in pairs:
+            where = self.sweep.tune_case if self.sweep.tune_case is not None else case
+            own, chosen = self._tuned(arm, where, outcome_of)
+            tuning += own
+            if chosen is None:
+                is_all = False
+            else:
+                tuned[arm, case] = chosen
+        final = [
+            self.members.final(arm, case, seed, tuned[arm, case], "final")
+            for seed in self.sweep.all_seeds()
+            for case, arm in pairs
+            if (arm, case) in tuned and tuned[arm, case] != _NOTHING
+        ]
+        members = self._with_sources([*tuning, *final])
+        return Wanted(members=members, is_all=is_all, tuned=tuned)
+
+    def _with_sources(self, members: Sequence[Member]) -> tuple[Member, ...]:
+        """Returns members, each once, after the sources that they need."""
+        sources = {
+            member.key: member
+            for name in self.sweep.sources
+            for seed in self.sweep.all_seeds()
+            for member in [self.members.source(name, seed)]
+        }
+        found: dict[str, Member] = {}
+
+        def add(member: Member) -> None:
+            for key in member.needs:
+                add(sources[key])
+            # A tuning run that is also the run of the arm counts as that.
+            if member.key not in found or found[member.key].stage == "tune":
+                found[member.key] = member
+
+        for member in members:
+            add(member)
+        return tuple(found.values())
+
+    def _tuned(
+        self, arm: str, case: str, outcome_of: OutcomeOf
+    ) -> tuple[list[Member], Mapping[str, Any] | None]:
+        """Returns the tuning runs of an arm, and its values once they have ended.
+
+        The values are `_NOTHING` if all runs failed.
+        """
+        grid = tune_of(self.sweep, arm)
+        if not grid:
+            return [], {}
+        seeds = self.sweep.all_seeds()[: self.sweep.tune_seeds]
+        best, highest, is_over = _NOTHING, None, True
+        found: list[Member] = []
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            runs = [self.members.final(arm, case, s, chosen, "tune") for s in seeds]
+            found += runs
+            ended = [outcome_of(run.key) for run in runs]
+            metric = tune_metric(self.sweep, runs[0])
+            is_over = is_over and None not in ended
+            numbers = [o.value(metric) for o in ended if o is not None]
+            if numbers and None not in numbers:
+                mean = math.fsum(v for v in numbers if v is not None) / len(numbers)
+                if is_better(metric, mean, highest):
+                    best, highest = chosen, mean
+        return found, best if is_over else None
+
+    def _trials(self, outcome_of: OutcomeOf) -> Wanted:
+        """Returns the members of the trials that may be proposed by now.
+
+        A trial is proposed once the trials that it needs have ended.
+        """
+        search = self.sweep.search
+        assert search is not None
+        members, ended = list[Member](), dict[int, Trial]()
+        for number in range(search.count):
+            if not all(other in ended for other in search.needs(number)):
+                break
+            before = {other: ended[other] for other in search.needs(number)}
+            own, trial = self._trial(number, before, outcome_of)
+            members += own
+            if trial is not None:
+                ended[number] = trial
+        return Wanted(
+            members=self._with_sources(members),
+            is_all=len(ended) == search.count,
+            tuned={},
+            trials=ended,
+        )
+
+    def _trial(
+        self, number: int, before: Mapping[int, Trial], outcome_of: OutcomeOf
+    ) -> tuple[list[Member], Trial | None]:
+        """Returns the members of a trial that may run, and the trial if it has ended."""
+        search = self.sweep.search
+        assert search is not None
+        proposed = self._proposal(number, before)
+        found: list[Member] = []
+        curves: dict[int, Mapping[int, float]] = {}
+        values: dict[int, float] = {}
+        state = "complete"
+        for index, seed in enumerate(self.sweep.all_seeds()):
+            found.append(self.members.trial(number, seed, proposed.overrides))
+            outcome = outcome_of(found[-1].key)
+            if outcome is None:
+                state = "running"
+                # The seeds so far decide whether the next one runs.
+                if search.pruner is not None and search.pruner.over_seeds:
+                    break
+                continue
+            curves[index] = outcome.curve
+            value = outcome.value(search.metric)
+            if value is not None:
+                values[index] = value
+            if outcome.state != "complete":
+                state = outcome.state
+                break
+            over_seeds = search.pruner is not None and search.pruner.over_seeds
+            if over_seeds and is_pruned(search, before, number, values):
+                state = "pruned"
+                break
+        if state == "running":
+            return found, None
+        # Curves of a search over seeds end with the value of the best state.
+        if search.pruner is not None and search.pruner.over_seeds:
+            curves = {index: {0: value} for index, value in values.items()}
+        return found, Trial(
+            number=number, overrides=dict(proposed.overrides),
+            params=dict(proposed.params),
+            value=math.fsum(values.values()) / len(values) if values else None,
+            curves=curves, state=state,
+        )  # fmt: skip
+
+    def _proposal(self, number: int, before: Mapping[int, Trial]) -> Proposal:
+        """Returns the values of a trial, computed once."""
+        if number not in self._proposals:
+            assert self.sweep.search is not None
+            self._proposals[number] = proposal(self.sweep.search, before, number)
+        return self._proposals[number]
+
+
+def is_pruned_at(
+    sweep: Sweep, wanted: Wanted, member: Member
+) -> Callable[[Mapping[int, float]], bool]:
+    """Returns the function that says whether a running trial ends early.
+
+    Args:
+        sweep: A sweep with a search.
+        wanted: Members that are known by now, with the trials that have ended.
+        member: Member of the trial.
+    """
+    search, number = sweep.search, member.trial
+    assert search is not None and number is not None
+    before = {other: wanted.trials[other] for other in search.needs(number)}
+    index = sweep.all_seeds().index(member.seed)
+    return lambda curve: is_pruned(search, before, number, curve, seed=index)
+
+
+# Values of an arm all of whose tuning runs failed.
+_NOTHING: Mapping[str, Any] = {"": None}
+
+
+def tune_metric(sweep: Sweep, member: Member) -> str:
+    """Returns the metric that chooses the values of tuned keys."""
+    name = sweep.metric.rpartition("/")[2]
+    default = member.config.evaluate.best or f"validation/{name}"
+    return sweep.tune_by or default
+
+
+def check(sweep: Sweep) -> list[Member]:
+    """Returns the members that every sweep has, each arm with its first seed.
+
+    Raises:
+        UserError: Lists configs that cannot be resolved, arms with the same config.
+    """
+    problems: list[Problem] = []
+    schedule = Schedule(sweep)
+    members: list[Member] = []
+    same: dict[str, str] = {}
+    for seed in sweep.all_seeds()[:1]:
+        for name in sweep.sources:
+            with collected(problems):
+                members.append(schedule.members.source(name, seed))
+        if sweep.search is not None:
+            with collected(problems):
+                members += schedule.wanted(lambda _: None).members
+            continue
+        for case, arm in itertools.product(sweep.cases, sweep.all_arms()):
+            keys = []
+            grid = tune_of(sweep, arm)
+            for values in itertools.product(*grid.values()):
+                tuned = dict(zip(grid, values, strict=True))
+                with collected(problems):
+                    stage = "tune" if tuned else "final"
+                    member = schedule.members.final(arm, case, seed, tuned, stage)
+                    members.append(member)
+                    keys.append(member.key)
+            other = same.setdefault(repr(keys), f"{arm!r}{case and f', case {case!r}'}")
+            if keys and other != f"{arm!r}{case and f', case {case!r}'}":
+                text = f"{arm!r} has the same config as {other}; leave one of them out"
+                problems.append(Problem("Sweep.arms", text))
+    raise_if(dict.fromkeys(problems))
+    return members

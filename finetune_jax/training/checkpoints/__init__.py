@@ -1,0 +1,1 @@
+"""Checkpoints of a run: on disk, and in memory."""
