@@ -16,7 +16,7 @@ from finetune_jax.core.errors import Problem, UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.report.tables import short_labels
-from finetune_jax.sweeps.search import Search
+from finetune_jax.sweeps.search.proposals import Search
 
 SOURCES = tuple(keys_of(Seeds))
 # A seed of each source of randomness: the identity by which runs are paired.
@@ -227,7 +227,8 @@ def _shape_problems(sweep: Sweep) -> list[Problem]:
     def is_arm(arm: Any) -> bool:
         return isinstance(arm, Arm | Mapping) or hasattr(arm, "to_dict")
 
-    arms, seeds = sweep.arms, sweep.seeds
+    arms: Any = sweep.arms
+    seeds: Any = sweep.seeds
     if isinstance(arms, Mapping):
         form = "a dict of names and overrides"
         check("arms", bool(arms) and all(map(is_arm, arms.values())), form)
@@ -241,7 +242,7 @@ def _shape_problems(sweep: Sweep) -> list[Problem]:
     check("cases", is_right, "a dict of names and overrides")
     is_number = type(seeds) is int and seeds >= 0
     is_list = isinstance(seeds, Sequence | range) and not isinstance(seeds, str)
-    is_right = is_number or (is_list and all(map(_is_seed, seeds)))
+    is_right = is_number or (is_list and all(_is_seed(seed) for seed in seeds))
     form = f"a number, or a sequence of numbers or dicts of {', '.join(SOURCES)}"
     check("seeds", is_right, form)
     are_sources = all(isinstance(s, Source) for s in sweep.sources.values())

@@ -27,8 +27,8 @@ from finetune_jax.report.manifest import code_digest, package_versions
 from finetune_jax.report.workdir import make_folder, read_json, read_manifest
 from finetune_jax.sweeps.definition import Sweep
 from finetune_jax.sweeps.members import Member, as_plain, member_key
-from finetune_jax.sweeps.pruning import curve_of
 from finetune_jax.sweeps.schedule import Outcome, tune_metric
+from finetune_jax.sweeps.search.pruning import curve_of
 
 _FAILURE = re.compile(r"failure\.(\d+)\.json")
 

@@ -13,9 +13,9 @@ from finetune_jax.core.errors import Problem, collected, raise_if
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.sweeps.definition import Sweep
 from finetune_jax.sweeps.members import Member, Members, tune_of
-from finetune_jax.sweeps.pruning import Trial
-from finetune_jax.sweeps.search import is_pruned, proposal
-from finetune_jax.sweeps.space import Proposal
+from finetune_jax.sweeps.search.proposals import is_pruned, proposal
+from finetune_jax.sweeps.search.pruning import Trial
+from finetune_jax.sweeps.search.space import Proposal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from finetune_jax.report.workdir import InUse
 from finetune_jax.sweeps.claims import Claim, Claims
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
-from finetune_jax.sweeps.pruning import Judge, curve_of
 from finetune_jax.sweeps.schedule import Schedule, Wanted, is_pruned_at, tune_metric
+from finetune_jax.sweeps.search.pruning import Judge, curve_of
 from finetune_jax.training.assembly import Shared
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop

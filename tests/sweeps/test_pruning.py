@@ -9,7 +9,8 @@ import pytest
 import small
 
 from finetune_jax.plans.phase import Phase
-from finetune_jax.sweeps.pruning import (
+from finetune_jax.sweeps.search.proposals import Float, Search, is_pruned
+from finetune_jax.sweeps.search.pruning import (
     Halving,
     Judge,
     Median,
@@ -17,7 +18,6 @@ from finetune_jax.sweeps.pruning import (
     Wilcoxon,
     curve_of,
 )
-from finetune_jax.sweeps.search import Float, Search, is_pruned
 from finetune_jax.training.loop import Preempted
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.run import run

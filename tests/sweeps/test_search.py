@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.sweeps.pruning import Median
-from finetune_jax.sweeps.search import (
+from finetune_jax.sweeps.search.proposals import (
     Choice,
     Float,
     Int,
@@ -20,6 +19,7 @@ from finetune_jax.sweeps.search import (
     Trial,
     proposal,
 )
+from finetune_jax.sweeps.search.pruning import Median
 
 SPACE = {
     "data.batch_size": Choice((32, 64)),

@@ -17,11 +17,17 @@ import numpy as np
 from finetune_jax.core.errors import Problem, UserError
 from finetune_jax.core.metric_names import higher_is_better
 from finetune_jax.core.registry import closest
-from finetune_jax.sweeps.pruning import Curve, Pruner, Trial, imported_optuna, quiet
-from finetune_jax.sweeps.space import Choice as Choice
-from finetune_jax.sweeps.space import Float as Float
-from finetune_jax.sweeps.space import Int as Int
-from finetune_jax.sweeps.space import (
+from finetune_jax.sweeps.search.pruning import (
+    Curve,
+    Pruner,
+    Trial,
+    imported_optuna,
+    quiet,
+)
+from finetune_jax.sweeps.search.space import Choice as Choice
+from finetune_jax.sweeps.search.space import Float as Float
+from finetune_jax.sweeps.search.space import Int as Int
+from finetune_jax.sweeps.search.space import (
     Proposal,
     Space,
     drawn,

@@ -1,0 +1,1 @@
+"""Search: spaces of values, proposals from finished trials, and pruning."""
