@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -224,6 +225,18 @@ def test_each_worker_has_its_gpus(
     assert all(len(env) <= 1 for env in local.environments(launch))
 
 
+def test_a_dry_run_prints_the_commands_of_the_workers(folder, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    found = local.lines(launch_of(folder, "it's", jobs=2))
+    token = claims.token(folder / "claims")
+    begin = ["env", "NPROC=1", f"FINETUNE_JAX_CLAIMS={token}"]
+    assert [shlex.split(line) for line in found] == [
+        [*begin, f"CUDA_VISIBLE_DEVICES={gpu}", *launch_of(folder, "it's").worker]
+        for gpu in (2, 3)
+    ]
+
+
 def test_too_many_threads_are_told(folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert not local.notes(launch_of(folder, ""))
@@ -265,7 +278,7 @@ def test_the_job_script_has_the_options_of_the_site(folder, monkeypatch):
         "setup": ("module load cuda", "ulimit -n 4096"),
     }  # fmt: skip
     launch = launch_of(folder, "", jobs=4, processes=2, options=options)
-    text = slurm.script(launch)
+    text = "\n".join(slurm.lines(launch))
     assert re.findall(r"#SBATCH (.*)", text) == [
         "--job-name=rates", "--array=0-3", f"--output={folder}/logs/worker-%A_%a.txt",
         "--ntasks=8", "--cpus-per-task=1", "--signal=TERM@300", "--open-mode=append",
@@ -284,7 +297,7 @@ def test_options_that_are_not_of_sbatch_are_named_together(folder):
         "array": "0-9", "--time": "1:00", "comment": "a\nb", "open mode": 1, "setup": [3],
     }  # fmt: skip
     with pytest.raises(UserError) as caught:
-        slurm.script(launch_of(folder, "", jobs=0, options=options))
+        slurm.lines(launch_of(folder, "", jobs=0, options=options))
     assert str(caught.value).splitlines() == [
         "--jobs: 0; at least 1 is needed",
         "slurm['array']: leave it out: --jobs gives the number of workers",
@@ -300,7 +313,7 @@ def test_without_sbatch_nothing_is_written(folder, monkeypatch):
     with pytest.raises(
         UserError, match="--launcher=slurm: sbatch is missing; run this"
     ):
-        slurm.submit(launch_of(folder, ""))
+        slurm.run(launch_of(folder, ""))
     assert not list(folder.iterdir())
 
 

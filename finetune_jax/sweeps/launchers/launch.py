@@ -59,7 +59,12 @@ class Launch:
         token = claims.token(self.folder / "claims")
         return {"NPROC": str(self.threads), claims.TOKEN: token}
 
-    def command(self) -> str:
-        """Returns the command of a worker for a shell, with its environment."""
-        variables = [f"{name}={value}" for name, value in self.environment().items()]
+    def command(self, more: Mapping[str, str] | None = None) -> str:
+        """Returns the command of a worker for a shell, with its environment.
+
+        Args:
+            more: More environment variables.
+        """
+        found = self.environment() | dict(more or {})
+        variables = [f"{name}={value}" for name, value in found.items()]
         return shlex.join(["env", *variables, *self.worker])

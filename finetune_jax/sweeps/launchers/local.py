@@ -41,6 +41,19 @@ def run(launch: Launch) -> int:
     return supervise(starts, restarts=RESTARTS)
 
 
+def lines(launch: Launch) -> list[str]:
+    """Returns the command of each worker, for a shell.
+
+    Args:
+        launch: Workers.
+
+    Raises:
+        UserError: Numbers are invalid, or a worker needs more GPUs than there are.
+    """
+    check(launch)
+    return [launch.command(own) for own in environments(launch)]
+
+
 def check(launch: Launch) -> None:
     """Checks that the workers can be started here.
 

@@ -40,8 +40,8 @@ exit $status
 """
 
 
-def script(launch: Launch) -> str:
-    """Returns the job script.
+def lines(launch: Launch) -> list[str]:
+    """Returns the lines of the job script.
 
     Args:
         launch: Workers; `options` are those of sbatch, such as `partition`, and `setup`.
@@ -66,7 +66,7 @@ def script(launch: Launch) -> str:
         # srun does not take it from the job by itself.
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
     ]
-    return _SCRIPT.format(
+    text = _SCRIPT.format(
         options="\n".join(
             f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={_word(value)}"
             for name, value in options.items()
@@ -75,10 +75,11 @@ def script(launch: Launch) -> str:
         setup="\n".join(setup),
         worker=launch.command(),
     )
+    return text.splitlines()
 
 
-def submit(launch: Launch) -> list[str]:
-    """Submits the workers and returns lines for a person.
+def run(launch: Launch) -> int:
+    """Submits the workers, prints what was submitted, and returns 0.
 
     Args:
         launch: Workers; `options` are those of sbatch, such as `partition`, and `setup`.
@@ -89,7 +90,7 @@ def submit(launch: Launch) -> list[str]:
     check(launch, is_submitted=True)
     path = launch.logs / "workers.sbatch"
     launch.logs.mkdir(parents=True, exist_ok=True)
-    write_text(path, script(launch))
+    write_text(path, "".join(f"{line}\n" for line in lines(launch)))
     done = subprocess.run(
         ["sbatch", "--parsable", str(path)], capture_output=True, text=True
     )
@@ -99,11 +100,13 @@ def submit(launch: Launch) -> list[str]:
             f"its file, the script is {path}"
         )
     job = done.stdout.strip().partition(";")[0]
-    return [
+    print(
         *done.stderr.strip().splitlines(),
         f"job {job}: {launch.jobs} workers, logs in {launch.logs}/worker-{job}_*.txt",
         f"squeue --job={job} shows them, scancel {job} ends them",
-    ]
+        sep="\n",
+    )
+    return 0
 
 
 def check(launch: Launch, *, is_submitted: bool = False) -> None:
