@@ -8,6 +8,7 @@ of `finetune_jax`. All modes that open the workdir import the copies.
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -215,7 +216,12 @@ def _content(path: pathlib.Path) -> bytes | None:
 def _file(module: ModuleType | None) -> pathlib.Path | None:
     """Returns the file of a module that was imported from Python source."""
     file = getattr(module, "__file__", None)
-    return pathlib.Path(file).resolve() if file and file.endswith(".py") else None
+    return _resolved(file) if file and file.endswith(".py") else None
+
+
+@functools.cache
+def _resolved(file: str) -> pathlib.Path:
+    return pathlib.Path(file).resolve()
 
 
 def _sources(plugin: ModuleType) -> dict[str, Source]:

@@ -1,6 +1,7 @@
 """`manifest.json`: data, weights, versions and devices of a run, for reruns."""
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -65,11 +66,13 @@ def make_manifest(
     }
 
 
+@functools.cache
 def package_versions() -> dict[str, str | None]:
     """Returns the versions of the packages that results depend on."""
     return {name: _version(name) for name in PACKAGES}
 
 
+@functools.cache
 def code_digest() -> str:
     """Returns the sha256 over the code of this package."""
     digester, root = hashlib.sha256(), pathlib.Path(__file__).resolve().parents[1]

@@ -5,6 +5,7 @@ imports jax.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,14 +110,16 @@ class Sweep:
     command: str | None = None
     processes: int = 1
 
+    @functools.cached_property
     def all_seeds(self) -> list[Seed]:
-        """Returns the seed of each source of randomness, for each run of an arm."""
+        """The seed of each source of randomness, for each run of an arm."""
         is_count = type(self.seeds) is int
         given: Sequence[Any] = range(self.seeds) if is_count else self.seeds
         return [_seed(one) for one in given]
 
+    @functools.cached_property
     def all_arms(self) -> dict[str, Arm]:
-        """Returns the arms by name."""
+        """The arms by name."""
         if isinstance(self.arms, Mapping):
             return {name: _as_arm(arm) for name, arm in self.arms.items()}
         found: list[dict[str, Any]] = [dict(overrides) for overrides in self.arms]
@@ -129,9 +132,10 @@ class Sweep:
             for one in found
         }
 
+    @property
     def the_baseline(self) -> str:
-        """Returns the arm that all others are compared with."""
-        return next(iter(self.all_arms())) if self.baseline is None else self.baseline
+        """The arm that all others are compared with."""
+        return next(iter(self.all_arms)) if self.baseline is None else self.baseline
 
 
 def by_source(count: int, sources: Sequence[str] = SOURCES) -> list[dict[str, int]]:
@@ -170,20 +174,20 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
     problems = _shape_problems(sweep)
     if problems:
         return problems
-    arms, cases = sweep.all_arms(), list(sweep.cases)
+    arms, cases = sweep.all_arms, list(sweep.cases)
 
     def add(key: str, text: str) -> None:
         problems.append(Problem(f"Sweep.{key}", text))
 
     if not isinstance(sweep.arms, Mapping) and len(arms) < len(sweep.arms):
         add("arms", "two have the same overrides; leave one of them out")
-    if sweep.search is None and sweep.the_baseline() not in arms:
-        near = closest(sweep.the_baseline(), arms)
+    if sweep.search is None and sweep.the_baseline not in arms:
+        near = closest(sweep.the_baseline, arms)
         add("baseline", f"no arm {sweep.baseline!r}{near}")
     if sweep.tune_case is not None and sweep.tune_case not in cases:
         near = closest(sweep.tune_case, cases)
         add("tune_case", f"no case {sweep.tune_case!r}{near}")
-    seeds = sweep.all_seeds()
+    seeds = sweep.all_seeds
     if not seeds:
         add("seeds", f"{sweep.seeds!r}; give a number of seeds, or some")
     for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
@@ -228,7 +232,6 @@ def _shape_problems(sweep: Sweep) -> list[Problem]:
         return isinstance(arm, Arm | Mapping) or hasattr(arm, "to_dict")
 
     arms: Any = sweep.arms
-    seeds: Any = sweep.seeds
     if isinstance(arms, Mapping):
         form = "a dict of names and overrides"
         check("arms", bool(arms) and all(map(is_arm, arms.values())), form)
@@ -240,14 +243,21 @@ def _shape_problems(sweep: Sweep) -> list[Problem]:
     is_dict = isinstance(sweep.cases, Mapping) and bool(sweep.cases)
     is_right = is_dict and all(isinstance(v, Mapping) for v in sweep.cases.values())
     check("cases", is_right, "a dict of names and overrides")
-    is_number = type(seeds) is int and seeds >= 0
-    is_list = isinstance(seeds, Sequence | range) and not isinstance(seeds, str)
-    is_right = is_number or (is_list and all(_is_seed(seed) for seed in seeds))
-    form = f"a number, or a sequence of numbers or dicts of {', '.join(SOURCES)}"
-    check("seeds", is_right, form)
+    check(
+        "seeds",
+        _are_seeds(sweep.seeds),
+        f"a number, or a sequence of numbers or dicts of {', '.join(SOURCES)}",
+    )
     are_sources = all(isinstance(s, Source) for s in sweep.sources.values())
     check("sources", are_sources, "a dict of names and sweeps.Source")
     return problems
+
+
+def _are_seeds(given: Any) -> bool:
+    if type(given) is int:
+        return given >= 0
+    is_sequence = isinstance(given, Sequence | range) and not isinstance(given, str)
+    return is_sequence and all(_is_seed(given[i]) for i in range(len(given)))
 
 
 def _are_overrides(given: Any) -> bool:

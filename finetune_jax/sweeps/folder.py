@@ -147,16 +147,16 @@ class SweepFolder:
     def write_index(self, name: str, members: Sequence[Member]) -> None:
         """Writes `sweep.json`, and links to the workdirs by names for people."""
         sweep = self.sweep
-        arms = sweep.all_arms() if sweep.search is None else {}
+        arms = sweep.all_arms if sweep.search is None else {}
         index = {
             "name": name,
             "metric": sweep.metric,
-            "baseline": sweep.the_baseline() if arms else None,
+            "baseline": sweep.the_baseline if arms else None,
             "tune_by": tune_metric(sweep, members[0]) if members else sweep.tune_by,
             "keep": sweep.keep,
             "arms": {name: as_plain(arm.overrides) for name, arm in arms.items()},
             "cases": {name: as_plain(of) for name, of in sweep.cases.items()},
-            "seeds": [dict(seed) for seed in sweep.all_seeds()],
+            "seeds": [dict(seed) for seed in sweep.all_seeds],
             "members": {member.key: member.to_json() for member in members},
         }
         text = json.dumps(index, indent=2) + "\n"

@@ -119,47 +119,48 @@ class Members:
             tuned: Values of the keys that are tuned.
             stage: 'tune' or 'final'.
         """
-        one = self.sweep.all_arms()[arm]
+        one = self.sweep.all_arms[arm]
+        names = {"stage": stage, "arm": arm, "case": case}
+        identity = *names.values(), seed, repr(tuned)
         of_case = self.sweep.cases[case]
         overrides = {**of_case, **one.overrides, **tuned}
-        return self._member(one.base, overrides, seed, stage=stage, arm=arm, case=case)
+        return self._member(identity, one.base, overrides, seed, names)
 
     def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
         """Returns the member of a search's trial."""
-        return self._member(
-            None, overrides, seed, stage="trial", arm=f"trial {number}", case="",
-            trial=number,
-        )  # fmt: skip
+        names = {"stage": "trial", "arm": f"trial {number}", "case": ""}
+        names |= {"trial": number}
+        return self._member((number, seed), None, overrides, seed, names)
 
     def source(self, name: str, seed: Seed) -> Member:
         """Returns the member that is a source of weights for runs with a seed."""
         source: Source = self.sweep.sources[name]
         if not source.by_seed:
-            seed = self.sweep.all_seeds()[0]
-        return self._member(
-            source.base, source.overrides, seed, stage="source", arm=name, case=""
-        )
+            seed = self.sweep.all_seeds[0]
+        names = {"stage": "source", "arm": name, "case": ""}
+        identity = "source", name, seed
+        return self._member(identity, source.base, source.overrides, seed, names)
 
     def _member(
-        self, base: Any, overrides: Mapping[str, Any], seed: Seed, **names: Any
+        self,
+        identity: tuple,
+        base: Any,
+        overrides: Mapping[str, Any],
+        seed: Seed,
+        names: dict[str, Any],
     ) -> Member:
-        """Returns a member.
+        """Returns a member, which is resolved once.
 
         Raises:
             UserError: Lists what is wrong with its config.
         """
-        identity = json.dumps(
-            [as_plain(overrides), seed, names, id(base)], sort_keys=True, default=str
-        )
         if identity not in self._found:
             self._found[identity] = self._made(base, overrides, seed, names)
         member, problems = self._found[identity]
         if member is None:
-            case = names["case"]
-            header = f"{names['stage']} {names['arm']!r}" + (
-                case and f", case {case!r}"
-            )
-            raise UserError(*problems, header=f"{header}:")
+            case = names["case"] and f", case {names['case']!r}"
+            header = f"{names['stage']} {names['arm']!r}{case}:"
+            raise UserError(*problems, header=header)
         return member
 
     def _made(
@@ -199,7 +200,7 @@ class Members:
 
 def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:
     """Returns the values of the keys that are tuned for an arm."""
-    one: Arm = sweep.all_arms()[arm]
+    one: Arm = sweep.all_arms[arm]
     return sweep.tune if one.tune is None else one.tune
 
 

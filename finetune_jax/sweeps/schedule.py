@@ -79,7 +79,7 @@ class Schedule:
         if self.sweep.search is not None:
             return self._trials(outcome_of)
         tuning, tuned, is_all = list[Member](), {}, True
-        pairs = list(itertools.product(self.sweep.cases, self.sweep.all_arms()))
+        pairs = list(itertools.product(self.sweep.cases, self.sweep.all_arms))
         for case, arm in pairs:
             where = self.sweep.tune_case if self.sweep.tune_case is not None else case
             own, chosen = self._tuned(arm, where, outcome_of)
@@ -90,7 +90,7 @@ class Schedule:
                 tuned[arm, case] = chosen
         final = [
             self.members.final(arm, case, seed, tuned[arm, case], "final")
-            for seed in self.sweep.all_seeds()
+            for seed in self.sweep.all_seeds
             for case, arm in pairs
             if (arm, case) in tuned and tuned[arm, case] != _NOTHING
         ]
@@ -102,7 +102,7 @@ class Schedule:
         sources = {
             member.key: member
             for name in self.sweep.sources
-            for seed in self.sweep.all_seeds()
+            for seed in self.sweep.all_seeds
             for member in [self.members.source(name, seed)]
         }
         found: dict[str, Member] = {}
@@ -128,7 +128,7 @@ class Schedule:
         grid = tune_of(self.sweep, arm)
         if not grid:
             return [], {}
-        seeds = self.sweep.all_seeds()[: self.sweep.tune_seeds]
+        seeds = self.sweep.all_seeds[: self.sweep.tune_seeds]
         best, highest, is_over = _NOTHING, None, True
         found: list[Member] = []
         for values in itertools.product(*grid.values()):
@@ -179,7 +179,7 @@ class Schedule:
         curves: dict[int, Mapping[int, float]] = {}
         values: dict[int, float] = {}
         state = "complete"
-        for index, seed in enumerate(self.sweep.all_seeds()):
+        for index, seed in enumerate(self.sweep.all_seeds):
             found.append(self.members.trial(number, seed, proposed.overrides))
             outcome = outcome_of(found[-1].key)
             if outcome is None:
@@ -232,7 +232,7 @@ def is_pruned_at(
     search, number = sweep.search, member.trial
     assert search is not None and number is not None
     before = {other: wanted.trials[other] for other in search.needs(number)}
-    index = sweep.all_seeds().index(member.seed)
+    index = sweep.all_seeds.index(member.seed)
     return lambda curve: is_pruned(search, before, number, curve, seed=index)
 
 
@@ -257,7 +257,7 @@ def check(sweep: Sweep) -> list[Member]:
     schedule = Schedule(sweep)
     members: list[Member] = []
     same: dict[str, str] = {}
-    for seed in sweep.all_seeds()[:1]:
+    for seed in sweep.all_seeds[:1]:
         for name in sweep.sources:
             with collected(problems):
                 members.append(schedule.members.source(name, seed))
@@ -265,7 +265,7 @@ def check(sweep: Sweep) -> list[Member]:
             with collected(problems):
                 members += schedule.wanted(lambda _: None).members
             continue
-        for case, arm in itertools.product(sweep.cases, sweep.all_arms()):
+        for case, arm in itertools.product(sweep.cases, sweep.all_arms):
             keys = []
             grid = tune_of(sweep, arm)
             for values in itertools.product(*grid.values()):

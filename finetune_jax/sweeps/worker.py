@@ -78,6 +78,7 @@ class Worker:
     claim: Claim | None = None
     _shared: tuple[str, Shared] | None = None
     _idle_since: float | None = None
+    _groups: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def work(self, only: str | None = None) -> bool:
         """Runs members until nothing is left; returns whether all are complete.
@@ -149,7 +150,7 @@ class Worker:
             return "over", ""
         group = self._shared[0] if self._shared else ""
         # Members of one model share its programs.
-        left.sort(key=lambda member: group_of(member.config) != group)
+        left.sort(key=lambda member: self._group(member) != group)
         unfit = []
         for member in left:
             if not self._is_ready(member):
@@ -181,6 +182,11 @@ class Worker:
                 text = f"its source {key} has failed: {outcome.result['failed']}"
                 self.folder.failed(member.key, 0, text, again=False)
         return all(o is not None and o.state == "complete" for o in ended)
+
+    def _group(self, member: Member) -> str:
+        if member.key not in self._groups:
+            self._groups[member.key] = group_of(member.config)
+        return self._groups[member.key]
 
     def _index(self, wanted: Wanted) -> None:
         if processes.is_first():
@@ -236,7 +242,7 @@ class Worker:
         return Judge(self.folder.workdir(member.key), search.metric, ends)
 
     def _how(self, member: Member) -> Membership:
-        group = group_of(member.config)
+        group = self._group(member)
         if self._shared is None or self._shared[0] != group:
             if self._shared is not None and self._shared[1].executor is not None:
                 self._shared[1].executor.end_training()
@@ -256,12 +262,14 @@ class Worker:
         keep = self.folder.sweep.keep
         if member.stage == "source" or keep == "all":
             return True
-        best = self._best()
-        metric = self._metric(member)
+        best, metric = self._best(), self._metric(member)
         value = result["best"].get(metric)
         if keep == "none" or value is None:
             return False
-        return best is None or not is_better(metric, best[1], value)
+        if best is None or is_better(metric, value, best[1]):
+            return True
+        order = [other.key for other in self._wanted().members]
+        return value == best[1] and order.index(member.key) < order.index(best[0])
 
     def _metric(self, member: Member) -> str:
         """Returns the metric that chooses the run whose checkpoints stay."""

@@ -32,6 +32,7 @@ from finetune_jax.report.metrics_log import MetricsLog
 from finetune_jax.report.terminal import Terminal
 from finetune_jax.report.trackers import make_trackers
 from finetune_jax.training.checkpoints.held import AnyCheckpoints
+from finetune_jax.training.initial.starting_state import Loaded
 from finetune_jax.training.loop import Loop
 from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
@@ -59,6 +60,7 @@ class Shared:
     executor: DeviceExecutor | None = None
     store: FeatureStore | None = None
     data: dict[int | None, Data] = dataclasses.field(default_factory=dict)
+    _start: tuple[str, tuple[TrainState, Loaded]] | None = None
     _decoded: set[int | None] = dataclasses.field(default_factory=set)
 
     def setup(self, config: Config, data: Callable[[], Data]) -> Setup:
@@ -80,6 +82,22 @@ class Shared:
             self.domains = open_domains(config, setup.data)
             self.executor = DeviceExecutor(devices=setup.devices)
         return setup
+
+    def start(self, setup: Setup, *, measure: bool) -> tuple[TrainState, Loaded]:
+        """Returns the state before the first update, and its origin; see `Setup.start`.
+
+        The last one is kept: the runs of a grid start alike.
+        """
+        config = setup.config
+        drawn = configs.seeds(config)
+        if not config.init.schemes:  # Which may measure examples.
+            drawn["order"] = _seed_of_data(config) or 0
+        init = config.init.to_dict()
+        key = repr((drawn, init, measure))
+        if self._start is None or self._start[0] != key:
+            self._start = None
+            self._start = key, setup.start(measure=measure)
+        return self._start[1]
 
     def in_memory(self, setup: Setup) -> Setup:
         """Returns the setup of a run with its examples in memory, as far as they fit."""

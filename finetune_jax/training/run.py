@@ -112,7 +112,10 @@ def run(
     setup = shared.setup(config, functools.partial(data_of_run, config, place))
     beginning = begin_from(setup, parent) if parent else None
     begun = beginning is not None or _has_begun(workdir)
-    start, loaded = setup.start(measure=not begun)
+    if member is None:
+        start, loaded = setup.start(measure=not begun)
+    else:
+        start, loaded = shared.start(setup, measure=not begun)
     told: dict[str, Any] = tell(setup, shared.domains, loaded, notes, terminal)
     if beginning is not None:
         terminal.say(beginning.line)
