@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Callable
+from typing import BinaryIO
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -15,10 +17,24 @@ def write_text(path: pathlib.Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; names the file.
     """
+    encoded = text.encode("utf-8", errors="backslashreplace")
+    write_bytes(path, lambda file: file.write(encoded))
+
+
+def write_bytes(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file of bytes whole or not at all.
+
+    Args:
+        path: Path of the file.
+        write: Writes the content into an open file.
+
+    Raises:
+        OSError: It cannot be written; names the file.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

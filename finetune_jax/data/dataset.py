@@ -213,6 +213,15 @@ class Dataset:
         owners, places = self._owners(self.indices[[position]])
         return list(self.source.splits.values())[owners[0]].name(int(places[0]))
 
+    def names(self, positions: np.ndarray) -> list[str]:
+        """Returns the names of examples, with the split of the source that has them."""
+        owners, places = self._owners(self.indices[positions])
+        parts = list(self.source.splits.items())
+        return [
+            f"{parts[owner][0]}/{parts[owner][1].name(place)}"
+            for owner, place in zip(owners.tolist(), places.tolist())
+        ]
+
     @property
     def _dtype(self) -> np.dtype:
         return np.dtype(next(iter(self.source.splits.values())).dtype)

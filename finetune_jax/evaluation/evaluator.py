@@ -165,6 +165,7 @@ class Evaluator:
         splits: Mapping[str, Dataset | DomainMixture],
         *,
         prefix: FrozenPrefix | None,
+        observe: "Observer | None" = None,
     ) -> dict[str, float]:
         """Returns the metrics of a placed state on some splits, as `split/name`.
 
@@ -177,11 +178,12 @@ class Evaluator:
             placed: Placed state.
             splits: Splits by name.
             prefix: Frozen prefix of the state, as `outputs` takes it.
+            observe: Called with the outputs of each split, domain and kind of weights.
         """
         tasks = dict.fromkeys(self._kinds.values(), self.task)
 
         def metrics_of(
-            dataset: Dataset, ema: bool, domain: str | None = None
+            split: str, dataset: Dataset, ema: bool, domain: str | None = None
         ) -> dict[str, float]:
             task = tasks[ema]
             if domain is not None and task.domains is not None:
@@ -190,6 +192,9 @@ class Evaluator:
             batch = dataset.kept().on_host()
             if dataset is splits.get("validation"):
                 task = tasks[ema] = decided(task, outputs, batch)
+            if observe is not None:
+                place = Place(split=split, domain=domain, ema=ema)
+                observe(place, dataset, task, outputs)
             return task.metrics(outputs, batch)
 
         found = {}
@@ -197,18 +202,47 @@ class Evaluator:
             for kind, ema in self._kinds.items():
                 if isinstance(dataset, DomainMixture):
                     domains = {
-                        domain: metrics_of(part, ema, domain)
+                        domain: metrics_of(split, part, ema, domain)
                         for domain, part in dataset.parts.items()
                     }
                     for domain, own in domains.items():
                         found |= {f"{split}/{domain}/{kind}{n}": own[n] for n in own}
                     metrics = mean_metrics(domains)
                 else:
-                    metrics = metrics_of(dataset, ema)
+                    metrics = metrics_of(split, dataset, ema)
                 found |= {f"{split}/{kind}{n}": v for n, v in metrics.items()}
         for extra in self.extras:
             found |= extra(self, placed)
         return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """The metrics that outputs belong to.
+
+    Attributes:
+        split: Name of the split.
+        domain: Name of the domain; None if there is one data set.
+        ema: Whether the weights are averaged.
+    """
+
+    split: str
+    domain: str | None
+    ema: bool
+
+    def name(self, metric: str, *, of_state: bool = True) -> str:
+        """Returns the full name of a metric, such as 'test/ema_loss'.
+
+        Args:
+            metric: Its name within the split.
+            of_state: Whether it depends on the weights.
+        """
+        kind = "ema_" if self.ema and of_state else ""
+        return "/".join(filter(None, (self.split, self.domain, f"{kind}{metric}")))
+
+
+# Takes the outputs of `dataset.kept()`, and the task that they are measured by.
+Observer = Callable[[Place, Dataset, Task, dict[str, np.ndarray]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,12 +254,14 @@ class EvaluatedState:
         placed: Placed state.
         prefix: Frozen prefix of the state; None if it has none.
         refit: Set if the state was fitted to the validation split, too: see `Progress`.
+        known: A split whose outputs have been computed, and these.
     """
 
     evaluator: Evaluator
     placed: TrainState
     prefix: FrozenPrefix | None
     refit: Mapping[str, Any] | None = None
+    known: tuple[Dataset, dict[str, np.ndarray]] | None = None
 
     @property
     def params(self) -> Any:
@@ -236,10 +272,14 @@ class EvaluatedState:
         self, dataset: Dataset, domain: str | None = None
     ) -> dict[str, np.ndarray]:
         """Returns the outputs, a row an example; see `Evaluator.outputs`."""
+        if self.known is not None and self.known[0] is dataset:
+            return dict(self.known[1])
         return self.evaluator.outputs(self.placed, dataset, domain, prefix=self.prefix)
 
     def measure(
-        self, splits: Mapping[str, Dataset | DomainMixture]
+        self,
+        splits: Mapping[str, Dataset | DomainMixture],
+        observe: Observer | None = None,
     ) -> dict[str, float]:
         """Returns the metrics on some splits; see `Evaluator.measure`.
 
@@ -248,7 +288,9 @@ class EvaluatedState:
         seen = [name for name, split in splits.items() if self.has_seen(split)]
         unseen = {name: splits[name] for name in splits if name not in seen}
         before = self.refit["metrics"] if self.refit and seen else {}
-        measured = self.evaluator.measure(self.placed, unseen, prefix=self.prefix)
+        measured = self.evaluator.measure(
+            self.placed, unseen, prefix=self.prefix, observe=observe
+        )
         return {**before, **measured}
 
     def has_seen(self, split: Dataset | DomainMixture) -> bool:

@@ -7,7 +7,7 @@ Source: Zhang et al. 2018, "Deep mutual learning", equations 6 and 7.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import jax
@@ -28,7 +28,7 @@ from finetune_jax.tasks.components.targets import (
     model_for,
 )
 from finetune_jax.tasks.objectives import losses
-from finetune_jax.tasks.task import LossOutput
+from finetune_jax.tasks.task import ExampleScores, LossOutput
 
 # Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "classes"), ("vectors", "classes"))
@@ -112,12 +112,19 @@ class MutualTarget:
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
         """Returns the metrics of all members together and of each."""
         found = dict(self.target.metrics(outputs, batch))
-        for name in outputs:
-            label, _, kind = name.rpartition("/")
-            if label and kind == "logits":
-                own = self.target.metrics({"logits": outputs[name]}, batch)
-                found |= {f"{label}/{metric}": value for metric, value in own.items()}
+        for label, logits in _by_label(outputs):
+            own = self.target.metrics({"logits": logits}, batch)
+            found |= {f"{label}/{metric}": value for metric, value in own.items()}
         return found
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns the scores of single examples, of all members together and of each."""
+        together = self.target.example_scores(outputs, batch)
+        found = dict(together.scores)
+        for label, logits in _by_label(outputs):
+            own = self.target.example_scores({"logits": logits}, batch).scores
+            found |= {f"{label}/{metric}": value for metric, value in own.items()}
+        return dataclasses.replace(together, scores=found)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the metrics that are undefined on some splits."""
@@ -126,6 +133,14 @@ class MutualTarget:
     def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
         """Returns the classes of the highest averaged probabilities."""
         return self.target.records(outputs, batch)
+
+
+def _by_label(outputs: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the label of each member and its logits."""
+    for name, values in outputs.items():
+        label, _, kind = name.rpartition("/")
+        if label and kind == "logits":
+            yield label, values
 
 
 def _mean(logits: Mapping[str, jax.Array]) -> jax.Array:

@@ -18,8 +18,8 @@ from finetune_jax.tasks.components.text_inputs import (
     token_model,
     unknown_metrics,
 )
-from finetune_jax.tasks.objectives.squad import match_scores
-from finetune_jax.tasks.task import LossOutput
+from finetune_jax.tasks.objectives.squad import answer_scores, match_scores
+from finetune_jax.tasks.task import ExampleScores, LossOutput
 
 # Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("text", "answers"),)
@@ -97,6 +97,21 @@ class SpanTarget:
         found["loss"] = float(outputs["loss"].astype(np.float64).mean())
         names = dict.fromkeys((*self.metric_names, "loss"))
         return {name: found[name] for name in names}
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns the scores of each question; losses are scaled to the mean of windows."""
+        pairs = [
+            answer_scores(record["answer"], question.answers)
+            for question, record in self._answered(outputs, batch)
+        ]
+        exact, f1 = np.array(pairs, np.float64).reshape(-1, 2).T
+        asked = [id(note.question) for note in batch["note"]]
+        first = [at for at, one in enumerate(asked) if at == 0 or one != asked[at - 1]]
+        loss = np.add.reduceat(outputs["loss"].astype(np.float64), first)
+        known = {"exact_match": exact, "f1": f1}
+        found = {name: known[name] for name in known if name in self.metric_names}
+        found["loss"] = loss * len(first) / len(asked)
+        return ExampleScores(scores=found, first=np.array(first))
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns nothing: every metric is defined on every split."""

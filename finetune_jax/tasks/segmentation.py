@@ -26,7 +26,7 @@ from finetune_jax.tasks.components.supervised import SupervisedTask
 from finetune_jax.tasks.components.targets import measured_names
 from finetune_jax.tasks.objectives import losses, metrics
 from finetune_jax.tasks.objectives.metrics import check_metrics
-from finetune_jax.tasks.task import LossOutput
+from finetune_jax.tasks.task import ExampleScores, LossOutput
 
 # Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("images", "masks"),)
@@ -178,6 +178,21 @@ class PixelTarget:
         return found | {
             f"{PER_CLASS}{name}": value for name, value in zip(self.names, iou)
         }
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns pixel accuracy and losses of images, scaled to means over all pixels."""
+        del batch
+        right_B, true_B, _ = outputs["counts"].sum(axis=2, dtype=np.float64).T
+        pixels, found = max(true_B.mean(), 1 / len(true_B)), {}
+        if "pixel_accuracy" in self.metric_names and true_B.any():
+            found["pixel_accuracy"] = right_B / pixels
+        weight = (
+            outputs["loss_weight"].mean(dtype=np.float64) if self.class_weights else 0
+        )
+        found["loss"] = outputs["loss"].astype(np.float64) / (weight or pixels)
+        if "cross_entropy" in outputs:
+            found["cross_entropy"] = outputs["cross_entropy"] / pixels
+        return ExampleScores(scores=found)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns nothing: every metric is defined on every split."""

@@ -64,6 +64,24 @@ class LossOutput(flax.struct.PyTreeNode):
     batch_stats: Any = flax.struct.field(default_factory=dict)
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleScores:
+    """Scores of the examples of a split, for the metrics that are means over examples.
+
+    Attributes:
+        scores: Scores [N] by the name of the metric that is their mean. Where a metric is
+            a mean over parts of examples, such as words, they are scaled to that mean.
+        predicted: Predicted class of each example, [N]; None without classes.
+        first: Position in the split of the first row of each example, where several rows
+            are one example, such as the windows of a question; None if each row is one.
+    """
+
+    scores: Mapping[str, np.ndarray]
+    predicted: np.ndarray | None = None
+    first: np.ndarray | None = None
+
+
 class Task(abc.ABC):
     """A task: models, loss, outputs and metrics.
 
@@ -140,6 +158,18 @@ class Task(abc.ABC):
             batch: Their 'label', and 'note' if the source has notes; examples of one
                 group are consecutive.
         """
+
+    def example_scores(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> ExampleScores:
+        """Returns the scores of single examples; none by default.
+
+        Args:
+            outputs: Outputs of all examples.
+            batch: Their 'label' and 'note', as `metrics` takes them.
+        """
+        del outputs, batch
+        return ExampleScores(scores={})
 
     @abc.abstractmethod
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:

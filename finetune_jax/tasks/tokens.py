@@ -18,7 +18,7 @@ from finetune_jax.tasks.components.text_inputs import (
     unknown_metrics,
 )
 from finetune_jax.tasks.objectives.entities import entity_scores
-from finetune_jax.tasks.task import LossOutput
+from finetune_jax.tasks.task import ExampleScores, LossOutput
 
 # Pairs (kind of data, kind of labels) that the task takes.
 ACCEPTS = (("text", "tags"),)
@@ -90,6 +90,16 @@ class TagTarget:
         found["loss"] = float(outputs["loss"].astype(np.float64).sum() / words)
         names = dict.fromkeys((*self.metric_names, "loss"))
         return {name: found[name] for name in names}
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns accuracy and loss of each text, scaled to means over all words."""
+        label, tag = batch["label"], outputs["tag"][:, : batch["label"].shape[1]]
+        is_word = label != NONE
+        words = max(int(is_word.sum()), 1) / len(label)
+        found = {"loss": outputs["loss"].astype(np.float64) / words}
+        if "accuracy" in self.metric_names:
+            found["accuracy"] = ((tag == label) & is_word).sum(axis=1) / words
+        return ExampleScores(scores=found)
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns nothing: every metric is defined on every split."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from finetune_jax import config as configs
 from finetune_jax.config import Config, plugins
@@ -21,6 +22,7 @@ from finetune_jax.data.class_order import in_order_of_run
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import kind_named, restored, weight_keys
 from finetune_jax.data.spec import check_reads_alike
+from finetune_jax.evaluation import per_example
 from finetune_jax.evaluation.evaluator import EvaluatedState
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.parallel import processes
@@ -174,8 +176,10 @@ def _finished(
     executor = loop.evaluator.executor
     if member is None and isinstance(executor, DeviceExecutor):
         executor.end_training()
-    result, best = make_result(loop, state, begin)
+    result, best, scores = make_result(loop, state, begin)
     del state
+    if processes.is_first():
+        per_example.write(workdir, scores)
     result["programs"] = dataclasses.asdict(tally() - before)
     if member is not None:
         result["sweep"] = dict(member.labels)
@@ -427,8 +431,8 @@ def _resumed(
 
 def make_result(
     loop: Loop, state: TrainState, begin: float
-) -> tuple[dict[str, Any], EvaluatedState]:
-    """Returns final and best metrics, digests and costs, and the best state.
+) -> tuple[dict[str, Any], EvaluatedState, dict[str, np.ndarray]]:
+    """Returns metrics, digests and costs, the best state, and its scores of examples.
 
     Args:
         loop: Loop that has ended.
@@ -444,9 +448,10 @@ def make_result(
     found = EvaluatedState(
         evaluator=evaluator, placed=placed, prefix=prefix, refit=progress.refit
     )
-    final = best = found.measure(held_out)
+    recorder = per_example.recorder_of(evaluator, held_out)
+    final = best = found.measure(held_out, recorder)
     if progress.best_step not in (None, steps):
-        del placed, found
+        del placed, found, recorder
         state = restore(setup, loop.checkpoints, progress.best_step)
         placed = setup.devices.place(state)
         best_prefix = last_prefix(setup, state)
@@ -454,7 +459,8 @@ def make_result(
         prefix = best_prefix and best_prefix.cached_like(prefix)
         del state, best_prefix
         found = EvaluatedState(evaluator=evaluator, placed=placed, prefix=prefix)
-        best = found.measure(held_out)
+        recorder = per_example.recorder_of(evaluator, held_out)
+        best = found.measure(held_out, recorder)
     result = {
         **final,
         **threshold_entry(best, ema=evaluator.chosen_ema),
@@ -476,4 +482,5 @@ def make_result(
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
     }
-    return result, found
+    found = dataclasses.replace(found, known=recorder.outputs)
+    return result, found, recorder.arrays

@@ -11,6 +11,7 @@ import numpy as np
 from finetune_jax.core.pytrees import named, stage_of
 from finetune_jax.data.dataset import Dataset
 from finetune_jax.evaluation.evaluator import EvaluatedState
+from finetune_jax.evaluation.per_example import recorded_split
 from finetune_jax.parallel import processes
 from finetune_jax.plans.phase import scales
 from finetune_jax.report import plots
@@ -44,7 +45,7 @@ def write_report(
     folder = workdir / "report"
     setup_of, domain = _shown_domain(setup)
     held_out = setup_of.data.held_out
-    split = next((name for name in ("test", "validation") if name in held_out), None)
+    split = recorded_split(held_out)
     show = SHOW.get(setup_of.data.spec.labels)
     outputs = None
     if split is not None and show is not None:

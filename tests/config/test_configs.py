@@ -12,6 +12,7 @@ import idx_files
 import pictures
 import pytest
 import questions
+import scores
 import texts
 from recording import Recording
 
@@ -182,6 +183,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     recorded = Recording(config)
     result = run(recorded, tmp_path / "run")
     assert result["steps"] == sum(phase.steps for phase in config.plan)
+    scores.check_run(tmp_path / "run", result["best"])
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}

@@ -31,6 +31,7 @@ from finetune_jax.core.metric_names import is_better
 from finetune_jax.core.pytrees import digest
 from finetune_jax.data.dataset import Data
 from finetune_jax.data.kind import weight_keys
+from finetune_jax.evaluation import per_example
 from finetune_jax.evaluation.diagnostics import open_domains
 from finetune_jax.evaluation.other_domains import Domain
 from finetune_jax.features.cache import FeatureStore
@@ -407,7 +408,9 @@ class _Population:
             if isinstance(self.executor, VectorisedExecutor):
                 urgent = dataclasses.replace(evaluator, executor=self.executor.urgent())
                 loop.evaluator = urgent
-            result, _ = make_result(loop, state, begin)
+            result, _, scores = make_result(loop, state, begin)
+            if processes.is_first():
+                per_example.write(folder, scores)
         except Preempted as error:
             raise Preempted(f"stopped in member {number:03d}") from error
         except NotFinite as error:

@@ -12,7 +12,7 @@ from finetune_jax.models.modes import Mode
 from finetune_jax.tasks.components.model_set import ModelSet
 from finetune_jax.tasks.components.targets import Target
 from finetune_jax.tasks.components.teachers import Teachers
-from finetune_jax.tasks.task import LossOutput, StepContext, Task
+from finetune_jax.tasks.task import ExampleScores, LossOutput, StepContext, Task
 
 
 class InputPipeline(Protocol):
@@ -126,6 +126,16 @@ class SupervisedTask(Task):
     ) -> dict[str, float]:
         """Returns the metrics of a split; 'loss' is that of the labels alone."""
         return self.target.metrics(outputs, batch)
+
+    def example_scores(
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray]
+    ) -> ExampleScores:
+        """Returns the scores of single examples."""
+        # A target outside of the package may have none.
+        found = getattr(self.target, "example_scores", None)
+        return (
+            found(outputs, batch) if found else super().example_scores(outputs, batch)
+        )
 
     def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
         """Returns the metrics that are undefined on some splits."""

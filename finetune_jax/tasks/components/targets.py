@@ -1,4 +1,4 @@
-"""Prediction targets: classes or real numbers.
+"""Prediction targets: classes, or the real numbers of `regression`.
 
 A target turns the output of a model into losses, metrics and predictions.
 """
@@ -16,11 +16,10 @@ from finetune_jax.core import registry
 from finetune_jax.core.errors import UserError
 from finetune_jax.data.spec import DataSpec
 from finetune_jax.models import model_of
+from finetune_jax.tasks.components.regression import RegressionTarget, regression_target
 from finetune_jax.tasks.objectives import losses, metrics, thresholds
 from finetune_jax.tasks.objectives.metrics import check_metrics
-from finetune_jax.tasks.task import LossOutput
-
-LOSS_ON_HOST = {"mse": metrics.mse, "mae": metrics.mae, "huber": metrics.huber}
+from finetune_jax.tasks.task import ExampleScores, LossOutput
 
 
 class Target(Protocol):
@@ -51,6 +50,10 @@ class Target(Protocol):
 
     def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
         """Returns the metrics of a split from the rows of all examples."""
+        ...
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns the scores of single examples, as `Task.example_scores`."""
         ...
 
     def serving_outputs(self, outputs: Mapping) -> dict:
@@ -179,17 +182,21 @@ class ClassTarget:
     def loss(self, output: jax.Array, batch: Mapping) -> LossOutput:
         """Returns the weighted loss and the accuracy."""
         logits_BxK, weight_B, label_B = output, batch["weight"], batch["label"]
-        target_BxK = _class_shares(batch, logits_BxK)
-        loss_B = losses.CLASSIFICATION[self.loss_name](
-            logits_BxK,
-            losses.smoothed(target_BxK, self.label_smoothing),
-            **self.loss_args,
-        )
+        loss_B = self._losses(logits_BxK, batch)
         right_B = jnp.argmax(logits_BxK, axis=-1) == label_B
         accuracy = jnp.sum(right_B * weight_B), jnp.sum(weight_B)
         weight_B = self.weights(logits_BxK, batch)
         loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
         return LossOutput(*loss, {"loss": loss, "accuracy": accuracy})
+
+    def _losses(self, logits_BxK: jax.Array, batch: Mapping) -> jax.Array:
+        """Returns the loss of each example, [B], without its weight."""
+        target_BxK = _class_shares(batch, logits_BxK)
+        return losses.CLASSIFICATION[self.loss_name](
+            logits_BxK,
+            losses.smoothed(target_BxK, self.label_smoothing),
+            **self.loss_args,
+        )
 
     def weights(self, logits_BxK: jax.Array, batch: Mapping) -> jax.Array:
         """Returns the weight of each example in the loss, including its class weight."""
@@ -213,15 +220,40 @@ class ClassTarget:
             name: metrics.metric(name)(logits_BxK, label_B)
             for name in measured_names(self.metric_names, vars(self))
         }
-        if "cross_entropy" in measured_names((), vars(self)):
-            weight_B = np.ones(len(label_B), logits_BxK.dtype)
-            rows = {"label": label_B, "weight": weight_B}
-            loss = self.loss(losses.widened(jnp.asarray(logits_BxK)), rows)
+        if self._has_other_loss:
+            loss = self.loss(*_unweighted(logits_BxK, label_B))
             found["loss"] = float(loss.total) / float(loss.weight)
         if self.threshold is not None:
             score_B = metrics.probabilities(logits_BxK)[:, 1]
             found |= thresholds.metrics_at(self.threshold, score_B, label_B)
         return found
+
+    @property
+    def _has_other_loss(self) -> bool:
+        """Whether the loss is another one than the cross entropy of the labels."""
+        return "cross_entropy" in measured_names((), vars(self))
+
+    def example_scores(self, outputs: Mapping, batch: Mapping) -> ExampleScores:
+        """Returns the scores of single examples, and predicted classes."""
+        logits_BxK, label_B = self._known(outputs["logits"]), batch["label"]
+        found = {
+            name: rows(logits_BxK, label_B)
+            for name in measured_names(self.metric_names, vars(self))
+            if (rows := metrics.example_scores("classification", name))
+        }
+        if self._has_other_loss:
+            logits_BxK, rows = _unweighted(logits_BxK, label_B)
+            weight_B = np.asarray(self.weights(logits_BxK, rows), np.float64)
+            loss_B = np.asarray(self._losses(logits_BxK, rows), np.float64)
+            found["loss"] = loss_B * weight_B / weight_B.mean()
+        return ExampleScores(scores=found, predicted=self._chosen(outputs))
+
+    def _chosen(self, outputs: Mapping) -> np.ndarray:
+        """Returns the predicted class of each example."""
+        logits_BxK = self._known(outputs["logits"])
+        if self.threshold is not None:
+            return (metrics.probabilities(logits_BxK)[:, 1] >= self.threshold) * 1
+        return np.argmax(logits_BxK, axis=-1)
 
     def choose_threshold(self, outputs: Mapping, batch: Mapping) -> float:
         """Returns the threshold that the rule chooses on the rows of all examples."""
@@ -276,8 +308,7 @@ class ClassTarget:
         top_BxK = np.argsort(-probability_BxK, axis=-1)[:, : self.top_k]
         names, chosen_B, said = self.names, top_BxK[:, 0], {}
         if self.threshold is not None:
-            chosen_B = (probability_BxK[:, 1] >= self.threshold).astype(int)
-            said = {"threshold": self.threshold}
+            chosen_B, said = self._chosen(outputs), {"threshold": self.threshold}
         return [
             {
                 "class": names[chosen],
@@ -286,6 +317,15 @@ class ClassTarget:
             }
             for row, top, chosen in zip(probability_BxK, top_BxK, chosen_B)
         ]
+
+
+def _unweighted(
+    logits_BxK: np.ndarray, label_B: np.ndarray
+) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """Returns logits and a batch of examples that all count alike."""
+    weight_B = np.ones(len(label_B), logits_BxK.dtype)
+    rows = {"label": label_B, "weight": weight_B}
+    return losses.widened(jnp.asarray(logits_BxK)), rows
 
 
 def class_target(
@@ -325,112 +365,6 @@ def class_target(
         class_weights=CLASS_WEIGHTS[options.class_weights](data),
         top_k=options.top_k,
         threshold_rule=rule,
-        metric_names=names,
-    )
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RegressionTarget:
-    """One real number or several per example, in their own units.
-
-    Attributes:
-        names: Names of the numbers.
-        loss_name: A name in `losses.REGRESSION`.
-        loss_args: Arguments of the loss.
-        metric_names: Metrics of a split; 'loss' is always added.
-    """
-
-    head_kind = "numbers"
-
-    names: tuple[str, ...]
-    loss_name: str
-    loss_args: Mapping[str, Any]
-    metric_names: tuple[str, ...]
-
-    @property
-    def logits(self) -> int:
-        """One output for each number."""
-        return len(self.names)
-
-    @property
-    def label(self) -> jax.ShapeDtypeStruct:
-        """Targets [T]."""
-        return jax.ShapeDtypeStruct((len(self.names),), np.dtype(np.float32))
-
-    def loss(self, output: jax.Array, batch: Mapping) -> LossOutput:
-        """Returns the weighted loss."""
-        weight_B = batch["weight"]
-        target_BxT = batch["label"].astype(output.dtype)
-        loss_B = losses.REGRESSION[self.loss_name](output, target_BxT, **self.loss_args)
-        loss = jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
-        return LossOutput(*loss, {"loss": loss})
-
-    def outputs(self, output: jax.Array, batch: Mapping) -> dict:
-        """Returns the predictions."""
-        del batch
-        return {"prediction": output}
-
-    def metrics(self, outputs: Mapping, batch: Mapping) -> dict[str, float]:
-        """Returns the metrics of a split, and the mean loss."""
-        prediction_BxT, target_BxT = outputs["prediction"], batch["label"]
-        loss = LOSS_ON_HOST[self.loss_name]
-        return {
-            name: metrics.REGRESSION[name](prediction_BxT, target_BxT)
-            for name in self.metric_names
-            if name != "loss"
-        } | {"loss": loss(prediction_BxT, target_BxT, **self.loss_args)}
-
-    def serving_outputs(self, outputs: Mapping) -> dict:
-        """Returns the predictions."""
-        return {"prediction": losses.widened(outputs["prediction"])}
-
-    def check_splits(self, labels: Mapping[str, np.ndarray]) -> list[str]:
-        """Returns the splits on which R2 is undefined."""
-        return [
-            f"config.task.metrics: 'r2' needs targets that differ, but the split {split!r} "
-            f"has {len(label)} examples of the same; choose another split, or leave it out"
-            for split, label in labels.items()
-            if "r2" in self.metric_names and (label == label[:1]).all(axis=0).any()
-        ]
-
-    def records(self, outputs: Mapping, batch: Mapping) -> list[dict]:
-        """Returns the predicted number of each target."""
-        del batch
-        return [
-            {"prediction": dict(zip(self.names, map(float, row)))}
-            for row in outputs["prediction"]
-        ]
-
-
-def regression_target(
-    data: DataSpec, options: TargetOptions, defaults: tuple[str, ...]
-) -> RegressionTarget:
-    """Returns the target of numbers that `config.task` describes.
-
-    Args:
-        data: Has the names of the numbers.
-        options: Options of `config.task`; those of classes are not used.
-        defaults: Metrics if the options name none.
-
-    Raises:
-        UserError: Something unknown or out of range.
-    """
-    of_classes = {"class_weights": "none", "threshold_rule": None}
-    for key, default in of_classes.items():
-        if (value := getattr(options, key)) != default:
-            raise UserError(
-                f"config.task.{key}: {value!r}, but the data's labels are numbers, not "
-                f"classes; leave it at {default!r}"
-            )
-    loss = options.loss or "mse"
-    names = defaults if options.metrics is None else options.metrics
-    bound = losses.make_loss("regression", loss, options.loss_args)
-    check_metrics("regression", names)
-    return RegressionTarget(
-        names=data.targets,
-        loss_name=loss,
-        loss_args=bound.keywords,
         metric_names=names,
     )
 

@@ -4,6 +4,9 @@ Classification metrics take logits and class indices, regression metrics predict
 targets [B, T], segmentation metrics counts of pixels [B, 3, K]. Probabilities are the
 softmax of the logits, for every training loss. scikit-learn's conventions hold: a class
 that neither occurs nor is predicted is in no average, and a division by zero gives 0.
+
+Some metrics are means of scores of the examples, which `EXAMPLE_SCORES` has: two runs are
+compared by them example by example.
 """
 
 import functools
@@ -28,22 +31,37 @@ _SENSITIVITY = re.compile(r"sensitivity_at_specificity_([1-9]\d?)")
 
 def accuracy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
     """Returns the share of rows whose highest logit is that of the label."""
-    return float(np.mean(np.argmax(logits_BxK, axis=-1) == label_B))
+    return float(np.mean(is_right(logits_BxK, label_B)))
+
+
+def is_right(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+    """Returns whether the highest logit of each row is that of the label."""
+    return np.argmax(logits_BxK, axis=-1) == label_B
 
 
 def top_accuracy(k: int, logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
     """Returns the share of rows whose label is among the k highest logits."""
+    return float(np.mean(is_among_top(k, logits_BxK, label_B)))
+
+
+def is_among_top(k: int, logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+    """Returns whether the label of each row is among its k highest logits."""
     top_BxK = np.argsort(-logits_BxK.astype(np.float64), axis=-1, kind="stable")[:, :k]
-    return float(np.mean((top_BxK == label_B[:, None]).any(axis=-1)))
+    return (top_BxK == label_B[:, None]).any(axis=-1)
 
 
 def log_loss(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
     """Returns the mean cross entropy of the labels."""
+    return float(np.mean(log_losses(logits_BxK, label_B)))
+
+
+def log_losses(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+    """Returns the cross entropy of each row."""
     logits_BxK = logits_BxK.astype(np.float64)
     highest_Bx1 = logits_BxK.max(axis=-1, keepdims=True)
     shifted_BxK = logits_BxK - highest_Bx1
     norm_B = np.log(np.exp(shifted_BxK).sum(axis=-1))
-    return float(np.mean(norm_B - shifted_BxK[np.arange(len(label_B)), label_B]))
+    return norm_B - shifted_BxK[np.arange(len(label_B)), label_B]
 
 
 def normalised_entropy(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
@@ -85,10 +103,15 @@ def brier(logits_BxK: np.ndarray, label_B: np.ndarray) -> float:
 
     Source: Brier 1950; scikit-learn's brier_score_loss.
     """
+    return float(np.mean(brier_scores(logits_BxK, label_B)))
+
+
+def brier_scores(logits_BxK: np.ndarray, label_B: np.ndarray) -> np.ndarray:
+    """Returns the Brier score of each row."""
     error_BxK = probabilities(logits_BxK)
     error_BxK[np.arange(len(label_B)), label_B] -= 1
-    total = np.mean(np.sum(error_BxK**2, axis=-1))
-    return float(total / 2 if logits_BxK.shape[-1] == 2 else total)
+    total_B = np.sum(error_BxK**2, axis=-1)
+    return total_B / 2 if logits_BxK.shape[-1] == 2 else total_B
 
 
 def sensitivity_at_specificity(
@@ -163,21 +186,38 @@ def _log_odds(logits_BxK: np.ndarray) -> np.ndarray:
 
 def mse(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
     """Returns the mean squared error."""
-    return float(np.mean(_errors(prediction_BxT, target_BxT) ** 2))
+    return float(np.mean(squares(prediction_BxT, target_BxT)))
+
+
+def squares(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> np.ndarray:
+    """Returns the squared errors."""
+    return _errors(prediction_BxT, target_BxT) ** 2
 
 
 def mae(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
     """Returns the mean absolute error."""
-    return float(np.mean(np.abs(_errors(prediction_BxT, target_BxT))))
+    return float(np.mean(distances(prediction_BxT, target_BxT)))
+
+
+def distances(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> np.ndarray:
+    """Returns the absolute errors."""
+    return np.abs(_errors(prediction_BxT, target_BxT))
 
 
 def huber(
     prediction_BxT: np.ndarray, target_BxT: np.ndarray, *, delta: float = 1.0
 ) -> float:
     """Returns the mean Huber loss, as in `losses.huber`."""
-    error_BxT = np.abs(_errors(prediction_BxT, target_BxT))
+    return float(np.mean(huber_losses(prediction_BxT, target_BxT, delta=delta)))
+
+
+def huber_losses(
+    prediction_BxT: np.ndarray, target_BxT: np.ndarray, *, delta: float = 1.0
+) -> np.ndarray:
+    """Returns the Huber loss of each number."""
+    error_BxT = distances(prediction_BxT, target_BxT)
     square_BxT = np.minimum(error_BxT, delta)
-    return float(np.mean(square_BxT**2 / 2 + delta * (error_BxT - square_BxT)))
+    return square_BxT**2 / 2 + delta * (error_BxT - square_BxT)
 
 
 def r2(prediction_BxT: np.ndarray, target_BxT: np.ndarray) -> float:
@@ -261,6 +301,17 @@ SEGMENTATION = registry.Choices(
         "mean_accuracy": mean_accuracy,
     },
 )
+# Scores of the rows, [B] or [B, T], whose mean is the metric of that name. A metric
+# without an entry is no mean over examples.
+EXAMPLE_SCORES: dict[str, dict[str, Callable]] = {
+    "classification": {
+        "accuracy": is_right,
+        "loss": log_losses,
+        "cross_entropy": log_losses,
+        "brier": brier_scores,
+    },
+    "regression": {"mse": squares, "mae": distances},
+}
 METRICS = {
     "classification": CLASSIFICATION,
     "regression": REGRESSION,
@@ -274,6 +325,18 @@ def metric(name: str, known: Mapping[str, Callable] = CLASSIFICATION) -> Callabl
         if found := pattern.fullmatch(name):
             return functools.partial(function, int(found[1]))
     return known[name]
+
+
+def example_scores(kind: str, name: str) -> Callable | None:
+    """Returns the scores of examples whose mean is a metric; None if it is no mean.
+
+    Args:
+        kind: 'classification' or 'regression'.
+        name: Name of the metric.
+    """
+    if kind == "classification" and (top := _TOP.fullmatch(name)):
+        return functools.partial(is_among_top, int(top[1]))
+    return EXAMPLE_SCORES[kind].get(name)
 
 
 def needs_every_class(name: str) -> bool:

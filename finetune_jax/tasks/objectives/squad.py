@@ -31,14 +31,25 @@ def match_scores(
         predicted: An answer to each question; '' means no answer.
         wanted: Right answers to each question; the best match counts. Empty: no answer.
     """
-    exact = f1 = 0.0
-    for answer, right in zip(predicted, wanted, strict=True):
-        given = normalised(answer)
-        texts = [text for text in map(normalised, right) if text] or [""]
-        exact += given in texts
-        f1 += max(_f1(given.split(), text.split()) for text in texts)
+    pairs = zip(predicted, wanted, strict=True)
+    found = [answer_scores(answer, right) for answer, right in pairs]
     count = max(len(predicted), 1)
-    return {"exact_match": exact / count, "f1": f1 / count}
+    return {
+        "exact_match": sum((exact for exact, _ in found), 0.0) / count,
+        "f1": sum((f1 for _, f1 in found), 0.0) / count,
+    }
+
+
+def answer_scores(answer: str, wanted: Sequence[str]) -> tuple[bool, float]:
+    """Returns exact match and F1 of words of one answer.
+
+    Args:
+        answer: The answer; '' means no answer.
+        wanted: Right answers; the best match counts. Empty: no answer.
+    """
+    given = normalised(answer)
+    texts = [text for text in map(normalised, wanted) if text] or [""]
+    return given in texts, max(_f1(given.split(), text.split()) for text in texts)
 
 
 def _f1(given: Sequence[str], wanted: Sequence[str]) -> float:
