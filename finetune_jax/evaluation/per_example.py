@@ -14,13 +14,16 @@ import hashlib
 import pathlib
 import zipfile
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetune_jax.core.files import write_bytes
-from finetune_jax.data.dataset import Dataset
-from finetune_jax.evaluation.evaluator import Evaluator, Place
-from finetune_jax.tasks.task import Task
+
+if TYPE_CHECKING:  # Comparisons read the file without jax.
+    from finetune_jax.data.dataset import Dataset
+    from finetune_jax.evaluation.evaluator import Evaluator, Place
+    from finetune_jax.tasks.task import Task
 
 FILE = "predictions.npz"
 ID, PREDICTED = "id", "predicted"
@@ -49,9 +52,9 @@ class Recorder:
 
     def __call__(
         self,
-        place: Place,
-        dataset: Dataset,
-        task: Task,
+        place: "Place",
+        dataset: "Dataset",
+        task: "Task",
         outputs: dict[str, np.ndarray],
     ) -> None:
         """Takes the outputs of a split."""
@@ -72,12 +75,12 @@ class Recorder:
             self.arrays[place.name(PREDICTED)] = compact(found.predicted)
 
 
-def recorder_of(evaluator: Evaluator, held_out: Mapping[str, object]) -> Recorder:
+def recorder_of(evaluator: "Evaluator", held_out: Mapping[str, object]) -> Recorder:
     """Returns the recorder of a state that an evaluator measures on held-out splits."""
     return Recorder(recorded_split(held_out), chosen_ema=evaluator.chosen_ema)
 
 
-def example_ids(dataset: Dataset, first: np.ndarray | None = None) -> np.ndarray:
+def example_ids(dataset: "Dataset", first: np.ndarray | None = None) -> np.ndarray:
     """Returns an identifier of each example: a hash of its name and its label.
 
     It does not depend on the other examples, except that examples of one name and label

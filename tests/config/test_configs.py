@@ -186,6 +186,7 @@ def test_a_config_runs_and_every_key_is_read(variant, tmp_path, monkeypatch, req
     scores.check_run(tmp_path / "run", result["best"])
     unread = set(configs.flat(config)) - recorded.read
     # Read before a run begins.
+    unread -= {"report.group", "report.tags"}  # Of Weights & Biases.
     unread -= {"deterministic", "checkpoint.grace_s", "population"}
     unread -= {"parallel.device_memory_gb", "parallel.topology"}  # Of plans.
     unread -= {f"parallel.{key}" for key in JOINING}

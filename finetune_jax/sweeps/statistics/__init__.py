@@ -14,6 +14,7 @@ from finetune_jax.sweeps.statistics.intervals import (
     improvement,
 )
 from finetune_jax.sweeps.statistics.sample_size import (
+    MAX_SEEDS,
     POWER,
     detectable,
     examples_needed,
@@ -23,7 +24,7 @@ from finetune_jax.sweeps.statistics.sample_size import (
 from finetune_jax.sweeps.statistics.sources import Spread, spread_by_source
 
 __all__ = [
-    "LEVEL", "POWER", "Components", "Estimate", "Improvement", "Spread", "detectable",
-    "estimate", "examples_needed", "holm", "improvement", "power", "seeds_needed",
-    "sign_flip_test", "smallest_p_value", "spread_by_source",
+    "LEVEL", "MAX_SEEDS", "POWER", "Components", "Estimate", "Improvement", "Spread",
+    "detectable", "estimate", "examples_needed", "holm", "improvement", "power",
+    "seeds_needed", "sign_flip_test", "smallest_p_value", "spread_by_source",
 ]  # fmt: skip

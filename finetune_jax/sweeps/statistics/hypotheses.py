@@ -33,6 +33,8 @@ def sign_flip_test(difference_S: np.ndarray) -> float:
     def mean(values: np.ndarray, axis: int) -> np.ndarray:
         return np.mean(values, axis=axis)
 
+    if len(difference_S) < 2:
+        return 1.0
     # Equal means that are summed in another order differ in their last bits.
     difference_S = np.round(np.asarray(difference_S, np.float64), 12)
     found = stats.permutation_test(

@@ -1,0 +1,135 @@
+"""Comparisons of groups of runs, by the examples and seeds that they share."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_jax.core.errors import Problem, UserError, raise_if
+from finetune_jax.core.metric_names import higher_is_better
+from finetune_jax.sweeps import statistics
+from finetune_jax.sweeps.comparison.answer import Comparison
+from finetune_jax.sweeps.comparison.pairing import (
+    differing,
+    paired,
+    paired_scores,
+    with_metric,
+)
+from finetune_jax.sweeps.comparison.runs import Run
+
+
+def compare(
+    ours: Sequence[Run], theirs: Sequence[Run], metric: str, *, level: float = 0.95
+) -> Comparison:
+    """Returns the comparison of two groups of runs.
+
+    Runs are paired by seed; two single runs are a pair whatever their seeds. Where all
+    runs have scores of the metric for the same examples, these are paired, too.
+
+    Args:
+        ours: Runs of one configuration.
+        theirs: Runs of another one.
+        metric: Name of the metric, of the best state of each run.
+        level: Coverage of intervals.
+
+    Raises:
+        UserError: No run has the metric, the seeds do not pair, or the runs were measured
+            on other examples.
+    """
+    ours, theirs, notes = with_metric(ours, theirs, metric)
+    pairs, found = paired(ours, theirs)
+    runs = [run for pair in pairs for run in pair]
+    notes += [*found, *differing(runs)]
+    scores, found = paired_scores(pairs, metric)
+    notes += found
+    values = np.array([[run.value(metric) for run in pair] for pair in pairs], float)
+    by_seed = values[:, 0] - values[:, 1]
+    if scores is None:
+        estimate = statistics.estimate(by_seed[:, None], level=level)
+    else:
+        difference = scores[:, 0] - scores[:, 1]
+        values, by_seed = scores.mean(axis=2), difference.mean(axis=1)
+        is_share = scores.min() >= 0 and scores.max() <= 1
+        extremes = (-1.0, 1.0) if is_share else None
+        estimate = statistics.estimate(difference, level=level, extremes=extremes)
+    if estimate.is_widened:
+        notes.append("nearly all examples have the same score, so the interval is wide")
+    if len(pairs) == 1 and scores is not None:
+        notes.append("one seed: the interval says nothing about other trainings")
+    sign = 1 if higher_is_better(metric) else -1
+    is_finite = bool(np.isfinite(by_seed).all())
+    return Comparison(
+        metric=metric,
+        ours=float(values[:, 0].mean()),
+        theirs=float(values[:, 1].mean()),
+        estimate=estimate,
+        improvement=statistics.improvement(sign * by_seed, level=level),
+        seed_p_value=statistics.sign_flip_test(by_seed) if is_finite else math.nan,
+        level=level,
+        same_seed=all(a.seed == b.seed for a, b in pairs),
+        notes=tuple(notes),
+        **needs(estimate, level),
+    )
+
+
+def needs(estimate: statistics.Estimate, level: float) -> dict[str, Any]:
+    """Returns `more_seeds`, `more_examples` and `detectable` of a comparison.
+
+    Args:
+        estimate: Difference.
+        level: Coverage of the interval that decides.
+    """
+    if math.isnan(estimate.p_value):
+        return {}
+    seeds, examples = estimate.seeds, estimate.examples
+    given: Any = (estimate.mean, estimate.components)
+    wanted = statistics.seeds_needed(*given, examples=examples, level=level)
+    rows = statistics.examples_needed(*given, seeds=seeds, level=level)
+    size: Any = {"seeds": seeds, "examples": examples, "level": level}
+    return {
+        "more_seeds": None if wanted is None else max(wanted - seeds, 1),
+        "more_examples": (
+            None if rows is None or examples == 1 else max(rows - examples, 1)
+        ),
+        "detectable": statistics.detectable(estimate.components, **size),
+    }
+
+
+def compare_all(
+    groups: Mapping[str, Sequence[Run]],
+    baseline: str,
+    metric: str,
+    *,
+    level: float = 0.95,
+) -> dict[str, Comparison]:
+    """Returns the comparison of each group with the baseline, p-values adjusted by Holm.
+
+    Args:
+        groups: Runs by the name of their configuration.
+        baseline: Name of the group that the others are compared with.
+        metric: Name of the metric.
+        level: Coverage of intervals, which are not adjusted.
+
+    Raises:
+        UserError: Lists the groups that cannot be compared.
+    """
+    found, problems = {}, list[Problem | str]()
+    for name, runs in groups.items():
+        if name == baseline:
+            continue
+        try:
+            found[name] = compare(runs, groups[baseline], metric, level=level)
+        except UserError as error:
+            problems += [f"{name} and {baseline}: {one}" for one in error.problems]
+    raise_if(problems, "Runs cannot be compared:")
+    if len(found) < 2:
+        return found
+    adjusted = statistics.holm([one.p_value for one in found.values()])
+    for (name, one), p_value in zip(found.items(), adjusted):
+        # The level at which this comparison alone would have to be decided.
+        share = one.p_value / p_value if p_value else 1.0
+        more = needs(one.estimate, 1 - (1 - level) * share)
+        found[name] = dataclasses.replace(one, adjusted=p_value, **more)
+    return found

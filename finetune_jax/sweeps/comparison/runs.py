@@ -1,0 +1,76 @@
+"""Finished runs: their metrics, seeds and costs."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from finetune_jax.core.errors import UserError
+from finetune_jax.report.workdir import read_json, read_manifest
+from finetune_jax.sweeps.definition import SOURCES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Workdir.
+        seed: Sorted pairs (source of randomness, seed); () if unknown.
+        result: Content of `result.json`.
+    """
+
+    folder: pathlib.Path
+    seed: tuple[tuple[str, int], ...]
+    result: Mapping[str, Any]
+
+    def value(self, metric: str) -> float | None:
+        """Returns a metric of the best state; None if the run lacks it or has failed."""
+        return (self.result.get("best") or {}).get(metric)
+
+
+def open_run(folder: pathlib.Path) -> Run:
+    """Returns the run in a workdir.
+
+    Raises:
+        UserError: It has not finished, or is a population.
+    """
+    result = read_json(folder / "result.json")
+    if result is None:
+        started = (folder / "config.json").is_file()
+        what = "has not finished" if started else "holds no run"
+        raise UserError(f"{folder}: {what} (no result.json in it)")
+    if (folder / "members").is_dir():
+        raise UserError(
+            f"{folder}: a population; give the workdirs of members, such as "
+            f"{folder / 'members' / '000'}"
+        )
+    manifest = read_manifest(folder) or {}
+    seed = (result.get("sweep") or {}).get("seed", manifest.get("seed", ()))
+    if isinstance(seed, int):
+        seed = dict.fromkeys(SOURCES, seed)
+    return Run(folder=folder, seed=tuple(sorted(dict(seed).items())), result=result)
+
+
+# Costs of a run, by the heading of their column.
+COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "updates": lambda result: result.get("steps"),
+    "train_s": lambda result: result.get("train_s"),
+    "wall_s": lambda result: result.get("wall_s"),
+    "trained": lambda result: (result.get("cost") or {}).get("trained_parameters"),
+    "GFLOP": lambda result: (result.get("cost") or {}).get("gflop"),
+    "memory_mb": lambda result: (result.get("cost") or {}).get("memory_mb"),
+}
+
+
+def costs(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Returns the mean of each cost of some runs; None where no run has it.
+
+    Args:
+        results: Content of `result.json` of each run.
+    """
+    found: dict[str, float | None] = {}
+    for name, cost in COSTS.items():
+        values = [value for one in results if (value := cost(one)) is not None]
+        found[name] = sum(values) / len(values) if values else None
+    return found
