@@ -1,7 +1,6 @@
 """Members of a sweep: resolved configs, and the hashes that name their workdirs."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -104,7 +103,7 @@ class Members:
     def __init__(self, sweep: Sweep):
         """Takes the sweep."""
         self.sweep = sweep
-        self._base = functools.lru_cache(maxsize=None)(base_of)
+        self._bases: dict[int, Any] = {}
         self._found: dict[Any, tuple[Member | None, list[Problem]]] = {}
 
     def final(
@@ -131,6 +130,11 @@ class Members:
         names = {"stage": "trial", "arm": f"trial {number}", "case": ""}
         names |= {"trial": number}
         return self._member((number, seed), None, overrides, seed, names)
+
+    def example(self, seed: Seed, overrides: Mapping[str, Any]) -> Member:
+        """Returns a member with values of a search's space, to check its config."""
+        names = {"stage": "trial", "arm": "search.space", "case": ""}
+        return self._member(("space", repr(overrides)), None, overrides, seed, names)
 
     def source(self, name: str, seed: Seed) -> Member:
         """Returns the member that is a source of weights for runs with a seed."""
@@ -167,7 +171,9 @@ class Members:
         self, base: Any, overrides: Mapping[str, Any], seed: Seed, names: Any
     ) -> tuple[Member | None, list[Problem]]:
         given = self.sweep.base if base is None else base
-        tree = _mutable(plain(self._base(given)))
+        if id(given) not in self._bases:  # A file is executed once.
+            self._bases[id(given)] = base_of(given)
+        tree = _mutable(plain(self._bases[id(given)]))
         problems: list[Problem] = []
         for key, value in overrides.items():
             _set(tree, key, _mutable(plain(_as_config(value))), problems)

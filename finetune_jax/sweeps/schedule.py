@@ -66,6 +66,7 @@ class Schedule:
         self.sweep = sweep
         self.members = Members(sweep)
         self._proposals: dict[int, Proposal] = {}
+        self._pruned: dict[Any, bool] = {}
 
     def wanted(self, outcome_of: OutcomeOf) -> Wanted:
         """Returns the members that are known by the results of others.
@@ -179,13 +180,14 @@ class Schedule:
         curves: dict[int, Mapping[int, float]] = {}
         values: dict[int, float] = {}
         state = "complete"
-        for index, seed in enumerate(self.sweep.all_seeds):
+        over_seeds = search.pruner is not None and search.pruner.over_seeds
+        seeds = self.sweep.all_seeds
+        for index, seed in enumerate(seeds):
             found.append(self.members.trial(number, seed, proposed.overrides))
             outcome = outcome_of(found[-1].key)
             if outcome is None:
                 state = "running"
-                # The seeds so far decide whether the next one runs.
-                if search.pruner is not None and search.pruner.over_seeds:
+                if over_seeds:  # They decide whether the next one runs.
                     break
                 continue
             curves[index] = outcome.curve
@@ -193,16 +195,17 @@ class Schedule:
             if value is not None:
                 values[index] = value
             if outcome.state != "complete":
-                state = outcome.state
+                # Which seed ends first must not decide: an earlier one may be pruned yet.
+                state = state if state == "running" else outcome.state
                 break
-            over_seeds = search.pruner is not None and search.pruner.over_seeds
-            if over_seeds and is_pruned(search, before, number, values):
+            more = over_seeds and index + 1 < len(seeds)
+            if more and self._is_pruned(number, before, values):
                 state = "pruned"
                 break
         if state == "running":
             return found, None
         # Curves of a search over seeds end with the value of the best state.
-        if search.pruner is not None and search.pruner.over_seeds:
+        if over_seeds:
             curves = {index: {0: value} for index, value in values.items()}
         return found, Trial(
             number=number, overrides=dict(proposed.overrides),
@@ -210,6 +213,17 @@ class Schedule:
             value=math.fsum(values.values()) / len(values) if values else None,
             curves=curves, state=state,
         )  # fmt: skip
+
+    def _is_pruned(
+        self, number: int, before: Mapping[int, Trial], values: Mapping[int, float]
+    ) -> bool:
+        """Returns whether a trial ends after some of its seeds, computed once."""
+        judged = number, tuple(values.items())
+        if judged not in self._pruned:
+            assert self.sweep.search is not None
+            ends = is_pruned(self.sweep.search, before, number, values)
+            self._pruned[judged] = ends
+        return self._pruned[judged]
 
     def _proposal(self, number: int, before: Mapping[int, Trial]) -> Proposal:
         """Returns the values of a trial, computed once."""
@@ -262,8 +276,13 @@ def check(sweep: Sweep) -> list[Member]:
             with collected(problems):
                 members.append(schedule.members.source(name, seed))
         if sweep.search is not None:
-            with collected(problems):
-                members += schedule.wanted(lambda _: None).members
+            # Later proposals may choose any option, and any value of a range.
+            examples = list[Member]()
+            for overrides in sweep.search.examples():
+                with collected(problems):
+                    examples.append(schedule.members.example(seed, overrides))
+            if not problems:
+                members += [*schedule.wanted(lambda _: None).members, *examples]
             continue
         for case, arm in itertools.product(sweep.cases, sweep.all_arms):
             keys = []

@@ -206,9 +206,12 @@ class Worker:
                     config, self.folder.workdir(key), self.stop, self._how(member)
                 )
         except Preempted:
-            if judge is None or judge.pruned_at is None:
+            step = None
+            if judge is not None:  # Process 0 alone has judged.
+                step = processes.agreed("pruning", lambda: judge.pruned_at)
+            if step is None:
                 raise
-            self._pruned(member, judge.pruned_at)
+            self._pruned(member, step)
         except InUse:  # By a worker on this machine that does not answer.
             time.sleep(POLL_S)
         except Exception as error:

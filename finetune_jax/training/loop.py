@@ -147,6 +147,7 @@ class Loop:
         """
         state = states.pop()
         start = int(state.step)
+        self._stop_if_pruned(start)
         _, first, end = phase_at(self.setup.plan, self.progress.ends, start)
         self.terminal.begin_phase(self._phase_line(end), start)
         prefix = frozen_prefix(self.setup.task, state, phase.mode)
@@ -169,12 +170,20 @@ class Loop:
             stopped = self.stop.agreed(is_last=updates.step == end)
             if stopped or self._is_due(updates.step, end):
                 placed, last = self._pause(placed, prefix, updates)
-                more = last is None or self.progress.phase + 1 < len(self.setup.plan)
-                if stopped or (more and self.stop.is_pruned()):
+                if stopped:
                     raise Preempted(f"stopped and saved at step {start}")
                 if last is not None:
                     self.terminal.end_phase()
                     return last
+                self._stop_if_pruned(start)
+
+    def _stop_if_pruned(self, step: int) -> None:
+        """Ends a run, of which updates are left, if its measured values are too bad.
+
+        A resumed run asks again where it begins: a kill may have come before the answer.
+        """
+        if self.stop.is_pruned():
+            raise Preempted(f"pruned and saved at step {step}")
 
     def _phase_line(self, end: int) -> PhaseLine:
         """Returns the place of the current phase, which ends at step `end`, in the run."""

@@ -304,12 +304,18 @@ def test_a_run_stops_after_the_evaluation_that_ends_it(tmp_path, no_pictures):
         return max(curve) >= 4
 
     stop.judge = judge = Judge(tmp_path / "pruned", "validation/loss", at_four)
-    with pytest.raises(Preempted, match="step 4"):
+    with pytest.raises(Preempted, match="pruned and saved at step 4"):
         run(config(), tmp_path / "pruned", stop)
     assert judge.pruned_at == 4 and seen == [[0], [0, 2], [0, 2, 4]]
     found = curve_of(tmp_path / "pruned", "validation/loss")
     all_values = curve_of(tmp_path / "whole", "validation/loss")
     assert [*found] == [0, 2, 4] and found.items() < all_values.items()
+    # A worker may be killed before it has noted the decision: the next one decides alike.
+    stop.judge = again = Judge(tmp_path / "pruned", "validation/loss", lambda c: 4 in c)
+    with pytest.raises(Preempted, match="pruned and saved at step 4"):
+        run(config(), tmp_path / "pruned", stop)
+    assert again.pruned_at == 4
+    assert curve_of(tmp_path / "pruned", "validation/loss") == found
     # The last evaluation ends nothing, and what was pruned could go on.
     stop.judge = last = Judge(tmp_path / "pruned", "validation/loss", lambda c: 8 in c)
     assert small.same_result(run(config(), tmp_path / "pruned", stop), whole)
