@@ -42,7 +42,7 @@ NOT_RUN = {
     r".* --mode=drill": "restarts a run for minutes; tests/modes/test_drill.py",
     r"\S+ scripts/launch_local": "several processes; tests/cluster/test_slurm.py",
     r"\S+ -m pytest|\S+ tests/": "tests, which CI runs",
-    r"\S+ experiments/": "a study of minutes to hours",
+    r"\S+ experiments/|.* --sweep=experiments/": "a study of minutes to hours",
     r".*:stanford_dogs": "neither the data nor the weights come with a package",
     r".*configs/pneumonia.py": "a convolution at 28 pixels; test_configs.py runs it",
     r".*--config.parallel.topology=": "needs the compiler for TPUs, 700 MB",
