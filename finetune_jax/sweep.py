@@ -255,7 +255,7 @@ def _report(
 
 def _told(folder: SweepFolder, name: str) -> int:
     """Writes the report, and prints the table; returns 1 if members have failed."""
-    from finetune_jax.sweeps.table import write_tables
+    from finetune_jax.sweeps.table_files import write_tables
 
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     print("\n".join(write_tables(folder, name, wanted)))

@@ -1,165 +1,241 @@
-"""The result table of a population, with intervals over seeds."""
+"""The result table of a sweep: a row for each arm in each case, or for each trial."""
 
-import csv
 import dataclasses
-import io
-import json
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from finetune_jax.config.grids import Overrides
-from finetune_jax.core.files import write_text
-from finetune_jax.core.metric_names import higher_is_better
-from finetune_jax.report.tables import aligned
+from finetune_jax.core.errors import UserError
+from finetune_jax.core.metric_names import higher_is_better, is_of_class
+from finetune_jax.evaluation import per_example
+from finetune_jax.sweeps import statistics
+from finetune_jax.sweeps.comparison import Comparison, Run, adjusted, compare
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Wanted
 
 
-def table(
-    population: Sequence[Overrides], results: Sequence[Mapping[str, Any]], metric: str
-) -> list[dict[str, Any]]:
-    """Returns a row for members that differ in seeds only, the best mean first.
-
-    Args:
-        population: Overrides of each member.
-        results: Result of each member.
-        metric: Metric that orders the rows.
-
-    Returns:
-        Rows with 'settings', 'members' (their numbers), and under 'mean' and
-        'interval_95' each metric of the best states; the interval is half of the 95 %
-        interval of the mean by Student's t, None for a single member. 'failed' are
-        members without metrics; a row whose members all failed has no means and is last.
-    """
-    groups: dict[Overrides, list[int]] = {}
-    for number, overrides in enumerate(population):
-        kept = [pair for pair in overrides if not pair[0].startswith("seed")]
-        groups.setdefault(tuple(kept), []).append(number)
-    rows = []
-    for settings, members in groups.items():
-        failed = [number for number in members if "failed" in results[number]]
-        found = [results[n]["best"] for n in members if n not in failed]
-        names = found[0] if found else ()
-        values = {name: np.array([best[name] for best in found]) for name in names}
-        rows.append(
-            {
-                "settings": dict(settings),
-                "members": members,
-                "failed": failed,
-                "mean": {name: float(np.mean(v)) for name, v in values.items()},
-                "interval_95": {name: interval(v) for name, v in values.items()},
-            }
-        )
-    sign = -1 if higher_is_better(metric) else 1
-    return sorted(rows, key=lambda row: sign * row["mean"].get(metric, sign * math.inf))
-
-
-def interval(values: np.ndarray) -> float | None:
-    """Returns half the 95 % interval of a mean, by Student's t; None for one value."""
-    if len(values) < 2:
-        return None
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(stdtrit(len(values) - 1, 0.975) * error)
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the rows of a table as CSV."""
-    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
-    names = list(rows[0]["mean"])  # The first row has some if any has.
-    heading = [text for name in names for text in (name, f"{name} +- 95%")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, "members", "failed", *heading])
-    for row in rows:
-        numbers = [
-            (row["mean"].get(name), row["interval_95"].get(name)) for name in names
-        ]
-        writer.writerow(
-            [
-                *(row["settings"].get(key, "") for key in keys),
-                len(row["members"]),
-                len(row["failed"]),
-                *("" if n is None else f"{n:.6g}" for pair in numbers for n in pair),
-            ]
-        )
-    return text.getvalue()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """The runs of an arm in a case.
+    """The runs of an arm in a case, or those of a trial.
 
     Attributes:
         case: Name of the case.
         arm: Name of the arm.
-        tuned: Values that were chosen for it.
-        members: Its members that are complete, in the order of seeds.
-        results: Content of `result.json` of each.
-        missing: Number of members that are not complete.
+        chosen: Values that were chosen for it: the tuned ones, or those of the trial.
+        members: Members of the runs, in the order of seeds.
+        runs: Finished runs, in the same order.
+        missing: Number of runs that have not ended.
+        failed: Number of runs that failed.
+        pruned: Whether it is a trial that was ended early.
+        estimate: Mean of the metric with its interval; None without runs.
+        comparison: Comparison with the baseline.
+        problem: Why there is no comparison, or no run; '' if there is no reason.
     """
 
     case: str
     arm: str
-    tuned: Mapping[str, Any]
+    chosen: Mapping[str, Any]
     members: Sequence[Member]
-    results: Sequence[Mapping[str, Any]]
+    runs: Sequence[Run]
     missing: int
+    failed: int
+    pruned: bool = False
+    estimate: statistics.Estimate | None = None
+    comparison: Comparison | None = None
+    problem: str = ""
 
-    def values(self, metric: str) -> np.ndarray:
-        """Returns a metric of the best states, a number for each run that has it."""
-        found = [result["best"].get(metric) for result in self.results]
-        return np.array([value for value in found if value is not None], float)
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """Content of `result.json` of each finished run."""
+        return [run.result for run in self.runs]
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of each metric that all finished runs have."""
+        found: dict[str, list[float]] = {}
+        for result in self.results:
+            for name, value in result["best"].items():
+                if value is not None and not is_of_class(name):
+                    found.setdefault(name, []).append(value)
+        return {
+            name: math.fsum(values) / len(values)
+            for name, values in found.items()
+            if len(values) == len(self.runs)
+        }
 
 
-def rows_of(folder: SweepFolder, wanted: Wanted) -> list[Row]:
-    """Returns a row for each arm, or trial, in each case."""
-    grouped: dict[tuple[str, str], list[Member]] = {}
-    for member in wanted.members:
-        if member.stage in ("final", "trial"):
-            grouped.setdefault((member.case, member.arm), []).append(member)
-    rows = []
-    for (case, arm), members in grouped.items():
-        ended = [(m, folder.outcome(m.key)) for m in members]
-        done = [(m, o.result) for m, o in ended if o and o.state == "complete"]
-        done.sort(key=lambda pair: pair[0].seed)
-        rows.append(
-            Row(
-                case=case,
-                arm=arm,
-                tuned=wanted.tuned.get((arm, case), {}),
-                members=[member for member, _ in done],
-                results=[result for _, result in done],
-                missing=len(members) - len(done),
-            )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """The rows of a sweep.
+
+    Attributes:
+        metric: Metric that decides.
+        baseline: Arm that the others are compared with; None for a search.
+        rows: Rows by case, the best first.
+        notes: Lines about what limits the comparisons.
+    """
+
+    metric: str
+    baseline: str | None
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+    @property
+    def cases(self) -> dict[str, list[Row]]:
+        """Rows of each case."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.case, []).append(row)
+        return found
+
+
+def table_of(folder: SweepFolder, wanted: Wanted) -> Table:
+    """Returns the table of the runs that have finished.
+
+    Args:
+        folder: Folder of the sweep.
+        wanted: Members that are known by now.
+    """
+    sweep = folder.sweep
+    if sweep.search is not None:
+        metric = sweep.search.metric
+        found = [_row(folder, wanted, "", arm, metric) for arm in _trials(wanted)]
+        return Table(metric=metric, baseline=None, rows=_best_first(found, metric))
+    rows, notes = list[Row](), dict[str, None]()
+    for case in sweep.cases:
+        found = [
+            _row(folder, wanted, case, arm, sweep.metric) for arm in sweep.all_arms
+        ]
+        found = _compared(found, sweep.the_baseline, sweep.metric)
+        for row in found:
+            if row.comparison is not None:
+                notes |= dict.fromkeys(row.comparison.notes)
+        rows += _best_first(found, sweep.metric)
+    place = f"{folder.root}/"
+    return Table(
+        metric=sweep.metric,
+        baseline=sweep.the_baseline,
+        rows=rows,
+        # Tables of the same sweep in other folders are the same.
+        notes=[note.replace(place, "") for note in notes],
+    )
+
+
+def _trials(wanted: Wanted) -> list[str]:
+    """Returns the names of trials, in order."""
+    return list(dict.fromkeys(m.arm for m in wanted.members if m.stage == "trial"))
+
+
+def _row(folder: SweepFolder, wanted: Wanted, case: str, arm: str, metric: str) -> Row:
+    """Returns the row of an arm, or of a trial, without its comparison."""
+    members = [
+        member
+        for member in wanted.members
+        if member.stage in ("final", "trial")
+        and (member.case, member.arm) == (case, arm)
+    ]
+    members.sort(key=lambda member: folder.sweep.all_seeds.index(member.seed))
+    ended = [folder.outcome(member.key) for member in members]
+    runs = [
+        Run(
+            folder=folder.workdir(member.key),
+            seed=tuple(sorted(member.seed)),
+            result=outcome.result,
         )
-    return rows
+        for member, outcome in zip(members, ended)
+        if outcome is not None and outcome.state == "complete"
+    ]
+    number = members[0].trial if members else None
+    trial = None if number is None else wanted.trials.get(number)
+    chosen = dict(wanted.tuned.get((arm, case), {}))
+    if number is not None:
+        chosen = dict(members[0].overrides)
+    all_failed = "" in chosen
+    states = [outcome.state for outcome in ended if outcome is not None]
+    wanted_runs = 0 if all_failed else max(len(folder.sweep.all_seeds), len(members))
+    is_pruned = trial is not None and trial.state == "pruned"
+    return Row(
+        case=case,
+        arm=arm,
+        chosen={} if all_failed else chosen,
+        members=members,
+        runs=runs,
+        missing=0 if is_pruned else wanted_runs - len(states),
+        failed=states.count("failed"),
+        pruned=is_pruned,
+        estimate=None if is_pruned else mean_of(runs, metric),
+        problem="all its tuning runs failed" if all_failed else "",
+    )
 
 
-def write_tables(folder: SweepFolder, name: str, wanted: Wanted) -> list[str]:
-    """Writes `table.csv` of a sweep; returns lines for a person."""
-    metric = folder.sweep.search.metric if folder.sweep.search else folder.sweep.metric
+def mean_of(runs: Sequence[Run], metric: str) -> statistics.Estimate | None:
+    """Returns the mean of a metric with its interval; None if no run has the metric.
+
+    The interval is over seeds and test examples, if all runs have scores of the same
+    examples, and otherwise over seeds alone.
+    """
+    having = [run for run in runs if run.value(metric) is not None]
+    if not having:
+        return None
+    found = []
+    for run in having:
+        scores = per_example.scores_of(per_example.read(run.folder) or {}, metric)
+        if scores is None:
+            break
+        order = np.argsort(scores[0])
+        found.append((scores[0][order], scores[1][order]))
+    same = found and all(np.array_equal(found[0][0], ids) for ids, _ in found)
+    if len(found) < len(having) or not same:
+        values = np.array([run.value(metric) for run in having], np.float64)
+        return statistics.estimate(values[:, None])
+    scores_SxE = np.stack([scores for _, scores in found]).astype(np.float64)
+    is_share = scores_SxE.min() >= 0 and scores_SxE.max() <= 1
+    return statistics.estimate(scores_SxE, extremes=(0.0, 1.0) if is_share else None)
+
+
+def _compared(rows: Sequence[Row], baseline: str, metric: str) -> list[Row]:
+    """Returns rows of one case with their comparisons, adjusted for their number."""
+    runs = {row.arm: row.runs for row in rows}
+    problems: dict[str, str] = {}
+    found: dict[str, Comparison] = {}
+    for row in rows:
+        if row.arm == baseline:
+            continue
+        if not row.runs or not runs[baseline]:
+            name = row.arm if not row.runs else baseline
+            problems[row.arm] = f"no run of {name} has finished"
+            continue
+        try:
+            found[row.arm] = compare(row.runs, runs[baseline], metric)
+        except UserError as error:
+            problems[row.arm] = "; ".join(map(str, error.problems))
+    found = adjusted(found)
+    return [
+        dataclasses.replace(
+            row,
+            comparison=found.get(row.arm),
+            problem=row.problem or problems.get(row.arm, ""),
+        )
+        for row in rows
+    ]
+
+
+def _best_first(rows: Sequence[Row], metric: str) -> list[Row]:
+    """Returns rows by their means; those without one are last."""
     sign = -1 if higher_is_better(metric) else 1
 
-    def key(row: Row) -> tuple:
-        values = row.values(metric)
-        return row.case, sign * float(np.mean(values)) if len(values) else math.inf
+    def key(row: Row) -> float:
+        if row.estimate is None or math.isnan(row.estimate.mean):
+            return math.inf
+        return sign * row.estimate.mean
 
-    text, lines = io.StringIO(), [("case", "arm", "runs", metric)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "arm", "tuned", "runs", "missing", metric, "interval_95"])
-    for row in sorted(rows_of(folder, wanted), key=key):
-        values = row.values(metric)
-        mean = f"{np.mean(values):.6g}" if len(values) else ""
-        half = interval(values) if len(values) else None
-        spread = "" if half is None else f"{half:.6g}"
-        tuned = json.dumps(dict(row.tuned)) if row.tuned else ""
-        cells = [row.case, row.arm, tuned, len(row.results), row.missing, mean, spread]
-        writer.writerow(cells)
-        lines.append((row.case, row.arm, str(len(row.results)), f"{mean} ± {spread}"))
-    write_text(folder.root / "table.csv", text.getvalue())
-    return aligned(lines)
+    return sorted(rows, key=key)
+
+
+def metric_names(table: Table) -> list[str]:
+    """Returns the metrics that rows have, the one that decides first."""
+    found = itertools.chain.from_iterable(row.means() for row in table.rows)
+    return list(dict.fromkeys([table.metric, *found]))

@@ -468,6 +468,7 @@ def make_result(
         "best": best,
         "best_step": progress.best_step,
         "steps": steps,
+        "cost": {"trained_parameters": setup.trained_parameters},
         **digests,
         "frozen_sha256": progress.frozen_sha256,
         "optimizer_state": {

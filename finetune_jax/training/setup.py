@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,13 @@ class Setup:
     def names(self) -> tuple[str, ...]:
         """Names of all parameters."""
         return tuple(named(self.shapes.params))
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that learn in any phase."""
+        params = named(self.shapes.params)
+        learning = {name for phase in self.phases for name in phase.groups}
+        return sum(math.prod(params[name].shape) for name in learning)
 
     def phase(self, index: int) -> PhaseSetup:
         """Returns phase `index` for the models of the run."""

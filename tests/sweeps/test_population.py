@@ -18,7 +18,7 @@ from finetune_jax.modes.options import Options
 from finetune_jax.plans.phase import Phase
 from finetune_jax.report.workdir import read_config, read_json
 from finetune_jax.sweeps.populations.population import member_configs, run_population
-from finetune_jax.sweeps.table import as_csv, table
+from finetune_jax.sweeps.populations.table import as_csv, table
 from finetune_jax.training.run import run
 
 pytestmark = pytest.mark.slow

@@ -107,7 +107,7 @@ class Comparison:
         if verdict == "too few":
             return (
                 f"too few seeds for this test at all: {ours} and {theirs} differ by "
-                f"{self._number(abs(self.difference))} in {seeds}, and "
+                f"{self.number(abs(self.difference))} in {seeds}, and "
                 f"{self.metric} has no spread over examples; 2 seeds are the least, 5 "
                 "are better"
             )
@@ -127,7 +127,7 @@ class Comparison:
             mean, low, high = -mean, -high, -low
         unit = " points" if self.in_points else ""
         told = f" {which}" if self.verdict == "open" else ""
-        numbers = [self._number(value, unit="") for value in (mean, low, high)]
+        numbers = [self.number(value, unit="") for value in (mean, low, high)]
         return f"{numbers[0]}{unit}{told} ({numbers[1]} to {numbers[2]})"
 
     @property
@@ -141,8 +141,13 @@ class Comparison:
             and (max(self.ours, self.theirs) <= 1)
         )
 
-    def _number(self, value: float, unit: str | None = None) -> str:
-        """Returns a difference with digits as its interval makes sense of."""
+    def number(self, value: float, unit: str | None = None) -> str:
+        """Returns a difference as text, with as many digits as its interval justifies.
+
+        Args:
+            value: The difference, or an end of its interval.
+            unit: Text after the number; None is that of the metric.
+        """
         scale = 100 if self.in_points else 1
         width = (self.high - self.low) * scale
         if not width or not math.isfinite(width):
@@ -170,7 +175,7 @@ class Comparison:
             found.append(f"about {self.more_examples:,} more test examples would")
         if not math.isnan(self.detectable):
             found.append(
-                f"differences from {self._number(self.detectable)} are found 4 times in 5"
+                f"differences from {self.number(self.detectable)} are found 4 times in 5"
             )
         return found
 

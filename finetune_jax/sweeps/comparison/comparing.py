@@ -124,12 +124,22 @@ def compare_all(
         except UserError as error:
             problems += [f"{name} and {baseline}: {one}" for one in error.problems]
     raise_if(problems, "Runs cannot be compared:")
+    return adjusted(found)
+
+
+def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+    """Returns comparisons with p-values that are adjusted for their number by Holm.
+
+    Args:
+        comparisons: Comparisons with the same runs, by name.
+    """
+    found = dict(comparisons)
     if len(found) < 2:
         return found
-    adjusted = statistics.holm([one.p_value for one in found.values()])
-    for (name, one), p_value in zip(found.items(), adjusted):
+    p_values = statistics.holm([one.p_value for one in found.values()])
+    for (name, one), p_value in zip(comparisons.items(), p_values):
         # The level at which this comparison alone would have to be decided.
         share = one.p_value / p_value if p_value else 1.0
-        more = needs(one.estimate, 1 - (1 - level) * share)
+        more = needs(one.estimate, 1 - (1 - one.level) * share)
         found[name] = dataclasses.replace(one, adjusted=p_value, **more)
     return found

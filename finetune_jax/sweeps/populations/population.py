@@ -47,12 +47,12 @@ from finetune_jax.report.workdir import (
     read_json,
     read_manifest,
 )
+from finetune_jax.sweeps.populations.summary import write_population_report
+from finetune_jax.sweeps.populations.table import as_csv, table
 from finetune_jax.sweeps.populations.vectorised import (
     VectorisedExecutor,
     members_at_once,
 )
-from finetune_jax.sweeps.summary import write_population_report
-from finetune_jax.sweeps.table import as_csv, table
 from finetune_jax.tasks.objectives.metrics import loss_beside
 from finetune_jax.training.assembly import (
     make_evaluator,

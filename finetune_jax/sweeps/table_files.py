@@ -1,0 +1,301 @@
+"""Files of a sweep's table: CSV, Markdown, LaTeX and JSON."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from finetune_jax.core.files import write_json, write_text
+from finetune_jax.report.html import formats
+from finetune_jax.report.tables import aligned, short_labels
+from finetune_jax.sweeps import statistics
+from finetune_jax.sweeps.comparison import Comparison, costs
+from finetune_jax.sweeps.folder import SweepFolder
+from finetune_jax.sweeps.members import as_plain
+from finetune_jax.sweeps.schedule import Wanted
+from finetune_jax.sweeps.table import Row, Table, metric_names, table_of
+
+# Costs that are the same each time that a run is made.
+_SAME = ("updates", "trained", "GFLOP")
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
+    "#": r"\#", "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def write_tables(folder: SweepFolder, name: str, wanted: Wanted) -> list[str]:
+    """Writes the table of a sweep as `table.csv`, `table.md`, `table.tex` and JSON.
+
+    `table.csv` and `comparisons.json` have no times, so any workers write the same bytes.
+
+    Args:
+        folder: Folder of the sweep.
+        name: Name of the sweep.
+        wanted: Members that are known by now.
+
+    Returns:
+        Lines for a person.
+    """
+    table = table_of(folder, wanted)
+    write_text(folder.root / "table.csv", as_csv(table))
+    write_text(folder.root / "table.md", as_markdown(table, name))
+    write_text(folder.root / "table.tex", as_latex(table, name))
+    write_json(folder.root / "comparisons.json", as_json(table))
+    return as_lines(table)
+
+
+def as_csv(table: Table) -> str:
+    """Returns a table as CSV, without times."""
+    others = metric_names(table)[1:]
+    metric, text = table.metric, io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["case", "arm", "chosen", "runs", "missing", "failed", metric, "low_95",
+         "high_95", "difference", "difference_low_95", "difference_high_95", "p_value",
+         "p_adjusted", "verdict", "answer", *_SAME, *others]
+    )  # fmt: skip
+    for row in table.rows:
+        one, found = row.estimate, row.comparison
+        chosen = json.dumps(as_plain(row.chosen)) if row.chosen else ""
+        numbers = [None] * 3 if one is None else [one.mean, one.low, one.high]
+        compared = [None] * 5
+        if found is not None:
+            ends = [found.low, found.high]
+            compared = [found.difference, *ends, found.p_value, found.adjusted]
+        cost, means = costs(row.results), row.means()
+        writer.writerow(
+            [row.case, row.arm, chosen, len(row.runs), row.missing, row.failed]
+            + [_digits(value) for value in (*numbers, *compared)]
+            + [found.verdict if found else "", answer(table, row)]
+            + [_digits(cost[key]) for key in _SAME]
+            + [_digits(means.get(key)) for key in others]
+        )
+    return text.getvalue()
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"
+
+
+def answer(table: Table, row: Row) -> str:
+    """Returns what is known of a row, in a sentence."""
+    if row.comparison is not None:
+        return row.comparison.sentence((row.arm, table.baseline or ""))
+    if row.problem:
+        return row.problem
+    if row.pruned:
+        return "ended early"
+    return "baseline" if row.arm == table.baseline else ""
+
+
+def chosen_text(row: Row) -> str:
+    """Returns the chosen values of a row as text."""
+    plain = as_plain(row.chosen)
+    labels = short_labels(list(plain))
+    return ", ".join(
+        f"{label} {value if isinstance(value, str) else json.dumps(value)}"
+        for label, value in zip(labels, plain.values(), strict=True)
+    )
+
+
+def mean_text(metric: str, estimate: statistics.Estimate | None) -> str:
+    """Returns a mean and its interval as text."""
+    if estimate is None:
+        return "–"
+    mean, low, high = _texts(metric, estimate.mean, estimate.low, estimate.high)
+    return mean if math.isnan(estimate.low) else f"{mean} ({low} to {high})"
+
+
+def _texts(metric: str, mean: float, low: float, high: float) -> list[str]:
+    """Returns a mean and the ends of its interval, with digits that fit its width."""
+    if formats.is_share(metric):
+        width = 100 * (high - low)
+        digits = 1 if not width or math.isnan(width) else -math.floor(math.log10(width))
+        digits = max(1, digits)
+        first, *ends = (f"{100 * value:.{digits}f}" for value in (mean, low, high))
+        return [f"{first} %", *ends]
+    return [formats.metric_text(metric, value) for value in (mean, low, high)]
+
+
+def difference_text(found: Comparison | None) -> str:
+    """Returns a difference and its interval as text."""
+    if found is None or math.isnan(found.difference):
+        return ""
+    sign = "+" if found.difference >= 0 else ""
+    unit = None if found.in_points else ""
+    mean = f"{sign}{found.number(found.difference, unit)}"
+    if not math.isnan(found.low):
+        low, high = found.number(found.low, ""), found.number(found.high, "")
+        mean += f" ({low} to {high})"
+    return mean.replace("-", "−")
+
+
+def _counts(row: Row) -> str:
+    """Returns the number of runs, and of those that failed or are missing."""
+    found = [str(len(row.runs))]
+    found += [f"{row.failed} failed"] if row.failed else []
+    found += [f"{row.missing} missing"] if row.missing else []
+    return ", ".join(found)
+
+
+def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Returns the heading and the cells of a table for people."""
+    has_cases = any(row.case for row in table.rows)
+    has_chosen = any(row.chosen for row in table.rows)
+    has_baseline = len(table.rows) > len(table.cases) and table.baseline is not None
+    known = [costs(row.results) for row in table.rows]
+    own = {"updates": "updates", "trained": "trained parameters", "GFLOP": "GFLOP",
+           "train_s": "training time"}  # fmt: skip
+    own = {key: text for key, text in own.items() if any(c[key] for c in known)}
+    heading = [
+        *(["case"] if has_cases else []),
+        "trial" if table.baseline is None else "arm",
+        *(["chosen"] if has_chosen else []),
+        "runs",
+        f"{table.metric} (95 % interval)",
+        *([f"difference from {table.baseline}"] if has_baseline else []),
+        *own.values(),
+    ]
+    rows = []
+    for row, cost in zip(table.rows, known):
+        cells = [row.case] if has_cases else []
+        cells.append(
+            row.arm.removeprefix("trial ") if table.baseline is None else row.arm
+        )
+        cells += [chosen_text(row)] if has_chosen else []
+        cells += [_counts(row), "ended early" if row.pruned else ""]
+        cells[-1] = cells[-1] or mean_text(table.metric, row.estimate)
+        if has_baseline:
+            is_baseline = row.arm == table.baseline
+            cells.append("baseline" if is_baseline else difference_text(row.comparison))
+        cells += [_cost_text(key, cost[key]) for key in own]
+        rows.append(cells)
+    return heading, rows
+
+
+def _cost_text(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if name == "train_s":
+        return formats.time_text(value).replace(formats.SPACE, " ")
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def answers(table: Table) -> list[str]:
+    """Returns a sentence for each comparison, and what limits them."""
+    several = len(table.cases) > 1
+    found = []
+    for row in table.rows:
+        if row.arm == table.baseline or not (row.comparison or row.problem):
+            continue
+        where = f"{row.case}: " if several else ""
+        text = answer(table, row)
+        found.append(
+            f"{where}{text}" if row.comparison else f"{where}{row.arm}: {text}"
+        )
+    count = max((sum(r.comparison is not None for r in rows)
+                 for rows in table.cases.values()), default=0)  # fmt: skip
+    if count > 1:
+        each = " of each case" if several else ""
+        found.append(
+            f"p-values are adjusted for the {count} comparisons{each} (Holm), intervals "
+            "are not"
+        )
+    return found + [f"note: {note}" for note in table.notes]
+
+
+def as_lines(table: Table) -> list[str]:
+    """Returns a table as lines for a terminal, and the answers."""
+    heading, rows = _columns(table)
+    told = answers(table)
+    return [*aligned([heading, *rows]), *([""] if told else []), *told]
+
+
+def as_markdown(table: Table, name: str) -> str:
+    """Returns a table as Markdown, and the answers as a list."""
+    heading, rows = _columns(table)
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+    rule = [":--" if text in ("case", "arm", "trial", "chosen") else "--:"
+            for text in heading]  # fmt: skip
+    lines = [f"Sweep {name}, the best first", "", line(heading), line(rule)]
+    lines += [line(cells) for cells in rows]
+    told = answers(table)
+    lines += ["", *(f"- {text}" for text in told)] if told else []
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(table: Table, name: str) -> str:
+    """Returns a table as LaTeX for the package booktabs, the answers as comments."""
+    heading, rows = _columns(table)
+    left = sum(text in ("case", "arm", "trial", "chosen") for text in heading)
+    lines = [f"% Sweep {name}; needs \\usepackage{{booktabs}}."]
+    lines += [f"% {text}" for text in answers(table)]
+    lines += [
+        rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heading) - left)}}}",
+        r"\toprule",
+        _latex(heading),
+        r"\midrule",
+    ]
+    case = None
+    for row, cells in zip(table.rows, rows):
+        if case is not None and row.case != case:
+            lines.append(r"\addlinespace")
+        case = row.case
+        lines.append(_latex(cells))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _latex(cells: Sequence[str]) -> str:
+    escaped = ("".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells)
+    return rf"{' & '.join(escaped)} \\"
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """Returns the comparisons of a table for programs."""
+    found = []
+    for row in table.rows:
+        one = row.comparison
+        if one is None:
+            continue
+        found.append(
+            {
+                "case": row.case,
+                "arm": row.arm,
+                "baseline": table.baseline,
+                "difference": one.difference,
+                "interval": [one.low, one.high],
+                "level": one.level,
+                "p_value": one.p_value,
+                "p_adjusted": one.adjusted,
+                "seed_p_value": one.seed_p_value,
+                "probability_of_improvement": (
+                    one.improvement and one.improvement.probability
+                ),
+                "pairs": one.pairs,
+                "examples": one.examples,
+                "more_seeds": one.more_seeds,
+                "verdict": one.verdict,
+                "answer": answer(table, row),
+            }
+        )
+    return {
+        "metric": table.metric,
+        "comparisons": _without_nan(found),
+        "notes": list(table.notes),
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns values with None instead of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    is_number = isinstance(value, float)
+    return None if is_number and not math.isfinite(value) else value
