@@ -14,6 +14,7 @@ from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
 from finetune_jax.core.errors import Problem, UserError
 from finetune_jax.core.registry import closest
 from finetune_jax.plans.phase import Phase, as_config, plan_problems
+from finetune_jax.report.tables import short_labels
 from finetune_jax.sweeps.definition import Arm, Seed, Source, Sweep, base_of
 
 # Beginning of the value of a config key that stands for the workdir of another member.
@@ -33,6 +34,7 @@ class Member:
         case: Name of its case.
         seed: Seed of each source of randomness.
         overrides: Values that differ from the base config, without the seed.
+        tuned: Those of the keys that are tuned.
         needs: Keys of the members that must be finished before.
         trial: Number of its trial in a search.
     """
@@ -44,6 +46,7 @@ class Member:
     case: str
     seed: Seed
     overrides: Mapping[str, Any]
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     trial: int | None = None
 
@@ -70,6 +73,9 @@ class Member:
         same = len(numbers) == 1
         seed = f"seed {numbers[0]}" if same else f"seeds {dict(self.seed)}"
         where = [self.case, self.arm] if self.trial is None else [f"trial {self.trial}"]
+        if self.stage == "tune":
+            labels = short_labels(list(self.tuned))
+            where += [f"{k}={v!r}" for k, v in zip(labels, self.tuned.values())]
         stage = {"tune": "tuning ", "source": "source "}.get(self.stage, "")
         return f"{stage}{', '.join(filter(None, where))}, {seed}"
 
@@ -78,6 +84,7 @@ class Member:
         return {
             "stage": self.stage, "arm": self.arm, "case": self.case,
             "seed": dict(self.seed), "overrides": as_plain(self.overrides),
+            "tuned": dict(self.tuned),
         } | ({} if self.trial is None else {"trial": self.trial})  # fmt: skip
 
 
@@ -119,15 +126,15 @@ class Members:
             stage: 'tune' or 'final'.
         """
         one = self.sweep.all_arms[arm]
-        names = {"stage": stage, "arm": arm, "case": case}
-        identity = *names.values(), seed, repr(tuned)
+        names = {"stage": stage, "arm": arm, "case": case, "tuned": tuned}
+        identity = stage, arm, case, seed, repr(tuned)
         of_case = self.sweep.cases[case]
         overrides = {**of_case, **one.overrides, **tuned}
         return self._member(identity, one.base, overrides, seed, names)
 
     def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
         """Returns the member of a search's trial."""
-        names = {"stage": "trial", "arm": f"trial {number}", "case": ""}
+        names: dict[str, Any] = {"stage": "trial", "arm": f"trial {number}", "case": ""}
         names |= {"trial": number}
         return self._member((number, seed), None, overrides, seed, names)
 
@@ -176,6 +183,10 @@ class Members:
         tree = _mutable(plain(self._bases[id(given)]))
         problems: list[Problem] = []
         for key, value in overrides.items():
+            if re.match(r"seed\b", key):
+                text = f"{value!r}; `seeds` of the sweep gives each run its seed"
+                problems.append(Problem(f"config.{key}", text))
+                continue
             _set(tree, key, _mutable(plain(_as_config(value))), problems)
         values = dict(seed)
         is_one = len(set(values.values())) == 1

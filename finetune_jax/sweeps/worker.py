@@ -19,7 +19,12 @@ from typing import Any
 from finetune_jax.config import Config, flat
 from finetune_jax.config.parallel import LAUNCH
 from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
-from finetune_jax.core.errors import NotFinite, UserError, is_of_disk
+from finetune_jax.core.errors import (
+    NotFinite,
+    TrainingError,
+    UserError,
+    is_of_disk,
+)
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.parallel import processes
 from finetune_jax.report.workdir import InUse
@@ -336,7 +341,8 @@ class Worker:
         if isinstance(error, OSError) and is_of_disk(error):
             raise error
         log = self.folder.log(member.key, number)
-        text = str(error) if isinstance(error, UserError) else _last_line(error)
+        is_told = isinstance(error, UserError | TrainingError)
+        text = str(error) if is_told else _last_line(error)
         # The same config, code and data would fail in the same way.
         again = not isinstance(error, UserError | NotFinite)
         if processes.is_first():
