@@ -51,6 +51,23 @@ def user_path(text: str | os.PathLike[str], where: str = "") -> pathlib.Path:
     return pathlib.Path(found)
 
 
+def existing(text: str, where: str) -> str:
+    """Returns a path as it is given, after a check that it exists.
+
+    Args:
+        text: Path as a user gives it; see `user_path`.
+        where: Config key or flag that begins a message.
+
+    Raises:
+        UserError: Nothing is there, or an environment variable is not set.
+    """
+    found = user_path(text, where)
+    if not found.exists():
+        meant = "" if text == str(found) else f", which is {printable(found)},"
+        raise UserError(f"{where}: {text!r}{meant} does not exist")
+    return text
+
+
 def printable(text: str | os.PathLike[str]) -> str:
     """Returns a path or a line as every terminal and file of UTF-8 takes it.
 

@@ -38,18 +38,26 @@ def _metric_problems(sweep: Sweep, member: Member) -> list[str]:
     elif member.stage == "tune":
         wanted["tune_by"] = tune_metric(sweep, member)
     if sweep.search is None:
-        wanted["metric"] = sweep.metric
-    known = known_metrics(member.config)
-    return [
-        f"Sweep.{key}: no run has {name!r}{closest(name, known)} There are "
-        f"{', '.join(known) or 'none'}."
-        for key, name in wanted.items()
-        if name not in known and not name.startswith(("distance/", "cka/"))
-    ]
+        wanted["metric"] = sweep.metric_of(member.arm)
+    found = []
+    for key, name in wanted.items():
+        known = known_metrics(member.config, may_choose=key != "metric")
+        if name not in known and not name.startswith(("distance/", "cka/")):
+            found.append(
+                f"Sweep.{key}: no run has {name!r}{closest(name, known)} There are "
+                f"{', '.join(known) or 'none'}."
+            )
+    return found
 
 
-def known_metrics(config: Config) -> list[str]:
-    """Returns the metrics that a run of a config measures, without those of classes."""
+def known_metrics(config: Config, *, may_choose: bool) -> list[str]:
+    """Returns the metrics that a run of a config measures, without those of classes.
+
+    Args:
+        config: Config of the run.
+        may_choose: Whether to leave out metrics that must choose nothing: those of a
+            domain without labels.
+    """
     splits = [s for s in ("validation", "test") if config.data[s] is not None]
     domains = [domain.domain for domain in config.data.domains]
     for domain in config.data.domains:
@@ -57,6 +65,8 @@ def known_metrics(config: Config) -> list[str]:
         splits += [s for s in own if s not in splits]
     names = metric_names(config)
     bare = [name for name in names if "/" not in name]
+    if domains and not bare and not may_choose:
+        bare = [*dict.fromkeys(name.rpartition("/")[2] for name in names)]
     found = [f"{split}/{name}" for split in splits for name in names]
     found += [
         f"{split}/{domain}/{name}"

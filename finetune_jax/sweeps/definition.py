@@ -30,15 +30,20 @@ class Arm:
     """Runs that differ only in their seed.
 
     Attributes:
-        overrides: Values of config keys, such as {"plan[0].peak_lr": 0.1}; a dict changes
-            keys of a section, and a plan may be given as phases.
+        overrides: Values of config keys, such as {"plan[0].peak_lr": 0.1}; `plan[*]` is
+            every phase, a dict changes keys of a section, and a plan may be given as
+            phases.
         base: Config instead of that of the sweep: a file's address or a ConfigDict.
-        tune: Values of keys that are chosen for this arm; None is `Sweep.tune`.
+        tune: Values of keys that are chosen for this arm, a dict if they have names, such
+            as {"plan": {"slow": ..., "fast": ...}}; None is `Sweep.tune`.
+        metric: Name that its runs have for the metric of the sweep, such as
+            'test/digits/accuracy' of runs on several domains; None is the same name.
     """
 
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: Any = None
-    tune: Mapping[str, Sequence[Any]] | None = None
+    tune: Mapping[str, Sequence[Any] | Mapping[str, Any]] | None = None
+    metric: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,9 @@ class Sweep:
     seeds: Any = 3
     metric: str = "test/accuracy"
     baseline: str | None = None
-    tune: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any] | Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
     tune_by: str | None = None
     tune_seeds: int = 1
     tune_case: str | None = None
@@ -136,6 +143,11 @@ class Sweep:
     def the_baseline(self) -> str:
         """The arm that all others are compared with."""
         return next(iter(self.all_arms)) if self.baseline is None else self.baseline
+
+    def metric_of(self, arm: str) -> str:
+        """Returns the name of the metric that decides in the runs of an arm."""
+        found = self.all_arms.get(arm)
+        return self.metric if found is None else found.metric or self.metric
 
 
 def by_source(count: int, sources: Sequence[str] = SOURCES) -> list[dict[str, int]]:
@@ -203,7 +215,7 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
         for key, values in tune.items():
             if (
                 isinstance(values, str)
-                or not isinstance(values, Sequence)
+                or not isinstance(values, Sequence | Mapping)
                 or not values
             ):
                 add("tune", f"{key}, arm {name!r}: {values!r}; give a tuple of values")

@@ -122,14 +122,19 @@ class Members:
             arm: Name of the arm.
             case: Name of the case.
             seed: Seed of each source of randomness.
-            tuned: Values of the keys that are tuned.
+            tuned: Values of the keys that are tuned, or their names.
             stage: 'tune' or 'final'.
         """
         one = self.sweep.all_arms[arm]
         names = {"stage": stage, "arm": arm, "case": case, "tuned": tuned}
         identity = stage, arm, case, seed, repr(tuned)
         of_case = self.sweep.cases[case]
-        overrides = {**of_case, **one.overrides, **tuned}
+        named = tune_of(self.sweep, arm)
+        values = {
+            key: named[key][value] if isinstance(named.get(key), Mapping) else value
+            for key, value in tuned.items()
+        }
+        overrides = {**of_case, **one.overrides, **values}
         return self._member(identity, one.base, overrides, seed, names)
 
     def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
@@ -216,7 +221,7 @@ class Members:
 
 
 def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:
-    """Returns the values of the keys that are tuned for an arm."""
+    """Returns the values of the keys that are tuned for an arm; a mapping names them."""
     one: Arm = sweep.all_arms[arm]
     return sweep.tune if one.tune is None else one.tune
 
@@ -240,23 +245,31 @@ def _mutable(value: Any) -> Any:
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, problems: list[Problem]) -> None:
-    """Sets the value of a key such as `plan[0].peak_lr`; a dict changes keys."""
+    """Sets the value of a key such as `plan[0].peak_lr`; a dict changes keys.
+
+    `plan[*].peak_lr` is the key of every phase.
+    """
     if isinstance(value, dict):
         for name, item in value.items():
             _set(tree, f"{key}.{name}", item, problems)
         return
-    *parts, last = re.findall(r"[^.\[\]]+|\[\d+\]", key) or [""]
+    *parts, last = re.findall(r"[^.\[\]]+|\[(?:\d+|\*)\]", key) or [""]
     node: Any = tree
     for place, part in enumerate(parts):
+        if part == "[*]" and isinstance(node, list):
+            before, _, rest = key.partition(part)
+            for index in range(len(node)):
+                _set(tree, f"{before}[{index}]{rest}", value, problems)
+            return
         if part.startswith("["):
-            index = int(part[1:-1])
-            if not isinstance(node, list) or index >= len(node):
-                size = len(node) if isinstance(node, list) else "no"
+            index = part[1:-1]
+            size = len(node) if isinstance(node, list) else 0
+            if not index.isdigit() or int(index) >= size:
                 before = "".join(parts[:place])
-                text = f"no entry {index}; config.{before} has {size} entries"
+                text = f"no entry {index}; config.{before} has {size or 'no'} entries"
                 problems.append(Problem(f"config.{key}", text))
                 return
-            node = node[index]
+            node = node[int(index)]
         else:
             # Sections that the base does not name have their defaults.
             if isinstance(node, dict) and node.get(part) is None:

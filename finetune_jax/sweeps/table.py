@@ -139,11 +139,13 @@ def _row(folder: SweepFolder, wanted: Wanted, case: str, arm: str, metric: str) 
     ]
     members.sort(key=lambda member: folder.sweep.all_seeds.index(member.seed))
     ended = [folder.outcome(member.key) for member in members]
+    names = {metric: folder.sweep.metric_of(arm)} if folder.sweep.search is None else {}
     runs = [
         Run(
             folder=folder.workdir(member.key),
             seed=tuple(sorted(member.seed)),
             result=outcome.result,
+            names=names,
         )
         for member, outcome in zip(members, ended)
         if outcome is not None and outcome.state == "complete"
@@ -182,7 +184,8 @@ def mean_of(runs: Sequence[Run], metric: str) -> statistics.Estimate | None:
         return None
     found = []
     for run in having:
-        scores = per_example.scores_of(per_example.read(run.folder) or {}, metric)
+        name = run.name_of(metric)
+        scores = per_example.scores_of(per_example.read(run.folder) or {}, name)
         if scores is None:
             break
         order = np.argsort(scores[0])

@@ -306,7 +306,8 @@ class Worker:
         if sweep.keep == "best" and processes.is_first() and (best := self._best()):
             sources = [m.key for m in wanted.members if m.stage == "source"]
             self.folder.drop_states([best[0], *sources], wanted.members)
-        metric = self._metric(member) if member.stage != "final" else sweep.metric
+        is_final = member.stage == "final"
+        metric = sweep.metric_of(member.arm) if is_final else self._metric(member)
         value = result["best"].get(metric)
         number = "" if value is None else f"{metric} {value:.4f}, "
         say(f"{self._count(wanted)} {member.label}: {number}{seconds:.1f} s")

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from finetune_jax.core.errors import UserError
-from finetune_jax.core.paths import printable, user_path
+from finetune_jax.core.paths import existing, printable, user_path
 from finetune_jax.data.sources import arrays, folder, idx, masks
 from finetune_jax.weights.formats.word_vectors import read_vectors
 
@@ -89,6 +89,17 @@ def test_word_vectors_are_found_in_the_home_folder(home):
     for place in ("~/v.txt", "$DATA/v.txt"):
         found, width, _ = read_vectors(f"file:{place}", {"red"})
         assert width == 2 and list(found) == ["red"]
+
+
+def test_a_path_that_must_exist_stays_as_given(home):
+    assert existing("$DATA/a.txt", "config.data.dir") == "$DATA/a.txt"
+    with pytest.raises(UserError) as failure:
+        existing("$DATA/b.txt", "config.data.dir")
+    assert str(failure.value) == (
+        f"config.data.dir: '$DATA/b.txt', which is {home}/b.txt, does not exist"
+    )
+    with pytest.raises(UserError, match="'NOPE' is not set"):
+        existing("$NOPE/a.txt", "config.data.dir")
 
 
 def test_what_is_not_utf_8_is_printable():

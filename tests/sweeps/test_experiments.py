@@ -1,22 +1,40 @@
 """The studies in experiments/ are sweeps: they load, resolve and run."""
 
+import dataclasses
 import pathlib
 
 import jax
 import pages
 import pytest
 
+from finetune_jax.core.errors import UserError
 from finetune_jax.sweeps import schedule
 from finetune_jax.sweeps.checks import config_problems
 from finetune_jax.sweeps.definition import load
 
 EXPERIMENTS = pages.ROOT / "experiments"
 # Sweeps by their address below experiments/, with the number of their first runs.
-SWEEPS = {"low_data/sweep.py": 12}
+SWEEPS = {
+    "low_data/sweep.py": 12,
+    "strategies/sweep.py:digits": 29,
+    "strategies/sweep.py:flowers": 12,
+    "domains/sweep.py:joint": 35,
+    "domains/sweep.py:noisy": 30,
+    "domains/sweep.py:rotated": 30,
+    "domains/sweep.py:inverted": 30,
+    "domains/sweep.py:mutual": 10,
+    "domains/sweep.py:distill": 11,
+    "sst2/sweep.py": 9,
+}
+# Folders of real data that they name.
+FOLDERS = ("fashion_mnist", "flowers", "sst2")
 
 
 @pytest.mark.parametrize("address", SWEEPS)
-def test_a_study_loads_and_resolves(address, monkeypatch):
+def test_a_study_loads_and_resolves(address, monkeypatch, tmp_path):
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("FINETUNE_JAX_TESTDATA", str(tmp_path))
     one = jax.devices()[:1]  # As on a machine with one accelerator.
     monkeypatch.setattr(jax, "devices", lambda: one)
     monkeypatch.chdir(pages.ROOT)
@@ -26,7 +44,41 @@ def test_a_study_loads_and_resolves(address, monkeypatch):
     assert len(first.members) == SWEEPS[address]
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["strategies/sweep.py:flowers", "domains/sweep.py:joint", "sst2/sweep.py"],
+)
+def test_data_that_is_missing_is_told_before_anything_runs(
+    address, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("FINETUNE_JAX_TESTDATA", raising=False)
+    with pytest.raises(UserError, match="'FINETUNE_JAX_TESTDATA' is not set"):
+        load(str(EXPERIMENTS / address))
+    monkeypatch.setenv("FINETUNE_JAX_TESTDATA", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/.* does not exist"):
+        load(str(EXPERIMENTS / address))
+
+
+def test_an_unknown_question_is_told():
+    with pytest.raises(UserError, match="no question 'nosy'; there are joint, noisy"):
+        load(str(EXPERIMENTS / "domains/sweep.py:nosy"))
+
+
 def test_every_study_with_a_sweep_is_checked_here():
     found = {pathlib.Path(address.partition(":")[0]) for address in SWEEPS}
     there = {file.relative_to(EXPERIMENTS) for file in EXPERIMENTS.glob("*/sweep.py")}
     assert found == there
+
+
+def test_labels_of_a_target_domain_decide_and_choose_nothing(monkeypatch):
+    monkeypatch.chdir(pages.ROOT)
+    sweep, _ = load(str(EXPERIMENTS / "domains/sweep.py:noisy"))
+    [(case, overrides)] = sweep.cases.items()
+    tuned = dataclasses.replace(
+        sweep,
+        cases={case: {**overrides, "data.validation": "validation"}},
+        tune={"plan[*].peak_lr": (1e-3, 3e-3)},
+        tune_by="validation/noisy/accuracy",
+    )
+    problems = map(str, config_problems(tuned, schedule.check(tuned)))
+    assert any("Sweep.tune_by: no run has 'validation/noisy" in p for p in problems)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sweep_folders import filled, finish
 
-from finetune_jax.sweeps import Choice, Search, Sweep
+from finetune_jax.sweeps import Arm, Choice, Search, Sweep
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.schedule import Schedule
 from finetune_jax.sweeps.table import mean_of, table_of
@@ -114,6 +114,24 @@ def test_tuned_values_stand_in_the_table(tmp_path):
     for row in rows_of(folder):
         assert json.loads(row["chosen"]) == {"plan[0].peak_lr": 0.02}
     assert "peak_lr 0.02" in (tmp_path / "table.md").read_text()
+
+
+def test_an_arm_whose_metric_has_another_name_is_compared(tmp_path):
+    name = "test/digits/accuracy"
+    arms = {"slow": {}, "fast": Arm(overrides=ARMS["fast"], metric=name)}
+
+    def values(member):
+        level = values_of(member)["test/accuracy"]
+        others = {"test/accuracy": 0.1} if member.arm == "fast" else {}
+        return {name if others else "test/accuracy": level, **others}
+
+    folder, wanted = filled(tmp_path, sweep_of(arms=arms), values)
+    write_tables(folder, "x", wanted)
+    first = rows_of(folder)[0]
+    assert first["arm"] == "fast" and float(first["test/accuracy"]) == pytest.approx(
+        0.91
+    )
+    assert float(first["difference"]) == pytest.approx(0.2)
 
 
 def test_an_arm_whose_seeds_do_not_pair_is_told_and_the_others_are_compared(tmp_path):

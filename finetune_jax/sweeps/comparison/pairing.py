@@ -119,7 +119,10 @@ def paired_scores(
         return None, [
             f"compared over seeds alone: no {per_example.FILE} in {_few(absent)}"
         ]
-    found = [per_example.scores_of(one or {}, metric) for one in files]
+    found = [
+        per_example.scores_of(one or {}, run.name_of(metric))
+        for run, one in zip(runs, files)
+    ]
     known = [one for one in found if one is not None]
     if len(known) < len(found):
         return None, [

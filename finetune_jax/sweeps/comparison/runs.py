@@ -18,15 +18,21 @@ class Run:
         folder: Workdir.
         seed: Sorted pairs (source of randomness, seed); () if unknown.
         result: Content of `result.json`.
+        names: Names of metrics in this run, by their names elsewhere, if these differ.
     """
 
     folder: pathlib.Path
     seed: tuple[tuple[str, int], ...]
     result: Mapping[str, Any]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
         """Returns a metric of the best state; None if the run lacks it or has failed."""
-        return (self.result.get("best") or {}).get(metric)
+        return (self.result.get("best") or {}).get(self.name_of(metric))
+
+    def name_of(self, metric: str) -> str:
+        """Returns the name that a metric has in this run."""
+        return self.names.get(metric, metric)
 
 
 def open_run(folder: pathlib.Path) -> Run:
