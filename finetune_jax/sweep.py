@@ -17,7 +17,7 @@ from finetune_jax.modes.startup import (
     quiet_libraries,
     set_precision,
 )
-from finetune_jax.parallel import processes
+from finetune_jax.parallel import joining, processes
 from finetune_jax.sweeps.claims import Claims, check_shared
 from finetune_jax.sweeps.definition import Sweep, load
 from finetune_jax.sweeps.folder import SweepFolder, threads_of
@@ -115,7 +115,8 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
     """Runs the members that are missing."""
     members = check(sweep)
     folder = SweepFolder(root, sweep)
-    if flags.jobs > 1 or flags.launcher != "local" or flags.dry_run:
+    is_here = flags.jobs == 1 and flags.launcher == "local" and not flags.dry_run
+    if not is_here or _lacks_processes(sweep, members):
         return _launch(flags, folder, members)
     environment = dict(os.environ)
     wanted = os.environ.pop(MEMBER, None)
@@ -150,7 +151,7 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
             claims=Claims(folder.claims, timeout_s=sweep.claim_timeout_s),
         )  # fmt: skip
         try:
-            is_complete = worker.work(only)
+            is_well = worker.work(only)
         except Preempted as message:
             worker.release()
             say(f"{message}; run the same command to go on")
@@ -161,8 +162,15 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
             sys.stdout.flush()
             os.execv(sys.executable, sys.orig_argv)
     if processes.is_first() and only is None:
-        return _told(folder, name) if is_complete else max(_told(folder, name), 1)
-    return 0 if is_complete else 1
+        return _told(folder, name) if is_well else max(_told(folder, name), 1)
+    return 0 if is_well else 1
+
+
+def _lacks_processes(sweep: Sweep, members: Sequence[Member]) -> bool:
+    """Returns whether this process is alone, but a worker has several."""
+    if sweep.processes == 1:
+        return False
+    return joining.launch_of(members[0].config.parallel, os.environ).is_alone
 
 
 def _set_environment(folder: SweepFolder, member: Member) -> None:
@@ -211,6 +219,8 @@ def _launch(
         check_shared(folder.claims)
     cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("NPROC") or max(cores // jobs, 1))
+    if flags.launcher == "slurm":  # The cores of a login node say nothing.
+        threads = int(sweep.slurm.get("cpus_per_task") or 1)
     if sweep.threads is not None or flags.dry_run:
         threads = sweep.threads or threads
     else:

@@ -252,14 +252,19 @@ def token(root: pathlib.Path) -> str:
     Raises:
         UserError: The folder cannot be written to.
     """
-    root = root.absolute()
+    path = root.absolute() / "token"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not (found := _token(root)):
-            write_text(root / "token", found := secrets.token_hex(8))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _create_empty(path):
+            write_text(path, secrets.token_hex(8))
+        for _ in range(50):  # Another process has created it, and writes it now.
+            if found := _token(path.parent):
+                return found
+            time.sleep(0.1)
+        write_text(path, secrets.token_hex(8))  # It was killed meanwhile.
+        return _token(path.parent)
     except OSError as error:
-        raise _cannot_write(root, error) from error
-    return found
+        raise _cannot_write(path.parent, error) from error
 
 
 def _token(root: pathlib.Path) -> str:

@@ -164,10 +164,7 @@ class SweepFolder:
         with contextlib.suppress(FileNotFoundError):
             if path.read_text() == text:
                 return
-        # Workers write it at the same time.
-        part = self.root / f"sweep.json.{os.uname().nodename}-{os.getpid()}"
-        write_text(part, text)
-        part.replace(path)
+        write_text(path, text, by_many=True)
         for member in members:
             self._link(member)
 

@@ -40,10 +40,10 @@ def write_tables(folder: SweepFolder, name: str, wanted: Wanted) -> list[str]:
         Lines for a person.
     """
     table = table_of(folder, wanted)
-    write_text(folder.root / "table.csv", as_csv(table))
-    write_text(folder.root / "table.md", as_markdown(table, name))
-    write_text(folder.root / "table.tex", as_latex(table, name))
-    write_json(folder.root / "comparisons.json", as_json(table))
+    write_text(folder.root / "table.csv", as_csv(table), by_many=True)
+    write_text(folder.root / "table.md", as_markdown(table, name), by_many=True)
+    write_text(folder.root / "table.tex", as_latex(table, name), by_many=True)
+    write_json(folder.root / "comparisons.json", as_json(table), by_many=True)
     return as_lines(table)
 
 

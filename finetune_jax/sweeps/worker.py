@@ -86,7 +86,7 @@ class Worker:
     _groups: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def work(self, only: str | None = None) -> bool:
-        """Runs members until nothing is left; returns whether all are complete.
+        """Runs members until nothing is left; returns whether none has failed.
 
         Args:
             only: Key of the only member to run; None runs all.
@@ -105,7 +105,7 @@ class Worker:
                 wanted = self._wanted()
                 ended = [self.folder.outcome(member.key) for member in wanted.members]
                 self._index(wanted)
-                return all(o is not None and o.state != "failed" for o in ended)
+                return all(o is None or o.state != "failed" for o in ended)
             if what == "unfit":
                 raise Unfit(key)
             if what == "wait":

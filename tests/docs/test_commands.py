@@ -41,6 +41,7 @@ NOT_RUN = {
     r"\S+ scripts/models_page": "counts every model; tests/docs/test_models_page.py",
     r".* --mode=drill": "restarts a run for minutes; tests/modes/test_drill.py",
     r"\S+ scripts/launch_local": "several processes; tests/cluster/test_slurm.py",
+    r".* --launcher=slurm": "needs a cluster; tests/cluster/test_sweeps.py",
     r"\S+ -m pytest|\S+ tests/": "tests, which CI runs",
     r"\S+ experiments/|.* --sweep=experiments/": "a study of minutes to hours",
     r".*:stanford_dogs": "neither the data nor the weights come with a package",

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from sweep_runs import SweepRun
 
 from finetune_jax.core.errors import UserError
 from finetune_jax.sweeps import claims
@@ -95,6 +96,7 @@ def test_lines_say_which_worker_they_are_of(folder, capfd):
 
 def test_a_killed_worker_is_started_again_while_the_others_go_on(folder, capfd):
     does = (
+        "while not (folder / 'start.2').exists(): time.sleep(0.01)\n"
         "if me < 2: os.kill(os.getpid(), 9 if me else 11)\n"
         "while me < 4 and not (folder / 'start.4').exists(): time.sleep(0.01)"
     )
@@ -290,6 +292,16 @@ def test_the_job_script_has_the_options_of_the_site(folder, monkeypatch):
     token = claims.token(folder / "claims")
     assert f"  env NPROC=1 FINETUNE_JAX_CLAIMS={token} {sys.executable} -c" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_dry_run_of_the_command_writes_nothing(tmp_path):
+    sweep = SweepRun(tmp_path / "rates", slurm={"cpus_per_task": 3}, threads=None)
+    before = {*tmp_path.iterdir()}
+    text = sweep.run("run", "--launcher=slurm", "--jobs=3", "--dry-run")
+    assert "#SBATCH --array=0-2\n" in text and "  env NPROC=3 " in text
+    text = sweep.run("run", "--jobs=3", "--dry-run")
+    assert text.count(" -m finetune_jax.sweep --sweep=") == 3
+    assert {*tmp_path.iterdir()} == before
 
 
 def test_options_that_are_not_of_sbatch_are_named_together(folder):

@@ -56,8 +56,10 @@ class Launch:
 
     def environment(self) -> dict[str, str]:
         """Returns the environment variables of each process of a worker."""
-        token = claims.token(self.folder / "claims")
-        return {"NPROC": str(self.threads), claims.TOKEN: token}
+        found = {"NPROC": str(self.threads)}
+        if self.folder.is_dir():  # A dry run need not make it.
+            found[claims.TOKEN] = claims.token(self.folder / "claims")
+        return found
 
     def command(self, more: Mapping[str, str] | None = None) -> str:
         """Returns the command of a worker for a shell, with its environment.
