@@ -117,7 +117,7 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
     folder = SweepFolder(root, sweep)
     is_here = flags.jobs == 1 and flags.launcher == "local" and not flags.dry_run
     if not is_here or _lacks_processes(sweep, members):
-        return _launch(flags, folder, members)
+        return _launch(flags, folder)
     environment = dict(os.environ)
     wanted = os.environ.pop(MEMBER, None)
     left = [m for m in members if folder.outcome(m.key) is None] or members
@@ -207,9 +207,7 @@ def _key_of(wanted: Wanted, index: int) -> str:
     )
 
 
-def _launch(
-    flags: argparse.Namespace, folder: SweepFolder, members: Sequence[Member]
-) -> int:
+def _launch(flags: argparse.Namespace, folder: SweepFolder) -> int:
     """Starts workers."""
     from finetune_jax.sweeps.launchers.launch import Launch
 
@@ -217,10 +215,13 @@ def _launch(
     if not flags.dry_run:
         folder.make()
         check_shared(folder.claims)
+    launcher = importlib.import_module(
+        f"finetune_jax.sweeps.launchers.{flags.launcher}"
+    )
     cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("NPROC") or max(cores // jobs, 1))
-    if flags.launcher == "slurm":  # The cores of a login node say nothing.
-        threads = int(sweep.slurm.get("cpus_per_task") or 1)
+    if flags.launcher == "slurm":
+        threads = launcher.threads(sweep.slurm)
     if sweep.threads is not None or flags.dry_run:
         threads = sweep.threads or threads
     else:
@@ -231,10 +232,6 @@ def _launch(
         jobs=jobs, folder=folder.root, threads=threads, processes=sweep.processes,
         options=sweep.slurm if flags.launcher == "slurm" else {"command": sweep.command},
     )  # fmt: skip
-    del members
-    launcher = importlib.import_module(
-        f"finetune_jax.sweeps.launchers.{flags.launcher}"
-    )
     if flags.dry_run:
         print("\n".join(launcher.lines(launch)))
         return 0

@@ -320,6 +320,15 @@ def test_options_that_are_not_of_sbatch_are_named_together(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [({}, 1), ({"cpus_per_task": 8}, 8), ({"cpus-per-task": "2"}, 2),
+     ({"cpus_per_task": "many"}, 1), ({"setup": "true"}, 1)],
+)  # fmt: skip
+def test_a_worker_has_the_threads_of_its_cpus(options, expected):
+    assert slurm.threads(options) == expected
+
+
 def test_without_sbatch_nothing_is_written(folder, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(

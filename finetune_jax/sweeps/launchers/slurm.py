@@ -109,6 +109,15 @@ def run(launch: Launch) -> int:
     return 0
 
 
+def threads(options: Mapping[str, Any]) -> int:
+    """Returns the host threads of a worker: its CPUs, or one.
+
+    The cores of a login node say nothing.
+    """
+    text = str(_options(options).get("cpus-per-task"))
+    return max(int(text), 1) if text.isdecimal() else 1
+
+
 def check(launch: Launch, *, is_submitted: bool = False) -> None:
     """Checks that the workers can be started.
 
