@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from finetune_jax.core.flops import count_flops
 from finetune_jax.core.machine import give_back_memory, uncollected
 
 # XLA's default scheduler computes values long before they are used: the same bits, but a
@@ -50,6 +51,19 @@ def tally() -> Tally:
     return _tally
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of one run of a program.
+
+    Attributes:
+        flops: Floating-point operations; a loop of updates counts as one update.
+        memory_bytes: Bytes of arguments, results and temporaries on one device.
+    """
+
+    flops: float
+    memory_bytes: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
     """A compiled function.
@@ -58,15 +72,21 @@ class Compiled:
         call: Takes placed arguments.
         program: Program of XLA, which tells its text and its memory.
         compile_s: Seconds that tracing and compiling took.
+        cost: Cost of a run, if it was asked for.
     """
 
     call: Callable
     program: Any
     compile_s: float
+    cost: Cost | None = None
 
 
 def compiled(
-    jitted: Any, *arguments: Any, options: Any = None, for_running: bool = True
+    jitted: Any,
+    *arguments: Any,
+    options: Any = None,
+    for_running: bool = True,
+    costs: bool = False,
 ) -> Compiled:
     """Returns a jitted or pmapped function compiled for the shapes of its arguments.
 
@@ -75,19 +95,36 @@ def compiled(
         *arguments: Arguments, for their shapes.
         options: Options of XLA; None is `CPU_OPTIONS` on CPU.
         for_running: Whether the program will be run, or only asked for its memory.
+        costs: Whether to count the cost of a run; not for pmapped functions.
     """
     begin = time.perf_counter()
     if options is None and _platform(arguments) == "cpu":
         options = CPU_OPTIONS if for_running else UNRUN_CPU_OPTIONS
     with uncollected():
-        lowered = jitted.lower(*arguments)
+        if costs:
+            traced = jitted.trace(*arguments)
+            flops = count_flops(traced.jaxpr.jaxpr)
+            lowered = traced.lower()
+            del traced
+        else:
+            flops, lowered = 0.0, jitted.lower(*arguments)
     program = lowered.compile(compiler_options=options)
+    cost = Cost(flops, _memory_bytes(program)) if costs else None
     give_back_memory()
     seconds = time.perf_counter() - begin
     if for_running:
         global _tally
         _tally = Tally(_tally.programs + 1, _tally.seconds + seconds)
-    return Compiled(call=program, program=program, compile_s=seconds)
+    return Compiled(call=program, program=program, compile_s=seconds, cost=cost)
+
+
+def _memory_bytes(program: Any) -> int:
+    """Returns the bytes of a program on one device; donated arguments count once."""
+    found = program.memory_analysis()
+    return (
+        found.argument_size_in_bytes + found.output_size_in_bytes
+        + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )  # fmt: skip
 
 
 def _platform(arguments: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune_jax.core.backend import backend
 from finetune_jax.parallel import watch
-from finetune_jax.parallel.compiling import compiled
+from finetune_jax.parallel.compiling import Cost, compiled
 from finetune_jax.parallel.devices import Devices, concurrent_programs
 
 # Most updates of one call.
@@ -110,6 +110,11 @@ class Executor(abc.ABC):
             is_resident: Whether the third argument is a split on the devices.
         """
 
+    def cost(self, key: Hashable) -> Cost | None:
+        """Returns the cost of a program of `train_program`; None if it is unknown."""
+        del key
+        return None
+
     @abc.abstractmethod
     def rows(
         self, name: str, step: Callable, arguments: tuple, batches: Batches
@@ -139,6 +144,7 @@ class DeviceExecutor(Executor):
     """Runs each program for one run. Runs of one model may share it, one after another."""
 
     _evaluation: dict[Hashable, Callable] = dataclasses.field(default_factory=dict)
+    _costs: dict[Hashable, Cost | None] = dataclasses.field(default_factory=dict)
 
     def train_program(
         self,
@@ -154,8 +160,12 @@ class DeviceExecutor(Executor):
         if key in self._training:
             return self._training[key], 0.0
         program = self.devices.compile_train(step(), *arguments)
-        self._training[key] = program.call
+        self._training[key], self._costs[key] = program.call, program.cost
         return program.call, program.compile_s
+
+    def cost(self, key: Hashable) -> Cost | None:
+        """Returns the cost of a program; None under pmap."""
+        return self._costs[key]
 
     def rows(
         self, name: str, step: Callable, arguments: tuple, batches: Batches

@@ -139,7 +139,9 @@ class MeshDevices(Devices):
         shardings = self.shardings(state), everywhere
         step = divided_by_example(step, self.mesh, batch=2, axis=1)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return compiled(jitted, state, *rest, for_running=for_running)
+        return compiled(
+            jitted, state, *rest, for_running=for_running, costs=for_running
+        )
 
     def over_devices(self, step: Callable) -> Any:
         """Returns the jitted step, whose outputs every process of several gets whole."""

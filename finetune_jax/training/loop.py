@@ -74,6 +74,7 @@ class Loop:
     state: TrainState | None
     clock: Clock = dataclasses.field(default_factory=Clock)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    _counted: Clock = dataclasses.field(default_factory=Clock)
 
     # The order of what happens at step s is part of the contract. Update s is made; its
     # metrics are read one update late, so that the device never waits; then the state is
@@ -442,5 +443,7 @@ class Loop:
         if due:  # A stop between due checkpoints must change nothing later.
             self.progress.anchor = int(state.step)
         self.progress.log_lines = self.log.lines
+        self.progress.count(self.clock, self._counted)
+        self._counted = dataclasses.replace(self.clock)
         self.checkpoints.save(state, self.progress)
         self.stop.at_risk = False

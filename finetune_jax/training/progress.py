@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from finetune_jax.parallel.compiling import Cost
+
 
 @dataclasses.dataclass(kw_only=True)
 class Clock:
@@ -15,6 +17,8 @@ class Clock:
         updates: Updates made.
         examples: Examples that they took.
         cached_phases: Names of the phases whose updates read cached features.
+        flops: Floating-point operations of the updates; None if unknown.
+        memory_bytes: Most bytes that an update needs on one device; 0 if unknown.
     """
 
     compile_s: float = 0.0
@@ -23,6 +27,21 @@ class Clock:
     updates: int = 0
     examples: int = 0
     cached_phases: list[str] = dataclasses.field(default_factory=list)
+    flops: float | None = 0.0
+    memory_bytes: int = 0
+
+    def add_cost(self, cost: Cost | None, updates: int) -> None:
+        """Adds the cost of some updates, each of which costs the same.
+
+        Args:
+            cost: Cost of an update; None if it is unknown.
+            updates: Number of updates.
+        """
+        if cost is None or self.flops is None:
+            self.flops = None
+        else:
+            self.flops += cost.flops * updates
+            self.memory_bytes = max(self.memory_bytes, cost.memory_bytes)
 
     def since(self, then: "Clock") -> dict[str, float]:
         """Returns the time metrics of the updates since an earlier reading."""
@@ -58,6 +77,8 @@ class Progress:
         log_lines: Lines of `metrics.jsonl` up to this step.
         refit: Set if the state was fitted to the validation split, too: a digest of this
             split, 'validation', and its 'metrics' before that.
+        flops: Operations of all updates up to this step; None if unknown.
+        memory_bytes: Most bytes that an update needed on one device; 0 if unknown.
     """
 
     phase: int = -1
@@ -77,6 +98,22 @@ class Progress:
     anchor: int = 0
     log_lines: int = 0
     refit: dict[str, Any] | None = None
+    flops: float | None = 0.0
+    memory_bytes: int = 0
+
+    def count(self, clock: Clock, before: Clock) -> None:
+        """Adds the costs of the updates between two readings of a clock.
+
+        Args:
+            clock: The clock now.
+            before: The same clock at the last checkpoint.
+        """
+        so_far, now, then = self.flops, clock.flops, before.flops
+        if so_far is None or now is None or then is None:
+            self.flops = None
+        else:
+            self.flops = so_far + now - then
+        self.memory_bytes = max(self.memory_bytes, clock.memory_bytes)
 
     def enter(self, phase: int) -> None:
         """Notes that a phase begins, with plateaus that have seen nothing yet."""

@@ -59,7 +59,7 @@ from finetune_jax.training.preemption import Stop
 from finetune_jax.training.progress import Progress
 from finetune_jax.training.restore import last_prefix, open_checkpoints, restore
 from finetune_jax.training.setup import Setup, check_before_data
-from finetune_jax.training.summary import write_report
+from finetune_jax.training.summary import run_costs, write_report
 from finetune_jax.weights.metadata.preprocessing import with_weight_defaults
 
 
@@ -468,7 +468,6 @@ def make_result(
         "best": best,
         "best_step": progress.best_step,
         "steps": steps,
-        "cost": {"trained_parameters": setup.trained_parameters},
         **digests,
         "frozen_sha256": progress.frozen_sha256,
         "optimizer_state": {
@@ -482,6 +481,7 @@ def make_result(
         "fitted_to": ["train", *(["validation"] if progress.refit else [])],
         "compile_s": clock.compile_s + evaluator.compile_s,
         "wall_s": time.perf_counter() - begin,
+        "cost": run_costs(setup, progress),
     }
     found = dataclasses.replace(found, known=recorder.outputs)
     return result, found, recorder.arrays

@@ -1,4 +1,4 @@
-"""Writes the report of a finished run: plots and page, in `report/`."""
+"""Costs of a finished run, and its report: plots and page, in `report/`."""
 
 import dataclasses
 import pathlib
@@ -80,6 +80,25 @@ def write_report(
         **figures,
     )
     write_page(page, folder / "index.html")
+
+
+def run_costs(setup: Setup, progress: Progress) -> dict[str, float | int | None]:
+    """Returns costs of all updates of a run that do not depend on the time of day.
+
+    Operations are unknown for fits to cached features, and on several devices by pmap or
+    where members of a population are updated together.
+
+    Args:
+        setup: Setup of the run.
+        progress: Progress at its end.
+    """
+    is_fit = any(phase.compiled.probe is not None for phase in setup.phases)
+    flops = None if is_fit else progress.flops
+    return {
+        "trained_parameters": setup.trained_parameters,
+        "gflop": None if flops is None else flops / 1e9,
+        "memory_mb": progress.memory_bytes / 1e6 or None,
+    }
 
 
 def title_of(config: Mapping[str, Any]) -> str:

@@ -62,7 +62,9 @@ class PhaseRun:
         call = self.feed.call(rates, progress)
         waited = time.perf_counter() - begin
         watch.begins("compiling", watch.LONG)
-        program, compile_s = self.updates.program(self.phase, self.feed, placed, call)
+        program, compile_s, cost = self.updates.program(
+            self.phase, self.feed, placed, call
+        )
         self.stop.at_risk = True
         rest = self.updates.fixed, *call.arguments
         watch.begins(f"update {self.step + call.updates}", watch.WAITING)
@@ -87,6 +89,7 @@ class PhaseRun:
             self.feed.took(took)
         clock = self.update_log.clock
         clock.updates += call.updates
+        clock.add_cost(cost, call.updates)
         clock.examples += call.updates * self.batch_size
         clock.compile_s += compile_s
         clock.wait_s += waited

@@ -14,6 +14,7 @@ from finetune_jax.data.batches import BatchSource, training_batches
 from finetune_jax.data.domains import DomainMixture, mixed_batches
 from finetune_jax.data.order import training_order
 from finetune_jax.features.frozen_prefix import at_a_time
+from finetune_jax.parallel.compiling import Cost
 from finetune_jax.parallel.devices import stable_batch
 from finetune_jax.parallel.executor import Executor
 from finetune_jax.training.phases import PhaseSetup
@@ -151,8 +152,8 @@ class Updates:
 
     def program(
         self, phase: PhaseSetup, feed: Feed, placed: TrainState, call: Call
-    ) -> tuple[Callable, float]:
-        """Returns the program of a call, and the seconds that compiling it took now.
+    ) -> tuple[Callable, float, Cost | None]:
+        """Returns the program of a call, the seconds that compiling took, and its cost.
 
         Args:
             phase: The phase.
@@ -166,13 +167,14 @@ class Updates:
         leaves, names = jax.tree.flatten(call.arguments)
         shapes = names, tuple(leaf.shape for leaf in leaves)
         key = phase.program, str(self.setup.config.task), feed.kind, shared, shapes
-        return self.executor.train_program(
+        program, compile_s = self.executor.train_program(
             key,
             lambda: feed.program(self.step(phase)),
             (placed, self.fixed, *call.arguments),
             frozen=lambda: frozenset(phase.frozen(placed)),
             is_resident=isinstance(feed, Scanned),
         )
+        return program, compile_s, self.executor.cost(key)
 
     def optimizer_state(self, phase: PhaseSetup, params: Any) -> Any:
         """Returns the initial state of a phase's optimizer, at rest as the parameters."""
