@@ -45,5 +45,6 @@ def test_a_stopped_run_has_the_costs_of_an_undisturbed_one(tmp_path):
 
 @pytest.mark.slow
 def test_operations_are_unknown_under_pmap(tmp_path):
-    cost = run(config(("parallel.mode", "pmap")), tmp_path / "run")["cost"]
+    on_two = ("parallel.mode", "pmap"), ("parallel.devices", "2")
+    cost = run(config(*on_two), tmp_path / "run")["cost"]
     assert cost["gflop"] is None and cost["memory_mb"] is None
