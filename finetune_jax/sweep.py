@@ -162,7 +162,8 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
             sys.stdout.flush()
             os.execv(sys.executable, sys.orig_argv)
     if processes.is_first() and only is None:
-        return _told(folder, name) if is_well else max(_told(folder, name), 1)
+        status = _told(folder, name, flags.sweep)
+        return status if is_well else 1
     return 0 if is_well else 1
 
 
@@ -237,7 +238,11 @@ def _launch(flags: argparse.Namespace, folder: SweepFolder) -> int:
         return 0
     status = launcher.run(launch)
     is_local = flags.launcher == "local"
-    return _told(folder, folder.root.name) if is_local and not status else status
+    return (
+        _told(folder, folder.root.name, flags.sweep)
+        if is_local and not status
+        else status
+    )
 
 
 def _status(
@@ -257,15 +262,17 @@ def _report(
     flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path
 ) -> int:
     """Writes the tables and the page, and prints the table."""
-    return _told(_opened(root, sweep), name)
+    return _told(_opened(root, sweep), name, flags.sweep)
 
 
-def _told(folder: SweepFolder, name: str) -> int:
+def _told(folder: SweepFolder, name: str, address: str) -> int:
     """Writes the report, and prints the table; returns 1 if members have failed."""
+    from finetune_jax.sweeps.summary import write_sweep_report
     from finetune_jax.sweeps.table_files import write_tables
 
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     print("\n".join(write_tables(folder, name, wanted)))
+    print(f"page {write_sweep_report(folder, name, wanted, address)}")
     ended = [folder.outcome(member.key) for member in wanted.members]
     complete = [o for o in ended if o is not None and o.state == "complete"]
     print(programs_line(complete))

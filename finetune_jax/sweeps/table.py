@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,14 +115,31 @@ def table_of(folder: SweepFolder, wanted: Wanted) -> Table:
             if row.comparison is not None:
                 notes |= dict.fromkeys(row.comparison.notes)
         rows += _best_first(found, sweep.metric)
-    place = f"{folder.root}/"
     return Table(
         metric=sweep.metric,
         baseline=sweep.the_baseline,
         rows=rows,
         # Tables of the same sweep in other folders are the same.
-        notes=[note.replace(place, "") for note in notes],
+        notes=_collapsed([note.replace(f"{folder.root}/", "") for note in notes]),
     )
+
+
+def _collapsed(notes: Sequence[str]) -> list[str]:
+    """Returns notes, of those that differ in their runs alone the first one.
+
+    >>> _collapsed(["0123456789ab: seed 1 has no pair", "f123456789ab: seed 2 has no pair"])
+    ['0123456789ab: seed 1 has no pair (and 1 more note like this)']
+    """
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        kind = re.sub(r"(\b[0-9a-f]{12}\b(, )?)+( and \d+ more)?|\d+", "", note)
+        alike.setdefault(kind, []).append(note)
+    found = []
+    for first, *others in alike.values():
+        s = "s" if len(others) > 1 else ""
+        more = f" (and {len(others)} more note{s} like this)" if others else ""
+        found.append(first + more)
+    return found
 
 
 def _trials(wanted: Wanted) -> list[str]:

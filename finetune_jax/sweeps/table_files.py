@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core.files import write_json, write_text
@@ -19,6 +19,11 @@ from finetune_jax.sweeps.table import Row, Table, metric_names, table_of
 
 # Costs that are the same each time that a run is made.
 _SAME = ("updates", "trained", "GFLOP")
+# Costs in tables for people, and their names.
+COSTS = {
+    "updates": "updates", "trained": "trained parameters", "GFLOP": "GFLOP",
+    "train_s": "training time",
+}  # fmt: skip
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
     "#": r"\#", "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}",
@@ -93,11 +98,20 @@ def answer(table: Table, row: Row) -> str:
 
 def chosen_text(row: Row) -> str:
     """Returns the chosen values of a row as text."""
-    plain = as_plain(row.chosen)
-    labels = short_labels(list(plain))
+    return values_text(as_plain(row.chosen))
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Returns values of config keys as text.
+
+    >>> values_text({"plan[0].peak_lr": 0.1, "data.augment": ["flip"]})
+    'peak_lr 0.1, augment ["flip"]'
+    """
     return ", ".join(
         f"{label} {value if isinstance(value, str) else json.dumps(value)}"
-        for label, value in zip(labels, plain.values(), strict=True)
+        for label, value in zip(
+            short_labels(list(values)), values.values(), strict=True
+        )
     )
 
 
@@ -147,9 +161,7 @@ def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
     has_chosen = any(row.chosen for row in table.rows)
     has_baseline = len(table.rows) > len(table.cases) and table.baseline is not None
     known = [costs(row.results) for row in table.rows]
-    own = {"updates": "updates", "trained": "trained parameters", "GFLOP": "GFLOP",
-           "train_s": "training time"}  # fmt: skip
-    own = {key: text for key, text in own.items() if any(c[key] for c in known)}
+    own = {key: text for key, text in COSTS.items() if any(c[key] for c in known)}
     heading = [
         *(["case"] if has_cases else []),
         "trial" if table.baseline is None else "arm",
@@ -171,12 +183,18 @@ def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
         if has_baseline:
             is_baseline = row.arm == table.baseline
             cells.append("baseline" if is_baseline else difference_text(row.comparison))
-        cells += [_cost_text(key, cost[key]) for key in own]
+        cells += [cost_text(key, cost[key]) for key in own]
         rows.append(cells)
     return heading, rows
 
 
-def _cost_text(name: str, value: float | None) -> str:
+def cost_text(name: str, value: float | None) -> str:
+    """Returns a cost as text.
+
+    Args:
+        name: Name of the cost, one of `COSTS`.
+        value: The cost; None if unknown.
+    """
     if value is None:
         return "–"
     if name == "train_s":
@@ -185,21 +203,30 @@ def _cost_text(name: str, value: float | None) -> str:
 
 
 def answers(table: Table) -> list[str]:
-    """Returns a sentence for each comparison, and what limits them."""
-    several = len(table.cases) > 1
-    found = []
-    for row in table.rows:
-        if row.arm == table.baseline or not (row.comparison or row.problem):
-            continue
-        where = f"{row.case}: " if several else ""
-        text = answer(table, row)
-        found.append(
-            f"{where}{text}" if row.comparison else f"{where}{row.arm}: {text}"
-        )
-    count = max((sum(r.comparison is not None for r in rows)
-                 for rows in table.cases.values()), default=0)  # fmt: skip
-    if count > 1:
-        each = " of each case" if several else ""
+    """Returns a sentence for each comparison."""
+    return [
+        f"{_where(table, row)}{answer(table, row)}"
+        for row in table.rows
+        if row.comparison is not None
+    ]
+
+
+def _where(table: Table, row: Row) -> str:
+    return f"{row.case}: " if len(table.cases) > 1 else ""
+
+
+def remarks(table: Table) -> list[str]:
+    """Returns lines about rows that are not compared, and what limits comparisons."""
+    found = [
+        f"{_where(table, row)}{row.arm}: {row.problem}"
+        for row in table.rows
+        if row.problem and row.comparison is None
+    ]
+    counts = [
+        sum(row.comparison is not None for row in rows) for rows in table.cases.values()
+    ]
+    if (count := max(counts, default=0)) > 1:
+        each = " of each case" if len(table.cases) > 1 else ""
         found.append(
             f"p-values are adjusted for the {count} comparisons{each} (Holm), intervals "
             "are not"
@@ -210,7 +237,7 @@ def answers(table: Table) -> list[str]:
 def as_lines(table: Table) -> list[str]:
     """Returns a table as lines for a terminal, and the answers."""
     heading, rows = _columns(table)
-    told = answers(table)
+    told = [*answers(table), *remarks(table)]
     return [*aligned([heading, *rows]), *([""] if told else []), *told]
 
 
@@ -225,7 +252,7 @@ def as_markdown(table: Table, name: str) -> str:
             for text in heading]  # fmt: skip
     lines = [f"Sweep {name}, the best first", "", line(heading), line(rule)]
     lines += [line(cells) for cells in rows]
-    told = answers(table)
+    told = [*answers(table), *remarks(table)]
     lines += ["", *(f"- {text}" for text in told)] if told else []
     return "\n".join(lines) + "\n"
 
@@ -235,7 +262,7 @@ def as_latex(table: Table, name: str) -> str:
     heading, rows = _columns(table)
     left = sum(text in ("case", "arm", "trial", "chosen") for text in heading)
     lines = [f"% Sweep {name}; needs \\usepackage{{booktabs}}."]
-    lines += [f"% {text}" for text in answers(table)]
+    lines += [f"% {text}" for text in (*answers(table), *remarks(table))]
     lines += [
         rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heading) - left)}}}",
         r"\toprule",

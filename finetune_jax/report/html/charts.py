@@ -55,12 +55,14 @@ class Line:
         style: CSS class, which gives its colour.
         path: SVG path of the line; '' draws none.
         dots: SVG path of its points; '' draws none.
+        band: SVG path of the area around the line; '' draws none.
     """
 
     name: str
     style: str
     path: str = ""
     dots: str = ""
+    band: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Chart:
     readings: tuple[tuple[float, str], ...] = ()
 
 
-class _Scale:
+class Scale:
     """Maps values to places from 0 to 1."""
 
     def __init__(self, low: float, high: float, *, log: bool = False):
@@ -94,6 +96,7 @@ class _Scale:
         self.low, self.high, self.log = low, high, log
 
     def __call__(self, value: float) -> float:
+        """Returns the place of a value; values outside lie at the ends."""
         low, high = self.low, self.high
         if self.log:
             low, high = math.log(low), math.log(high)
@@ -140,21 +143,21 @@ def stairs(steps: Sequence[int], values: Sequence[float], end: int) -> list[Any]
     return corners
 
 
-def _vertical(values: np.ndarray, name: str) -> tuple[_Scale, tuple]:
+def vertical(values: np.ndarray, name: str) -> tuple[Scale, tuple]:
     """Returns the scale and the ticks of the values of a metric."""
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-12:
         low, high = low - max(abs(low), 1e-6) / 20, high + max(abs(high), 1e-6) / 20
     margin = 0.04 * (high - low)
     found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    scale = _Scale(low - margin, high + margin)
+    scale = Scale(low - margin, high + margin)
     if not is_share(name):
         return scale, scale.ticks(found, lambda v: f"{v:.6g}")
     inside = [v for v in found if 0 <= round(v, 9) <= 1]
     return scale, scale.ticks(inside, lambda v: f"{100 * v:.3g} %")
 
 
-def _steps(spans: Sequence[plots.Span], epoch: float | None) -> tuple[_Scale, Axis]:
+def steps_axis(spans: Sequence[plots.Span], epoch: float | None) -> tuple[Scale, Axis]:
     """Returns the scale and the axis of updates.
 
     Args:
@@ -162,7 +165,7 @@ def _steps(spans: Sequence[plots.Span], epoch: float | None) -> tuple[_Scale, Ax
         epoch: Updates in an epoch; None if unknown.
     """
     end = max(spans[-1].end if spans else 1, 1)
-    scale = _Scale(0, end)
+    scale = Scale(0, end)
     found = MaxNLocator(5, integer=True).tick_values(0, end)
     title = "step"
     if epoch:
@@ -172,15 +175,15 @@ def _steps(spans: Sequence[plots.Span], epoch: float | None) -> tuple[_Scale, Ax
 
 
 def _phases(
-    spans: Sequence[plots.Span], scale: _Scale
+    spans: Sequence[plots.Span], scale: Scale
 ) -> tuple[tuple[float, float, str], ...]:
     labels = plots.phase_labels(spans, _NARROW_IN)
     places = [(scale(span.first), scale(span.end)) for span in spans]
     return tuple((a, b - a, text) for (a, b), text in zip(places, labels))
 
 
-def _readings(
-    found: Mapping[int, Sequence[str]], scale: _Scale, epoch: float | None
+def readings_of(
+    found: Mapping[int, Sequence[str]], scale: Scale, epoch: float | None
 ) -> tuple[tuple[float, str], ...]:
     """Returns the values under the pointer at each step where there are some.
 
@@ -222,8 +225,8 @@ def curves(
     """
     series = {split: plots.points(lines, f"{split}/{name}") for split in SPLITS}
     series = {split: found for split, found in series.items() if len(found[0])}
-    y, ticks = _vertical(np.concatenate([v for _, v in series.values()]), name)
-    x, axis = _steps(spans, epoch)
+    y, ticks = vertical(np.concatenate([v for _, v in series.values()]), name)
+    x, axis = steps_axis(spans, epoch)
     drawn, told = [], dict[int, list[str]]()
     for split, (steps, values) in series.items():
         points = [(x(a), y(b)) for a, b in zip(steps, values)]
@@ -251,7 +254,7 @@ def curves(
         y=Axis(title=metric_title(name), ticks=ticks),
         lines=tuple(drawn),
         phases=_phases(spans, x),
-        readings=_readings(told, x, epoch),
+        readings=readings_of(told, x, epoch),
     )
 
 
@@ -260,6 +263,7 @@ def many_curves(
     name: str,
     *,
     epoch: float | None,
+    what: str = "member",
 ) -> Chart:
     """Returns the chart of one metric of many runs.
 
@@ -267,16 +271,19 @@ def many_curves(
         series: Whether a run is the best, its steps and its values, for each run.
         name: Split and name of the metric.
         epoch: Updates in an epoch; None if unknown.
+        what: Name of one run, such as 'trial'.
     """
-    y, ticks = _vertical(np.concatenate([values for *_, values in series]), name)
+    y, ticks = vertical(np.concatenate([values for *_, values in series]), name)
     end = int(max(steps[-1] for _, steps, _ in series))
-    x, axis = _steps([plots.Span("", 0, end)], epoch)
+    x, axis = steps_axis([plots.Span("", 0, end)], epoch)
     by_step: dict[int, list[float]] = {}
     best: dict[int, float] = {}
     drawn = []
     for is_best, steps, values in sorted(series, key=lambda one: one[0]):
         points = [(x(a), y(b)) for a, b in zip(steps, values)]
-        label, style = ("best member", "validation") if is_best else ("others", "other")
+        label, style = (
+            (f"best {what}", "validation") if is_best else ("others", "other")
+        )
         dots = dots_of(points) if is_best else ""
         drawn.append(Line(name=label, style=style, path=path_of(points), dots=dots))
         for step, value in zip(steps, values):
@@ -285,7 +292,7 @@ def many_curves(
                 best[round(step)] = float(value)
     told = {
         step: [
-            *([f"best member {metric_text(name, best[step])}"] if step in best else []),
+            *([f"best {what} {metric_text(name, best[step])}"] if step in best else []),
             f"median of {len(values)} {metric_text(name, float(np.median(values)))}",
             f"{metric_text(name, min(values))} to {metric_text(name, max(values))}",
         ]
@@ -293,11 +300,11 @@ def many_curves(
     }
     return Chart(
         title=metric_title(name),
-        alt=f"{metric_title(name)} of {len(series)} members",
+        alt=f"{metric_title(name)} of {len(series)} {what}s",
         x=axis,
         y=Axis(title=metric_title(name), ticks=ticks),
         lines=tuple(drawn),
-        readings=_readings(told, x, epoch),
+        readings=readings_of(told, x, epoch),
     )
 
 
@@ -329,13 +336,13 @@ def schedule(
     positive = [value for value in values if value > 0]
     if not positive:
         return None
-    x, axis = _steps(spans, epoch)
+    x, axis = steps_axis(spans, epoch)
     peaks = [float(own.max()) for own in rates if len(own) and own.max() > 0]
     if max(peaks) > 9 * min(peaks):
-        y = _Scale(min(peaks) / 30, max(peaks) * 2, log=True)
+        y = Scale(min(peaks) / 30, max(peaks) * 2, log=True)
         ticks = y.ticks(LogLocator(10).tick_values(y.low, y.high), rate_text)
     else:
-        y = _Scale(0, 1.06 * max(positive))
+        y = Scale(0, 1.06 * max(positive))
         found = MaxNLocator(5).tick_values(0, max(positive))
         ticks = y.ticks(found, rate_text)
     corners = [(x(a), y(b)) for a, b in stairs(steps, values, spans[-1].end)]
@@ -348,7 +355,7 @@ def schedule(
         y=Axis(title="rate of scale 1", ticks=ticks),
         lines=(Line(name="", style="rate", path=path_of(corners), dots=dots_of(dots)),),
         phases=_phases(spans, x),
-        readings=_readings(told, x, epoch),
+        readings=readings_of(told, x, epoch),
     )
 
 
@@ -400,7 +407,7 @@ def plane(
         limits: Lowest and highest value of both axes.
     """
     low, high = limits
-    scale = _Scale(low, high)
+    scale = Scale(low, high)
     ticks = scale.ticks(MaxNLocator(5).tick_values(low, high), lambda v: f"{v:.6g}")
     drawn = []
     for name, style, points, is_joined in lines:

@@ -15,12 +15,15 @@ from finetune_jax.report.html import formats
 _OLD_ENTRY = "finetune_jax/main.py"
 
 
-def write_html(template: str, path: pathlib.Path, **values: Any) -> None:
+def write_html(
+    template: str, path: pathlib.Path, *, by_many: bool = False, **values: Any
+) -> None:
     """Writes a page: self-contained, and the same bytes for the same values.
 
     Args:
         template: Name of the template.
         path: Path of the page.
+        by_many: Whether several processes may write it at the same time.
         **values: Values that the template reads.
     """
     environment = jinja2.Environment(
@@ -47,7 +50,8 @@ def write_html(template: str, path: pathlib.Path, **values: Any) -> None:
     # References instead of letters: readable whatever the encoding of files here, and
     # of names in them.
     text = text.encode("utf-8", "replace").decode("utf-8")
-    write_text(path, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+    text = text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    write_text(path, text, by_many=by_many)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
