@@ -1,7 +1,11 @@
 """The studies in experiments/ are sweeps: they load, resolve and run."""
 
+import csv
 import dataclasses
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pages
@@ -26,6 +30,21 @@ SWEEPS = {
     "domains/sweep.py:distill": 11,
     "sst2/sweep.py": 9,
 }
+# Two arms, rates and seeds of the study of few labels, cut to four updates.
+SHORT = """
+import dataclasses, runpy
+
+def get_sweep():
+    whole = runpy.run_path("experiments/low_data/sweep.py")["get_sweep"]()
+    [(case, overrides)] = whole.cases.items()
+    short = {"plan[0].steps": 4, "evaluate.every_steps": 2, "data.test": "test[:100]",
+             "data.validation": "validation[:100]"}
+    arms = {arm: whole.arms[arm] for arm in ("frozen, pretrained", "frozen, random")}
+    return dataclasses.replace(
+        whole, cases={case: overrides | short}, arms=arms, seeds=2,
+        tune={"plan[0].peak_lr": (1e-2, 1e-1)},
+    )
+"""
 # Folders of real data that they name.
 FOLDERS = ("fashion_mnist", "flowers", "sst2")
 
@@ -82,3 +101,27 @@ def test_labels_of_a_target_domain_decide_and_choose_nothing(monkeypatch):
     )
     problems = map(str, config_problems(tuned, schedule.check(tuned)))
     assert any("Sweep.tune_by: no run has 'validation/noisy" in p for p in problems)
+
+
+@pytest.mark.slow
+def test_the_study_of_few_labels_runs_from_the_command_line(tmp_path):
+    file = tmp_path / "short.py"
+    file.write_text(SHORT)
+    command = [sys.executable, "-m", "finetune_jax.sweep", f"--sweep={file}"]
+    command += [f"--dir={tmp_path / 'runs'}", "run"]
+    # Unoptimised programs would take longer for the features than they save.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    printed = subprocess.run(
+        command, cwd=pages.ROOT, env=environment, check=True, text=True,
+        capture_output=True,
+    ).stdout  # fmt: skip
+    assert "tuning 10 labels a class, frozen, pretrained" in printed
+    with (tmp_path / "runs" / "table.csv").open() as table:
+        rows = {row["arm"]: row for row in csv.DictReader(table)}
+    assert set(rows) == {"frozen, pretrained", "frozen, random"}
+    for row in rows.values():
+        assert (row["runs"], row["missing"], row["failed"]) == ("2", "0", "0")
+        assert "plan[0].peak_lr" in row["chosen"]
+        assert 0 < float(row["test/accuracy"]) <= 1
+    # Two rates with seed 0, and the better one with seed 1.
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2 * 3
