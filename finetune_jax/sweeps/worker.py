@@ -103,7 +103,11 @@ class Worker:
             )
             if what == "over":
                 wanted = self._wanted()
-                ended = [self.folder.outcome(member.key) for member in wanted.members]
+                ended = [
+                    self.folder.outcome(member.key)
+                    for member in wanted.members
+                    if only in (None, member.key)
+                ]
                 self._index(wanted)
                 return all(o is None or o.state != "failed" for o in ended)
             if what == "unfit":
