@@ -14,7 +14,7 @@ import hashlib
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -115,11 +115,9 @@ def compact(values: np.ndarray) -> np.ndarray:
 
 def write(workdir: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the file of a run, whole or not at all; none without arrays."""
+    named: Any = dict(arrays)  # numpy's types take a name for its own argument.
     if arrays:
-        write_bytes(
-            workdir / FILE,
-            lambda file: np.savez_compressed(file, allow_pickle=False, **arrays),
-        )
+        write_bytes(workdir / FILE, lambda file: np.savez_compressed(file, **named))
 
 
 def read(workdir: pathlib.Path) -> dict[str, np.ndarray] | None:

@@ -259,18 +259,16 @@ def test_folders_that_hold_no_finished_run_are_listed_at_once(tmp_path):
 @pytest.mark.usefixtures("no_pictures")
 def test_trained_runs_are_compared(tmp_path):
     for name, rate in (("slow", "1e-5"), ("quick", "0.1")):
-        for seed in range(2):
-            given = configs.load("configs/iris_mlp.py:tiny")
-            overrides = [
-                ("parallel.devices", "1"), ("plan[0].peak_lr", rate),
-                ("seed", str(seed)), ("plan[0].steps", "30"),
-            ]  # fmt: skip
-            config, problems = configs.resolve(given, overrides)
-            assert not problems
-            run(config, tmp_path / name / f"seed{seed}")
+        given = configs.load("configs/iris_mlp.py:tiny")
+        overrides = [("plan[0].peak_lr", rate), ("plan[0].steps", "30")]
+        config, problems = configs.resolve(
+            given, [("parallel.devices", "1"), *overrides]
+        )
+        assert not problems
+        run(config, tmp_path / name / "seed0")
     lines = comparison.compare_workdirs([str(tmp_path / n) for n in ("slow", "quick")])
-    assert any("2 seeds, 30 examples" in line for line in lines)
-    assert not any("note" in line for line in lines)
+    assert any("[1 seed, 30 examples" in line for line in lines)
+    assert "note: one seed" in lines[-1] and "note" not in "".join(lines[:-1])
 
 
 @pytest.mark.parametrize(
@@ -313,3 +311,18 @@ def answer(scores):
         metric="test/score", ours=2.0, theirs=1.5, estimate=estimate, improvement=None,
         seed_p_value=1.0, level=0.95, **needs(estimate, 0.95),
     )  # fmt: skip
+
+
+def test_the_spread_of_each_source_is_that_of_its_runs(tmp_path):
+    values = {"init": [0.5, 0.7, 0.9], "order": [0.5, 0.52, 0.48]}
+    for source, found in values.items():
+        for number, value in enumerate(found):
+            if number or source == "init":
+                seed = {"init": 0, "order": 0} | {source: number}
+                write(tmp_path / f"{source}{number}", seed, np.full(20, value))
+    runs = [comparison.open_run(folder) for folder in sorted(tmp_path.iterdir())]
+    found = comparison.spread(runs, "test/accuracy")
+    assert list(found) == ["all", "init", "order"]
+    for source, expected in values.items():
+        assert found[source].sd == pytest.approx(np.std(expected, ddof=1))
+        assert found[source].df == 2

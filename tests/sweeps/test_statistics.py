@@ -76,7 +76,6 @@ def share_covered(seeds, examples, kind, origin, repeats):
 @pytest.mark.fast_runs("5-50-normal-both", "5-50-right-or-wrong-examples")
 @pytest.mark.ci_runs(
     "3-50-normal-few-seeds-agree",
-    "3-50-right-or-wrong-both",
     "5-50-normal-both",
     "5-50-normal-rest",
     "5-50-right-or-wrong-examples",
@@ -329,7 +328,7 @@ def test_so_many_more_seeds_do_tell_a_difference():
     # The components are estimated from five seeds, as in use, so the number varies.
     rng, sds, difference, size = np.random.default_rng(0), (1.0, 1.0, 1.0), 1.2, 200
     numbers = []
-    for _ in range(101):
+    for _ in range(51):
         found = statistics.estimate(normal(rng, 5, size, sds))
         numbers.append(
             statistics.seeds_needed(difference, found.components, examples=size)

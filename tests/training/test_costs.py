@@ -25,9 +25,16 @@ def config(*overrides):
     return found
 
 
-def test_operations_are_those_of_the_plan(tmp_path):
+@pytest.fixture(scope="module")
+def cost(tmp_path_factory):
+    """Returns the costs of an undisturbed run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune_jax.training.run.write_report", lambda *_: None)
+        return run(config(), tmp_path_factory.mktemp("run") / "whole")["cost"]
+
+
+def test_operations_are_those_of_the_plan(cost):
     given = config()
-    cost = run(given, tmp_path / "run")["cost"]
     setup = make_setup(given)
     size = given.data.batch_size
     update = step_flops(setup.phase(0), setup.task, setup.shapes, size)
@@ -37,13 +44,12 @@ def test_operations_are_those_of_the_plan(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_has_the_costs_of_an_undisturbed_one(tmp_path):
-    whole = run(config(), tmp_path / "whole")
+def test_a_stopped_run_has_the_costs_of_an_undisturbed_one(cost, tmp_path):
     stopped, stops = small.run_with_stops(config(), tmp_path / "stopped")
-    assert stops and stopped["cost"] == whole["cost"]
+    assert stops and stopped["cost"] == cost
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_operations_are_unknown_under_pmap(tmp_path):
     on_two = ("parallel.mode", "pmap"), ("parallel.devices", "2")
     cost = run(config(*on_two), tmp_path / "run")["cost"]

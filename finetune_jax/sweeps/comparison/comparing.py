@@ -143,3 +143,19 @@ def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
         more = needs(one.estimate, 1 - (1 - one.level) * share)
         found[name] = dataclasses.replace(one, adjusted=p_value, **more)
     return found
+
+
+def spread(
+    runs: Sequence[Run], metric: str, *, level: float = 0.95
+) -> dict[str, statistics.Spread]:
+    """Returns the spread of a metric that each source of randomness causes.
+
+    Args:
+        runs: Runs of one configuration, whose seeds differ in one source at a time, as
+            those of `sweeps.by_source` do; otherwise only the spread over all is known.
+        metric: Name of the metric.
+        level: Coverage of the intervals.
+    """
+    values = {run.seed: run.value(metric) for run in runs}
+    known: dict[Any, float] = {k: v for k, v in values.items() if v is not None}
+    return statistics.spread_by_source(known, level=level)
