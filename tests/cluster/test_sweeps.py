@@ -133,17 +133,18 @@ def test_a_preempted_member_goes_on_to_the_same_bits(
 
 
 @pytest.mark.exhaustive
-def test_a_member_that_takes_longer_than_the_time_limit_ends_in_the_same_bits(
+def test_a_sweep_that_takes_longer_than_the_time_limit_ends_in_the_same_bits(
     environment, tmp_path
 ):
-    # SLURM counts in minutes. The signal comes ten seconds after the start.
-    slurm = {"time": "00:01:00", "signal": "USR1@50"}
-    options = dict(steps=4000, rates=1, seeds=1)
+    # SLURM counts in minutes. The signal comes after 90 to 100 seconds, long after the
+    # start, and long before the end.
+    slurm = {"time": "00:02:00", "signal": "USR1@20"}
+    options = dict(steps=10_000, rates=1, seeds=6)
     sweep = SweepRun(tmp_path / "slurm" / "long", slurm=slurm, **options)
     whole = SweepRun(tmp_path / "whole" / "long", **options)
     jobs = Jobs(sweep, environment)
     jobs.submit(jobs=1)
-    ((_, _, restarts, _),) = jobs.until_completed(900)
+    ((_, _, restarts, _),) = jobs.until_completed(3600)
     assert int(restarts) >= 1, jobs.logs()
     assert "resumed at step" in "".join(
         path.read_text() for path in sweep.folder.glob("logs/*.?.txt")
