@@ -5,7 +5,7 @@ runs/NAME/KEY/                 workdir of a member
           logs/KEY.N.txt       what attempt N printed
           by_arm/CASE/ARM/...  links to the workdirs, by names for people
           sweep.json           definition and members
-          table.csv, report/   results
+          table.{csv,md,tex}   results, with comparisons.json and report/index.html
 """
 
 import contextlib

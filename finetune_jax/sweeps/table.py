@@ -12,6 +12,7 @@ import numpy as np
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.metric_names import higher_is_better, is_of_class
 from finetune_jax.evaluation import per_example
+from finetune_jax.report.html import formats
 from finetune_jax.sweeps import statistics
 from finetune_jax.sweeps.comparison import Comparison, Run, adjusted, compare
 from finetune_jax.sweeps.folder import SweepFolder
@@ -211,10 +212,20 @@ def mean_of(runs: Sequence[Run], metric: str) -> statistics.Estimate | None:
     same = found and all(np.array_equal(found[0][0], ids) for ids, _ in found)
     if len(found) < len(having) or not same:
         values = np.array([run.value(metric) for run in having], np.float64)
-        return statistics.estimate(values[:, None])
+        found = statistics.estimate(values[:, None])
+        return _as_share(found) if formats.is_share(metric) else found
     scores_SxE = np.stack([scores for _, scores in found]).astype(np.float64)
     is_share = scores_SxE.min() >= 0 and scores_SxE.max() <= 1
-    return statistics.estimate(scores_SxE, extremes=(0.0, 1.0) if is_share else None)
+    if not is_share:
+        return statistics.estimate(scores_SxE)
+    return _as_share(statistics.estimate(scores_SxE, extremes=(0.0, 1.0)))
+
+
+def _as_share(estimate: statistics.Estimate) -> statistics.Estimate:
+    """Returns an estimate whose interval lies between 0 and 1."""
+    # The order keeps NaN.
+    low, high = max(estimate.low, 0.0), min(estimate.high, 1.0)
+    return dataclasses.replace(estimate, low=low, high=high)
 
 
 def _compared(rows: Sequence[Row], baseline: str, metric: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Pages of real runs in a browser: all kinds of data, wide and narrow, light and dark."""
+"""Pages in a browser: runs of all kinds of data, sweeps; wide, narrow, light, dark."""
 
 import html
 import json
@@ -8,10 +8,12 @@ import clicks
 import numpy as np
 import pytest
 import small
+import sweep_folders
 import text_configs
 import texts
 from browsers import browse, find_browser
 from PIL import Image
+from sweep_runs import SweepRun
 
 from finetune_jax import config as configs
 from finetune_jax.plans.phase import Phase, as_config
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = (1280, 420)
 HEIGHT = 2_600
+# Forms in one window.
+AT_ONCE = 4
 EVERYWHERE = {"results", "curves", "training", "inputs", "again"}
 OF_A_FORM = {
     "image": EVERYWHERE | {"confusion", "examples"},
@@ -29,6 +33,9 @@ OF_A_FORM = {
     "table": EVERYWHERE | {"confusion", "examples"},
     "segmentation": EVERYWHERE | {"segments"},
     "population": {"settings", "curves", "best", "failed", "inputs", "again"},
+    "sweep": {"results", "differences", "curves", "costs", "again"},
+    "cases": {"results", "differences", "curves", "costs", "failed", "again"},
+    "search": {"search", "results", "curves", "again"},
 }
 # Appended to a copy of each page, which is shown in a frame; tells the page around it.
 PROBE = """<script>
@@ -122,12 +129,27 @@ def population_run(folder):
     run_population(config, folder)
 
 
+def sweep_run(folder):
+    SweepRun(folder, steps=12, rates=3, seeds=2).run("run")
+
+
+def cases_run(folder):
+    sweep_folders.page_of(sweep_folders.cases_of_arms(folder))
+
+
+def search_run(folder):
+    sweep_folders.page_of(sweep_folders.a_search(folder))
+
+
 RUNS = {
     "image": image_run,
     "text": text_run,
     "table": table_run,
     "segmentation": segmentation_run,
     "population": population_run,
+    "sweep": sweep_run,
+    "cases": cases_run,
+    "search": search_run,
 }
 
 
@@ -143,9 +165,26 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def looked_at(pages, tmp_path_factory):
-    """What a browser tells of each form and width, and a picture of all by scheme."""
-    browser, folder = find_browser(), tmp_path_factory.mktemp("frames")
-    frames = []
+    """What a browser tells of each form and width, and pictures of the forms by scheme."""
+    found, pictures = {}, {"light": {}, "dark": {}}
+    forms = list(pages)
+    # A window of all pages would be wider than a browser draws.
+    for first in range(0, len(forms), AT_ONCE):
+        group = {form: pages[form] for form in forms[first : first + AT_ONCE]}
+        folder = tmp_path_factory.mktemp("frames")
+        told, drawn = looked_at_once(group, folder)
+        found |= told
+        for scheme, picture in drawn.items():
+            pixels = np.asarray(Image.open(picture).convert("L")).astype(int)
+            for at, form in enumerate(group):
+                left = at * sum(WIDTHS)
+                pictures[scheme][form] = pixels[:, left : left + sum(WIDTHS)]
+    return found, pictures
+
+
+def looked_at_once(pages, folder):
+    """Returns what a browser tells of some pages, and the paths of pictures by scheme."""
+    browser, frames = find_browser(), []
     for form, path in pages.items():
         for width in WIDTHS:
             name = f"{form}-{width}"
@@ -168,8 +207,7 @@ def looked_at(pages, tmp_path_factory):
         browse(
             browser, folder / "all.html", *window, *options, f"--screenshot={picture}"
         )
-    found = {one["name"]: one for one in json.loads(html.unescape(told[1]))}
-    return found, pictures
+    return {one["name"]: one for one in json.loads(html.unescape(told[1]))}, pictures
 
 
 def test_every_form_has_its_sections_and_nothing_sticks_out(looked_at):
@@ -187,12 +225,11 @@ def test_every_form_has_its_sections_and_nothing_sticks_out(looked_at):
 @pytest.mark.parametrize(("scheme", "paper"), [("light", 255), ("dark", 24)])
 def test_every_page_shows_ink_on_its_paper(looked_at, scheme, paper):
     found, pictures = looked_at
-    pixels = np.asarray(Image.open(pictures[scheme]).convert("L")).astype(int)
-    left = 0
     for form in RUNS:
+        left = 0
         for width in WIDTHS:
             height = min(found[f"{form}-{width}"]["height"], HEIGHT)
-            part = pixels[:height, left : left + width]
+            part = pictures[scheme][form][:height, left : left + width]
             assert np.bincount(part.ravel(), minlength=256).argmax() == paper
             is_ink = np.abs(part - paper) > 100
             assert 0.003 < is_ink.mean() < 0.4, (form, width)

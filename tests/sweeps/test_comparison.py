@@ -106,6 +106,14 @@ def test_a_metric_that_is_no_mean_is_compared_over_seeds(tmp_path):
     assert "too few seeds for this test at all" in one.sentence(("full", "head"))
 
 
+def test_a_split_without_recorded_scores_is_named(tmp_path):
+    metrics = {"validation/accuracy": 0.5}
+    groups = [opened(group(tmp_path, name, 0.0, metrics=metrics)) for name in "ab"]
+    found = comparison.compare(*groups, "validation/accuracy")
+    note = "scores of the test split, not of validation/accuracy"
+    assert found.examples == 1 and found.notes[0].endswith(note)
+
+
 def test_lower_losses_are_better_and_told_in_their_units(tmp_path):
     for name, loss in (("full", 0.5), ("head", 0.9)):
         for seed in range(4):

@@ -1,28 +1,18 @@
 import html
 import re
 
-import numpy as np
 import pytest
-from sweep_folders import filled, learning_curve
+from sweep_folders import a_search, filled, learning_curve, page_of
 
 from finetune_jax.report.html.sweep_charts import costs_chart, pareto, slice_chart
-from finetune_jax.sweeps import Choice, Float, Search, Sweep, by_source
+from finetune_jax.sweeps import Sweep, by_source
 from finetune_jax.sweeps.schedule import Schedule
-from finetune_jax.sweeps.summary import write_sweep_report
 from finetune_jax.sweeps.table_files import write_tables
 
 EVIL = "<b>'$x_&\"|"
 ARMS = {"slow": {"plan[0].peak_lr": 1e-3}, EVIL: {"plan[0].peak_lr": 0.1},
         "failing": {"plan[0].peak_lr": 1e9}}  # fmt: skip
 LEVEL = {"slow": 0.7, EVIL: 0.9}
-
-
-def page_of(folder):
-    """Writes the page of all members that are known, and returns its text."""
-    wanted = Schedule(folder.sweep).wanted(folder.outcome)
-    folder.write_index("x", wanted.members)
-    path = write_sweep_report(folder, "x", wanted, "sweep.py")
-    return path.read_text()
 
 
 def text_of(page):
@@ -147,38 +137,6 @@ def test_spreads_are_told_where_seeds_vary_one_source_at_a_time(tmp_path):
     text = text_of(page)
     # The deviation of 0, 1, 2 times 2 and 0.1 points.
     assert "base init 2.00 points" in text and "base order 0.10 points" in text
-
-
-def a_search(root):
-    """Returns the folder of a search with a named choice; the best rate of sgd is 0.1."""
-    space = {
-        "optimizer": Choice(
-            {
-                "sgd": {"plan[0].optimizer": "sgd",
-                        "plan[0].peak_lr": Float(1e-3, 10.0, log=True)},
-                "adam": {"plan[0].optimizer": "adam",
-                         "plan[0].peak_lr": Float(1e-4, 1.0, log=True)},
-            }
-        ),
-        "plan[0].weight_decay": Choice((0.0, 0.1)),
-    }  # fmt: skip
-    search = Search(
-        space=space, metric="validation/accuracy", trials=12, sampler="random"
-    )
-
-    def values(member):
-        distance = abs(np.log10(member.overrides["plan[0].peak_lr"] / 0.1))
-        return None if member.trial % 4 == 3 else {search.metric: 0.9 - 0.1 * distance}
-
-    sweep = Sweep(base="configs/iris_mlp.py", search=search, seeds=1)
-    folder, wanted = filled(root, sweep, values)
-    for member in wanted.members:
-        if member.trial % 4 == 3:
-            (folder.claims / member.key).mkdir(parents=True)
-            folder.pruned(member.key, {10: 0.2, 20: 0.3}, {"step": 20})
-            folder.workdir(member.key).mkdir()
-        learning_curve(folder, member, search.metric, [0.1, 0.2, 0.3])
-    return folder
 
 
 def test_a_search_has_a_slice_for_each_parameter_of_each_branch(tmp_path):

@@ -165,6 +165,17 @@ def test_the_interval_counts_examples_where_runs_have_their_scores(tmp_path):
     assert alone.examples == 1 and np.isnan(alone.low)
 
 
+def test_the_interval_of_a_share_lies_between_0_and_1(tmp_path):
+    def values(member):
+        value = 0.95 + 0.04 * (seed_of(member) == 1)
+        return {"test/accuracy": value, "test/loss": value}
+
+    folder, wanted = filled(tmp_path, sweep_of(seeds=2), values)
+    row = table_of(folder, wanted).rows[0]
+    assert row.estimate.high == 1 and 0 < row.estimate.low < 0.95
+    assert mean_of(row.runs, "test/loss").high > 1
+
+
 def test_markdown_and_latex_have_as_many_cells_in_each_line(tmp_path):
     folder, wanted = filled(tmp_path, sweep_of(), values_of)
     write_tables(folder, "x", wanted)

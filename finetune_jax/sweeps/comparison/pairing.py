@@ -1,6 +1,6 @@
 """Pairs of runs by seed, and of their scores by test example."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,9 +125,7 @@ def paired_scores(
     ]
     known = [one for one in found if one is not None]
     if len(known) < len(found):
-        return None, [
-            f"compared over seeds alone: {metric} is no mean over single examples"
-        ]
+        return None, [f"compared over seeds alone: {_no_scores(files, metric)}"]
     common = known[0][0]
     for ids, _ in known[1:]:
         common = np.intersect1d(common, ids)
@@ -152,6 +150,15 @@ def paired_scores(
         order = np.argsort(ids)
         rows.append(scores[order[np.searchsorted(ids[order], np.sort(common))]])
     return np.stack(rows).reshape(len(pairs), 2, -1), notes
+
+
+def _no_scores(files: Sequence[Mapping[str, Any] | None], metric: str) -> str:
+    """Returns why runs have no scores of a metric."""
+    recorded = {name.partition("/")[0] for one in files if one for name in one}
+    if metric.partition("/")[0] not in recorded:
+        splits = " and ".join(sorted(recorded)) or "no"
+        return f"{per_example.FILE} has scores of the {splits} split, not of {metric}"
+    return f"{metric} is no mean over single examples"
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
