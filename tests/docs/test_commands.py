@@ -43,6 +43,7 @@ NOT_RUN = {
     r"\S+ scripts/launch_local": "several processes; tests/cluster/test_slurm.py",
     r".* --launcher=slurm": "needs a cluster; tests/cluster/test_sweeps.py",
     r"\S+ -m pytest|\S+ tests/": "tests, which CI runs",
+    r".* --sweep=ablation.py|.*compare RUN_A": "many runs; tests/docs/test_ablations.py",
     r"\S+ experiments/|.* --sweep=experiments/": "a study of minutes to hours",
     r".*:stanford_dogs": "neither the data nor the weights come with a package",
     r".*configs/pneumonia.py": "a convolution at 28 pixels; test_configs.py runs it",
