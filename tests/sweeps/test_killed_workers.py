@@ -122,7 +122,7 @@ def test_workers_that_are_killed_leave_the_sweep_as_it_would_be(
     sweep = SweepRun(tmp_path / "apart" / "killed", rates=rates, seeds=seeds)
     log = tmp_path / "log"
     killed = killed_now_and_then(
-        sweep, log, workers=workers, kills=kills, limit_s=60 + 30 * kills
+        sweep, log, workers=workers, kills=kills, limit_s=600 + 60 * kills
     )
     assert len(killed) >= kills / 2
     assert not sweep.failures()
