@@ -268,11 +268,13 @@ def _report(
 def _told(folder: SweepFolder, name: str, address: str) -> int:
     """Writes the report, and prints the table; returns 1 if members have failed."""
     from finetune_jax.sweeps.summary import write_sweep_report
+    from finetune_jax.sweeps.table import table_of
     from finetune_jax.sweeps.table_files import write_tables
 
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
-    print("\n".join(write_tables(folder, name, wanted)))
-    print(f"page {write_sweep_report(folder, name, wanted, address)}")
+    table = table_of(folder, wanted)
+    print("\n".join(write_tables(folder.root, name, table)))
+    print(f"page {write_sweep_report(folder, name, wanted, table, address)}")
     ended = [folder.outcome(member.key) for member in wanted.members]
     complete = [o for o in ended if o is not None and o.state == "complete"]
     print(programs_line(complete))

@@ -10,6 +10,7 @@ from finetune_jax.sweeps import Choice, Float, Search, Sweep
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.schedule import Schedule
 from finetune_jax.sweeps.summary import write_sweep_report
+from finetune_jax.sweeps.table import table_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 IRIS = str(ROOT / "configs" / "iris_mlp.py")
@@ -67,7 +68,8 @@ def page_of(folder):
     """Writes the page of all members that are known, and returns its text."""
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     folder.write_index("x", wanted.members)
-    return write_sweep_report(folder, "x", wanted, "sweep.py").read_text()
+    table = table_of(folder, wanted)
+    return write_sweep_report(folder, "x", wanted, table, "sweep.py").read_text()
 
 
 def a_search(root):

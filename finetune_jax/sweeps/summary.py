@@ -27,7 +27,7 @@ from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member, as_plain
 from finetune_jax.sweeps.schedule import Wanted
 from finetune_jax.sweeps.search.space import Choice, Float, Int
-from finetune_jax.sweeps.table import Row, Table, table_of
+from finetune_jax.sweeps.table import Row, Table
 from finetune_jax.sweeps.table_files import (
     COSTS,
     answer,
@@ -45,7 +45,7 @@ _STATES = {"complete": "finished", "failed": "failed", "pruned": "ended early"}
 
 
 def write_sweep_report(
-    folder: SweepFolder, name: str, wanted: Wanted, address: str
+    folder: SweepFolder, name: str, wanted: Wanted, table: Table, address: str
 ) -> pathlib.Path:
     """Writes `report/index.html` of a sweep and returns its path.
 
@@ -53,9 +53,9 @@ def write_sweep_report(
         folder: Folder of the sweep.
         name: Name of the sweep.
         wanted: Members that are known by now.
+        table: Their table.
         address: Address of the file of the sweep, as on the command line.
     """
-    table = table_of(folder, wanted)
     flags = [f"--sweep={address}", f"--dir={folder.root}"]
     command = shlex.join(["python", "-m", "finetune_jax.sweep", *flags, "run"])
     curves = _curve_metrics(folder, table)

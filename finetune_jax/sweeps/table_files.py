@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,8 @@ from finetune_jax.report.html import formats
 from finetune_jax.report.tables import aligned, short_labels
 from finetune_jax.sweeps import statistics
 from finetune_jax.sweeps.comparison import Comparison, costs
-from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import as_plain
-from finetune_jax.sweeps.schedule import Wanted
-from finetune_jax.sweeps.table import Row, Table, metric_names, table_of
+from finetune_jax.sweeps.table import Row, Table, metric_names
 
 # Costs that are the same each time that a run is made.
 _SAME = ("updates", "trained", "GFLOP")
@@ -31,24 +30,23 @@ _LATEX = {
 }  # fmt: skip
 
 
-def write_tables(folder: SweepFolder, name: str, wanted: Wanted) -> list[str]:
+def write_tables(root: pathlib.Path, name: str, table: Table) -> list[str]:
     """Writes the table of a sweep as `table.csv`, `table.md`, `table.tex` and JSON.
 
     `table.csv` and `comparisons.json` have no times, so any workers write the same bytes.
 
     Args:
-        folder: Folder of the sweep.
+        root: Folder of the sweep.
         name: Name of the sweep.
-        wanted: Members that are known by now.
+        table: The table.
 
     Returns:
         Lines for a person.
     """
-    table = table_of(folder, wanted)
-    write_text(folder.root / "table.csv", as_csv(table), by_many=True)
-    write_text(folder.root / "table.md", as_markdown(table, name), by_many=True)
-    write_text(folder.root / "table.tex", as_latex(table, name), by_many=True)
-    write_json(folder.root / "comparisons.json", as_json(table), by_many=True)
+    write_text(root / "table.csv", as_csv(table), by_many=True)
+    write_text(root / "table.md", as_markdown(table, name), by_many=True)
+    write_text(root / "table.tex", as_latex(table, name), by_many=True)
+    write_json(root / "comparisons.json", as_json(table), by_many=True)
     return as_lines(table)
 
 

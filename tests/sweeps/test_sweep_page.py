@@ -7,6 +7,7 @@ from sweep_folders import a_search, filled, learning_curve, page_of
 from finetune_jax.report.html.sweep_charts import costs_chart, pareto, slice_chart
 from finetune_jax.sweeps import Sweep, by_source
 from finetune_jax.sweeps.schedule import Schedule
+from finetune_jax.sweeps.table import table_of
 from finetune_jax.sweeps.table_files import write_tables
 
 EVIL = "<b>'$x_&\"|"
@@ -120,7 +121,7 @@ def test_a_run_whose_metric_is_not_finite_is_shown(tmp_path):
     arms = {"a": {}, "b": {"plan[0].epochs": 2}}
     sweep = Sweep(base="configs/iris_mlp.py", arms=arms, seeds=2)
     folder, wanted = filled(tmp_path, sweep, values)
-    write_tables(folder, "x", wanted)
+    write_tables(folder.root, "x", table_of(folder, wanted))
     assert "cannot be compared: test/accuracy is not finite" in text_of(page_of(folder))
     assert "NaN" not in (tmp_path / "comparisons.json").read_text()
 

@@ -45,7 +45,7 @@ def test_rows_are_sorted_within_each_case_and_answer_in_words(tmp_path):
         }
 
     folder, wanted = filled(tmp_path, sweep_of(cases=cases), values)
-    lines = write_tables(folder, "x", wanted)
+    lines = write_tables(folder.root, "x", table_of(folder, wanted))
     found = [(row["case"], row["arm"]) for row in rows_of(folder)]
     order = ["fast", "slow", "short_50%"]
     assert found == [("few", arm) for arm in order] + [
@@ -67,7 +67,7 @@ def test_the_table_has_the_same_bytes_in_another_folder_at_another_speed(tmp_pat
     for name, train_s in (("a", 1.0), ("b", 2.5)):
         root = tmp_path / name
         folder, wanted = filled(root, sweep_of(), values_of, train_s=train_s)
-        write_tables(folder, "x", wanted)
+        write_tables(folder.root, "x", table_of(folder, wanted))
         files = [root / "table.csv", root / "comparisons.json"]
         texts.append([file.read_bytes() for file in files])
     assert texts[0] == texts[1]
@@ -85,7 +85,7 @@ def test_runs_that_are_missing_or_failed_are_counted_and_compared_no_further(tmp
     failed = next(m for m in wanted.members if m.arm == "fast")
     (folder.claims / failed.key).mkdir(parents=True)
     folder.failed(failed.key, 0, "ValueError: no", again=False)
-    lines = write_tables(folder, "x", wanted)
+    lines = write_tables(folder.root, "x", table_of(folder, wanted))
     rows = {row["arm"]: row for row in rows_of(folder)}
     counts = {
         arm: [int(row[key]) for key in ("runs", "missing", "failed")]
@@ -110,7 +110,7 @@ def test_tuned_values_stand_in_the_table(tmp_path):
     folder, wanted = filled(
         tmp_path, sweep_of(arms=arms, tune=tune, tune_by="validation/accuracy"), values
     )
-    write_tables(folder, "x", wanted)
+    write_tables(folder.root, "x", table_of(folder, wanted))
     for row in rows_of(folder):
         assert json.loads(row["chosen"]) == {"plan[0].peak_lr": 0.02}
     assert "peak_lr 0.02" in (tmp_path / "table.md").read_text()
@@ -126,7 +126,7 @@ def test_an_arm_whose_metric_has_another_name_is_compared(tmp_path):
         return {name if others else "test/accuracy": level, **others}
 
     folder, wanted = filled(tmp_path, sweep_of(arms=arms), values)
-    write_tables(folder, "x", wanted)
+    write_tables(folder.root, "x", table_of(folder, wanted))
     first = rows_of(folder)[0]
     assert first["arm"] == "fast" and float(first["test/accuracy"]) == pytest.approx(
         0.91
@@ -178,7 +178,7 @@ def test_the_interval_of_a_share_lies_between_0_and_1(tmp_path):
 
 def test_markdown_and_latex_have_as_many_cells_in_each_line(tmp_path):
     folder, wanted = filled(tmp_path, sweep_of(), values_of)
-    write_tables(folder, "x", wanted)
+    write_tables(folder.root, "x", table_of(folder, wanted))
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     latex = (tmp_path / "table.tex").read_text()
@@ -203,7 +203,7 @@ def test_trials_of_a_search_are_rows_and_those_ended_early_are_last(tmp_path):
     (folder.claims / pruned.key).mkdir(parents=True)
     folder.pruned(pruned.key, {10: 0.3}, {"step": 10})
     wanted = Schedule(sweep).wanted(folder.outcome)
-    lines = write_tables(folder, "x", wanted)
+    lines = write_tables(folder.root, "x", table_of(folder, wanted))
     assert [row["arm"] for row in rows_of(folder)] == ["trial 1", "trial 0", "trial 2"]
     assert rows_of(folder)[2]["answer"] == "ended early"
     assert lines[1].split()[:3] == ["1", "peak_lr", "0.01"]

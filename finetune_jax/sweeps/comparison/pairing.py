@@ -128,7 +128,8 @@ def paired_scores(
         return None, [f"compared over seeds alone: {_no_scores(files, metric)}"]
     common = known[0][0]
     for ids, _ in known[1:]:
-        common = np.intersect1d(common, ids)
+        if not np.array_equal(ids, common):
+            common = np.intersect1d(common, ids)
     notes = []
     if any(len(ids) != len(common) for ids, _ in known):
         if all(_same(known[at][0], known[at + 1][0]) for at in range(0, len(known), 2)):
