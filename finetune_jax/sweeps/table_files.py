@@ -21,8 +21,11 @@ _SAME = ("updates", "trained", "GFLOP")
 # Costs in tables for people, and their names.
 COSTS = {
     "updates": "updates", "trained": "trained parameters", "GFLOP": "GFLOP",
-    "train_s": "training time",
+    "train_s": "training time", "memory_mb": "memory (MB)",
+    "disk_mb": "checkpoints (MB)",
 }  # fmt: skip
+# Columns of text, which are aligned on the left.
+_TEXTS = ("case", "arm", "trial", "chosen")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
     "#": r"\#", "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}",
@@ -233,10 +236,21 @@ def remarks(table: Table) -> list[str]:
 
 
 def as_lines(table: Table) -> list[str]:
-    """Returns a table as lines for a terminal, and the answers."""
+    """Returns a table as lines for a terminal, and the answers.
+
+    Costs that all rows have in common are left out.
+    """
     heading, rows = _columns(table)
+    columns = []
+    for name, *cells in zip(heading, *rows, strict=True):
+        if name in COSTS.values() and len(set(cells)) == 1 < len(cells):
+            continue
+        if name in _TEXTS:
+            width = max(map(len, (name, *cells)))
+            name, *cells = (cell.ljust(width) for cell in (name, *cells))
+        columns.append((name, *cells))
     told = [*answers(table), *remarks(table)]
-    return [*aligned([heading, *rows]), *([""] if told else []), *told]
+    return [*aligned(list(zip(*columns))), *([""] if told else []), *told]
 
 
 def as_markdown(table: Table, name: str) -> str:
@@ -246,7 +260,7 @@ def as_markdown(table: Table, name: str) -> str:
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
-    rule = [":--" if text in ("case", "arm", "trial", "chosen") else "--:"
+    rule = [":--" if text in _TEXTS else "--:"
             for text in heading]  # fmt: skip
     lines = [f"Sweep {name}, the best first", "", line(heading), line(rule)]
     lines += [line(cells) for cells in rows]
@@ -258,7 +272,7 @@ def as_markdown(table: Table, name: str) -> str:
 def as_latex(table: Table, name: str) -> str:
     """Returns a table as LaTeX for the package booktabs, the answers as comments."""
     heading, rows = _columns(table)
-    left = sum(text in ("case", "arm", "trial", "chosen") for text in heading)
+    left = sum(text in _TEXTS for text in heading)
     lines = [f"% Sweep {name}; needs \\usepackage{{booktabs}}."]
     lines += [f"% {text}" for text in (*answers(table), *remarks(table))]
     lines += [

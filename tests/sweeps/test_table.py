@@ -62,6 +62,13 @@ def test_rows_are_sorted_within_each_case_and_answer_in_words(tmp_path):
     assert any("2 comparisons of each case (Holm)" in line for line in lines)
 
 
+def test_costs_that_all_rows_have_in_common_are_in_the_files_alone(tmp_path):
+    folder, wanted = filled(tmp_path, sweep_of(), values_of)
+    lines = write_tables(folder.root, "x", table_of(folder, wanted))
+    assert lines[0].startswith("arm        runs") and "updates" not in lines[0]
+    assert "| updates |" in (tmp_path / "table.md").read_text()
+
+
 def test_the_table_has_the_same_bytes_in_another_folder_at_another_speed(tmp_path):
     texts = []
     for name, train_s in (("a", 1.0), ("b", 2.5)):

@@ -195,7 +195,7 @@ def write_sweep_page(page: SweepPage, path: pathlib.Path) -> None:
         facts=[*page.facts, *same],
         forests=_forests(page),
         curves=curves,
-        costs=[] if page.trials else _costs(page, styles),
+        costs=[] if page.trials else _costs(page, columns, styles),
         progress=_progress(page),
         slices=_slices(page),
     )
@@ -371,13 +371,15 @@ def _trial_curves(page: SweepPage) -> list[Chart]:
     return [many_curves(series, page.curve_metric, epoch=None, what="trial")]
 
 
-def _costs(page: SweepPage, styles: Mapping[str, str]) -> list[tuple[str, list[Chart]]]:
+def _costs(
+    page: SweepPage, columns: Sequence[str], styles: Mapping[str, str]
+) -> list[tuple[str, list[Chart]]]:
     """Returns, for each case, a chart for each cost that differs between arms."""
     found = []
     for case, rows in page.cases.items():
         rows = [row for row in rows if row.mean and math.isfinite(row.mean[0])]
         charts = []
-        for name in dict.fromkeys(name for row in rows for name in row.costs):
+        for name in columns:
             points = [
                 (row.arm, *row.costs[name][:1], row.mean, row.costs[name][1])
                 for row in rows

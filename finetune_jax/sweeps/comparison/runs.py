@@ -58,6 +58,11 @@ def open_run(folder: pathlib.Path) -> Run:
     return Run(folder=folder, seed=tuple(sorted(dict(seed).items())), result=result)
 
 
+def _megabytes(disk_bytes: Mapping[str, int] | None) -> float | None:
+    """Returns the size of the checkpoints of a run in MB, None if they were deleted."""
+    return disk_bytes["checkpoints"] / 1e6 if disk_bytes else None
+
+
 # Costs of a run, by the heading of their column.
 COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "updates": lambda result: result.get("steps"),
@@ -66,6 +71,7 @@ COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "trained": lambda result: (result.get("cost") or {}).get("trained_parameters"),
     "GFLOP": lambda result: (result.get("cost") or {}).get("gflop"),
     "memory_mb": lambda result: (result.get("cost") or {}).get("memory_mb"),
+    "disk_mb": lambda result: _megabytes(result.get("disk_bytes")),
 }
 
 
