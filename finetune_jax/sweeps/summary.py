@@ -298,9 +298,9 @@ def _spreads(table: Table) -> list[tuple[str, str, str, str, str, int]]:
             continue
         label = ", ".join(filter(None, (row.case, row.arm)))
         for source, spread in spreads.items():
-            numbers = [
-                _deviation(table, v) for v in (spread.sd, spread.low, spread.high)
-            ]
+            texts = [_deviation(table, v) for v in (spread.sd, spread.low, spread.high)]
+            # The unit follows the upper end.
+            numbers = texts[0], texts[1].partition(SPACE)[0], texts[2]
             found.append((label, source, *numbers, spread.groups))
     return found
 
