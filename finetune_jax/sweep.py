@@ -21,6 +21,7 @@ from finetune_jax.parallel import joining, processes
 from finetune_jax.sweeps.claims import Claims, check_shared
 from finetune_jax.sweeps.definition import Sweep, load
 from finetune_jax.sweeps.folder import SweepFolder, threads_of
+from finetune_jax.sweeps.launchers.launch import QUIET, Launch
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Schedule, Wanted, check
 from finetune_jax.sweeps.status import programs_line, states_of, status_lines
@@ -29,6 +30,14 @@ PROGRAM = "python -m finetune_jax.sweep"
 LAUNCHERS = ("local", "slurm", "command")
 # Environment variable with the key of the member for whose environment a worker started.
 MEMBER = "FINETUNE_JAX_SWEEP_MEMBER"
+# Verbs that read a flag, if not all do.
+READ_BY = {
+    "--jobs": "run", "--launcher": "run", "--dry-run": "run", "--index": "run",
+    "--metric": "compare", "--changed": "retry",
+}  # fmt: skip
+DEFAULTS = {
+    "--jobs": 1, "--launcher": "local", "--dry-run": False, "--changed": False
+}  # fmt: skip
 EPILOG = """\
 run      runs the members that are missing; may be started any number of times
 status   lists the members: finished, running, failed, waiting
@@ -65,10 +74,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dir", metavar="DIR", help="folder of the sweep; default: runs/NAME"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="workers to start; default: 1, this process"
+        "--jobs",
+        type=int,
+        default=DEFAULTS["--jobs"],
+        help="workers to start; default: 1, this process",
     )
     parser.add_argument(
-        "--launcher", default="local", help=f"{', '.join(LAUNCHERS)}; default: local"
+        "--launcher",
+        default=DEFAULTS["--launcher"],
+        help=f"{', '.join(LAUNCHERS)}; default: local",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be started"
@@ -93,9 +107,16 @@ def run(arguments: Sequence[str]) -> int:
     """
     flags = parse(arguments)
     act = choose(VERBS, flags.verb, "VERB")
+    problems = [
+        f"{flag}: only `{verb}` reads it"
+        for flag, verb in READ_BY.items()
+        if verb != flags.verb and _is_given(flags, flag)
+    ]
+    if flags.index is not None and (flags.jobs > 1 or flags.launcher != "local"):
+        problems.append("--index: one member runs in this process; give no launcher")
     if act is None:
+        raise_if(problems)
         return _compare(flags)
-    problems = []
     if flags.runs:
         problems.append(f"{' '.join(flags.runs)}: only `compare` takes workdirs")
     if not flags.sweep:
@@ -111,13 +132,19 @@ def run(arguments: Sequence[str]) -> int:
     return act(flags, sweep, name, root)
 
 
+def _is_given(flags: argparse.Namespace, flag: str) -> bool:
+    """Returns whether a flag has another value than its default."""
+    name = flag.removeprefix("--").replace("-", "_")
+    return getattr(flags, name) != DEFAULTS.get(flag)
+
+
 def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path) -> int:
     """Runs the members that are missing."""
     members = check(sweep)
     folder = SweepFolder(root, sweep)
     is_here = flags.jobs == 1 and flags.launcher == "local" and not flags.dry_run
     if not is_here or _lacks_processes(sweep, members):
-        return _launch(flags, folder)
+        return _launch(flags, folder, members)
     environment = dict(os.environ)
     wanted = os.environ.pop(MEMBER, None)
     left = [m for m in members if folder.outcome(m.key) is None] or members
@@ -161,7 +188,8 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
             os.environ.update(environment | {MEMBER: error.key})
             sys.stdout.flush()
             os.execv(sys.executable, sys.orig_argv)
-    if processes.is_first() and only is None:
+    # Whoever has started several workers tells, once.
+    if processes.is_first() and only is None and QUIET not in os.environ:
         status = _told(folder, name, flags.sweep)
         return status if is_well else 1
     return 0 if is_well else 1
@@ -194,6 +222,21 @@ def _check_all(sweep: Sweep, members: Sequence[Member]) -> None:
     raise_if(config_problems(sweep, members))
 
 
+def _check_here(sweep: Sweep, members: Sequence[Member]) -> None:
+    """Checks all configs in this process, before workers are started.
+
+    Raises:
+        UserError: Lists what is wrong.
+    """
+    environment = dict(os.environ)
+    try:
+        pin_environment(None, False, members[0].config.parallel)
+        _check_all(sweep, members)
+    finally:  # Workers begin with the environment of this process.
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def _key_of(wanted: Wanted, index: int) -> str:
     """Returns the key of a member by its index.
 
@@ -208,10 +251,10 @@ def _key_of(wanted: Wanted, index: int) -> str:
     )
 
 
-def _launch(flags: argparse.Namespace, folder: SweepFolder) -> int:
+def _launch(
+    flags: argparse.Namespace, folder: SweepFolder, members: Sequence[Member]
+) -> int:
     """Starts workers."""
-    from finetune_jax.sweeps.launchers.launch import Launch
-
     sweep, jobs = folder.sweep, flags.jobs
     if not flags.dry_run:
         folder.make()
@@ -221,6 +264,8 @@ def _launch(flags: argparse.Namespace, folder: SweepFolder) -> int:
     )
     cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("NPROC") or max(cores // jobs, 1))
+    if flags.launcher == "local" and not joining.visible_gpus(os.environ):
+        _check_here(sweep, members)
     if flags.launcher == "slurm":
         threads = launcher.threads(sweep.slurm)
     if sweep.threads is not None or flags.dry_run:

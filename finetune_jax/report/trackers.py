@@ -94,7 +94,7 @@ class WeightsAndBiases:
                 project=report["wandb"],
                 group=report["group"],
                 tags=list(report["tags"]),
-                name=workdir.name,
+                name=" ".join([*report["tags"], workdir.name]),
                 id=name_file.read_text(),
                 resume="allow",
                 dir=str(workdir),

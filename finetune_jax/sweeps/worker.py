@@ -28,7 +28,7 @@ from finetune_jax.core.errors import (
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.parallel import processes
 from finetune_jax.report.workdir import InUse
-from finetune_jax.sweeps.claims import Claim, Claims
+from finetune_jax.sweeps.claims import BEATS, Claim, Claims
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Schedule, Wanted, is_pruned_at, tune_metric
@@ -221,8 +221,8 @@ class Worker:
             if step is None:
                 raise
             self._pruned(member, step)
-        except InUse:  # By a worker on this machine that does not answer.
-            time.sleep(POLL_S)
+        except InUse:  # By a process without a claim, or one that does not answer.
+            time.sleep(self.folder.sweep.claim_timeout_s / BEATS)
         except Exception as error:
             self._failed(member, number, error)
         else:
@@ -232,7 +232,7 @@ class Worker:
                 self.claim.release(is_done=True)
                 self.claim = None
         finally:
-            self.stop.judge = None
+            self.stop.judge, self.stop.at_risk = None, False
             self.release()
 
     def _config(self, member: Member) -> Config:

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from slurm_nodes import environment as environment
 
 from finetune_jax.parallel import launch
 from finetune_jax.report.metrics_log import read_metrics

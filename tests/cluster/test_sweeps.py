@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from slurm_nodes import environment as environment
 from sweep_runs import SweepRun
 
 from finetune_jax.parallel import launch

@@ -9,6 +9,9 @@ from typing import Any
 from finetune_jax.core.errors import Problem
 from finetune_jax.sweeps import claims
 
+# Environment variable of workers whose starter prints the table.
+QUIET = "FINETUNE_JAX_SWEEP_QUIET"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:

@@ -10,7 +10,7 @@ from finetune_jax.core.errors import Problem, raise_if
 from finetune_jax.parallel import joining
 from finetune_jax.parallel import launch as processes
 from finetune_jax.sweeps import claims
-from finetune_jax.sweeps.launchers.launch import Launch
+from finetune_jax.sweeps.launchers.launch import QUIET, Launch
 
 # How often a worker is started again after it was killed.
 RESTARTS = 3
@@ -36,7 +36,7 @@ def run(launch: Launch) -> int:
     check(launch)
     for line in notes(launch):
         print(line, flush=True)
-    shared = launch.environment()
+    shared = {**launch.environment(), QUIET: "1"}
     starts = [_start_of(launch, shared | own) for own in environments(launch)]
     return supervise(starts, restarts=RESTARTS)
 
