@@ -377,3 +377,11 @@ def test_the_interval_of_a_spread_covers(design):
         covered += found.low <= 2 <= found.high
     assert found.df == (6 if design == "apart" else 3)
     assert 0.93 <= covered / REPEATS <= 0.97
+
+
+def test_equal_values_of_all_seeds_have_no_interval():
+    found = statistics.estimate(np.full((2, 1), 0.13))
+    assert found.mean == 0.13 and np.isnan([found.low, found.high, found.p_value]).all()
+    # Two runs that are the same are not told apart.
+    same = statistics.estimate(np.zeros((2, 1)))
+    assert (same.low, same.high) == (0, 0) and same.p_value == 1

@@ -88,7 +88,11 @@ def calls(monkeypatch):
 
         return dataclasses.replace(program, call=call)
 
-    for module in ("sweeps.vectorised", "parallel.executor", "parallel.mesh"):
+    for module in (
+        "sweeps.populations.vectorised",
+        "parallel.executor",
+        "parallel.mesh",
+    ):
         monkeypatch.setattr(f"finetune_jax.{module}.compiled", counted)
     return counts
 

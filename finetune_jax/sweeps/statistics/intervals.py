@@ -56,7 +56,8 @@ class Estimate:
 
     Attributes:
         mean: Mean of all scores; NaN, as all numbers below, if a score is not finite.
-        low: Lower end of the interval; NaN if there is one seed and one example.
+        low: Lower end of the interval; NaN if there is one seed and one example, and if
+            all seeds have the same value of a metric without examples.
         high: Upper end of the interval.
         p_value: Two-sided p-value of the mean being 0, by the same t statistic.
         standard_error: Standard error of the mean.
@@ -119,6 +120,9 @@ def estimate(
     by_seed, by_example, rest = _mean_squares(scores_SxE)
     variance, df = variance_of_mean(by_seed, by_example - rest, scores_SxE.shape)
     error, center = math.sqrt(variance), float(scores_SxE.mean())
+    if not error and center and examples == 1:
+        # Metrics have few possible values: equal ones do not show that seeds never vary.
+        return dataclasses.replace(_unknown(seeds, examples), mean=mean)
     half = float(special.stdtrit(df, (1 + level) / 2)) * error if df else math.nan
     return Estimate(
         mean=mean,
