@@ -69,7 +69,7 @@ def resolved_config(
         # The program ends, so jax may start: it is needed to know all names.
         from finetune_jax.training.setup import check_before_data
 
-        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
+        with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError):
             with collected(problems):
                 check_before_data(config)
     raise_if(dict.fromkeys(problems))
