@@ -82,7 +82,7 @@ class Runner:
             rates = np.full(count - made, 1e-4, np.float32)
             last = time.perf_counter()
             call = self._feed.call(rates, np.zeros_like(rates))
-            program, took = self._updates.program(
+            program, took, _ = self._updates.program(
                 self._phase, self._feed, self._placed, call
             )
             compile_s += took
