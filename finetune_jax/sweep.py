@@ -18,6 +18,7 @@ from finetune_jax.modes.startup import (
     set_precision,
 )
 from finetune_jax.parallel import joining, processes
+from finetune_jax.parallel.launch import STOPPED
 from finetune_jax.sweeps.claims import Claims, check_shared
 from finetune_jax.sweeps.definition import Sweep, load
 from finetune_jax.sweeps.folder import SweepFolder, threads_of
@@ -91,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--index", type=int, metavar="K", help="run the Kth member alone, from 0"
     )
     parser.add_argument(
-        "--metric", metavar="NAME", help="metric to compare; default: test/accuracy"
+        "--metric", metavar="NAME", help="metric to compare; default: that of the runs"
     )
     parser.add_argument(
         "--changed", action="store_true", help="retry members of other code or data too"
@@ -144,7 +145,7 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
     folder = SweepFolder(root, sweep)
     is_here = flags.jobs == 1 and flags.launcher == "local" and not flags.dry_run
     if not is_here or _lacks_processes(sweep, members):
-        return _launch(flags, folder, members)
+        return _launch(flags, folder, name, members)
     environment = dict(os.environ)
     wanted = os.environ.pop(MEMBER, None)
     left = [m for m in members if folder.outcome(m.key) is None] or members
@@ -252,7 +253,10 @@ def _key_of(wanted: Wanted, index: int) -> str:
 
 
 def _launch(
-    flags: argparse.Namespace, folder: SweepFolder, members: Sequence[Member]
+    flags: argparse.Namespace,
+    folder: SweepFolder,
+    name: str,
+    members: Sequence[Member],
 ) -> int:
     """Starts workers."""
     sweep, jobs = folder.sweep, flags.jobs
@@ -282,12 +286,9 @@ def _launch(
         print("\n".join(launcher.lines(launch)))
         return 0
     status = launcher.run(launch)
-    is_local = flags.launcher == "local"
-    return (
-        _told(folder, folder.root.name, flags.sweep)
-        if is_local and not status
-        else status
-    )
+    if flags.launcher != "local" or status == STOPPED:
+        return status
+    return _told(folder, name, flags.sweep) or status
 
 
 def _status(
@@ -360,11 +361,7 @@ def _compare(flags: argparse.Namespace) -> int:
     comparison = importlib.import_module("finetune_jax.sweeps.comparison")
     if len(flags.runs) < 2:
         raise UserError("compare: give the workdirs of at least two runs")
-    print(
-        "\n".join(
-            comparison.compare_workdirs(flags.runs, flags.metric or "test/accuracy")
-        )
-    )
+    print("\n".join(comparison.compare_workdirs(flags.runs, flags.metric)))
     return 0
 
 

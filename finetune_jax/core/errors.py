@@ -157,6 +157,18 @@ def is_of_disk(error: OSError) -> bool:
     return error.errno in _OF_DISK
 
 
+def tells_of_disk(error: Exception) -> bool:
+    """Returns whether an error says that the disk takes no more, as that of a save does.
+
+    >>> tells_of_disk(TrainingError(f"checkpoint 3 cannot be saved: {_FULL}"))
+    True
+    """
+    if isinstance(error, OSError):
+        return is_of_disk(error)
+    told = isinstance(error, TrainingError) and str(error)
+    return bool(told) and any(advice in told for advice in _OF_DISK.values())
+
+
 def why_not_written(error: Exception) -> str:
     """Returns in one line why something could not be written, and what to do.
 

@@ -148,11 +148,12 @@ class SweepFolder:
         """Writes `sweep.json`, and links to the workdirs by names for people."""
         sweep = self.sweep
         arms = sweep.all_arms if sweep.search is None else {}
+        trained = [m for m in members if m.stage != "source"]
         index = {
             "name": name,
             "metric": sweep.metric,
             "baseline": sweep.the_baseline if arms else None,
-            "tune_by": tune_metric(sweep, members[0]) if members else sweep.tune_by,
+            "tune_by": tune_metric(sweep, trained[0]) if trained else sweep.tune_by,
             "keep": sweep.keep,
             "arms": {name: as_plain(arm.overrides) for name, arm in arms.items()},
             "cases": {name: as_plain(of) for name, of in sweep.cases.items()},
@@ -212,7 +213,6 @@ class SweepFolder:
         """Returns lines about finished members of other code, packages or data."""
         now, lines = identity(None), []
         others: dict[str, list[str]] = {"code": [], "packages": []}
-        data: dict[str, dict[str, list[str]]] = {}
         for member in members:
             outcome = self.outcome(member.key)
             if outcome is None or outcome.state != "complete":
@@ -221,39 +221,57 @@ class SweepFolder:
             for name, labels in others.items():
                 if then[name] != now[name]:
                     labels.append(member.label)
-            manifest = read_manifest(self.workdir(member.key)) or {}
-            same = repr((member.config.data, dict(member.seed)["order"]))
-            by_print = data.setdefault(same, {})
-            found = str(manifest.get("data_fingerprint"))
-            by_print.setdefault(found, []).append(member.label)
         for name, labels in others.items():
             if labels:
                 lines.append(
                     f"{len(labels)} finished members ran with other {name} than that of "
                     f"now ({_few(labels)}); `retry --changed` runs them again"
                 )
-        for by_print in data.values():
-            if len(by_print) > 1:
-                fewest = min(by_print.values(), key=len)
-                lines.append(
-                    f"{_few(fewest)} had other data than the other runs with the same "
-                    "config.data; `retry --changed` runs all of them again"
-                )
+        for group in self._other_data(members):
+            lines.append(
+                f"{_few([member.label for member in group])} have the same config.data, "
+                "but read other data than one another; `retry --changed` runs all of "
+                "them again"
+            )
         return lines
 
+    def _other_data(self, members: Sequence[Member]) -> list[list[Member]]:
+        """Returns groups of finished members of one `config.data` with other data."""
+        groups: dict[str, dict[str, list[Member]]] = {}
+        for member in members:
+            outcome = self.outcome(member.key)
+            if outcome is None or outcome.state != "complete":
+                continue
+            manifest = read_manifest(self.workdir(member.key)) or {}
+            same = repr((member.config.data, dict(member.seed)["order"]))
+            found = str(manifest.get("data_fingerprint"))
+            groups.setdefault(same, {}).setdefault(found, []).append(member)
+        return [
+            [member for own in by_print.values() for member in own]
+            for by_print in groups.values()
+            if len(by_print) > 1
+        ]
+
     def set_aside(self, members: Sequence[Member]) -> int:
-        """Moves finished members of other code, packages or data to `aside/`.
+        """Moves members that have ended to `aside/`, if code, packages or data changed.
+
+        If runs with the same `config.data` read other data, all of them are moved.
 
         Returns:
             The number of these members, which run again when workers are started.
         """
         now, count = identity(None), 0
+        mixed = [m.key for group in self._other_data(members) for m in group]
         for member in members:
             workdir = self.workdir(member.key)
-            if self.outcome(member.key) is None or identity(workdir) == now:
+            outcome = self.outcome(member.key)
+            if outcome is None or outcome.state == "failed":
+                continue
+            if identity(workdir) == now and member.key not in mixed:
                 continue
             count += 1
             self._ended.pop(member.key, None)
+            (self.claims / member.key / "pruned.json").unlink(missing_ok=True)
             if workdir.is_symlink():
                 workdir.unlink()
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 from finetune_jax.config import Config, flat, resolve, seeds, to_json
 from finetune_jax.config.fields import plain
 from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
-from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.core.errors import Problem, UserError, raise_if
 from finetune_jax.core.registry import closest
 from finetune_jax.plans.phase import Phase, as_config, plan_problems
 from finetune_jax.report.tables import short_labels
@@ -135,6 +135,11 @@ class Members:
             for key, value in tuned.items()
         }
         overrides = {**of_case, **one.overrides, **values}
+        lost = [
+            *_lost(of_case, one.overrides, f"arm {arm!r}"),
+            *_lost({**of_case, **one.overrides}, values, "tune"),
+        ]
+        raise_if(dict.fromkeys(lost), f"arm {arm!r}{case and f', case {case!r}'}:")
         return self._member(identity, one.base, overrides, seed, names)
 
     def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
@@ -224,6 +229,38 @@ def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:
     """Returns the values of the keys that are tuned for an arm; a mapping names them."""
     one: Arm = sweep.all_arms[arm]
     return sweep.tune if one.tune is None else one.tune
+
+
+def _lost(
+    first: Mapping[str, Any], then: Mapping[str, Any], what: str
+) -> list[Problem]:
+    """Returns overrides that later ones would replace without a word.
+
+    Args:
+        first: Overrides that are applied first.
+        then: Later overrides.
+        what: Where the later ones are from.
+    """
+    keys = _keys_of(then)
+    return [
+        Problem(
+            f"config.{key}", f"is also set by {what} ({other}); leave one of them out"
+        )
+        for key in _keys_of(first)
+        for other in keys
+        if key == other or key.startswith((f"{other}.", f"{other}["))
+    ]
+
+
+def _keys_of(overrides: Mapping[str, Any]) -> list[str]:
+    """Returns the keys that overrides set, those of a section one by one."""
+    found = []
+    for key, value in as_plain(overrides).items():
+        if isinstance(value, dict):
+            found += [f"{key}.{name}" for name in _keys_of(value)]
+        else:
+            found.append(key)
+    return found
 
 
 def _as_config(value: Any) -> Any:

@@ -23,7 +23,7 @@ from finetune_jax.core.errors import (
     NotFinite,
     TrainingError,
     UserError,
-    is_of_disk,
+    tells_of_disk,
 )
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.parallel import processes
@@ -343,8 +343,9 @@ class Worker:
         Raises:
             Exception: The error itself, if no other member would fare better.
         """
-        if isinstance(error, OSError) and is_of_disk(error):
+        if tells_of_disk(error):
             raise error
+        self._shared = None  # It may have to do with the error, in all processes.
         log = self.folder.log(member.key, number)
         is_told = isinstance(error, UserError | TrainingError)
         text = str(error) if is_told else _last_line(error)
@@ -354,7 +355,6 @@ class Worker:
             with log.open("a") as file:
                 file.write("".join(traceback.format_exception(error)))
             self.folder.failed(member.key, number, text, again=again)
-            self._shared = None  # It may have to do with it.
             left = self.folder.sweep.attempts - len(self.folder.failures(member.key))
             more = f"; {left} more attempts" if again and left > 0 else ""
             say(f"{member.label} failed: {text.splitlines()[-1]} (log {log}){more}")

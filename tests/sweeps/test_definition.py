@@ -203,3 +203,23 @@ def test_seeds_by_source_vary_one_source_at_a_time():
     assert len(found) == 5
     for one, other in itertools.pairwise(found[:3]):
         assert one["order"] == other["order"] == 0 and one["init"] != other["init"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"cases": {"c": {"plan[0].steps": 3}}},
+            "config.plan[0].steps: is also set by",
+        ),
+        ({"tune": {"plan": {"x": head_only(steps=2)}}}, "is also set by tune"),
+        ({"cases": {"c": {"data": {"batch_size": 5}}}}, "config.data.batch_size"),
+    ],
+)
+def test_overrides_that_others_would_replace_are_refused(keys, words):
+    arms = {"a": {"plan": head_only(steps=2), "data.batch_size": 10}}
+    with pytest.raises(UserError) as caught:
+        check(sweeps.Sweep(base=IRIS, arms=arms, **keys))
+    assert words in str(caught.value)
+    # A refinement loses nothing.
+    check(sweeps.Sweep(base=IRIS, arms=arms, tune={"plan[0].peak_lr": (0.1, 0.2)}))

@@ -1,5 +1,6 @@
 """Workers of a sweep: real runs of iris, a second or less each."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import pytest
 
 from finetune_jax import config as configs
 from finetune_jax import sweep as program
-from finetune_jax.core.errors import UserError
+from finetune_jax.core.errors import TrainingError, UserError
 from finetune_jax.sweeps.claims import Claims
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import member_key
@@ -146,7 +147,9 @@ def test_other_data_is_told(finished, tmp_path, capsys):
     manifest = json.loads(path.read_text()) | {"data_fingerprint": "other"}
     path.write_text(json.dumps(manifest))
     assert act(tmp_path, "status") == 0
-    assert "had other data than the other runs" in capsys.readouterr().out
+    assert "read other data than one another" in capsys.readouterr().out
+    assert act(tmp_path, "retry", "--changed") == 0
+    assert "2 finished members of other code or data" in capsys.readouterr().out
 
 
 def test_a_member_that_fails_stops_no_other(tmp_path, capsys):
@@ -185,18 +188,25 @@ def test_a_member_is_tried_again_after_an_error_of_the_machine(
     assert "[1/1] base, seed 0: test/accuracy" in said
 
 
-def test_a_full_disk_ends_the_worker_and_is_no_failure(tmp_path, monkeypatch):
-    import errno
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        TrainingError("checkpoint 3 cannot be saved in x: the disk is full; make room, "
+                      "and run again with the same --workdir, from the last checkpoint"),
+    ],
+    ids=("file", "checkpoint"),
+)  # fmt: skip
+def test_a_full_disk_ends_the_worker_and_is_no_failure(tmp_path, monkeypatch, error):
     from finetune_jax.sweeps import worker
 
     write(tmp_path, "seeds=1, metric='test/accuracy'")
 
     def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device", "x")
+        raise error
 
     monkeypatch.setattr(worker, "run", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(type(error)):
         act(tmp_path, "run")
     found, wanted = opened(tmp_path)
     key = wanted.members[0].key
