@@ -294,7 +294,9 @@ def test_the_job_script_has_the_options_of_the_site(folder, monkeypatch):
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_a_dry_run_of_the_command_writes_nothing(tmp_path):
+def test_a_dry_run_of_the_command_writes_nothing(tmp_path, monkeypatch):
+    # Python itself keeps the compiled file of the sweep beside it.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     sweep = SweepRun(tmp_path / "rates", slurm={"cpus_per_task": 3}, threads=None)
     before = {*tmp_path.iterdir()}
     text = sweep.run("run", "--launcher=slurm", "--jobs=3", "--dry-run")
