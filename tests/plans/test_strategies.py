@@ -331,9 +331,9 @@ def test_twenty_cycles_of_alternating_compile_two_steps(
     found = Updates.program
 
     def kept(self, *arguments):
-        program, compile_s = found(self, *arguments)
+        program, compile_s, cost = found(self, *arguments)
         programs.append(program)
-        return program, compile_s
+        return program, compile_s, cost
 
     monkeypatch.setattr(Updates, "program", kept)
     plan = strategies.alternating(
