@@ -1,11 +1,11 @@
-"""Claim: a population of 64 heads takes at most 2.5 times the wall time of one run.
+"""Claim: a grid of 64 heads takes at most 2.5 times the wall time of one run.
 
 .venv/bin/python scripts/bench_population.py [--members=64] [--rounds=2]
   [--config=FILE[:ARG]]
 
-Runs the config alone and as a population of rates and seeds, from command to table, in
-turn, each pair with an empty cache first and with what that left behind second; prints
-seconds, and the ratio. Then compares what the updates of all members took with what those
+Runs the config alone, as a sweep of rates and seeds by one worker, and as a population of
+them, from command to table, in turn, with an empty cache first and with what that left
+behind second; prints seconds, and the ratios. Then compares what the updates of all members took with what those
 of the same number of single runs in one process would have, by the runs' own clocks.
 """
 
@@ -24,6 +24,15 @@ from finetune_jax.config import grid
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "resnet_head.py"
 SEEDS = 4
+SWEEP = """
+from finetune_jax import sweeps
+
+def get_sweep():
+    return sweeps.Sweep(
+        base={base!r}, arms=sweeps.grid({{"plan[0].peak_lr": {rates!r}}}), seeds={seeds},
+        metric="test/accuracy", keep="best", pages=False,
+    )
+"""
 SINGLES = """
 import pathlib, sys
 from finetune_jax import config as configs
@@ -80,9 +89,19 @@ def main() -> None:
                 taken = seconds(
                     [*command, f"--workdir={many}", population], folder / "cache many"
                 )
+                file = folder / "sweep.py"
+                file.write_text(
+                    SWEEP.format(base=arguments.config, rates=tuple(rates), seeds=SEEDS)
+                )
+                swept = seconds(
+                    ["-m", "finetune_jax.sweep", f"--sweep={file}",
+                     f"--dir={folder / f'sweep {kind}'}", "run"],
+                    folder / "cache sweep",
+                )  # fmt: skip
                 print(
-                    f"round {number + 1}, {kind:12}: one run {single:6.1f} s, population "
-                    f"{taken:6.1f} s = {taken / single:.2f} runs",
+                    f"round {number + 1}, {kind:12}: one run {single:6.1f} s, sweep "
+                    f"{swept:6.1f} s = {swept / single:.2f} runs, population {taken:6.1f} "
+                    f"s = {taken / single:.2f} runs",
                     flush=True,
                 )
             trained = sum(map(training_s, (many / "members").iterdir()))

@@ -13,6 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.core.machine import threads
 
+# Values whose digest takes less time than handing the leaves to threads.
+FEW_VALUES = 2**22
+
 
 def named(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by name, in the tree's order.
@@ -110,7 +113,7 @@ def leaf_digests(tree: Any) -> dict[str, str]:
     if any(_spans_processes(leaf) for leaf in leaves.values()):
         # One at a time, so that no process has all of a large state.
         return {name: leaf_digest(whole(leaf)) for name, leaf in leaves.items()}
-    if sum(np.size(leaf) for leaf in leaves.values()) < 2**18:
+    if sum(np.size(leaf) for leaf in leaves.values()) < FEW_VALUES:
         return {name: leaf_digest(leaf) for name, leaf in leaves.items()}
     with ThreadPoolExecutor(threads()) as pool:
         return dict(zip(leaves, pool.map(leaf_digest, leaves.values())))

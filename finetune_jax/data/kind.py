@@ -8,6 +8,7 @@ kind: it asks the object. A folder outside of this package counts too (see
 
 import abc
 import dataclasses
+import functools
 import importlib
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -343,6 +344,7 @@ def kind_names() -> list[str]:
     return registry.packages_with(data, "kind")
 
 
+@functools.cache
 def kind_named(name: str) -> Kind:
     """Returns a kind.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from finetune_jax.core.pytrees import nbytes
 from finetune_jax.core.train_state import TrainState, eval_params
 from finetune_jax.data.batches import (
     BatchSource,
@@ -26,6 +27,9 @@ from finetune_jax.parallel.devices import Devices, concurrent_batch
 from finetune_jax.parallel.executor import Batches, Executor
 from finetune_jax.tasks.components.decision import decided
 from finetune_jax.tasks.task import Task
+
+# Size of a table of features that stays on the devices between measurements.
+KEPT_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +141,9 @@ class Evaluator:
         """
         size = concurrent_batch(self.devices, self.batch_size)
         whole = getattr(examples, "dataset", examples)
+        kept = None
+        if isinstance(examples, Features) and nbytes(examples.table) <= KEPT_BYTES:
+            kept = examples.placed
         batches = Batches(
             key=(type(examples), id(whole), size),
             count=len(examples),
@@ -146,6 +153,7 @@ class Evaluator:
                 batch_size=size,
                 local_rows=self._local_rows,
             ),
+            kept=kept,
             # Between updates, memory counts for more than two programs at once.
             is_large=self.training and is_large(self.task),
         )

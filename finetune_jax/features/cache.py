@@ -49,11 +49,15 @@ class Features:
         table: Arrays [N * views, ...]; the views of an example follow one another.
         label: Label of each example, as in a `Dataset`.
         views: Number of augmented versions of an example.
+        placed: Batches on the devices by what they depend on, while the table is in use.
     """
 
     table: Any
     label: np.ndarray
     views: int = 1
+    placed: dict[Any, list[Any]] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -401,8 +405,11 @@ class FeatureStore:
         computed = outputs(
             self.devices,
             lambda batch: functools.partial(call, batch),
-            evaluation_batches(
-                seen, batch_size=batch_size, local_rows=self._local_rows
+            (
+                self.devices.place_batch(batch, batch_axis=0)
+                for batch in evaluation_batches(
+                    seen, batch_size=batch_size, local_rows=self._local_rows
+                )
             ),
             at_once=concurrent_programs(self.devices) if fits else 1,
         )

@@ -50,13 +50,26 @@ class Batches:
         key: Identity of the examples and of the batch size.
         count: Number of examples; the last batch may be padded.
         make: Returns an iterator of the batches, on the host.
+        kept: Where batches on the devices stay for the next call, by `key`; None
+            reads them again.
         is_large: Whether one batch keeps all cores busy and fills much memory.
     """
 
     key: Hashable
     count: int
     make: Callable[[], Iterator[Any]]
+    kept: dict[Hashable, list[Any]] | None = None
     is_large: bool = False
+
+    def placed(self, devices: Devices) -> Iterator[Any]:
+        """Yields the batches on the devices."""
+        place = functools.partial(devices.place_batch, batch_axis=0)
+        if self.kept is None:
+            yield from map(place, self.make())
+            return
+        if self.key not in self.kept:
+            self.kept[self.key] = list(map(place, self.make()))
+        yield from self.kept[self.key]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -183,7 +196,9 @@ class DeviceExecutor(Executor):
             return functools.partial(self._evaluation[key], *arguments, batch)
 
         at_once = 1 if batches.is_large else concurrent_programs(self.devices)
-        parts = list(outputs(self.devices, ready, batches.make(), at_once=at_once))
+        parts = list(
+            outputs(self.devices, ready, batches.placed(self.devices), at_once=at_once)
+        )
         return jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: batches.count], *parts
         )
@@ -218,14 +233,14 @@ def outputs(
     Args:
         devices: Devices that compute them.
         ready: Returns a function of no arguments that computes a placed batch.
-        batches: Batches on the host.
+        batches: Placed batches.
         at_once: Number of batches that are computed concurrently on CPU.
     """
     batches = _watched(batches)
     if backend() != "cpu":
         before = None
         for batch in batches:
-            rows = ready(devices.place_batch(batch, batch_axis=0))()
+            rows = ready(batch)()
             if before is not None:
                 yield devices.rows_to_host(before)
             before = rows
@@ -235,7 +250,7 @@ def outputs(
     with ThreadPoolExecutor(at_once) as pool:
         waiting: deque[Future] = deque()
         for batch in batches:
-            call = ready(devices.place_batch(batch, batch_axis=0))
+            call = ready(batch)
             if len(waiting) == at_once:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(lambda call=call: devices.rows_to_host(call())))

@@ -89,8 +89,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _git() -> dict | None:
-    """Returns commit and state of the checkout that the code runs from, if it is one."""
+    """Returns commit and state of the checkout that the code runs from, if it is one.
+
+    The first call of a process answers for it, as its code has been loaded by then.
+    """
     root = pathlib.Path(__file__).resolve().parents[2]
 
     def ask(*words: str) -> str:

@@ -247,7 +247,9 @@ class VectorisedExecutor(Executor):
             return functools.partial(program.call, stacks.shared, own, batch)
 
         try:
-            parts = list(outputs(self.devices, ready, batches.make(), at_once=1))
+            parts = list(
+                outputs(self.devices, ready, batches.placed(self.devices), at_once=1)
+            )
         except _DoesNotFit:
             half = functools.partial(self._rows, name, step, batches)
             return self._halves(half, given)
