@@ -5,8 +5,9 @@
 
 Runs the config alone, as a sweep of rates and seeds by one worker, and as a population of
 them, from command to table, in turn, with an empty cache first and with what that left
-behind second; prints seconds, and the ratios. Then compares what the updates of all members took with what those
-of the same number of single runs in one process would have, by the runs' own clocks.
+behind second; prints seconds, and the ratios. Then compares what the updates of all
+members took with what those of the same number of single runs in one process would have,
+by the runs' own clocks.
 """
 
 import argparse
@@ -90,12 +91,13 @@ def main() -> None:
                     [*command, f"--workdir={many}", population], folder / "cache many"
                 )
                 file = folder / "sweep.py"
+                # Sweeps beside each other would take each other's runs.
                 file.write_text(
                     SWEEP.format(base=arguments.config, rates=tuple(rates), seeds=SEEDS)
                 )
                 swept = seconds(
                     ["-m", "finetune_jax.sweep", f"--sweep={file}",
-                     f"--dir={folder / f'sweep {kind}'}", "run"],
+                     f"--dir={folder / kind / 'sweep'}", "run"],
                     folder / "cache sweep",
                 )  # fmt: skip
                 print(
