@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import io
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -204,10 +206,13 @@ def ended(run: Callable[[Sequence[str]], int]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = run(sys.argv[1:])
+        sys.stdout.flush()
         part()
     except Exception as error:
         text, status = _message(error)
         end_processes(error, text, status)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(1)
         if text is None:
             raise
         print(text, file=sys.stderr)
@@ -217,6 +222,19 @@ def ended(run: Callable[[Sequence[str]], int]) -> None:
 def main() -> None:
     """Runs the program."""
     ended(run)
+
+
+def _reader_is_gone() -> bool:
+    """Returns whether stdout is a pipe that nobody reads, as after `| head`.
+
+    What is left in its buffer is then dropped.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _message(error: Exception) -> tuple[str | None, int]:

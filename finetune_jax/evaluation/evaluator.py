@@ -28,8 +28,8 @@ from finetune_jax.parallel.executor import Batches, Executor
 from finetune_jax.tasks.components.decision import decided
 from finetune_jax.tasks.task import Task
 
-# Size of a table of features that stays on the devices between measurements.
-KEPT_BYTES = 2**26
+# Largest table of features that stays on the devices between evaluations.
+DEVICE_CACHE_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,9 +141,12 @@ class Evaluator:
         """
         size = concurrent_batch(self.devices, self.batch_size)
         whole = getattr(examples, "dataset", examples)
-        kept = None
-        if isinstance(examples, Features) and nbytes(examples.table) <= KEPT_BYTES:
-            kept = examples.placed
+        cache = None
+        if (
+            isinstance(examples, Features)
+            and nbytes(examples.table) <= DEVICE_CACHE_BYTES
+        ):
+            cache = examples.device_batches
         batches = Batches(
             key=(type(examples), id(whole), size),
             count=len(examples),
@@ -153,7 +156,7 @@ class Evaluator:
                 batch_size=size,
                 local_rows=self._local_rows,
             ),
-            kept=kept,
+            cache=cache,
             # Between updates, memory counts for more than two programs at once.
             is_large=self.training and is_large(self.task),
         )

@@ -49,13 +49,13 @@ class Features:
         table: Arrays [N * views, ...]; the views of an example follow one another.
         label: Label of each example, as in a `Dataset`.
         views: Number of augmented versions of an example.
-        placed: Batches on the devices by what they depend on, while the table is in use.
+        device_batches: Evaluation batches on the devices, by their key.
     """
 
     table: Any
     label: np.ndarray
     views: int = 1
-    placed: dict[Any, list[Any]] = dataclasses.field(
+    device_batches: dict[Any, list[Any]] = dataclasses.field(
         default_factory=dict, compare=False
     )
 

@@ -50,26 +50,25 @@ class Batches:
         key: Identity of the examples and of the batch size.
         count: Number of examples; the last batch may be padded.
         make: Returns an iterator of the batches, on the host.
-        kept: Where batches on the devices stay for the next call, by `key`; None
-            reads them again.
+        cache: Batches on the devices by `key`; None reads and places them in every call.
         is_large: Whether one batch keeps all cores busy and fills much memory.
     """
 
     key: Hashable
     count: int
     make: Callable[[], Iterator[Any]]
-    kept: dict[Hashable, list[Any]] | None = None
+    cache: dict[Hashable, list[Any]] | None = None
     is_large: bool = False
 
     def placed(self, devices: Devices) -> Iterator[Any]:
         """Yields the batches on the devices."""
         place = functools.partial(devices.place_batch, batch_axis=0)
-        if self.kept is None:
+        if self.cache is None:
             yield from map(place, self.make())
             return
-        if self.key not in self.kept:
-            self.kept[self.key] = list(map(place, self.make()))
-        yield from self.kept[self.key]
+        if self.key not in self.cache:
+            self.cache[self.key] = list(map(place, self.make()))
+        yield from self.cache[self.key]
 
 
 @dataclasses.dataclass(kw_only=True)

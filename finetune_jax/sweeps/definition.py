@@ -7,7 +7,8 @@ imports jax.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.config import loading, plugins
@@ -196,6 +197,7 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
     if sweep.search is None and sweep.the_baseline not in arms:
         near = closest(sweep.the_baseline, arms)
         add("baseline", f"no arm {sweep.baseline!r}{near}")
+    problems += _shared_folders("arms", arms) + _shared_folders("cases", cases)
     if sweep.tune_case is not None and sweep.tune_case not in cases:
         near = closest(sweep.tune_case, cases)
         add("tune_case", f"no case {sweep.tune_case!r}{near}")
@@ -229,6 +231,32 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
             add("search", "a search has no arms, cases and tune; leave them out")
         problems += sweep.search.problems()
     return problems
+
+
+def folder_name(text: str) -> str:
+    """Returns the folder name of an arm or a case below `by_arm/`.
+
+    >>> folder_name("lora (rank 4)"), folder_name("..")
+    ('lora (rank 4)', '__')
+    """
+    name = re.sub(r"[^\w .,=()+-]", "_", text)
+    return "_" * len(name) if set(name) <= {"."} else name
+
+
+def _shared_folders(key: str, names: Iterable[str]) -> list[Problem]:
+    """Returns names of arms or cases that would have one folder below `by_arm/`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(folder_name(name), []).append(name)
+    return [
+        Problem(
+            f"Sweep.{key}",
+            f"{' and '.join(map(repr, same))} would share the folder {folder!r}; rename "
+            "one of them",
+        )
+        for folder, same in found.items()
+        if len(same) > 1
+    ]
 
 
 def _shape_problems(sweep: Sweep) -> list[Problem]:

@@ -25,7 +25,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.report.manifest import code_digest, package_versions
 from finetune_jax.report.workdir import make_folder, read_json, read_manifest
-from finetune_jax.sweeps.definition import Sweep
+from finetune_jax.sweeps.definition import Sweep, folder_name
 from finetune_jax.sweeps.members import Member, as_plain, member_key
 from finetune_jax.sweeps.schedule import Outcome, tune_metric
 from finetune_jax.sweeps.search.pruning import curve_of
@@ -176,7 +176,7 @@ class SweepFolder:
         seed = f"seed{'_'.join(map(str, values))}"
         tuned = member.key if member.stage == "tune" else seed
         parts = [member.case, member.arm, *(["tuning"] if tuned != seed else []), tuned]
-        place = self.root.joinpath("by_arm", *(_as_name(p) for p in parts if p))
+        place = self.root.joinpath("by_arm", *(folder_name(p) for p in parts if p))
         target = os.path.relpath(self.workdir(member.key), place.parent)
         with contextlib.suppress(OSError):  # A file system without links has none.
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -376,16 +376,6 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _as_name(text: str) -> str:
-    """Returns a text as the name of a folder.
-
-    >>> _as_name("lora (rank 4)"), _as_name("..")
-    ('lora (rank 4)', '__')
-    """
-    name = re.sub(r"[^\w .,=()+-]", "_", text)
-    return "_" * len(name) if set(name) <= {"."} else name
 
 
 def _few(labels: Sequence[str]) -> str:

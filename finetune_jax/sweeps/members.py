@@ -71,7 +71,8 @@ class Member:
         """Text that names it for a person."""
         numbers = sorted(set(dict(self.seed).values()))
         same = len(numbers) == 1
-        seed = f"seed {numbers[0]}" if same else f"seeds {dict(self.seed)}"
+        by_source = ", ".join(f"{key} {value}" for key, value in self.seed)
+        seed = f"seed {numbers[0]}" if same else f"seeds {by_source}"
         where = [self.case, self.arm] if self.trial is None else [f"trial {self.trial}"]
         if self.stage == "tune":
             labels = short_labels(list(self.tuned))
@@ -112,6 +113,8 @@ class Members:
         self.sweep = sweep
         self._bases: dict[int, Any] = {}
         self._found: dict[Any, tuple[Member | None, list[Problem]]] = {}
+        # Sources that are being resolved, each needed by the one before.
+        self._open: list[str] = []
 
     def final(
         self, arm: str, case: str, seed: Seed, tuned: Mapping[str, Any], stage: str
@@ -156,13 +159,25 @@ class Members:
         return self._member(("space", repr(overrides)), None, overrides, seed, names)
 
     def source(self, name: str, seed: Seed) -> Member:
-        """Returns the member that is a source of weights for runs with a seed."""
+        """Returns the member that is a source of weights for runs with a seed.
+
+        Raises:
+            UserError: The source needs itself, or its config is invalid.
+        """
+        if name in self._open:
+            chain = " -> ".join([*self._open[self._open.index(name) :], name])
+            text = f"{chain}: a source cannot start from itself"
+            raise UserError(Problem("Sweep.sources", text))
         source: Source = self.sweep.sources[name]
         if not source.by_seed:
             seed = self.sweep.all_seeds[0]
         names = {"stage": "source", "arm": name, "case": ""}
         identity = "source", name, seed
-        return self._member(identity, source.base, source.overrides, seed, names)
+        self._open.append(name)
+        try:
+            return self._member(identity, source.base, source.overrides, seed, names)
+        finally:
+            self._open.pop()
 
     def _member(
         self,

@@ -240,3 +240,23 @@ def test_one_process_has_the_cpu_devices_of_all_that_the_run_had(tmp_path, monke
         assert os.environ["XLA_FLAGS"] == "--xla_a=1"
     startup.pin_environment(tmp_path, False, parallel)
     assert os.environ.pop("JAX_NUM_CPU_DEVICES") == "4"
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback():
+    code = (
+        "import time; from finetune_jax.main import ended\n"
+        "def run(arguments):\n"
+        "    print('first', flush=True); time.sleep(1); print('second', flush=True)\n"
+        "ended(run)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

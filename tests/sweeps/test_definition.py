@@ -89,6 +89,18 @@ def test_sources_have_keys_that_do_not_depend_on_the_folder(tmp_path):
     assert shared[0] == shared[1]
 
 
+def test_sources_that_need_each_other_are_refused():
+    sources = {
+        name: sweeps.Source(overrides={"init.pretrained": f"sweep:{other}"})
+        for name, other in (("x", "y"), ("y", "z"), ("z", "y"))
+    }
+    sweep = sweeps.Sweep(base=IRIS, sources=sources)
+    with pytest.raises(
+        UserError, match="y -> z -> y: a source cannot start from itself"
+    ):
+        Members(sweep).source("x", sweep.all_seeds[0])
+
+
 def vars_of(sweep):
     return {name: getattr(sweep, name) for name in sweep.__dataclass_fields__}
 
@@ -130,6 +142,8 @@ def test_all_mistakes_of_a_definition_are_told_at_once():
         ({"cases": {}}, "a dict of names and overrides"),
         ({"sources": {"x": {}}}, "sweeps.Source"),
         ({"tune": {"plan[0].peak_lr": 0.1}}, "give a tuple"),
+        ({"arms": {"a/b": {}, "a_b": {"seed": 1}}}, "'a/b' and 'a_b' would share"),
+        ({"cases": {"x?": {}, "x!": {}}}, "'x?' and 'x!' would share"),
     ],
 )
 def test_a_definition_of_another_form_is_refused(keys, words):
