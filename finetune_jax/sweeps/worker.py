@@ -345,7 +345,9 @@ class Worker:
         """
         if tells_of_disk(error):
             raise error
-        self._shared = None  # It may have to do with the error, in all processes.
+        if not isinstance(error, NotFinite):
+            # It may have to do with the error, in all processes.
+            self._shared = None
         log = self.folder.log(member.key, number)
         is_told = isinstance(error, UserError | TrainingError)
         text = str(error) if is_told else _last_line(error)

@@ -153,19 +153,24 @@ def test_other_data_is_told(finished, tmp_path, capsys):
 
 
 def test_a_member_that_fails_stops_no_other(tmp_path, capsys):
-    arms = "arms={'nan': {'plan[0].peak_lr': 1e30, 'plan[0].optimizer': 'sgd'}, 'fine': {}}"
+    sgd = "'plan[0].optimizer': 'sgd'"
+    arms = f"arms={{'one': {{{sgd}}}, 'nan': {{{sgd}, 'plan[0].peak_lr': 1e30}}, "
+    arms += f"'fine': {{{sgd}, 'plan[0].peak_lr': 0.5}}}}"
     write(tmp_path, f"{arms}, seeds=1, metric='test/accuracy'")
     assert act(tmp_path, "run") == 1
     said = capsys.readouterr().out
     assert "nan, seed 0 failed: Not finite" in said and "fine, seed 0: test/acc" in said
     found, wanted = opened(tmp_path)
-    (failure,) = found.failures(wanted.members[0].key)
+    _, nan, fine = (member.key for member in wanted.members)
+    (failure,) = found.failures(nan)
+    # The run after it compiles nothing.
+    assert found.outcome(fine).result["programs"]["programs"] == 0
     assert "Traceback" in pathlib.Path(failure.log).read_text() and failure.log in said
     assert act(tmp_path, "run") == 1  # It is not tried again by itself.
-    assert len(found.failures(wanted.members[0].key)) == 1
+    assert len(found.failures(nan)) == 1
     assert act(tmp_path, "retry") == 0
     assert "1 members will run again" in capsys.readouterr().out
-    assert not found.failures(wanted.members[0].key)
+    assert not found.failures(nan)
 
 
 def test_a_member_is_tried_again_after_an_error_of_the_machine(
