@@ -227,7 +227,7 @@ def main() -> None:
 def _reader_is_gone() -> bool:
     """Returns whether stdout is a pipe that nobody reads, as after `| head`.
 
-    What is left in its buffer is then dropped.
+    Text left in its buffer is then dropped.
     """
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)

@@ -315,10 +315,11 @@ def _told(folder: SweepFolder, name: str, address: str) -> int:
     """Writes the report, and prints the table; returns 1 if members have failed."""
     from finetune_jax.sweeps.summary import write_sweep_report
     from finetune_jax.sweeps.table import table_of
-    from finetune_jax.sweeps.table_files import write_tables
+    from finetune_jax.sweeps.table_files import write_runs, write_tables
 
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     table = table_of(folder, wanted)
+    write_runs(folder, wanted)
     print("\n".join(write_tables(folder.root, name, table)))
     print(f"page {write_sweep_report(folder, name, wanted, table, address)}")
     ended = [folder.outcome(member.key) for member in wanted.members]

@@ -42,6 +42,27 @@ OutcomeOf = Callable[[str], Outcome | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A combination of values that tuning tries for an arm.
+
+    Attributes:
+        arm: Name of the arm.
+        case: Name of the case.
+        values: Values, or their names, by config key.
+        metric: Metric that chooses.
+        mean: Its mean over the tuning seeds; None before they have all finished.
+        has_failed: Whether a run failed.
+    """
+
+    arm: str
+    case: str
+    values: Mapping[str, Any]
+    metric: str
+    mean: float | None
+    has_failed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
     """Members that are known by now.
 
@@ -50,12 +71,16 @@ class Wanted:
         is_all: Whether there will be no more.
         tuned: Chosen values of each (arm, case) that has been tuned.
         trials: Trials of a search by number, as far as they have ended.
+        tuning: Combinations that tuning tries.
+        more: Largest number of members that will follow from results.
     """
 
     members: tuple[Member, ...]
     is_all: bool
     tuned: Mapping[tuple[str, str], Mapping[str, Any]]
     trials: Mapping[int, Trial] = dataclasses.field(default_factory=dict)
+    tuning: Sequence[Tuning] = ()
+    more: int = 0
 
 
 class Schedule:
@@ -79,14 +104,16 @@ class Schedule:
         """
         if self.sweep.search is not None:
             return self._trials(outcome_of)
-        tuning, tuned, is_all = list[Member](), {}, True
+        tuning, tuned, tried, more = list[Member](), {}, dict[Any, list[Tuning]](), 0
         pairs = list(itertools.product(self.sweep.cases, self.sweep.all_arms))
         for case, arm in pairs:
             where = self.sweep.tune_case if self.sweep.tune_case is not None else case
-            own, chosen = self._tuned(arm, where, outcome_of)
+            own, tried[arm, where], chosen = self._tuned(arm, where, outcome_of)
             tuning += own
             if chosen is None:
-                is_all = False
+                # Those with a tuning seed have run already.
+                ran = self.sweep.tune_seeds if where == case else 0
+                more += len(self.sweep.all_seeds) - ran
             else:
                 tuned[arm, case] = chosen
         final = [
@@ -96,7 +123,10 @@ class Schedule:
             if (arm, case) in tuned and tuned[arm, case] != _NOTHING
         ]
         members = self._with_sources([*tuning, *final])
-        return Wanted(members=members, is_all=is_all, tuned=tuned)
+        return Wanted(
+            members=members, is_all=len(tuned) == len(pairs), tuned=tuned,
+            tuning=[one for ones in tried.values() for one in ones], more=more,
+        )  # fmt: skip
 
     def _with_sources(self, members: Sequence[Member]) -> tuple[Member, ...]:
         """Returns members, each once, after the sources that they need."""
@@ -121,17 +151,17 @@ class Schedule:
 
     def _tuned(
         self, arm: str, case: str, outcome_of: OutcomeOf
-    ) -> tuple[list[Member], Mapping[str, Any] | None]:
+    ) -> tuple[list[Member], list[Tuning], Mapping[str, Any] | None]:
         """Returns the tuning runs of an arm, and its values once they have ended.
 
         The values are `_NOTHING` if all runs failed.
         """
         grid = tune_of(self.sweep, arm)
         if not grid:
-            return [], {}
+            return [], [], {}
         seeds = self.sweep.all_seeds[: self.sweep.tune_seeds]
         best, highest, is_over = _NOTHING, None, True
-        found: list[Member] = []
+        found, tried = list[Member](), list[Tuning]()
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             runs = [self.members.final(arm, case, s, chosen, "tune") for s in seeds]
@@ -140,11 +170,20 @@ class Schedule:
             metric = tune_metric(self.sweep, runs[0])
             is_over = is_over and None not in ended
             numbers = [o.value(metric) for o in ended if o is not None]
+            mean = None
             if numbers and None not in numbers:
                 mean = math.fsum(v for v in numbers if v is not None) / len(numbers)
                 if is_better(metric, mean, highest):
                     best, highest = chosen, mean
-        return found, best if is_over else None
+            has_failed = any(o is not None and o.state == "failed" for o in ended)
+            mean = mean if len(numbers) == len(runs) else None
+            tried.append(
+                Tuning(
+                    arm=arm, case=case, values=chosen, metric=metric, mean=mean,
+                    has_failed=has_failed,
+                )
+            )  # fmt: skip
+        return found, tried, best if is_over else None
 
     def _trials(self, outcome_of: OutcomeOf) -> Wanted:
         """Returns the members of the trials that may be proposed by now.
@@ -167,6 +206,7 @@ class Schedule:
             is_all=len(ended) == search.count,
             tuned={},
             trials=ended,
+            more=search.count * len(self.sweep.all_seeds) - len(members),
         )
 
     def _trial(

@@ -81,9 +81,11 @@ def status_lines(
     """
     counts = {name: sum(one.state == name for one in states) for name in STATES}
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    more = "" if wanted.is_all else "; more members follow from these results"
+    more = (
+        "" if wanted.is_all else f"; up to {wanted.more} more follow from the results"
+    )
     lines = [f"{len(states)} members: {told}{more}"]
-    if (left := _seconds_left(folder, states)) is not None:
+    if (left := _seconds_left(folder, wanted, states)) is not None:
         lines.append(f"about {datetime.timedelta(seconds=round(left))} left")
     rows = [
         (one.state, one.member.key, one.member.label, one.text)
@@ -107,16 +109,19 @@ def _left_aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _seconds_left(folder: SweepFolder, states: Sequence[MemberState]) -> float | None:
+def _seconds_left(
+    folder: SweepFolder, wanted: Wanted, states: Sequence[MemberState]
+) -> float | None:
     """Returns the seconds that the members still take; None if none runs or has ended.
 
-    It is the mean time of a finished member, for each that is left, divided by the number
-    of workers that run now.
+    It is the mean time of a finished member, for each that is left or follows, divided by
+    the number of workers that run now.
     """
     found = [folder.outcome(one.member.key) for one in states]
     seconds = [o.result["wall_s"] for o in found if o and o.state == "complete"]
     running = sum(one.state == "running" for one in states)
     left = sum(one.state == "waiting" for one in states) + 0.5 * running
+    left += 0 if wanted.is_all else wanted.more
     if not seconds or not running:
         return None
     return left * sum(seconds) / len(seconds) / running

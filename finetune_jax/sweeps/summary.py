@@ -1,11 +1,16 @@
 """Writes the page of a sweep from its folder."""
 
+import json
 import math
 import pathlib
 import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from finetune_jax.config import flat
+from finetune_jax.config.fields import plain
+from finetune_jax.config.loading import entry_dict
+from finetune_jax.plans.phase import Phase
 from finetune_jax.report import plots
 from finetune_jax.report.html import formats
 from finetune_jax.report.html.formats import SPACE, metric_text
@@ -19,7 +24,7 @@ from finetune_jax.report.html.sweep import (
 )
 from finetune_jax.report.metrics_log import read_metrics
 from finetune_jax.report.tables import short_labels
-from finetune_jax.report.workdir import read_json, read_manifest
+from finetune_jax.report.workdir import read_manifest
 from finetune_jax.sweeps import statistics
 from finetune_jax.sweeps.comparison import costs
 from finetune_jax.sweeps.definition import Seed
@@ -36,7 +41,6 @@ from finetune_jax.sweeps.table_files import (
     difference_text,
     mean_text,
     remarks,
-    values_text,
 )
 
 # A learning curve needs so many evaluations; a test split is measured twice in a run.
@@ -59,14 +63,15 @@ def write_sweep_report(
     flags = [f"--sweep={address}", f"--dir={folder.root}"]
     command = shlex.join(["python", "-m", "finetune_jax.sweep", *flags, "run"])
     curves = _curve_metrics(folder, table)
-    index = read_json(folder.root / "sweep.json") or {}
+    curve_metric = next(iter(curves.values()), table.metric)
     search = folder.sweep.search
     page = SweepPage(
         title=f"Sweep {name}",
-        identity=_identity(folder, table, address),
+        identity=_identity(folder, table, wanted, address),
         facts=_facts(folder, table, wanted),
         metric=table.metric,
-        curve_metric=next(iter(curves.values()), table.metric),
+        curve_metric=curve_metric,
+        curve_note=_curve_note(curve_metric),
         baseline="" if table.baseline is None else table.baseline,
         rows=[_arm_row(folder, table, row, curves, command) for row in table.rows],
         arms=[] if search else list(folder.sweep.all_arms),
@@ -75,7 +80,10 @@ def write_sweep_report(
         failures=_failures(folder, wanted.members),
         spreads=_spreads(table),
         command=command,
-        index=index,
+        partial=_partial(folder, wanted),
+        definition=_definition(folder),
+        tuning=table.tuning,
+        tuning_note=_tuning_note(folder),
         trials=[
             TrialPoint(
                 number=trial.number,
@@ -102,7 +110,7 @@ def _value(value: float | None, by_seed: Mapping[int, float]) -> float | None:
 
 
 def _identity(
-    folder: SweepFolder, table: Table, address: str
+    folder: SweepFolder, table: Table, wanted: Wanted, address: str
 ) -> list[tuple[str, str, str]]:
     sweep = folder.sweep
     found = [
@@ -117,7 +125,8 @@ def _identity(
         pruner = f", {type(search.pruner).__name__} pruner" if search.pruner else ""
         found.append(("Search", f"{search.count} trials", f"{search.sampler}{pruner}"))
     elif any(row.chosen for row in table.rows):
-        found.append(("Tuned by", sweep.tune_by or "the validation split", ""))
+        names = ", ".join(dict.fromkeys(one.metric for one in wanted.tuning))
+        found.append(("Tuned by", names, ""))
     return found
 
 
@@ -179,6 +188,16 @@ def _curve_metrics(folder: SweepFolder, table: Table) -> dict[str, str]:
     return {arm: _curve_candidates(metric)[place] for arm, metric in own.items()}
 
 
+def _curve_note(metric: str) -> str:
+    """Returns a sentence about the split of the learning curves."""
+    if not metric.startswith("train/"):
+        return ""
+    return (
+        "No held-out split was measured at more than two steps, so this is the training "
+        "split; evaluate.every_steps in the base config measures more often."
+    )
+
+
 def _curve_candidates(metric: str) -> list[str]:
     """Returns metrics that may show how runs learn, in order of preference."""
     name = metric.partition("/")[2]
@@ -216,6 +235,7 @@ def _arm_row(
         difference_text=difference_text(found),
         verdict=found.verdict if found else "",
         answer=answer(table, row),
+        problem="" if row.runs else row.problem,
         costs={
             text: (value, cost_text(key, value))
             for key, text in COSTS.items()
@@ -225,11 +245,47 @@ def _arm_row(
     )
 
 
-def _changes(row: Row) -> str:
+def _changes(row: Row) -> list[str]:
     """Returns what the runs of a row change in the base config."""
-    if not row.members:
+    return _settings(row.members[0].overrides) if row.members else []
+
+
+def _settings(overrides: Mapping[str, Any]) -> list[str]:
+    """Returns overrides as lines KEY=VALUE; of phases, values that are no defaults."""
+    default = plain(entry_dict(Phase, {})) if "plan" in overrides else {}
+    return [
+        f"{key}={json.dumps(value)}"
+        for key, value in flat(as_plain(overrides)).items()
+        if not key.startswith("plan[")
+        or default.get(key.partition("].")[2], ...) != value
+    ]
+
+
+def _definition(folder: SweepFolder) -> list[tuple[str, list[str]]]:
+    """Returns the names of arms and cases, and the values that each sets."""
+    sweep = folder.sweep
+    if sweep.search is not None:
+        return []
+    found = [(name, _settings(arm.overrides)) for name, arm in sweep.all_arms.items()]
+    found += [(name, _settings(of)) for name, of in sweep.cases.items() if name]
+    return found
+
+
+def _partial(folder: SweepFolder, wanted: Wanted) -> str:
+    """Returns a line that says how many runs have ended; '' if all have."""
+    ended = sum(folder.outcome(member.key) is not None for member in wanted.members)
+    count = len(wanted.members) + (0 if wanted.is_all else wanted.more)
+    if wanted.is_all and ended == count:
         return ""
-    return values_text(as_plain(row.members[0].overrides))
+    most = "" if wanted.is_all else "at most "
+    return f"The sweep is not finished: {ended} of {most}{count} runs have ended."
+
+
+def _tuning_note(folder: SweepFolder) -> str:
+    """Returns a sentence about the seeds that choose values."""
+    seeds = folder.sweep.all_seeds[: folder.sweep.tune_seeds]
+    chosen_by = "; ".join(map(_seed_text, seeds))
+    return f"Values are chosen with {chosen_by}, also among the seeds of the results."
 
 
 def _run_row(

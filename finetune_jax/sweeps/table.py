@@ -18,6 +18,7 @@ from finetune_jax.sweeps.comparison import Comparison, Run, adjusted, compare
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Wanted
+from finetune_jax.sweeps.tuning import tuning_notes, tuning_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,14 @@ class Table:
         baseline: Arm that the others are compared with; None for a search.
         rows: Rows by case, the best first.
         notes: Lines about what limits the comparisons.
+        tuning: Heading and rows about the values that tuning tried.
     """
 
     metric: str
     baseline: str | None
     rows: Sequence[Row]
     notes: Sequence[str] = ()
+    tuning: Sequence[Sequence[str]] = ()
 
     @property
     def cases(self) -> dict[str, list[Row]]:
@@ -121,7 +124,11 @@ def table_of(folder: SweepFolder, wanted: Wanted) -> Table:
         baseline=sweep.the_baseline,
         rows=rows,
         # Tables of the same sweep in other folders are the same.
-        notes=_collapsed([note.replace(f"{folder.root}/", "") for note in notes]),
+        notes=[
+            *_collapsed([note.replace(f"{folder.root}/", "") for note in notes]),
+            *tuning_notes(wanted),
+        ],
+        tuning=tuning_table(wanted),
     )
 
 
@@ -230,18 +237,18 @@ def _as_share(estimate: statistics.Estimate) -> statistics.Estimate:
 
 def _compared(rows: Sequence[Row], baseline: str, metric: str) -> list[Row]:
     """Returns rows of one case with their comparisons, adjusted for their number."""
-    runs = {row.arm: row.runs for row in rows}
+    by_arm = {row.arm: row for row in rows}
     problems: dict[str, str] = {}
     found: dict[str, Comparison] = {}
     for row in rows:
         if row.arm == baseline:
             continue
-        if not row.runs or not runs[baseline]:
-            name = row.arm if not row.runs else baseline
-            problems[row.arm] = f"no run of {name} has finished"
+        if not row.runs or not by_arm[baseline].runs:
+            without = row if not row.runs else by_arm[baseline]
+            problems[row.arm] = _without_runs(without, is_own=without is row)
             continue
         try:
-            found[row.arm] = compare(row.runs, runs[baseline], metric)
+            found[row.arm] = compare(row.runs, by_arm[baseline].runs, metric)
         except UserError as error:
             problems[row.arm] = "; ".join(map(str, error.problems))
     found = adjusted(found)
@@ -253,6 +260,23 @@ def _compared(rows: Sequence[Row], baseline: str, metric: str) -> list[Row]:
         )
         for row in rows
     ]
+
+
+def _without_runs(row: Row, *, is_own: bool) -> str:
+    """Returns why an arm has no finished run.
+
+    Args:
+        row: Row of the arm.
+        is_own: Whether the line is about this arm, so that it need not name it.
+    """
+    if row.problem:
+        return row.problem if is_own else f"{row.arm}: {row.problem}"
+    of = "" if is_own else f" of {row.arm}"
+    if not row.missing:
+        count = f"all {row.failed} runs" if row.failed > 1 else "the only run"
+        return f"{count}{of} failed"
+    failed = f" ({row.failed} failed, {row.missing} missing)" if row.failed else ""
+    return f"no run{of} has finished{failed}"
 
 
 def _best_first(rows: Sequence[Row], metric: str) -> list[Row]:

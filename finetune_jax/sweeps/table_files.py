@@ -5,27 +5,40 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from finetune_jax.core.files import write_json, write_text
+from finetune_jax.core.metric_names import is_of_class
 from finetune_jax.report.html import formats
-from finetune_jax.report.tables import aligned, short_labels
+from finetune_jax.report.tables import aligned
 from finetune_jax.sweeps import statistics
 from finetune_jax.sweeps.comparison import Comparison, costs
+from finetune_jax.sweeps.definition import SOURCES
+from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import as_plain
+from finetune_jax.sweeps.schedule import Wanted
 from finetune_jax.sweeps.table import Row, Table, metric_names
+from finetune_jax.sweeps.tuning import values_text
 
 # Costs that are the same each time that a run is made.
 _SAME = ("updates", "trained", "GFLOP")
-# Costs in tables for people, and their names.
+# Costs in `table.md` and `table.tex`.
+_SHORT = ("trained", "GFLOP")
+# Costs for people, and their names.
 COSTS = {
     "updates": "updates", "trained": "trained parameters", "GFLOP": "GFLOP",
     "train_s": "training time", "memory_mb": "memory (MB)",
     "disk_mb": "checkpoints (MB)",
 }  # fmt: skip
+_UNKNOWN = "–"
+# Rows of a table of tuning in `table.md`.
+_MOST_TUNING = 24
 # Columns of text, which are aligned on the left.
-_TEXTS = ("case", "arm", "trial", "chosen")
+_TEXTS = ("case", "arm", "trial", "chosen", "values", "chosen by")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
     "#": r"\#", "_": r"\_", "%": r"\%", "~": r"\textasciitilde{}",
@@ -60,13 +73,16 @@ def as_csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["case", "arm", "chosen", "runs", "missing", "failed", metric, "low_95",
-         "high_95", "difference", "difference_low_95", "difference_high_95", "p_value",
-         "p_adjusted", "verdict", "answer", *_SAME, *others]
+         "high_95", "std", "difference", "difference_low_95", "difference_high_95",
+         "p_value", "p_adjusted", "verdict", "answer", *_SAME, *others]
     )  # fmt: skip
     for row in table.rows:
         one, found = row.estimate, row.comparison
         chosen = json.dumps(as_plain(row.chosen)) if row.chosen else ""
         numbers = [None] * 3 if one is None else [one.mean, one.low, one.high]
+        values = [v for run in row.runs if (v := run.value(metric)) is not None]
+        finite = len(values) > 1 and all(map(math.isfinite, values))
+        numbers = [*numbers, float(np.std(values, ddof=1)) if finite else None]
         compared = [None] * 5
         if found is not None:
             ends = [found.low, found.high]
@@ -80,6 +96,37 @@ def as_csv(table: Table) -> str:
             + [_digits(means.get(key)) for key in others]
         )
     return text.getvalue()
+
+
+def write_runs(folder: SweepFolder, wanted: Wanted) -> None:
+    """Writes `runs.csv`: a row for each run, without times.
+
+    Args:
+        folder: Folder of the sweep.
+        wanted: Members that are known by now.
+    """
+    ended = [folder.outcome(member.key) for member in wanted.members]
+    bests = [outcome.result.get("best", {}) if outcome else {} for outcome in ended]
+    names = [n for n in dict.fromkeys(n for best in bests for n in best)
+             if not is_of_class(n)]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["case", "arm", "stage", *SOURCES, "tuned", "state", "best_step", "updates",
+         *names, "workdir"]
+    )  # fmt: skip
+    for member, outcome, best in zip(wanted.members, ended, bests):
+        seed, result = dict(member.seed), outcome.result if outcome else {}
+        tuned = json.dumps(as_plain(member.tuned)) if member.tuned else ""
+        writer.writerow(
+            [member.case, member.arm, member.stage]
+            + [seed[source] for source in SOURCES]
+            + [tuned, outcome.state if outcome else "missing"]
+            + [result.get("best_step"), result.get("steps")]
+            + [_digits(best.get(name)) for name in names]
+            + [member.key]
+        )
+    write_text(folder.root / "runs.csv", text.getvalue(), by_many=True)
 
 
 def _digits(value: float | None) -> str:
@@ -102,20 +149,6 @@ def chosen_text(row: Row) -> str:
     return values_text(as_plain(row.chosen))
 
 
-def values_text(values: Mapping[str, Any]) -> str:
-    """Returns values of config keys as text.
-
-    >>> values_text({"plan[0].peak_lr": 0.1, "data.augment": ["flip"]})
-    'peak_lr 0.1, augment ["flip"]'
-    """
-    return ", ".join(
-        f"{label} {value if isinstance(value, str) else json.dumps(value)}"
-        for label, value in zip(
-            short_labels(list(values)), values.values(), strict=True
-        )
-    )
-
-
 def mean_text(metric: str, estimate: statistics.Estimate | None) -> str:
     """Returns a mean and its interval as text."""
     if estimate is None:
@@ -132,20 +165,20 @@ def _texts(metric: str, mean: float, low: float, high: float) -> list[str]:
         digits = max(1, digits)
         first, *ends = (f"{100 * value:.{digits}f}" for value in (mean, low, high))
         return [f"{first} %", *ends]
-    return [formats.metric_text(metric, value) for value in (mean, low, high)]
+    texts = [formats.metric_text(metric, value) for value in (mean, low, high)]
+    return [re.sub(r"^-", "−", text) for text in texts]
 
 
 def difference_text(found: Comparison | None) -> str:
     """Returns a difference and its interval as text."""
     if found is None or math.isnan(found.difference):
         return ""
-    sign = "+" if found.difference >= 0 else ""
-    unit = None if found.in_points else ""
-    mean = f"{sign}{found.number(found.difference, unit)}"
+    mean = found.number(found.difference, None if found.in_points else "")
+    mean = mean if mean.startswith("−") else f"+{mean}"
     if not math.isnan(found.low):
         low, high = found.number(found.low, ""), found.number(found.high, "")
         mean += f" ({low} to {high})"
-    return mean.replace("-", "−")
+    return mean
 
 
 def _counts(row: Row) -> str:
@@ -162,7 +195,9 @@ def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
     has_chosen = any(row.chosen for row in table.rows)
     has_baseline = len(table.rows) > len(table.cases) and table.baseline is not None
     known = [costs(row.results) for row in table.rows]
-    own = {key: text for key, text in COSTS.items() if any(c[key] for c in known)}
+    texts = {key: [cost_text(key, cost[key]) for cost in known] for key in _SHORT}
+    # Those that all rows have in common tell nothing.
+    own = {key: of for key, of in texts.items() if len({*of} - {_UNKNOWN}) > 1}
     heading = [
         *(["case"] if has_cases else []),
         "trial" if table.baseline is None else "arm",
@@ -170,10 +205,10 @@ def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
         "runs",
         f"{table.metric} (95 % interval)",
         *([f"difference from {table.baseline}"] if has_baseline else []),
-        *own.values(),
+        *(COSTS[key] for key in own),
     ]
     rows = []
-    for row, cost in zip(table.rows, known):
+    for place, row in enumerate(table.rows):
         cells = [row.case] if has_cases else []
         cells.append(
             row.arm.removeprefix("trial ") if table.baseline is None else row.arm
@@ -184,7 +219,7 @@ def _columns(table: Table) -> tuple[list[str], list[list[str]]]:
         if has_baseline:
             is_baseline = row.arm == table.baseline
             cells.append("baseline" if is_baseline else difference_text(row.comparison))
-        cells += [cost_text(key, cost[key]) for key in own]
+        cells += [of[place] for of in own.values()]
         rows.append(cells)
     return heading, rows
 
@@ -197,7 +232,7 @@ def cost_text(name: str, value: float | None) -> str:
         value: The cost; None if unknown.
     """
     if value is None:
-        return "–"
+        return _UNKNOWN
     if name == "train_s":
         return formats.time_text(value).replace(formats.SPACE, " ")
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
@@ -236,15 +271,10 @@ def remarks(table: Table) -> list[str]:
 
 
 def as_lines(table: Table) -> list[str]:
-    """Returns a table as lines for a terminal, and the answers.
-
-    Costs that all rows have in common are left out.
-    """
+    """Returns a table as lines for a terminal, and the answers."""
     heading, rows = _columns(table)
     columns = []
     for name, *cells in zip(heading, *rows, strict=True):
-        if name in COSTS.values() and len(set(cells)) == 1 < len(cells):
-            continue
         if name in _TEXTS:
             width = max(map(len, (name, *cells)))
             name, *cells = (cell.ljust(width) for cell in (name, *cells))
@@ -254,19 +284,24 @@ def as_lines(table: Table) -> list[str]:
 
 
 def as_markdown(table: Table, name: str) -> str:
-    """Returns a table as Markdown, and the answers as a list."""
+    """Returns a table as Markdown, the answers as a list, and what tuning tried."""
     heading, rows = _columns(table)
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
-
-    rule = [":--" if text in _TEXTS else "--:"
-            for text in heading]  # fmt: skip
-    lines = [f"Sweep {name}, the best first", "", line(heading), line(rule)]
-    lines += [line(cells) for cells in rows]
+    lines = [f"Sweep {name}, the best first", "", *_markdown([heading, *rows])]
     told = [*answers(table), *remarks(table)]
     lines += ["", *(f"- {text}" for text in told)] if told else []
+    if 0 < len(table.tuning) <= _MOST_TUNING:
+        lines += ["", "Values that were tried", "", *_markdown(table.tuning)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table whose first row is the heading."""
+    rule = [":--" if text in _TEXTS else "--:" for text in rows[0]]
+    lines = [
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+        for cells in rows
+    ]
+    return [lines[0], f"| {' | '.join(rule)} |", *lines[1:]]
 
 
 def as_latex(table: Table, name: str) -> str:

@@ -3,7 +3,9 @@
 import random
 
 from finetune_jax import sweeps
+from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.schedule import Outcome, Schedule
+from finetune_jax.sweeps.status import states_of, status_lines
 
 IRIS = "configs/iris_mlp.py"
 TUNED = {"plan[0].peak_lr": (0.01, 0.1, 1.0)}
@@ -126,3 +128,31 @@ def test_worse_seeds_of_a_trial_are_not_run():
     best = min(trials.values(), key=lambda t: t.value)
     assert best.state == "complete" and len(best.curves) == 8
     assert trials == searched(sweep, 2)
+
+
+def test_the_members_that_will_follow_are_counted_before_they_are_known(tmp_path):
+    arms = {"a": {}, "b": {"model.hidden": (8,)}}
+    cases = {"x": {}, "y": {"data.batch_size": 15}}
+    for tune_case in (None, "x"):
+        sweep = sweeps.Sweep(
+            base=IRIS, arms=arms, cases=cases, tune=TUNED, seeds=3, tune_case=tune_case
+        )
+        schedule, ended = Schedule(sweep), {}
+        first = schedule.wanted(ended.get)
+        folder = SweepFolder(tmp_path / str(tune_case), sweep)
+        line = status_lines(folder, first, states_of(folder, first.members))[0]
+        assert line.endswith(f"; up to {first.more} more follow from the results")
+        while not (wanted := schedule.wanted(ended.get)).is_all:
+            assert len(wanted.members) + wanted.more == len(first.members) + first.more
+            one = next(m for m in wanted.members if m.key not in ended)
+            ended[one.key] = outcome(one.config.plan[0].peak_lr)
+        assert len(wanted.members) == len(first.members) + first.more
+        assert wanted.more == 0
+
+
+def test_a_search_counts_the_trials_that_it_has_not_proposed():
+    space = {"plan[0].peak_lr": sweeps.Float(0.01, 1.0)}
+    search = sweeps.Search(space=space, metric="validation/loss", trials=7)
+    sweep = sweeps.Sweep(base=IRIS, search=search, seeds=2)
+    wanted = Schedule(sweep).wanted(lambda _: None)
+    assert len(wanted.members) + wanted.more == 14

@@ -4,6 +4,7 @@ import re
 import pytest
 from sweep_folders import a_search, filled, learning_curve, page_of
 
+from finetune_jax import plans
 from finetune_jax.report.html.sweep_charts import costs_chart, pareto, slice_chart
 from finetune_jax.sweeps import Sweep, by_source
 from finetune_jax.sweeps.schedule import Schedule
@@ -63,7 +64,9 @@ def test_the_page_answers_shows_failures_and_how_to_repeat_each_run(folder, page
     assert sections_of(page) == ["results", "differences", "curves", "failed", "again"]
     assert f"{EVIL} is better than slow by 20.00 points" in text
     assert text.index(f"1 {EVIL}") < text.index("2 slow baseline")
-    assert "failing: no run of failing has finished" in text
+    assert (
+        "failing: all 3 runs failed" in text and "failing all 3 runs failed –" in text
+    )
     assert text.count("NotFinite: nan at step 3") == 3 and "Beginning" not in text
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     for member in wanted.members:
@@ -179,3 +182,78 @@ def test_slices_of_choices_have_a_place_for_each_option():
     assert [text for _, text in chart.readings] == [
         "trial 0: a, 0.1000", "trial 1: b, 0.2000, ended early"
     ]  # fmt: skip
+
+
+def tuned_sweep(**options):
+    arms = {"one": {}, "two": {"plan[0].epochs": 2}}
+    return Sweep(
+        base="configs/iris_mlp.py", arms=arms, seeds=2,
+        tune={"plan[0].peak_lr": (0.001, 0.01, 0.1)}, tune_by="validation/accuracy",
+        **options,
+    )  # fmt: skip
+
+
+def tuned_values(member):
+    rate = member.overrides["plan[0].peak_lr"]
+    value = 0.9 if rate == (0.01 if member.arm == "one" else 0.1) else 0.6
+    return {"validation/accuracy": value, "test/accuracy": value}
+
+
+def test_values_that_were_tried_are_shown_and_those_at_an_edge_are_told(tmp_path):
+    folder, _ = filled(tmp_path, tuned_sweep(), tuned_values)
+    page = page_of(folder)
+    text = text_of(page)
+    assert "tuning" in sections_of(page)
+    assert "one peak_lr 0.001 validation/accuracy 60.0 % one peak_lr 0.01" in text
+    assert "one peak_lr 0.01 validation/accuracy 90.0 % chosen" in text
+    assert "two peak_lr 0.1 validation/accuracy 90.0 % chosen" in text
+    assert "chosen with seed 0, also among the seeds of the results" in text
+    note = "plan[0].peak_lr=0.1, the largest of the 3 values tried, was chosen for two;"
+    assert note in text and text.count("values tried, was") == 1
+    table = table_of(folder, Schedule(folder.sweep).wanted(folder.outcome))
+    assert any(note in line for line in write_tables(folder.root, "x", table))
+    row = "| one | peak_lr 0.01 | validation/accuracy | 90.0\N{NO-BREAK SPACE}% | chosen |"
+    assert row in (tmp_path / "table.md").read_text()
+
+
+def test_a_page_of_an_unfinished_sweep_says_how_many_runs_have_ended(tmp_path):
+    def values(member):
+        return None if member.arm == "two" else tuned_values(member)
+
+    text = text_of(page_of(filled(tmp_path / "a", tuned_sweep(), values)[0]))
+    # Three tuning runs of each arm, and the second seed of each.
+    assert "The sweep is not finished: 4 of at most 8 runs have ended." in text
+    done = text_of(page_of(filled(tmp_path / "b", tuned_sweep(), tuned_values)[0]))
+    assert "not finished" not in done
+
+
+def test_curves_of_the_training_split_are_told_to_be_that(tmp_path):
+    sweep = Sweep(base="configs/iris_mlp.py", seeds=1)
+    folder, wanted = filled(tmp_path, sweep, lambda _: {"test/accuracy": 0.5})
+    learning_curve(folder, wanted.members[0], "train/accuracy", [0.1, 0.2, 0.3, 0.4])
+    text = text_of(page_of(folder))
+    assert "Train accuracy: the mean" in text and "evaluate.every_steps" in text
+    learning_curve(folder, wanted.members[0], "validation/accuracy", [0.1, 0.2, 0.3])
+    text = text_of(page_of(folder))
+    assert "Validation accuracy: the mean" in text
+    assert "evaluate.every_steps" not in text
+
+
+def test_arms_are_shown_by_the_values_that_are_no_defaults(tmp_path):
+    arms = {"a": {"plan": plans.full(steps=5, peak_lr=0.2)}, "b": {"plan[0].epochs": 3}}
+    sweep = Sweep(base="configs/iris_mlp.py", arms=arms, seeds=1)
+    page = page_of(filled(tmp_path, sweep, lambda _: {"test/accuracy": 0.5})[0])
+    definition = text_of(page).partition("What arms and cases set")[2]
+    assert "a plan[0]." in definition and "plan[0].peak_lr=0.2" in definition
+    assert "b plan[0].epochs=3" in definition
+    for default in ("accumulate_steps", "clip_norm", "weight_decay"):
+        assert default not in page.partition("<main>")[2]
+
+
+def test_the_ends_of_a_strip_of_shares_lie_between_0_and_100_percent(tmp_path):
+    def values(member):
+        return {"test/accuracy": 1.0 - 0.99 * (dict(member.seed)["init"] == 1)}
+
+    folder, _ = filled(tmp_path, Sweep(base="configs/iris_mlp.py", seeds=2), values)
+    ends = re.search(r'<small class="ends">(.*?)</small>', page_of(folder))[1]
+    assert text_of(ends) == "0 % 100 %"

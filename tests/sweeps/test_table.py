@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from finetune_jax.sweeps import Arm, Choice, Search, Sweep
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.schedule import Schedule
 from finetune_jax.sweeps.table import mean_of, table_of
-from finetune_jax.sweeps.table_files import write_tables
+from finetune_jax.sweeps.table_files import write_runs, write_tables
 
 ARMS = {"slow": {"plan[0].peak_lr": 1e-3}, "fast": {"plan[0].peak_lr": 0.1},
         "short_50%": {"plan[0].epochs": 2}}  # fmt: skip
@@ -65,11 +66,49 @@ def test_rows_are_sorted_within_each_case_and_answer_in_words(tmp_path):
     assert any("2 comparisons of each case (Holm)" in line for line in lines)
 
 
-def test_costs_that_all_rows_have_in_common_are_in_the_files_alone(tmp_path):
+def test_costs_that_all_rows_have_in_common_are_in_the_csv_alone(tmp_path):
     folder, wanted = filled(tmp_path, sweep_of(), values_of)
     lines = write_tables(folder.root, "x", table_of(folder, wanted))
     assert lines[0].startswith("arm        runs") and "updates" not in lines[0]
-    assert "| updates |" in (tmp_path / "table.md").read_text()
+    assert "trained" not in (tmp_path / "table.md").read_text()
+    assert rows_of(folder)[0]["updates"] == "120"
+    result = folder.workdir(wanted.members[0].key) / "result.json"
+    text = result.read_text().replace(
+        '"trained_parameters": 131', '"trained_parameters": 7'
+    )
+    result.write_text(text)
+    table = table_of(SweepFolder(tmp_path, folder.sweep), wanted)
+    assert "trained parameters" in write_tables(folder.root, "x", table)[0]
+
+
+def test_the_csv_of_runs_has_a_row_for_each_run_and_no_times(tmp_path):
+    def values(member):
+        return None if member.arm == "fast" else values_of(member)
+
+    texts = []
+    for name, train_s in (("a", 1.0), ("b", 2.5)):
+        folder, wanted = filled(tmp_path / name, sweep_of(), values, train_s=train_s)
+        write_runs(folder, wanted)
+        texts.append((tmp_path / name / "runs.csv").read_text())
+    assert texts[0] == texts[1]
+    rows = list(csv.DictReader(io.StringIO(texts[0])))
+    assert [row["workdir"] for row in rows] == [m.key for m in wanted.members]
+    slow = next(row for row in rows if (row["arm"], row["init"]) == ("slow", "2"))
+    assert slow["test/accuracy"] == "0.72" and slow["state"] == "complete"
+    assert slow["updates"] == slow["best_step"] == "120" and slow["stage"] == "final"
+    assert {row["state"] for row in rows if row["arm"] == "fast"} == {"missing"}
+
+
+def test_the_deviation_over_seeds_and_one_minus_sign_are_in_the_tables(tmp_path):
+    folder, wanted = filled(tmp_path, sweep_of(), values_of)
+    lines = write_tables(folder.root, "x", table_of(folder, wanted))
+    by_arm = {row["arm"]: row for row in rows_of(folder)}
+    assert float(by_arm["slow"]["std"]) == pytest.approx(0.01)
+    assert float(by_arm["short_50%"]["difference"]) == pytest.approx(-0.2)
+    text = "\n".join(lines) + (tmp_path / "table.md").read_text()
+    assert "−20.0" in text and not re.search(r"[ (+]-\d", text)
+    found = next(r.comparison for r in table_of(folder, wanted).rows if r.comparison)
+    assert found.number(-1e-9, "").strip("0") == "."
 
 
 def test_the_table_has_the_same_bytes_in_another_folder_at_another_speed(tmp_path):
@@ -102,9 +141,10 @@ def test_runs_that_are_missing_or_failed_are_counted_and_compared_no_further(tmp
         for arm, row in rows.items()
     }
     assert counts == {"slow": [3, 0, 0], "short_50%": [2, 1, 0], "fast": [0, 2, 1]}
-    assert rows["fast"]["answer"] == "no run of fast has finished"
+    problem = "no run has finished (1 failed, 2 missing)"
+    assert rows["fast"]["answer"] == problem
     assert rows["short_50%"]["verdict"] == "worse"
-    assert any(line.startswith("fast: no run of fast") for line in lines)
+    assert any(line.startswith(f"fast: {problem}") for line in lines)
     # Last, since it has no mean.
     assert list(rows)[-1] == "fast"
 

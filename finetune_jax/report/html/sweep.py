@@ -26,6 +26,8 @@ _MOST_CURVES = 200
 _MOST_ROWS = 20
 # Cases with tiles.
 _MOST_TILES = 3
+# Letters of a word that a narrow column holds.
+_LONG_WORD = 18
 _VERDICTS = {
     "better": "better", "worse": "worse", "open": "not told apart",
     "too few": "too few seeds",
@@ -64,7 +66,7 @@ class ArmRow:
         case: Name of the case.
         arm: Name of the arm.
         chosen: Values that were chosen for it, as text.
-        changes: Values that it changes in the base config, as text.
+        changes: Values that it changes in the base config, each as text.
         runs: Its runs.
         mean: Mean, low and high end of its interval, of the metric; None without.
         mean_text: The same as text.
@@ -73,13 +75,14 @@ class ArmRow:
         verdict: 'better', 'worse', 'open' or 'too few'; '' without a comparison.
         answer: Sentence about the comparison.
         costs: Pairs (number, text) by the name of the cost.
+        problem: Why it has no finished run; '' if it has.
         is_early: Whether it is a trial that ended early.
     """
 
     case: str
     arm: str
     chosen: str
-    changes: str
+    changes: Sequence[str]
     runs: Sequence[RunRow]
     mean: Interval | None
     mean_text: str
@@ -88,7 +91,13 @@ class ArmRow:
     verdict: str
     answer: str
     costs: Mapping[str, tuple[float, str]]
+    problem: str = ""
     is_early: bool = False
+
+    @property
+    def has_long_word(self) -> bool:
+        """Whether its name may break within a word, which would widen a table."""
+        return any(len(word) > _LONG_WORD for word in self.arm.split())
 
     def count(self, state: str) -> int:
         """Returns the number of runs in a state."""
@@ -139,6 +148,7 @@ class SweepPage:
         facts: Triples (label, value, note) about all runs.
         metric: Metric that decides.
         curve_metric: Metric of the learning curves.
+        curve_note: Sentence about the split of the learning curves.
         baseline: Arm that the others are compared with; '' for none.
         rows: Arms by case, or trials, the best first.
         arms: Names of all arms, in the order of the sweep.
@@ -147,7 +157,10 @@ class SweepPage:
         failures: Triples (member, last line of the error, path of its log).
         spreads: Rows (arm, source of randomness, deviation, low, high, groups).
         command: Command that makes the sweep.
-        index: Content of `sweep.json`.
+        partial: Line that says that runs are missing; '' if none is.
+        definition: Pairs (name of an arm or a case, values that it sets).
+        tuning: Heading and rows about the values that tuning tried.
+        tuning_note: Sentence about the seeds that choose.
         trials: Trials of a search.
         parameters: Parameters of its space.
     """
@@ -157,6 +170,7 @@ class SweepPage:
     facts: Sequence[tuple[str, str, str]]
     metric: str
     curve_metric: str
+    curve_note: str
     baseline: str
     rows: Sequence[ArmRow]
     arms: Sequence[str]
@@ -165,7 +179,10 @@ class SweepPage:
     failures: Sequence[tuple[str, str, str]]
     spreads: Sequence[tuple[str, str, str, str, str, int]]
     command: str
-    index: Mapping[str, Any]
+    partial: str
+    definition: Sequence[tuple[str, Sequence[str]]]
+    tuning: Sequence[Sequence[str]] = ()
+    tuning_note: str = ""
     trials: Sequence[TrialPoint] = ()
     parameters: Sequence[Parameter] = ()
 
@@ -196,6 +213,7 @@ def write_sweep_page(page: SweepPage, path: pathlib.Path) -> None:
         forests=_forests(page),
         curves=curves,
         costs=[] if page.trials else _costs(page, columns, styles),
+        cost_tables=_cost_tables(page, columns),
         progress=_progress(page),
         slices=_slices(page),
     )
@@ -267,7 +285,7 @@ def _interval_text(ends: str) -> str:
     return f"95{SPACE}% interval {ends}"
 
 
-def _ends(rows: Sequence[ArmRow]) -> tuple[float, float]:
+def _ends(rows: Sequence[ArmRow], metric: str) -> tuple[float, float]:
     """Returns the ends of the axis of some rows."""
     values = [r.value for row in rows for r in row.runs if r.value is not None]
     values = [value for value in values if math.isfinite(value)]
@@ -278,14 +296,15 @@ def _ends(rows: Sequence[ArmRow]) -> tuple[float, float]:
     low = max(min([low, *ends]), low - reach)
     high = min(max([high, *ends]), high + reach)
     margin = 0.03 * (high - low) or 0.5
-    return low - margin, high + margin
+    low, high = low - margin, high + margin
+    return (max(low, 0.0), min(high, 1.0)) if formats.is_share(metric) else (low, high)
 
 
 def _table(
     page: SweepPage, case: str, rows: Sequence[ArmRow], styles: Mapping[str, str]
 ) -> dict[str, Any]:
     """Returns the rows of a case with their runs on strips."""
-    low, high = _ends(rows)
+    low, high = _ends(rows, page.metric)
 
     def place(value: float) -> float:
         return min(max((value - low) / (high - low), 0.0), 1.0)
@@ -391,6 +410,16 @@ def _costs(
         if charts:
             found.append((case, charts))
     return found
+
+
+def _cost_tables(
+    page: SweepPage, columns: Sequence[str]
+) -> list[tuple[str, list[ArmRow]]]:
+    """Returns each case with its arms that have costs."""
+    if page.trials or not columns:
+        return []
+    found = {case: [r for r in rows if r.costs] for case, rows in page.cases.items()}
+    return [(case, rows) for case, rows in found.items() if rows]
 
 
 def _progress(page: SweepPage) -> Chart | None:

@@ -154,7 +154,7 @@ class Comparison:
             width = abs(value) * scale or 1.0
         least = 1 if self.in_points else 0
         digits = max(least, 1 - math.floor(math.log10(1.25 * width)))
-        text = f"{value * scale:.{digits}f}"
+        text = f"{round(value * scale, digits) + 0.0:.{digits}f}".replace("-", "−")
         return text + (" points" if self.in_points and unit is None else unit or "")
 
     def _what_would(self) -> list[str]:
