@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_jax.config import loading, plugins
@@ -18,6 +19,7 @@ from finetune_jax.core.errors import Problem, UserError, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.report.tables import short_labels
+from finetune_jax.sweeps.field_types import type_problems
 from finetune_jax.sweeps.search.proposals import Search
 
 SOURCES = tuple(keys_of(Seeds))
@@ -97,7 +99,9 @@ class Sweep:
 
     base: Any
     arms: Any = dataclasses.field(default_factory=lambda: {"base": {}})
-    cases: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"": {}})
+    cases: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=lambda: {"": {}}
+    )
     seeds: Any = 3
     metric: str = "test/accuracy"
     baseline: str | None = None
@@ -184,7 +188,7 @@ def _as_arm(given: Any) -> Arm:
 
 def definition_problems(sweep: Sweep) -> list[Problem]:
     """Returns what is wrong with a sweep, without its configs."""
-    problems = _shape_problems(sweep)
+    problems = form_problems(sweep)
     if problems:
         return problems
     arms, cases = sweep.all_arms, list(sweep.cases)
@@ -197,30 +201,18 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
     if sweep.search is None and sweep.the_baseline not in arms:
         near = closest(sweep.the_baseline, arms)
         add("baseline", f"no arm {sweep.baseline!r}{near}")
-    problems += _shared_folders("arms", arms) + _shared_folders("cases", cases)
-    if sweep.tune_case is not None and sweep.tune_case not in cases:
-        near = closest(sweep.tune_case, cases)
-        add("tune_case", f"no case {sweep.tune_case!r}{near}")
+    problems += _name_problems(
+        [("arm", name) for name in arms] + [("source", name) for name in sweep.sources]
+    )
+    problems += _name_problems([("case", name) for name in cases])
+    problems += _tune_problems(sweep)
     seeds = sweep.all_seeds
     if not seeds:
         add("seeds", f"{sweep.seeds!r}; give a number of seeds, or some")
     for seed in sorted({s for s in seeds if seeds.count(s) > 1}):
         add("seeds", f"{dict(seed)} twice")
-    if not 1 <= sweep.tune_seeds <= max(len(seeds), 1):
-        add(
-            "tune_seeds", f"{sweep.tune_seeds}; between 1 and {len(seeds)} are possible"
-        )
     if sweep.keep not in KEEP:
         add("keep", f"{sweep.keep!r}; {', '.join(KEEP)} are possible")
-    for name, arm in arms.items():
-        tune = sweep.tune if arm.tune is None else arm.tune
-        for key, values in tune.items():
-            if (
-                isinstance(values, str)
-                or not isinstance(values, Sequence | Mapping)
-                or not values
-            ):
-                add("tune", f"{key}, arm {name!r}: {values!r}; give a tuple of values")
     for key in ("attempts", "processes", "claim_timeout_s"):
         if getattr(sweep, key) <= 0:
             add(key, f"{getattr(sweep, key)}; more than 0 is needed")
@@ -230,6 +222,36 @@ def definition_problems(sweep: Sweep) -> list[Problem]:
         if arms != {"base": Arm()} or cases != [""] or sweep.tune:
             add("search", "a search has no arms, cases and tune; leave them out")
         problems += sweep.search.problems()
+    return problems
+
+
+def _tune_problems(sweep: Sweep) -> list[Problem]:
+    """Returns what is wrong with the fields about tuning."""
+    problems = []
+
+    def add(key: str, text: str) -> None:
+        problems.append(Problem(f"Sweep.{key}", text))
+
+    grids = {
+        name: sweep.tune if arm.tune is None else arm.tune
+        for name, arm in sweep.all_arms.items()
+    }
+    for name, grid in grids.items():
+        for key, values in grid.items():
+            if not values:
+                add("tune", f"{key}, arm {name!r}: {values!r}; give a tuple of values")
+    if sweep.tune_by is not None:
+        if not sweep.tune_by.startswith("validation/"):
+            why = "values are chosen on the validation split, as validation/accuracy"
+            add("tune_by", f"{sweep.tune_by!r}; {why}")
+        if not any(grids.values()) and sweep.keep != "best":
+            add("tune_by", f"{sweep.tune_by!r}, but nothing is tuned; leave it out")
+    if sweep.tune_case is not None and sweep.tune_case not in sweep.cases:
+        near = closest(sweep.tune_case, sweep.cases)
+        add("tune_case", f"no case {sweep.tune_case!r}{near}")
+    most = max(len(sweep.all_seeds), 1)
+    if not 1 <= sweep.tune_seeds <= most:
+        add("tune_seeds", f"{sweep.tune_seeds}; between 1 and {most} are possible")
     return problems
 
 
@@ -243,54 +265,61 @@ def folder_name(text: str) -> str:
     return "_" * len(name) if set(name) <= {"."} else name
 
 
-def _shared_folders(key: str, names: Iterable[str]) -> list[Problem]:
-    """Returns names of arms or cases that would have one folder below `by_arm/`."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(folder_name(name), []).append(name)
-    return [
+def _name_problems(names: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Returns names that cannot be printed, or would have one folder below `by_arm/`.
+
+    Args:
+        names: What has the name, such as 'arm', and the name.
+    """
+    problems, found = [], dict[str, list[str]]()
+    for kind, name in names:
+        if not name.isprintable():
+            text = f"{kind} {name!r}: a name is one line of printable text"
+            problems.append(Problem(f"Sweep.{kind}s", text))
+        found.setdefault(folder_name(name), []).append(f"{kind} {name!r}")
+    return problems + [
         Problem(
-            f"Sweep.{key}",
-            f"{' and '.join(map(repr, same))} would share the folder {folder!r}; rename "
-            "one of them",
+            f"Sweep.{same[-1].partition(' ')[0]}s",
+            f"{' and '.join(same)} would share the folder {folder!r}; rename one of them",
         )
         for folder, same in found.items()
         if len(same) > 1
     ]
 
 
-def _shape_problems(sweep: Sweep) -> list[Problem]:
-    """Returns arms, cases, seeds and sources that have another form."""
-    problems = []
+def form_problems(sweep: Sweep) -> list[Problem]:
+    """Returns fields of another type, which cannot be checked further."""
+    problems = list(type_problems(sweep, "Sweep"))
 
     def check(key: str, is_right: bool, form: str) -> None:
         if not is_right:
             found = getattr(sweep, key)
             problems.append(Problem(f"Sweep.{key}", f"{found!r}; {form} is needed"))
 
-    def is_arm(arm: Any) -> bool:
-        return isinstance(arm, Arm | Mapping) or hasattr(arm, "to_dict")
-
     arms: Any = sweep.arms
-    if isinstance(arms, Mapping):
-        form = "a dict of names and overrides"
-        check("arms", bool(arms) and all(map(is_arm, arms.values())), form)
-    else:
-        form = "a dict of names and overrides, or a sequence of overrides"
-        check(
-            "arms", isinstance(arms, Sequence) and all(map(_are_overrides, arms)), form
-        )
-    is_dict = isinstance(sweep.cases, Mapping) and bool(sweep.cases)
-    is_right = is_dict and all(isinstance(v, Mapping) for v in sweep.cases.values())
-    check("cases", is_right, "a dict of names and overrides")
+    named = arms if isinstance(arms, Mapping) else {}
+    is_right = bool(arms) and (
+        all(isinstance(name, str) and _is_arm(arm) for name, arm in arms.items())
+        if isinstance(arms, Mapping)
+        else isinstance(arms, Sequence) and all(map(_are_overrides, arms))
+    )
+    form = "a dict of names and overrides, or a sequence of overrides"
+    check("arms", is_right, form)
+    for name, arm in named.items():
+        if isinstance(arm, Arm):
+            problems += type_problems(arm, f"Sweep.arms[{name!r}]")
+    check("cases", bool(sweep.cases), "a dict of names and overrides")
     check(
         "seeds",
         _are_seeds(sweep.seeds),
         f"a number, or a sequence of numbers or dicts of {', '.join(SOURCES)}",
     )
-    are_sources = all(isinstance(s, Source) for s in sweep.sources.values())
-    check("sources", are_sources, "a dict of names and sweeps.Source")
     return problems
+
+
+def _is_arm(given: Any) -> bool:
+    is_config = hasattr(given, "to_dict")
+    return isinstance(given, Arm) or is_config or _are_overrides(given)
 
 
 def _are_seeds(given: Any) -> bool:
@@ -332,20 +361,34 @@ def load(address: str) -> tuple[Sweep, str]:
         )
     try:
         found = plugins.execute(f"sweep_{file.stem}", file)
+        if not hasattr(found, "get_sweep"):
+            raise UserError(
+                f"--sweep={path}: the file has no function get_sweep(); it returns the "
+                "sweep, as in docs/ablations.md"
+            )
         sweep = found.get_sweep(*([argument] if argument else []))
     except UserError:
         raise
-    except Exception as error:
-        kind = type(error).__name__
+    except (Exception, SystemExit) as error:
+        kind, where = type(error).__name__, _line_of(error, file)
         if argument and isinstance(error, ValueError):  # The file refuses the argument.
-            raise UserError(f"--sweep={address}: {error}") from error
-        text = f"--sweep={address}: the file fails with {kind}: {error}"
+            raise UserError(f"--sweep={address}: {error}{where}") from error
+        text = f"--sweep={address}: the file fails with {kind}: {error}{where}"
         raise UserError(text) from error
     if not isinstance(sweep, Sweep):
         raise UserError(f"--sweep={path}: get_sweep() returned a {type(sweep)}")
-    raise_if(definition_problems(sweep), f"--sweep={address}:")
+    raise_if(form_problems(sweep), f"--sweep={address}:")
     name = file.absolute().parent.name if file.stem == "sweep" else file.stem
     return sweep, "-".join(filter(None, (name, argument.replace("/", "_"))))
+
+
+def _line_of(error: BaseException, file: pathlib.Path) -> str:
+    """Returns the last line of a file that an error has passed, as text."""
+    if isinstance(error, SyntaxError):
+        return ""  # Its message has the line.
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    return f" ({file}, line {lines[-1]})" if lines else ""
 
 
 def base_of(given: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from finetune_jax.config import Config, flat, resolve, seeds, to_json
 from finetune_jax.config.fields import plain
 from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
-from finetune_jax.core.errors import Problem, UserError, raise_if
+from finetune_jax.core.errors import Problem, UserError
 from finetune_jax.core.registry import closest
 from finetune_jax.plans.phase import Phase, as_config, plan_problems
 from finetune_jax.report.tables import short_labels
@@ -20,6 +20,8 @@ from finetune_jax.sweeps.definition import Arm, Seed, Source, Sweep, base_of
 # Beginning of the value of a config key that stands for the workdir of another member.
 REFERENCE = "sweep:"
 _KEY_LENGTH = 12
+# A part of a key such as `plan[0].peak_lr`.
+_PART = r"[^.\[\]]+|\[(?:\d+|\*)\]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,30 +135,30 @@ class Members:
         identity = stage, arm, case, seed, repr(tuned)
         if identity in self._found:  # A worker asks for all of them after each run.
             return self._member(identity, None, {}, seed, names)
-        of_case = self.sweep.cases[case]
         named = tune_of(self.sweep, arm)
         values = {
             key: named[key][value] if isinstance(named.get(key), Mapping) else value
             for key, value in tuned.items()
         }
-        overrides = {**of_case, **one.overrides, **values}
-        lost = [
-            *_lost(of_case, one.overrides, f"arm {arm!r}"),
-            *_lost({**of_case, **one.overrides}, values, "tune"),
-        ]
-        raise_if(dict.fromkeys(lost), f"arm {arm!r}{case and f', case {case!r}'}:")
+        overrides = {
+            f"case {case!r}": self.sweep.cases[case],
+            f"arm {arm!r}": one.overrides,
+            "tune": values,
+        }
         return self._member(identity, one.base, overrides, seed, names)
 
     def trial(self, number: int, seed: Seed, overrides: Mapping[str, Any]) -> Member:
         """Returns the member of a search's trial."""
         names: dict[str, Any] = {"stage": "trial", "arm": f"trial {number}", "case": ""}
         names |= {"trial": number}
-        return self._member((number, seed), None, overrides, seed, names)
+        of_space = {"search.space": overrides}
+        return self._member((number, seed), None, of_space, seed, names)
 
     def example(self, seed: Seed, overrides: Mapping[str, Any]) -> Member:
         """Returns a member with values of a search's space, to check its config."""
         names = {"stage": "trial", "arm": "search.space", "case": ""}
-        return self._member(("space", repr(overrides)), None, overrides, seed, names)
+        identity, of_space = ("space", repr(overrides)), {"search.space": overrides}
+        return self._member(identity, None, of_space, seed, names)
 
     def source(self, name: str, seed: Seed) -> Member:
         """Returns the member that is a source of weights for runs with a seed.
@@ -175,7 +177,8 @@ class Members:
         identity = "source", name, seed
         self._open.append(name)
         try:
-            return self._member(identity, source.base, source.overrides, seed, names)
+            overrides = {f"source {name!r}": source.overrides}
+            return self._member(identity, source.base, overrides, seed, names)
         finally:
             self._open.pop()
 
@@ -183,11 +186,18 @@ class Members:
         self,
         identity: tuple,
         base: Any,
-        overrides: Mapping[str, Any],
+        overrides: Mapping[str, Mapping[str, Any]],
         seed: Seed,
         names: dict[str, Any],
     ) -> Member:
         """Returns a member, which is resolved once.
+
+        Args:
+            identity: Identity of the member in the cache.
+            base: Its base config; None is that of the sweep.
+            overrides: Overrides by where they are from, in the order of application.
+            seed: Seed of each source of randomness.
+            names: Further attributes of the member.
 
         Raises:
             UserError: Lists what is wrong with its config.
@@ -202,14 +212,19 @@ class Members:
         return member
 
     def _made(
-        self, base: Any, overrides: Mapping[str, Any], seed: Seed, names: Any
+        self,
+        base: Any,
+        overrides: Mapping[str, Mapping[str, Any]],
+        seed: Seed,
+        names: dict[str, Any],
     ) -> tuple[Member | None, list[Problem]]:
         given = self.sweep.base if base is None else base
         if id(given) not in self._bases:  # A file is executed once.
             self._bases[id(given)] = base_of(given)
         tree = _mutable(plain(self._bases[id(given)]))
-        problems: list[Problem] = []
-        for key, value in overrides.items():
+        problems = _lost(overrides)
+        merged = {k: v for part in overrides.values() for k, v in part.items()}
+        for key, value in merged.items():
             if re.match(r"seed\b", key):
                 text = f"{value!r}; `seeds` of the sweep gives each run its seed"
                 problems.append(Problem(f"config.{key}", text))
@@ -236,7 +251,7 @@ class Members:
         if problems:
             return None, problems
         found = Member(
-            key=member_key(config), config=config, seed=seed, overrides=overrides,
+            key=member_key(config), config=config, seed=seed, overrides=merged,
             needs=tuple(needs), **names,
         )  # fmt: skip
         return found, []
@@ -248,25 +263,44 @@ def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:
     return sweep.tune if one.tune is None else one.tune
 
 
-def _lost(
-    first: Mapping[str, Any], then: Mapping[str, Any], what: str
-) -> list[Problem]:
+def _lost(overrides: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """Returns overrides that later ones would replace without a word.
 
     Args:
-        first: Overrides that are applied first.
-        then: Later overrides.
-        what: Where the later ones are from.
+        overrides: Overrides by where they are from, in the order of application.
     """
-    keys = _keys_of(then)
+    given = [(what, key) for what, part in overrides.items() for key in _keys_of(part)]
     return [
         Problem(
             f"config.{key}", f"is also set by {what} ({other}); leave one of them out"
         )
-        for key in _keys_of(first)
-        for other in keys
-        if key == other or key.startswith((f"{other}.", f"{other}["))
+        for place, (first, key) in enumerate(given)
+        for what, other in given[place + 1 :]
+        if _replaces(other, key, is_part=what != first)
     ]
+
+
+def _replaces(key: str, earlier: str, *, is_part: bool) -> bool:
+    """Returns whether setting a key replaces the value of an earlier one.
+
+    >>> _replaces("plan[*].peak_lr", "plan[0].peak_lr", is_part=False)
+    True
+    >>> _replaces("plan[0].peak_lr", "plan[*].peak_lr", is_part=False)
+    False
+
+    Args:
+        key: Key that is set.
+        earlier: Key that was set before.
+        is_part: Whether to count a value that is replaced in one phase of all.
+    """
+    own, others = (re.findall(_PART, one) for one in (key, earlier))
+    return len(own) <= len(others) and all(
+        one == other
+        or (
+            one[0] == other[0] == "[" and (one == "[*]" or (is_part and other == "[*]"))
+        )
+        for one, other in zip(own, others)
+    )
 
 
 def _keys_of(overrides: Mapping[str, Any]) -> list[str]:
@@ -307,7 +341,7 @@ def _set(tree: dict[str, Any], key: str, value: Any, problems: list[Problem]) ->
         for name, item in value.items():
             _set(tree, f"{key}.{name}", item, problems)
         return
-    *parts, last = re.findall(r"[^.\[\]]+|\[(?:\d+|\*)\]", key) or [""]
+    *parts, last = re.findall(_PART, key) or [""]
     node: Any = tree
     for place, part in enumerate(parts):
         if part == "[*]" and isinstance(node, list):

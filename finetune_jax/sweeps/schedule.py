@@ -11,8 +11,13 @@ from typing import Any
 
 from finetune_jax.core.errors import Problem, collected, raise_if
 from finetune_jax.core.metric_names import is_better
-from finetune_jax.sweeps.definition import Sweep
-from finetune_jax.sweeps.members import Member, Members, tune_of
+from finetune_jax.sweeps.definition import (
+    Seed,
+    Sweep,
+    definition_problems,
+    form_problems,
+)
+from finetune_jax.sweeps.members import REFERENCE, Member, Members, tune_of
 from finetune_jax.sweeps.search.proposals import is_pruned, proposal
 from finetune_jax.sweeps.search.pruning import Trial
 from finetune_jax.sweeps.search.space import Proposal
@@ -305,38 +310,79 @@ def check(sweep: Sweep) -> list[Member]:
     """Returns the members that every sweep has, each arm with its first seed.
 
     Raises:
-        UserError: Lists configs that cannot be resolved, arms with the same config.
+        UserError: Lists what `resolved` finds.
     """
-    problems: list[Problem] = []
+    members, problems = resolved(sweep)
+    raise_if(problems)
+    return members
+
+
+def resolved(sweep: Sweep) -> tuple[list[Member], list[Problem]]:
+    """Returns the members that every sweep has, each arm with its first seed.
+
+    Returns:
+        Those whose configs can be resolved; and all problems: of the definition, of
+        configs, arms with the same config, and sources that no run starts from.
+    """
+    if problems := form_problems(sweep):
+        return [], problems
+    problems = definition_problems(sweep)
     schedule = Schedule(sweep)
     members: list[Member] = []
-    same: dict[str, str] = {}
     for seed in sweep.all_seeds[:1]:
+        sources = list[Member]()
         for name in sweep.sources:
             with collected(problems):
-                members.append(schedule.members.source(name, seed))
-        if sweep.search is not None:
-            # Later proposals may choose any option, and any value of a range.
-            examples = list[Member]()
-            for overrides in sweep.search.examples():
-                with collected(problems):
-                    examples.append(schedule.members.example(seed, overrides))
-            if not problems:
-                members += [*schedule.wanted(lambda _: None).members, *examples]
-            continue
-        for case, arm in itertools.product(sweep.cases, sweep.all_arms):
-            keys = []
-            grid = tune_of(sweep, arm)
-            for values in itertools.product(*grid.values()):
-                tuned = dict(zip(grid, values, strict=True))
-                with collected(problems):
-                    stage = "tune" if tuned else "final"
-                    member = schedule.members.final(arm, case, seed, tuned, stage)
-                    members.append(member)
-                    keys.append(member.key)
-            other = same.setdefault(repr(keys), f"{arm!r}{case and f', case {case!r}'}")
-            if keys and other != f"{arm!r}{case and f', case {case!r}'}":
-                text = f"{arm!r} has the same config as {other}; leave one of them out"
-                problems.append(Problem("Sweep.arms", text))
-    raise_if(dict.fromkeys(problems))
+                sources.append(schedule.members.source(name, seed))
+        if sweep.search is None:
+            found = _of_arms(schedule, seed, problems)
+        else:
+            found = _of_search(schedule, seed, problems)
+        members += [*sources, *found]
+        needed = {key for member in members for key in member.needs}
+        if not problems:
+            text = "no run starts from it; leave it out, or set init.pretrained="
+            problems += [
+                Problem("Sweep.sources", f"{one.arm!r}: {text}'{REFERENCE}{one.arm}'")
+                for one in sources
+                if one.key not in needed
+            ]
+    return members, list(dict.fromkeys(problems))
+
+
+def _of_search(schedule: Schedule, seed: Seed, problems: list[Problem]) -> list[Member]:
+    """Returns first members of a search, with examples of its space."""
+    assert schedule.sweep.search is not None
+    if any(problem.key.startswith("search") for problem in problems):
+        return []
+    # Later proposals may choose any option, and any value of a range.
+    examples = list[Member]()
+    before = len(problems)
+    for overrides in schedule.sweep.search.examples():
+        with collected(problems):
+            examples.append(schedule.members.example(seed, overrides))
+    if len(problems) > before:
+        return examples
+    return [*schedule.wanted(lambda _: None).members, *examples]
+
+
+def _of_arms(schedule: Schedule, seed: Seed, problems: list[Problem]) -> list[Member]:
+    """Returns the members of all arms with a seed; each combination of tuned values."""
+    sweep, members, same = schedule.sweep, list[Member](), dict[tuple, str]()
+    for case, arm in itertools.product(sweep.cases, sweep.all_arms):
+        keys = []
+        grid = tune_of(sweep, arm)
+        for values in itertools.product(*grid.values()):
+            tuned = dict(zip(grid, values, strict=True))
+            with collected(problems):
+                stage = "tune" if tuned else "final"
+                member = schedule.members.final(arm, case, seed, tuned, stage)
+                members.append(member)
+                keys.append(member.key)
+        name = f"{arm!r}{case and f', case {case!r}'}"
+        # The order of tuned values decides nothing but ties.
+        other = same.setdefault(tuple(sorted(keys)), name)
+        if keys and other != name:
+            text = f"{arm!r} has the same config as {other}; leave one of them out"
+            problems.append(Problem("Sweep.arms", text))
     return members

@@ -118,6 +118,7 @@ def test_all_mistakes_of_a_definition_are_told_at_once():
         baseline="on",
         seeds=(0, 1, 0),
         tune={"plan[0].peak_lr": ()},
+        tune_by="loss",
         tune_seeds=7,
         tune_case="x",
         keep="some",
@@ -131,6 +132,14 @@ def test_all_mistakes_of_a_definition_are_told_at_once():
         assert words in text
 
 
+def search(**keys):
+    given = {"space": {}, "metric": "validation/accuracy", **keys}
+    return sweeps.Search(**given)
+
+
+RATES = {"plan[0].peak_lr": (0.1, 0.2)}
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -141,9 +150,43 @@ def test_all_mistakes_of_a_definition_are_told_at_once():
         ({"seeds": 0}, "give a number of seeds"),
         ({"cases": {}}, "a dict of names and overrides"),
         ({"sources": {"x": {}}}, "sweeps.Source"),
-        ({"tune": {"plan[0].peak_lr": 0.1}}, "give a tuple"),
-        ({"arms": {"a/b": {}, "a_b": {"seed": 1}}}, "'a/b' and 'a_b' would share"),
-        ({"cases": {"x?": {}, "x!": {}}}, "'x?' and 'x!' would share"),
+        ({"tune": {"plan[0].peak_lr": 0.1}}, "0.1; a tuple of values or a dict"),
+        ({"tune": {"plan[0].peak_lr": "0.1"}}, "'0.1'; a tuple of values or a dict"),
+        ({"arms": {"a/b": {}, "a_b": {}}}, "arm 'a/b' and arm 'a_b' would share"),
+        ({"cases": {"x?": {}, "x!": {}}}, "case 'x?' and case 'x!' would share"),
+        ({"sources": {"a": sweeps.Source()}, "arms": {"a": {}}}, "source 'a' would"),
+        ({"arms": {"a\nb": {}}}, "arm 'a\\nb': a name is one line"),
+        ({"cases": {"a\x1b": {}}}, "case 'a\\x1b': a name is one line"),
+        ({"arms": ()}, "a dict of names and overrides"),
+        ({"arms": sweeps.grid({"plan[0].peak_lr": ()})}, "a dict of names"),
+        ({"arms": {1: {}}}, "a dict of names and overrides"),
+        ({"arms": {"a": {3: 1}}}, "a dict of names and overrides"),
+        ({"arms": {"a": sweeps.Arm(overrides=None)}}, "arms['a'].overrides: None"),
+        ({"arms": {"a": sweeps.Arm(tune=["x"])}}, "arms['a'].tune: ['x']"),
+        ({"cases": {"a": {3: 1}}}, "Sweep.cases['a'][3], the key: 3; a string"),
+        ({"sources": ["a"]}, "Sweep.sources: ['a']; a dict"),
+        ({"sources": {"a": sweeps.Source(by_seed=1)}}, "True or False"),
+        ({"tune": ["plan"]}, "Sweep.tune: ['plan']; a dict"),
+        ({"attempts": "2"}, "Sweep.attempts: '2'; an integer"),
+        ({"attempts": True}, "Sweep.attempts: True; an integer"),
+        ({"threads": "2"}, "Sweep.threads: '2'; an integer or None"),
+        ({"claim_timeout_s": None}, "Sweep.claim_timeout_s: None; a number"),
+        ({"tune_seeds": None}, "Sweep.tune_seeds: None; an integer"),
+        ({"metric": None}, "Sweep.metric: None; a string"),
+        ({"pages": "no"}, "Sweep.pages: 'no'; True or False"),
+        ({"command": 3}, "Sweep.command: 3; a string or None"),
+        ({"slurm": ["gpu"]}, "Sweep.slurm: ['gpu']; a dict"),
+        ({"search": {"space": {}}}, "sweeps.Search or None is needed"),
+        ({"search": search(metric=None)}, "Sweep.search.metric: None; a string"),
+        ({"search": search(trials="3")}, "Sweep.search.trials: '3'; an integer"),
+        ({"search": search(space=["x"])}, "Sweep.search.space: ['x']; a dict"),
+        ({"search": search(pruner="median")}, "'median'; sweeps.Median or sweeps.W"),
+        (
+            {"search": search(pruner=sweeps.Median(startup="5"))},
+            "Sweep.search.pruner.startup: '5'; an integer",
+        ),
+        ({"tune_by": "test/accuracy", "tune": RATES}, "values are chosen on the valid"),
+        ({"tune_by": "validation/accuracy"}, "but nothing is tuned"),
     ],
 )
 def test_a_definition_of_another_form_is_refused(keys, words):
@@ -157,6 +200,24 @@ def test_arms_with_the_same_config_are_named():
     arms["same"] = {"plan[0].peak_lr": 0.1}
     with pytest.raises(UserError, match="'same' has the same config as 'one'"):
         check(sweeps.Sweep(base=IRIS, arms=arms))
+    arms = {
+        "one": sweeps.Arm(tune={"plan[0].peak_lr": (0.1, 0.2)}),
+        "two": sweeps.Arm(tune={"plan[0].peak_lr": (0.2, 0.1)}),
+    }
+    with pytest.raises(UserError, match="'two' has the same config as 'one'"):
+        check(sweeps.Sweep(base=IRIS, arms=arms))
+
+
+def test_a_source_that_no_run_starts_from_is_refused():
+    arms = {"tuned": {"init.pretrained": "sweep:long"}}
+    sources = {
+        "long": sweeps.Source(overrides={"init.pretrained": "sweep:first"}),
+        "first": sweeps.Source(overrides={"plan[0].epochs": 2}),
+        "other": sweeps.Source(overrides={"plan[0].epochs": 3}),
+    }
+    with pytest.raises(UserError, match="'other': no run starts from it") as caught:
+        check(sweeps.Sweep(base=IRIS, arms=arms, sources=sources))
+    assert len(caught.value.problems) == 1
 
 
 def test_wrong_configs_of_all_arms_are_told_at_once():
@@ -169,10 +230,11 @@ def test_wrong_configs_of_all_arms_are_told_at_once():
         "many": {"population": (((("seed", 1),)),)},
     }
     with pytest.raises(UserError) as caught:
-        check(sweeps.Sweep(base=IRIS, arms=arms))
+        check(sweeps.Sweep(base=IRIS, arms=arms, keep="some"))
     text = str(caught.value)
     for words in (
-        "'typo'", "config.plan[0].peak: unknown", "'entry'", "no entry 3",
+        "Sweep.keep: 'some'", "'typo'", "config.plan[0].peak: unknown", "'entry'",
+        "no entry 3",
         "config.data.batch_size: -1", "no source 'none'", "config.population",
         "config.seed.order: 3; `seeds` of the sweep",
     ):  # fmt: skip
@@ -199,7 +261,9 @@ def test_a_file_gives_the_sweep_and_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("x = 1", "AttributeError"),
+        ("x = 1", "no function get_sweep"),
+        ("import sys; sys.exit(3)", r"SystemExit: 3 \(.*sweep.py, line 1\)"),
+        ("\ndef get_sweep(): return dict(a=1)['b']", r"KeyError: 'b' \(.*, line 2\)"),
         ("def get_sweep(): return 3", "returned a <class 'int'>"),
         ("def get_sweep(): return 1 / 0", "ZeroDivisionError"),
         ("import nothing_there", "ModuleNotFoundError"),
@@ -237,3 +301,18 @@ def test_overrides_that_others_would_replace_are_refused(keys, words):
     assert words in str(caught.value)
     # A refinement loses nothing.
     check(sweeps.Sweep(base=IRIS, arms=arms, tune={"plan[0].peak_lr": (0.1, 0.2)}))
+
+
+def test_overrides_of_a_phase_that_those_of_every_phase_replace_are_refused():
+    one, every = {"plan[0].peak_lr": 0.3}, {"plan[*].peak_lr": 0.2}
+
+    def refused(**keys):
+        with pytest.raises(UserError, match="is also set by .*; leave one of them out"):
+            check(sweeps.Sweep(base=IRIS, **keys))
+
+    refused(cases={"c": one}, arms={"a": every})
+    refused(cases={"c": every}, arms={"a": one})
+    refused(arms={"a": one | every})
+    refused(arms={"a": one | {"plan": head_only(steps=2)}})
+    # Every phase, then another value for one of them.
+    check(sweeps.Sweep(base=IRIS, arms={"a": every | one}))
