@@ -34,7 +34,7 @@ OF_A_FORM = {
     "segmentation": EVERYWHERE | {"segments"},
     "population": {"settings", "curves", "best", "failed", "inputs", "again"},
     "sweep": {"results", "differences", "curves", "costs", "again"},
-    "cases": {"results", "differences", "curves", "costs", "failed", "again"},
+    "cases": {"results", "differences", "tuning", "curves", "costs", "failed", "again"},
     "search": {"search", "results", "curves", "again"},
 }
 # Appended to a copy of each page, which is shown in a frame; tells the page around it.
@@ -61,6 +61,8 @@ parent.postMessage({name: NAME, width: document.documentElement.scrollWidth,
     .map((e) => e.id),
   out: out.slice(0, 5).map((e) => e.outerHTML.slice(0, 200)),
   clipped: clipped.slice(0, 5).map((e) => e.outerHTML.slice(0, 200)),
+  wide: [...document.querySelectorAll("#results .wide")]
+    .filter((e) => e.scrollWidth > e.clientWidth + 1).length,
   over, images: [...document.images].filter((i) => !i.naturalWidth).length,
   height: document.documentElement.scrollHeight}, "*");
 </script>"""
@@ -228,6 +230,8 @@ def nothing_is_missing_or_sticks_out(found):
         assert set(one["ids"]) == OF_A_FORM[form], name
         assert one["inner"] == int(width) and one["width"] <= int(width), name
         assert not one["images"], name
+        if form in ("sweep", "cases") and width == "1280":
+            assert not one["wide"], name
         for fault in ("out", "clipped", "over", "empty"):
             assert not one[fault], (name, fault, one[fault])
 
