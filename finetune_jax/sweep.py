@@ -44,7 +44,8 @@ run      runs the members that are missing; may be started any number of times
 status   lists the members: finished, running, failed, waiting
 report   writes table.csv, tables and the page, and prints the table
 retry    runs failed members again; --changed also those of other code or data
-compare  compares runs: compare RUN_A RUN_B, or A0,A1,A2 B0,B1,B2 paired by seed
+compare  compares runs: compare RUN_A RUN_B, or A0,A1,A2 B0,B1,B2 paired by seed, or
+         folders of arms: compare runs/NAME/by_arm/CASE/ARM_A runs/NAME/by_arm/CASE/ARM_B
 
 exit status: 0 finished; 2 invalid command line or sweep; 75 stopped by a signal and
 saved; 1 members have failed, or anything else"""

@@ -12,6 +12,10 @@ LOWER_IS_BETTER = (
 )  # fmt: skip
 
 
+_BOUNDED = re.compile(
+    r".*accuracy|exact_match|roc_auc|average_precision|(mean_)?iou.*"
+    r"|(precision|recall|f1|sensitivity|specificity)(_.*)?"
+)
 # Prefix of the metrics of single classes, which may be many.
 PER_CLASS = "iou_"
 
@@ -49,6 +53,15 @@ def higher_is_better(name: str) -> bool:
     (True, False)
     """
     return name.rpartition("/")[2].removeprefix("ema_") not in LOWER_IS_BETTER
+
+
+def is_bounded(name: str) -> bool:
+    """Returns whether a metric lies between 0 and 1, and is better when higher.
+
+    >>> is_bounded("test/digits/ema_f1_macro"), is_bounded("test/r2")
+    (True, False)
+    """
+    return bool(_BOUNDED.fullmatch(name.rpartition("/")[2].removeprefix("ema_")))
 
 
 def is_better(name: str, value: float, best: float | None, change: float = 0.0) -> bool:

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import UserError
-from finetune_jax.core.metric_names import higher_is_better, is_of_class
+from finetune_jax.core.metric_names import higher_is_better, is_bounded, is_of_class
 from finetune_jax.evaluation import per_example
-from finetune_jax.report.html import formats
 from finetune_jax.sweeps import statistics
-from finetune_jax.sweeps.comparison import Comparison, Run, adjusted, compare
+from finetune_jax.sweeps.comparison import (
+    Best,
+    Comparison,
+    Run,
+    best_of,
+    compare_each,
+    with_value,
+)
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Wanted
@@ -78,6 +83,7 @@ class Table:
         metric: Metric that decides.
         baseline: Arm that the others are compared with; None for a search.
         rows: Rows by case, the best first.
+        best: Best arm of each case with at least three arms that have a mean.
         notes: Lines about what limits the comparisons.
         tuning: Heading and rows about the values that tuning tried.
     """
@@ -85,6 +91,7 @@ class Table:
     metric: str
     baseline: str | None
     rows: Sequence[Row]
+    best: Mapping[str, Best] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     tuning: Sequence[Sequence[str]] = ()
 
@@ -109,20 +116,26 @@ def table_of(folder: SweepFolder, wanted: Wanted) -> Table:
         metric = sweep.search.metric
         found = [_row(folder, wanted, "", arm, metric) for arm in _trials(wanted)]
         return Table(metric=metric, baseline=None, rows=_best_first(found, metric))
-    rows, notes = list[Row](), dict[str, None]()
+    rows, notes, best = list[Row](), dict[str, None](), dict[str, Best]()
     for case in sweep.cases:
         found = [
             _row(folder, wanted, case, arm, sweep.metric) for arm in sweep.all_arms
         ]
         found = _compared(found, sweep.the_baseline, sweep.metric)
         for row in found:
+            notes |= dict.fromkeys(with_value(row.runs, sweep.metric)[1])
             if row.comparison is not None:
                 notes |= dict.fromkeys(row.comparison.notes)
-        rows += _best_first(found, sweep.metric)
+        found = _best_first(found, sweep.metric)
+        runs = {row.arm: row.runs for row in found if row.estimate is not None}
+        if len(runs) > 2:
+            best[case] = best_of(runs, next(iter(runs)), sweep.metric)
+        rows += found
     return Table(
         metric=sweep.metric,
         baseline=sweep.the_baseline,
         rows=rows,
+        best=best,
         # Tables of the same sweep in other folders are the same.
         notes=[
             *_collapsed([note.replace(f"{folder.root}/", "") for note in notes]),
@@ -205,9 +218,10 @@ def mean_of(runs: Sequence[Run], metric: str) -> statistics.Estimate | None:
     The interval is over seeds and test examples, if all runs have scores of the same
     examples, and otherwise over seeds alone.
     """
-    having = [run for run in runs if run.value(metric) is not None]
+    having, _ = with_value(runs, metric)
     if not having:
         return None
+    extremes = (0.0, 1.0) if is_bounded(metric) else None
     found = []
     for run in having:
         name = run.name_of(metric)
@@ -219,44 +233,29 @@ def mean_of(runs: Sequence[Run], metric: str) -> statistics.Estimate | None:
     same = found and all(np.array_equal(found[0][0], ids) for ids, _ in found)
     if len(found) < len(having) or not same:
         values = np.array([run.value(metric) for run in having], np.float64)
-        found = statistics.estimate(values[:, None])
-        return _as_share(found) if formats.is_share(metric) else found
-    scores_SxE = np.stack([scores for _, scores in found]).astype(np.float64)
-    is_share = scores_SxE.min() >= 0 and scores_SxE.max() <= 1
-    if not is_share:
-        return statistics.estimate(scores_SxE)
-    return _as_share(statistics.estimate(scores_SxE, extremes=(0.0, 1.0)))
-
-
-def _as_share(estimate: statistics.Estimate) -> statistics.Estimate:
-    """Returns an estimate whose interval lies between 0 and 1."""
-    # The order keeps NaN.
-    low, high = max(estimate.low, 0.0), min(estimate.high, 1.0)
-    return dataclasses.replace(estimate, low=low, high=high)
+        mean = statistics.estimate(values[:, None])
+    else:
+        scores_SxE = np.stack([scores for _, scores in found]).astype(np.float64)
+        mean = statistics.estimate(scores_SxE, extremes=extremes)
+    return mean.clipped(*extremes) if extremes else mean
 
 
 def _compared(rows: Sequence[Row], baseline: str, metric: str) -> list[Row]:
     """Returns rows of one case with their comparisons, adjusted for their number."""
     by_arm = {row.arm: row for row in rows}
-    problems: dict[str, str] = {}
-    found: dict[str, Comparison] = {}
+    runs = {row.arm: row.runs for row in rows if row.runs}
+    found, problems = dict[str, Comparison](), dict[str, list[str]]()
+    if baseline in runs:
+        found, problems = compare_each(runs, baseline, metric)
     for row in rows:
-        if row.arm == baseline:
-            continue
-        if not row.runs or not by_arm[baseline].runs:
-            without = row if not row.runs else by_arm[baseline]
-            problems[row.arm] = _without_runs(without, is_own=without is row)
-            continue
-        try:
-            found[row.arm] = compare(row.runs, by_arm[baseline].runs, metric)
-        except UserError as error:
-            problems[row.arm] = "; ".join(map(str, error.problems))
-    found = adjusted(found)
+        if row.arm != baseline and not (row.runs and baseline in runs):
+            without = by_arm[baseline] if row.runs else row
+            problems[row.arm] = [_without_runs(without, is_own=without is row)]
     return [
         dataclasses.replace(
             row,
             comparison=found.get(row.arm),
-            problem=row.problem or problems.get(row.arm, ""),
+            problem=row.problem or "; ".join(problems.get(row.arm, ())),
         )
         for row in rows
     ]

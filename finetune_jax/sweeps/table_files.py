@@ -72,17 +72,17 @@ def as_csv(table: Table) -> str:
     metric, text = table.metric, io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["case", "arm", "chosen", "runs", "missing", "failed", metric, "low_95",
-         "high_95", "std", "difference", "difference_low_95", "difference_high_95",
-         "p_value", "p_adjusted", "verdict", "answer", *_SAME, *others]
+        ["case", "arm", "chosen", "runs", "missing", "failed", "without_value", metric,
+         "low_95", "high_95", "std", "difference", "difference_low_95",
+         "difference_high_95", "p_value", "p_adjusted", "verdict", "answer", *_SAME, *others]
     )  # fmt: skip
     for row in table.rows:
         one, found = row.estimate, row.comparison
         chosen = json.dumps(as_plain(row.chosen)) if row.chosen else ""
         numbers = [None] * 3 if one is None else [one.mean, one.low, one.high]
         values = [v for run in row.runs if (v := run.value(metric)) is not None]
-        finite = len(values) > 1 and all(map(math.isfinite, values))
-        numbers = [*numbers, float(np.std(values, ddof=1)) if finite else None]
+        has_spread = len(values) > 1
+        numbers = [*numbers, float(np.std(values, ddof=1)) if has_spread else None]
         compared = [None] * 5
         if found is not None:
             ends = [found.low, found.high]
@@ -90,6 +90,7 @@ def as_csv(table: Table) -> str:
         cost, means = costs(row.results), row.means()
         writer.writerow(
             [row.case, row.arm, chosen, len(row.runs), row.missing, row.failed]
+            + [len(row.runs) - len(values)]
             + [_digits(value) for value in (*numbers, *compared)]
             + [found.verdict if found else "", answer(table, row)]
             + [_digits(cost[key]) for key in _SAME]
@@ -154,7 +155,8 @@ def mean_text(metric: str, estimate: statistics.Estimate | None) -> str:
     if estimate is None:
         return "–"
     mean, low, high = _texts(metric, estimate.mean, estimate.low, estimate.high)
-    return mean if math.isnan(estimate.low) else f"{mean} ({low} to {high})"
+    of = ", over examples only" if estimate.seeds == 1 else ""
+    return mean if math.isnan(estimate.low) else f"{mean} ({low} to {high}{of})"
 
 
 def _texts(metric: str, mean: float, low: float, high: float) -> list[str]:
@@ -186,6 +188,8 @@ def _counts(row: Row) -> str:
     found = [str(len(row.runs))]
     found += [f"{row.failed} failed"] if row.failed else []
     found += [f"{row.missing} missing"] if row.missing else []
+    absent = len(row.runs) - (row.estimate.seeds if row.estimate else 0)
+    found += [f"{absent} without a value"] if absent and not row.pruned else []
     return ", ".join(found)
 
 
@@ -252,8 +256,17 @@ def _where(table: Table, row: Row) -> str:
 
 
 def remarks(table: Table) -> list[str]:
-    """Returns lines about rows that are not compared, and what limits comparisons."""
+    """Returns lines about the best arms, rows without a comparison, and limits."""
     found = [
+        (f"{case}: " if len(table.cases) > 1 else "") + best.sentence()
+        for case, best in table.best.items()
+    ]
+    if found:
+        found.append(
+            "comparisons with the best mean are adjusted for their own number (Holm); the "
+            "best of several means tends to be too good"
+        )
+    found += [
         f"{_where(table, row)}{row.arm}: {row.problem}"
         for row in table.rows
         if row.problem and row.comparison is None
@@ -337,6 +350,7 @@ def as_json(table: Table) -> dict[str, Any]:
         one = row.comparison
         if one is None:
             continue
+        chance, is_open = one.improvement, one.verdict == "open"
         found.append(
             {
                 "case": row.case,
@@ -348,12 +362,11 @@ def as_json(table: Table) -> dict[str, Any]:
                 "p_value": one.p_value,
                 "p_adjusted": one.adjusted,
                 "seed_p_value": one.seed_p_value,
-                "probability_of_improvement": (
-                    one.improvement and one.improvement.probability
-                ),
+                "probability_of_improvement": chance and chance.probability,
+                "probability_interval": chance and [chance.low, chance.high],
                 "pairs": one.pairs,
                 "examples": one.examples,
-                "more_seeds": one.more_seeds,
+                "more_seeds": one.more_seeds if is_open else None,
                 "verdict": one.verdict,
                 "answer": answer(table, row),
             }
@@ -361,6 +374,10 @@ def as_json(table: Table) -> dict[str, Any]:
     return {
         "metric": table.metric,
         "comparisons": _without_nan(found),
+        "best": [
+            {"case": case, "arm": best.name, "not_told_apart": best.rivals}
+            for case, best in table.best.items()
+        ],
         "notes": list(table.notes),
     }
 

@@ -1,5 +1,6 @@
 """Groups of runs are paired, compared and told apart, or it is said why not."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -72,7 +73,8 @@ def test_an_open_difference_says_what_would_tell_it(tmp_path):
     assert found.verdict == "open" and found.detectable > abs(found.difference)
     text = found.sentence(("lora", "head"))
     assert text.startswith("lora and head are not told apart: ")
-    assert "; neither more seeds alone nor more test examples alone would;" in text
+    assert "; neither more seeds alone nor more test examples alone would tell;" in text
+    assert f", {found.examples} examples, p = {found.p_value:.2g}]" in text
     assert "are found 4 times in 5" in text
 
 
@@ -86,7 +88,8 @@ def test_one_run_each_is_compared_over_examples_alone(tmp_path):
     other = stats.ttest_rel(*[one.astype(float) for one in scores])
     assert found.p_value == pytest.approx(other.pvalue)
     assert found.improvement is None
-    assert any("one seed" in note for note in found.notes)
+    told = "for these two trained models on these examples, not for their settings"
+    assert found.sentence(("full", "head")).endswith(told)
 
 
 def test_a_metric_that_is_no_mean_is_compared_over_seeds(tmp_path):
@@ -103,7 +106,48 @@ def test_a_metric_that_is_no_mean_is_compared_over_seeds(tmp_path):
     assert "compared over seeds alone: test/roc_auc is no mean over" in found.notes[0]
     one = comparison.compare(runs["full"][:1], runs["head"][:1], "test/roc_auc")
     assert one.verdict == "too few" and math.isnan(one.low)
-    assert "too few seeds for this test at all" in one.sentence(("full", "head"))
+    assert "too few seeds for a test: full and head" in one.sentence(("full", "head"))
+
+
+def test_differences_that_do_not_vary_are_told_without_a_test(tmp_path):
+    for name, values in {"a": (0.6, 0.7, 0.8), "b": (0.7, 0.8, 0.9)}.items():
+        for seed, value in enumerate(values):
+            metrics = {"test/roc_auc": value}
+            write(tmp_path / name / f"seed{seed}", seed, np.ones(9), metrics=metrics)
+    ours, theirs = (opened(tmp_path / name, 3) for name in "ab")
+    text = comparison.compare(ours, theirs, "test/roc_auc").sentence(("a", "b"))
+    assert text == (
+        "no test is possible: a and b differ by 10.0 points in each of 3 seeds, so the "
+        "spread of the differences is unknown"
+    )
+    text = comparison.compare(ours, ours, "test/roc_auc").sentence(("a", "b"))
+    assert "differ by 0.0 points in each of 3 seeds" in text
+
+
+def test_shares_have_no_impossible_intervals_or_detectable_differences(tmp_path):
+    values = {"a": (0.9, 0.3), "b": (0.1, 0.2), "c": (0.8, 0.91)}
+    for name, shares in values.items():
+        for seed, share in enumerate(shares):
+            metrics = {"test/roc_auc": share}
+            write(tmp_path / name / f"seed{seed}", seed, np.ones(9), metrics=metrics)
+    groups = {name: opened(tmp_path / name, 2) for name in values}
+    found = comparison.compare_all(groups, "b", "test/roc_auc")
+    assert (found["a"].low, found["a"].high) == (-1, 1)
+    text = found["a"].sentence(("a", "b"))
+    assert "too few seeds to tell any difference" in text and "from " not in text
+    # Its own p-value is 0.0, but not the adjusted one.
+    one = dataclasses.replace(found["c"], adjusted=0.09)
+    assert ", p = 0.09 adjusted, the interval is not]" in one.sentence(("c", "b"))
+
+
+def test_the_best_group_is_told_with_those_that_may_be_as_good(tmp_path):
+    shifts = {"full": 0.5, "lora": 0.49, "head": 0.0}
+    groups = {n: opened(group(tmp_path, n, shift)) for n, shift in shifts.items()}
+    found = comparison.best_of(groups, "full", "test/accuracy")
+    assert found.sentence() == "full has the best mean; not told apart from it: lora"
+    del groups["lora"]
+    found = comparison.best_of(groups, "full", "test/accuracy")
+    assert found.sentence() == "full is better than all others"
 
 
 def test_a_split_without_recorded_scores_is_named(tmp_path):
@@ -156,6 +200,8 @@ def test_seeds_that_do_not_pair_are_refused(tmp_path):
         comparison.compare(ours[:2], theirs[2:], "test/accuracy")
     found = comparison.compare(ours[:1], theirs[2:3], "test/accuracy")
     assert "the seeds differ: seed 0 and seed 2" in found.notes
+    clear = dataclasses.replace(found, adjusted=0.01)
+    assert clear.sentence(("a", "b")).endswith("settings, whose seeds differ too")
 
 
 def test_a_metric_that_no_run_has_is_refused(tmp_path):
@@ -245,6 +291,37 @@ def test_groups_can_be_named_by_commas(tmp_path):
     )
 
 
+def test_groups_are_named_by_where_their_paths_differ(tmp_path):
+    paths = [
+        group(tmp_path, name, shift) for name, shift in (("a,1", 0.0), ("bb", 0.5))
+    ]
+    lines = comparison.compare_workdirs(paths)
+    assert "bb is better than a,1 by" in "\n".join(lines)
+    (tmp_path / "a,1").rename(tmp_path / "a")
+    listed = [
+        ",".join(f"{tmp_path}/{arm}/seed{seed}" for seed in seeds)
+        for arm, seeds in (("a", (0, 1)), ("bb", (1, 2)))
+    ]
+    lines = comparison.compare_workdirs(listed)
+    assert [line.split()[:4] for line in lines[1:3]] == [
+        [name, "2,", "1", "paired"] for name in ("a", "bb")
+    ]
+    assert any(line.startswith("bb is better than a by ") for line in lines)
+    mixed = [f"{tmp_path}/a/seed0,{tmp_path}/bb/seed1",
+             f"{tmp_path}/a/seed1,{tmp_path}/bb/seed0"]  # fmt: skip
+    assert comparison.compare_workdirs(mixed)[1].startswith("A ")
+
+
+def test_a_sweep_is_no_group_of_runs(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name / "0123456789ab", 0, np.ones(9))
+        (tmp_path / name / "sweep.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="one: is a sweep; give folders by_arm/CASE/ARM"
+    ):
+        comparison.compare_workdirs([str(tmp_path / name) for name in ("one", "two")])
+
+
 def test_folders_that_hold_no_finished_run_are_listed_at_once(tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
@@ -276,7 +353,7 @@ def test_trained_runs_are_compared(tmp_path):
         run(config, tmp_path / name / "seed0")
     lines = comparison.compare_workdirs([str(tmp_path / n) for n in ("slow", "quick")])
     assert any("[1 seed, 30 examples" in line for line in lines)
-    assert "note: one seed" in lines[-1] and "note" not in "".join(lines[:-1])
+    assert "note" not in "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -301,15 +378,16 @@ def test_it_is_said_whether_seeds_or_examples_are_missing(seeds, examples, parts
     found = answer(scores - scores.mean() + 0.5)
     text = found.sentence(("a", "b"))
     if seeds == 1:
-        assert "more seeds are needed to know how much training varies; about" in text
+        assert "more seeds are needed to know how much training varies; if the" in text
     elif parts[1] > 1:
-        assert "no number of seeds would on these test examples; about " in text
-        assert " more test examples would; " in text
+        assert "no number of seeds would tell on these test examples; if " in text
+        assert " more test examples would find it 4 times in 5; " in text
     else:
         again = statistics.seeds_needed(
             0.5, found.estimate.components, examples=examples
         )
-        assert f"about {again - 3} more seeds would; differences from" in text
+        told = f"about {again - 3} more seeds would find it 4 times in 5; differences"
+        assert f"if the true difference is this one, {told}" in text
 
 
 def answer(scores):

@@ -126,7 +126,8 @@ def test_a_run_whose_metric_is_not_finite_is_shown(tmp_path):
     sweep = Sweep(base="configs/iris_mlp.py", arms=arms, seeds=2)
     folder, wanted = filled(tmp_path, sweep, values)
     write_tables(folder.root, "x", table_of(folder, wanted))
-    assert "cannot be compared: test/accuracy is not finite" in text_of(page_of(folder))
+    assert "seed 1 has no finite test/accuracy; left out" in text_of(page_of(folder))
+    assert "| b | 2, 1 without a value |" in (tmp_path / "table.md").read_text()
     assert "NaN" not in (tmp_path / "comparisons.json").read_text()
 
 

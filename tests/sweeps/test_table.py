@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from sweep_folders import filled, finish
 
+from finetune_jax.evaluation import per_example
 from finetune_jax.sweeps import Arm, Choice, Search, Sweep
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.schedule import Schedule
 from finetune_jax.sweeps.table import mean_of, table_of
-from finetune_jax.sweeps.table_files import write_runs, write_tables
+from finetune_jax.sweeps.table_files import mean_text, write_runs, write_tables
 
 ARMS = {"slow": {"plan[0].peak_lr": 1e-3}, "fast": {"plan[0].peak_lr": 0.1},
         "short_50%": {"plan[0].epochs": 2}}  # fmt: skip
@@ -64,6 +65,11 @@ def test_rows_are_sorted_within_each_case_and_answer_in_words(tmp_path):
     assert rows_of(folder)[1]["answer"] == "baseline"
     assert any(line.startswith("few: fast is better than slow") for line in lines)
     assert any("2 comparisons of each case (Holm)" in line for line in lines)
+    assert "few: fast is better than all others" in lines
+    assert "few: fast is better than all others" in (tmp_path / "table.md").read_text()
+    found = json.loads((tmp_path / "comparisons.json").read_text())
+    assert [one["arm"] for one in found["best"]] == ["fast", "short_50%"]
+    assert [one["more_seeds"] for one in found["comparisons"]] == [None] * 4
 
 
 def test_costs_that_all_rows_have_in_common_are_in_the_csv_alone(tmp_path):
@@ -207,6 +213,7 @@ def test_the_interval_counts_examples_where_runs_have_their_scores(tmp_path):
         finish(folder, member, {"test/accuracy": 0.75}, scores=scores)
     row = table_of(folder, wanted).rows[0]
     assert row.estimate.examples == 40 and row.estimate.seeds == 1
+    assert ", over examples only)" in mean_text("test/accuracy", row.estimate)
     half = 1.96 * (0.75 * 0.25 / 39) ** 0.5
     assert row.estimate.high - 0.75 == pytest.approx(half, rel=0.05)
     for member in wanted.members:
@@ -223,6 +230,12 @@ def test_the_interval_of_a_share_lies_between_0_and_1(tmp_path):
     folder, wanted = filled(tmp_path, sweep_of(seeds=2), values)
     row = table_of(folder, wanted).rows[0]
     assert row.estimate.high == 1 and 0 < row.estimate.low < 0.95
+    assert mean_of(row.runs, "test/loss").high > 1
+    # A loss may exceed 1, whatever the losses of these examples are.
+    for run in row.runs:
+        arrays = {"test/id": np.arange(3, dtype=np.uint64),
+                  "test/loss": np.array([0.0, 0.9, 1.0])}  # fmt: skip
+        per_example.write(run.folder, arrays)
     assert mean_of(row.runs, "test/loss").high > 1
 
 

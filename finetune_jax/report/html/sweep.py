@@ -30,7 +30,7 @@ _MOST_TILES = 3
 _LONG_WORD = 18
 _VERDICTS = {
     "better": "better", "worse": "worse", "open": "not told apart",
-    "too few": "too few seeds",
+    "too few": "no test",
 }  # fmt: skip
 Interval = tuple[float, float, float]
 

@@ -2,15 +2,18 @@
 
 from finetune_jax.sweeps.comparison.answer import Comparison
 from finetune_jax.sweeps.comparison.comparing import (
-    adjusted,
+    Best,
+    best_of,
     compare,
     compare_all,
+    compare_each,
     spread,
 )
+from finetune_jax.sweeps.comparison.pairing import with_value
 from finetune_jax.sweeps.comparison.runs import COSTS, Run, costs, open_run
 from finetune_jax.sweeps.comparison.workdirs import compare_workdirs
 
 __all__ = [
-    "COSTS", "Comparison", "Run", "adjusted", "compare", "compare_all",
-    "compare_workdirs", "costs", "open_run", "spread",
+    "COSTS", "Best", "Comparison", "Run", "best_of", "compare", "compare_all",
+    "compare_each", "compare_workdirs", "costs", "open_run", "spread", "with_value",
 ]  # fmt: skip

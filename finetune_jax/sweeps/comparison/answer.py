@@ -4,12 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from finetune_jax.core.metric_names import higher_is_better
+from finetune_jax.core.metric_names import higher_is_better, is_bounded
 from finetune_jax.sweeps import statistics
 
 Verdict = Literal["better", "worse", "open", "too few"]
-# Metrics above 0 and below 1 that are no shares.
-NO_SHARES = ("r2",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,24 +98,42 @@ class Comparison:
         verdict = self.verdict
         seeds = f"{self.pairs} seed{'s' if self.pairs > 1 else ''}"
         over = f"{seeds}, {self.examples:,} examples" if self.examples > 1 else seeds
-        if math.isnan(self.difference):
-            return (
-                f"{ours} and {theirs} cannot be compared: {self.metric} is not finite"
-            )
         if verdict == "too few":
-            return (
-                f"too few seeds for this test at all: {ours} and {theirs} differ by "
-                f"{self.number(abs(self.difference))} in {seeds}, and "
-                f"{self.metric} has no spread over examples; 2 seeds are the least, 5 "
-                "are better"
-            )
+            return self._no_test(f"{ours} and {theirs}")
         size = self._interval()
-        if verdict == "open":
-            answer = f"{ours} and {theirs} are not told apart: {size} [{over}]"
-            return "; ".join((answer, *self._what_would()))
         p_value = self.p_value if self.adjusted is None else self.adjusted
         told = f"p {_p(p_value)}" + (" adjusted" if self.adjusted is not None else "")
-        return f"{ours} is {verdict} than {theirs} by {size} [{over}, {told}]"
+        if verdict == "open":
+            if self.p_value <= 1 - self.level:
+                told += ", the interval is not"
+            answer = f"{ours} and {theirs} are not told apart: {size} [{over}, {told}]"
+            return "; ".join((answer, *self._what_would()))
+        answer = f"{ours} is {verdict} than {theirs} by {size} [{over}, {told}]"
+        if self.pairs > 1:
+            return answer
+        also = "" if self.same_seed else ", whose seeds differ too"
+        return (
+            f"{answer}; this holds for these two trained models on these examples, not "
+            f"for their settings{also}"
+        )
+
+    def _no_test(self, both: str) -> str:
+        """Returns the sentence of a comparison without a p-value.
+
+        Args:
+            both: Names of ours and of theirs.
+        """
+        size = self.number(abs(self.difference))
+        if self.pairs > 1:
+            return (
+                f"no test is possible: {both} differ by {size} in each of {self.pairs} "
+                "seeds, so the spread of the differences is unknown"
+            )
+        return (
+            f"too few seeds for a test: {both} differ by {size} in 1 seed, and "
+            f"{self.metric} is compared without its spread over examples; 2 seeds are "
+            "the least, 5 are better"
+        )
 
     def _interval(self) -> str:
         """Returns the size of the difference with its interval."""
@@ -133,13 +149,7 @@ class Comparison:
     @property
     def in_points(self) -> bool:
         """Whether the metric is a share, whose differences are told in hundredths."""
-        name = self.metric.rpartition("/")[2].removeprefix("ema_")
-        is_share = higher_is_better(self.metric) and name not in NO_SHARES
-        return (
-            is_share
-            and 0 <= min(self.ours, self.theirs)
-            and (max(self.ours, self.theirs) <= 1)
-        )
+        return is_bounded(self.metric)
 
     def number(self, value: float, unit: str | None = None) -> str:
         """Returns a difference as text, with as many digits as its interval justifies.
@@ -159,21 +169,30 @@ class Comparison:
 
     def _what_would(self) -> list[str]:
         """Returns how many seeds or examples would tell this difference from 0."""
+        true = "if the true difference is this one, about"
         if self.more_seeds:
             s = "s" if self.more_seeds > 1 else ""
-            first = f"about {self.more_seeds:,} more seed{s} would"
+            first = (
+                f"{true} {self.more_seeds:,} more seed{s} would find it 4 times in 5"
+            )
         elif self.pairs == 1:
             first = "more seeds are needed to know how much training varies"
         elif self.more_examples:
-            first = "no number of seeds would on these test examples"
+            first = "no number of seeds would tell on these test examples"
         elif self.examples == 1:
-            first = f"not even {statistics.MAX_SEEDS:,} seeds would"
+            first = f"not even {statistics.MAX_SEEDS:,} seeds would tell"
         else:
-            first = "neither more seeds alone nor more test examples alone would"
+            first = "neither more seeds alone nor more test examples alone would tell"
         found = [first]
         if self.more_examples and not self.more_seeds:
-            found.append(f"about {self.more_examples:,} more test examples would")
-        if not math.isnan(self.detectable):
+            found.append(
+                f"{true} {self.more_examples:,} more test examples would find it 4 "
+                "times in 5"
+            )
+        if self.in_points and self.detectable > 1:
+            lacking = "seeds" if self.pairs > 1 else "examples"
+            found.append(f"too few {lacking} to tell any difference")
+        elif not math.isnan(self.detectable):
             found.append(
                 f"differences from {self.number(self.detectable)} are found 4 times in 5"
             )

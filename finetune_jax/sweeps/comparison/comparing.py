@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_jax.core.errors import Problem, UserError, raise_if
-from finetune_jax.core.metric_names import higher_is_better
+from finetune_jax.core.errors import UserError, raise_if
+from finetune_jax.core.metric_names import higher_is_better, is_bounded
 from finetune_jax.sweeps import statistics
 from finetune_jax.sweeps.comparison.answer import Comparison
 from finetune_jax.sweeps.comparison.pairing import (
@@ -51,13 +51,12 @@ def compare(
     else:
         difference = scores[:, 0] - scores[:, 1]
         values, by_seed = scores.mean(axis=2), difference.mean(axis=1)
-        is_share = scores.min() >= 0 and scores.max() <= 1
-        extremes = (-1.0, 1.0) if is_share else None
+        extremes = (-1.0, 1.0) if is_bounded(metric) else None
         estimate = statistics.estimate(difference, level=level, extremes=extremes)
     if estimate.is_widened:
         notes.append("nearly all examples have the same score, so the interval is wide")
-    if len(pairs) == 1 and scores is not None:
-        notes.append("one seed: the interval says nothing about other trainings")
+    if is_bounded(metric):
+        estimate = estimate.clipped(-1.0, 1.0)
     sign = 1 if higher_is_better(metric) else -1
     is_finite = bool(np.isfinite(by_seed).all())
     return Comparison(
@@ -97,6 +96,34 @@ def needs(estimate: statistics.Estimate, level: float) -> dict[str, Any]:
     }
 
 
+def compare_each(
+    groups: Mapping[str, Sequence[Run]],
+    baseline: str,
+    metric: str,
+    *,
+    level: float = 0.95,
+) -> tuple[dict[str, Comparison], dict[str, list[str]]]:
+    """Returns the comparison of each group with the baseline, p-values adjusted by Holm.
+
+    Beside them, it returns the problems of each group that cannot be compared.
+
+    Args:
+        groups: Runs by the name of their configuration.
+        baseline: Name of the group that the others are compared with.
+        metric: Name of the metric.
+        level: Coverage of intervals, which are not adjusted.
+    """
+    found, problems = {}, {}
+    for name, runs in groups.items():
+        if name == baseline:
+            continue
+        try:
+            found[name] = compare(runs, groups[baseline], metric, level=level)
+        except UserError as error:
+            problems[name] = list(map(str, error.problems))
+    return _adjusted(found), problems
+
+
 def compare_all(
     groups: Mapping[str, Sequence[Run]],
     baseline: str,
@@ -104,30 +131,66 @@ def compare_all(
     *,
     level: float = 0.95,
 ) -> dict[str, Comparison]:
-    """Returns the comparison of each group with the baseline, p-values adjusted by Holm.
-
-    Args:
-        groups: Runs by the name of their configuration.
-        baseline: Name of the group that the others are compared with.
-        metric: Name of the metric.
-        level: Coverage of intervals, which are not adjusted.
+    """Returns the comparisons of `compare_each`, if there are no problems.
 
     Raises:
         UserError: Lists the groups that cannot be compared.
     """
-    found, problems = {}, list[Problem | str]()
-    for name, runs in groups.items():
-        if name == baseline:
-            continue
-        try:
-            found[name] = compare(runs, groups[baseline], metric, level=level)
-        except UserError as error:
-            problems += [f"{name} and {baseline}: {one}" for one in error.problems]
-    raise_if(problems, "Runs cannot be compared:")
-    return adjusted(found)
+    found, problems = compare_each(groups, baseline, metric, level=level)
+    raise_if(
+        [
+            f"{name} and {baseline}: {one}"
+            for name, all in problems.items()
+            for one in all
+        ],
+        "Runs cannot be compared:",
+    )
+    return found
 
 
-def adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best of several groups of runs.
+
+    Attributes:
+        name: Name of the group.
+        comparisons: Comparison of each other group with it, adjusted for their number.
+        problems: Why a group cannot be compared with it, by name.
+    """
+
+    name: str
+    comparisons: Mapping[str, Comparison]
+    problems: Mapping[str, Sequence[str]]
+
+    @property
+    def rivals(self) -> list[str]:
+        """Names of the groups that are not told apart from the best one."""
+        known = self.comparisons.items()
+        return [name for name, one in known if one.verdict != "worse"] + [
+            *self.problems
+        ]
+
+    def sentence(self) -> str:
+        """Returns which groups are worse than the best one."""
+        if self.rivals:
+            rivals = ", ".join(self.rivals)
+            return f"{self.name} has the best mean; not told apart from it: {rivals}"
+        return f"{self.name} is better than all others"
+
+
+def best_of(groups: Mapping[str, Sequence[Run]], best: str, metric: str) -> Best:
+    """Returns the comparisons of the group with the best mean with all others.
+
+    Args:
+        groups: Runs by the name of their configuration.
+        best: Name of the group with the best mean.
+        metric: Name of the metric.
+    """
+    found, problems = compare_each(groups, best, metric)
+    return Best(name=best, comparisons=found, problems=problems)
+
+
+def _adjusted(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
     """Returns comparisons with p-values that are adjusted for their number by Holm.
 
     Args:

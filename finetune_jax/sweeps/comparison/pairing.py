@@ -30,19 +30,28 @@ def with_metric(
     """
     notes, groups = [], []
     for group in (ours, theirs):
-        having = [run for run in group if run.value(metric) is not None]
-        absent = [str(run.folder) for run in group if run.value(metric) is None]
+        having, absent = with_value(group, metric)
         if not having:
             known = {name for run in group for name in run.result.get("best") or ()}
             listed = ", ".join(sorted(name for name in known if not is_of_class(name)))
+            folders = ", ".join(str(run.folder) for run in group) or "no run"
             raise UserError(
-                f"--metric: no {metric!r} in {', '.join(absent) or 'no run'}"
+                f"--metric: no finite value of {metric!r} in {folders}"
                 f"{closest(metric, known)}; there is {listed or 'no metric'}"
             )
-        if absent:
-            notes.append(f"{', '.join(absent)}: no {metric}; left out")
+        notes += absent
         groups.append(having)
     return groups[0], groups[1], notes
+
+
+def with_value(runs: Sequence[Run], metric: str) -> tuple[list[Run], list[str]]:
+    """Returns the runs with a finite value of a metric, and lines about the others."""
+    having = [run for run in runs if run.value(metric) is not None]
+    absent = [run for run in runs if run.value(metric) is None]
+    notes = [
+        f"{run.folder}: {_seed(run)} has no finite {metric}; left out" for run in absent
+    ]
+    return having, notes
 
 
 def paired(

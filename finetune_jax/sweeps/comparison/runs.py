@@ -1,6 +1,7 @@
 """Finished runs: their metrics, seeds and costs."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,8 +28,9 @@ class Run:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
-        """Returns a metric of the best state; None if the run lacks it or has failed."""
-        return (self.result.get("best") or {}).get(self.name_of(metric))
+        """Returns a metric of the best state; None if it is absent or not finite."""
+        value = (self.result.get("best") or {}).get(self.name_of(metric))
+        return value if value is not None and math.isfinite(value) else None
 
     def name_of(self, metric: str) -> str:
         """Returns the name that a metric has in this run."""

@@ -1,6 +1,8 @@
 """Comparison of workdirs that a user names."""
 
+import os
 import pathlib
+import string
 from collections.abc import Mapping, Sequence
 
 from finetune_jax.core.errors import Problem, UserError, raise_if
@@ -15,7 +17,7 @@ def compare_workdirs(paths: Sequence[str], metric: str | None = None) -> list[st
 
     Args:
         paths: A workdir each, or several that differ in their seed alone: separated by
-            commas, or all workdirs in a folder such as `by_arm/ARM` of a sweep.
+            commas, or all workdirs in a folder such as `by_arm/CASE/ARM` of a sweep.
         metric: Name of the metric; None is that of `evaluate.best` on the test split, or
             else the first metric of the test split.
 
@@ -34,30 +36,54 @@ def compare_workdirs(paths: Sequence[str], metric: str | None = None) -> list[st
     first, *others = groups
     metric = metric or _metric(groups[first][0])
     found = compare_all(groups, first, metric)
-    lines = [*_table(groups, metric), ""]
+    pairs = {name: one.pairs for name, one in found.items()}
+    pairs[first] = min(pairs.values())
+    lines = [*_table(groups, metric, pairs), ""]
     lines += [found[name].sentence((name, first)) for name in others]
     notes = dict.fromkeys(note for one in found.values() for note in one.notes)
     lines += [f"note: {note}" for note in notes]
     if len(others) > 1:
-        lines.append(f"p-values are adjusted for {len(others)} comparisons (Holm)")
+        lines.append(
+            f"p-values are adjusted for {len(others)} comparisons (Holm), intervals are "
+            "not"
+        )
     return lines
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Returns short names of workdirs that are all different."""
-    for parts in range(1, 20):
-        names = [
-            "/".join(pathlib.Path(path.split(",")[0]).parts[-parts:]) for path in paths
-        ]
+    """Returns names of groups of workdirs: where their paths differ, or else letters."""
+    given = [_given(path) for path in paths]
+    if len(set(map(tuple, given))) < len(given):
+        raise UserError("compare: the same workdir twice", *paths)
+    common = [
+        pathlib.Path(os.path.commonpath([path.absolute() for path in group])).parts
+        for group in given
+    ]
+    for parts in range(1, max(map(len, common))):
+        names = ["/".join(path[-parts:]) for path in common]
         if len(set(names)) == len(names):
             return names
-    raise UserError("compare: the same workdir twice", *paths)
+    return list(string.ascii_uppercase[: len(paths)])
+
+
+def _given(path: str) -> list[pathlib.Path]:
+    """Returns the folders of an argument, whose name may contain a comma itself."""
+    whole = pathlib.Path(path)
+    if whole.is_dir() or "," not in path:
+        return [whole]
+    return [pathlib.Path(one) for one in path.split(",") if one]
 
 
 def _folders(path: str) -> list[pathlib.Path]:
-    """Returns the workdirs that an argument names."""
-    given = [pathlib.Path(one) for one in path.split(",") if one]
+    """Returns the workdirs that an argument names.
+
+    Raises:
+        UserError: It is the folder of a sweep.
+    """
+    given = _given(path)
     if len(given) == 1 and not (given[0] / "config.json").is_file():
+        if (given[0] / "sweep.json").is_file():
+            raise UserError(f"{path}: is a sweep; give folders by_arm/CASE/ARM in it")
         inside = sorted(place.parent for place in given[0].glob("*/result.json"))
         return inside or given
     return given
@@ -76,8 +102,16 @@ def _metric(run: Run) -> str:
     return found
 
 
-def _table(groups: Mapping[str, Sequence[Run]], metric: str) -> list[str]:
-    """Returns the lines of a table: the mean of the metric, and costs."""
+def _table(
+    groups: Mapping[str, Sequence[Run]], metric: str, pairs: Mapping[str, int]
+) -> list[str]:
+    """Returns the lines of a table: the mean of the metric, and costs.
+
+    Args:
+        groups: Runs by name.
+        metric: Name of the metric.
+        pairs: Number of runs of each group that are compared.
+    """
     rows = {name: costs([run.result for run in runs]) for name, runs in groups.items()}
     columns = [c for c in COSTS if any(row[c] is not None for row in rows.values())]
     table = [("", "runs", metric, *columns)]
@@ -85,5 +119,6 @@ def _table(groups: Mapping[str, Sequence[Run]], metric: str) -> list[str]:
         values = [v for run in runs if (v := run.value(metric)) is not None]
         mean = f"{sum(values) / len(values):.4f}" if values else "-"
         cells = ["-" if (v := rows[name][c]) is None else f"{v:,.4g}" for c in columns]
-        table.append((name, str(len(runs)), mean, *cells))
+        used = f", {pairs[name]} paired" if pairs[name] < len(runs) else ""
+        table.append((name, f"{len(runs)}{used}", mean, *cells))
     return aligned(table)

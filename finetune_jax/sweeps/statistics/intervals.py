@@ -31,6 +31,8 @@ LEVEL = 0.95
 # The normal approximation needs so many examples with an uncommon score. Chosen by us:
 # with fewer, intervals of 0/1 scores covered 77 to 92 % in simulations.
 MIN_UNCOMMON = 10
+# Scores whose spread is this part of their mean are equal but for rounding.
+ROUNDING = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,12 @@ class Estimate:
     components: Components
     is_widened: bool = False
 
+    def clipped(self, least: float, most: float) -> "Estimate":
+        """Returns the estimate with its interval between the possible values."""
+        # The order keeps NaN.
+        low, high = max(self.low, least), min(self.high, most)
+        return dataclasses.replace(self, low=low, high=high)
+
 
 def estimate(
     scores_SxE: np.ndarray,
@@ -120,7 +128,9 @@ def estimate(
     by_seed, by_example, rest = _mean_squares(scores_SxE)
     variance, df = variance_of_mean(by_seed, by_example - rest, scores_SxE.shape)
     error, center = math.sqrt(variance), float(scores_SxE.mean())
-    if not error and center and examples == 1:
+    if error <= ROUNDING * abs(center):
+        error = 0.0
+    if not error and examples == 1:
         # Metrics have few possible values: equal ones do not show that seeds never vary.
         return dataclasses.replace(_unknown(seeds, examples), mean=mean)
     half = float(special.stdtrit(df, (1 + level) / 2)) * error if df else math.nan
@@ -220,15 +230,11 @@ class Improvement:
         probability: Its estimate.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        wins: Number of seeds whose difference is positive.
-        ties: Number of seeds whose difference is 0.
     """
 
     probability: float
     low: float
     high: float
-    wins: int
-    ties: int
 
 
 def improvement(
@@ -247,11 +253,10 @@ def improvement(
     """
     difference_S = np.asarray(difference_S, np.float64)
     seeds = len(difference_S)
-    wins, ties = int((difference_S > 0).sum()), int((difference_S == 0).sum())
     if seeds < 2 or not np.isfinite(difference_S).all():
         return None
     mean, sd = float(difference_S.mean()), float(difference_S.std(ddof=1))
-    if sd <= 1e-12 * abs(mean):
+    if sd <= ROUNDING * abs(mean):
         # Equal but for rounding: the interval of a binomial share with 0 or all successes.
         bound = ((1 - level) / 2) ** (1 / seeds)
         low, high = (bound if mean > 0 else 0.0), (1 - bound if mean < 0 else 1.0)
@@ -264,9 +269,7 @@ def improvement(
             for end in ends
         )
         probability = float(special.ndtr(mean / sd))
-    return Improvement(
-        probability=probability, low=low, high=high, wins=wins, ties=ties
-    )
+    return Improvement(probability=probability, low=low, high=high)
 
 
 def _noncentrality(t: float, df: int, probability: float) -> float:
