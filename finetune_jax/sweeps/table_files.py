@@ -74,7 +74,8 @@ def as_csv(table: Table) -> str:
     writer.writerow(
         ["case", "arm", "chosen", "runs", "missing", "failed", "without_value", metric,
          "low_95", "high_95", "std", "difference", "difference_low_95",
-         "difference_high_95", "p_value", "p_adjusted", "verdict", "answer", *_SAME, *others]
+         "difference_high_95", "p_value", "p_adjusted", "verdict", "answer",
+         *_SAME, *others]
     )  # fmt: skip
     for row in table.rows:
         one, found = row.estimate, row.comparison
