@@ -206,12 +206,16 @@ class Schedule:
             members += own
             if trial is not None:
                 ended[number] = trial
+        is_all = len(ended) == search.count
         return Wanted(
             members=self._with_sources(members),
-            is_all=len(ended) == search.count,
+            is_all=is_all,
             tuned={},
             trials=ended,
-            more=search.count * len(self.sweep.all_seeds) - len(members),
+            # A trial that ended early has fewer.
+            more=0
+            if is_all
+            else search.count * len(self.sweep.all_seeds) - len(members),
         )
 
     def _trial(

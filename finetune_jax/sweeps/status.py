@@ -81,9 +81,7 @@ def status_lines(
     """
     counts = {name: sum(one.state == name for one in states) for name in STATES}
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    more = (
-        "" if wanted.is_all else f"; up to {wanted.more} more follow from the results"
-    )
+    more = f"; up to {wanted.more} more follow from the results" if wanted.more else ""
     lines = [f"{len(states)} members: {told}{more}"]
     if (left := _seconds_left(folder, wanted, states)) is not None:
         lines.append(f"about {datetime.timedelta(seconds=round(left))} left")
@@ -121,7 +119,7 @@ def _seconds_left(
     seconds = [o.result["wall_s"] for o in found if o and o.state == "complete"]
     running = sum(one.state == "running" for one in states)
     left = sum(one.state == "waiting" for one in states) + 0.5 * running
-    left += 0 if wanted.is_all else wanted.more
+    left += wanted.more
     if not seconds or not running:
         return None
     return left * sum(seconds) / len(seconds) / running

@@ -256,7 +256,8 @@ def _settings(overrides: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={json.dumps(value)}"
         for key, value in flat(as_plain(overrides)).items()
-        if not key.startswith("plan[")
+        if key in overrides
+        or not key.startswith("plan[")
         or default.get(key.partition("].")[2], ...) != value
     ]
 
@@ -274,10 +275,10 @@ def _definition(folder: SweepFolder) -> list[tuple[str, list[str]]]:
 def _partial(folder: SweepFolder, wanted: Wanted) -> str:
     """Returns a line that says how many runs have ended; '' if all have."""
     ended = sum(folder.outcome(member.key) is not None for member in wanted.members)
-    count = len(wanted.members) + (0 if wanted.is_all else wanted.more)
+    count = len(wanted.members) + wanted.more
     if wanted.is_all and ended == count:
         return ""
-    most = "" if wanted.is_all else "at most "
+    most = "at most " if wanted.more else ""
     return f"The sweep is not finished: {ended} of {most}{count} runs have ended."
 
 

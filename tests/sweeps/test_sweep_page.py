@@ -251,6 +251,15 @@ def test_arms_are_shown_by_the_values_that_are_no_defaults(tmp_path):
         assert default not in page.partition("<main>")[2]
 
 
+def test_a_chosen_value_is_shown_even_if_it_is_the_default(tmp_path):
+    arms = {"a": {"plan": plans.full(steps=5)}}
+    rates = {"plan[0].peak_lr": (plans.Phase(steps=5).peak_lr, 0.7)}
+    sweep = Sweep(base="configs/iris_mlp.py", arms=arms, seeds=1, tune=rates)
+    values = {"test/accuracy": 0.5, "validation/loss": 0.5}
+    page = page_of(filled(tmp_path, sweep, lambda _: values)[0])
+    assert f"plan[0].peak_lr={rates['plan[0].peak_lr'][0]}" in text_of(page)
+
+
 def test_the_ends_of_a_strip_of_shares_lie_between_0_and_100_percent(tmp_path):
     def values(member):
         return {"test/accuracy": 1.0 - 0.99 * (dict(member.seed)["init"] == 1)}

@@ -291,7 +291,7 @@ def _ends(rows: Sequence[ArmRow], metric: str) -> tuple[float, float]:
     values = [value for value in values if math.isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     # Intervals may be far wider than the runs: those of two seeds, for example.
-    reach = high - low
+    reach = high - low or math.inf
     ends = [end for row in rows if row.mean for end in row.mean if math.isfinite(end)]
     low = max(min([low, *ends]), low - reach)
     high = min(max([high, *ends]), high + reach)
