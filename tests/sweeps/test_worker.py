@@ -267,7 +267,8 @@ def test_the_index_chooses_a_member(tmp_path):
     ("arguments", "words"),
     [
         ("metric='test/acuracy'", "no run has 'test/acuracy'; did you mean"),
-        ("tune={'plan[0].peak_lr': (1.0,)}, tune_by='x'", "tune_by: no run has 'x'"),
+        ("tune={'plan[0].peak_lr': (1.0,)}, tune_by='validation/x'",
+         "tune_by: no run has 'validation/x'"),
         ("arms={'a': {'model.name': 'reznet20'}}", "config.model.name"),
         ("arms={'a': {'data.validation': None}, 'b': {'data.test': None}}", "(b, seed 0)"),
     ],
