@@ -307,6 +307,11 @@ def test_groups_are_named_by_where_their_paths_differ(tmp_path):
         [name, "2,", "1", "paired"] for name in ("a", "bb")
     ]
     assert any(line.startswith("bb is better than a by ") for line in lines)
+    for seed, names in ((0, ["a", "bb"]), (1, ["a/seed0", "bb/seed1"])):
+        lines = comparison.compare_workdirs(
+            [f"{tmp_path}/a/seed0", f"{tmp_path}/bb/seed{seed}"]
+        )
+        assert [line.split()[0] for line in lines[1:3]] == names
     mixed = [f"{tmp_path}/a/seed0,{tmp_path}/bb/seed1",
              f"{tmp_path}/a/seed1,{tmp_path}/bb/seed0"]  # fmt: skip
     assert comparison.compare_workdirs(mixed)[1].startswith("A ")

@@ -59,10 +59,12 @@ def _names(paths: Sequence[str]) -> list[str]:
         pathlib.Path(os.path.commonpath([path.absolute() for path in group])).parts
         for group in given
     ]
-    for parts in range(1, max(map(len, common))):
-        names = ["/".join(path[-parts:]) for path in common]
-        if len(set(names)) == len(names):
-            return names
+    start = len(os.path.commonprefix(common))
+    common = [path[start:] for path in common]
+    end = len(os.path.commonprefix([path[::-1] for path in common]))
+    names = ["/".join(path[: len(path) - end]) for path in common]
+    if len(set(names)) == len(names) and all(names):
+        return names
     return list(string.ascii_uppercase[: len(paths)])
 
 
@@ -71,7 +73,7 @@ def _given(path: str) -> list[pathlib.Path]:
     whole = pathlib.Path(path)
     if whole.is_dir() or "," not in path:
         return [whole]
-    return [pathlib.Path(one) for one in path.split(",") if one]
+    return [pathlib.Path(one) for one in path.split(",") if one] or [whole]
 
 
 def _folders(path: str) -> list[pathlib.Path]:
