@@ -78,6 +78,7 @@ class Wanted:
         trials: Trials of a search by number, as far as they have ended.
         tuning: Combinations that tuning tries.
         more: Largest number of members that will follow from results.
+        finals: Runs of arms; those of two arms are the same if tuning makes them equal.
     """
 
     members: tuple[Member, ...]
@@ -86,6 +87,7 @@ class Wanted:
     trials: Mapping[int, Trial] = dataclasses.field(default_factory=dict)
     tuning: Sequence[Tuning] = ()
     more: int = 0
+    finals: Sequence[Member] = ()
 
 
 class Schedule:
@@ -131,6 +133,7 @@ class Schedule:
         return Wanted(
             members=members, is_all=len(tuned) == len(pairs), tuned=tuned,
             tuning=[one for ones in tried.values() for one in ones], more=more,
+            finals=final,
         )  # fmt: skip
 
     def _with_sources(self, members: Sequence[Member]) -> tuple[Member, ...]:

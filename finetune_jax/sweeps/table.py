@@ -172,7 +172,7 @@ def _row(folder: SweepFolder, wanted: Wanted, case: str, arm: str, metric: str) 
     """Returns the row of an arm, or of a trial, without its comparison."""
     members = [
         member
-        for member in wanted.members
+        for member in wanted.finals or wanted.members
         if member.stage in ("final", "trial")
         and (member.case, member.arm) == (case, arm)
     ]

@@ -270,3 +270,18 @@ def test_trials_of_a_search_are_rows_and_those_ended_early_are_last(tmp_path):
     assert [row["arm"] for row in rows_of(folder)] == ["trial 1", "trial 0", "trial 2"]
     assert rows_of(folder)[2]["answer"] == "ended early"
     assert lines[1].split()[:3] == ["1", "peak_lr", "0.01"]
+
+
+def test_an_arm_that_tuning_makes_equal_to_another_has_its_runs(tmp_path):
+    rates = {"plan[0].peak_lr": (0.01, 0.1)}
+    arms = {"fixed": {"plan[0].peak_lr": 0.1}, "tuned": Arm(tune=rates)}
+
+    def values(member):
+        rate = member.config.plan[0].peak_lr
+        return {"test/accuracy": 0.5, "validation/loss": -rate}
+
+    folder, wanted = filled(tmp_path, sweep_of(arms=arms), values)
+    rows = {row.arm: row for row in table_of(folder, wanted).rows}
+    assert rows["tuned"].chosen == {"plan[0].peak_lr": 0.1}
+    assert len(rows["fixed"].runs) == len(rows["tuned"].runs) == 3
+    assert rows["tuned"].comparison is not None and not rows["fixed"].missing
