@@ -1,13 +1,16 @@
 """The command line of sweeps: run, status, report, retry, and compare."""
 
 import argparse
+import dataclasses
 import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
-from finetune_jax.core.errors import UserError, raise_if
+from finetune_jax.config.short import needed_devices
+from finetune_jax.core.errors import Problem, UserError, collected, raise_if
 from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import choose, closest
 from finetune_jax.main import ended
@@ -23,8 +26,8 @@ from finetune_jax.sweeps.claims import Claims, check_shared
 from finetune_jax.sweeps.definition import Sweep, load
 from finetune_jax.sweeps.folder import SweepFolder, threads_of
 from finetune_jax.sweeps.launchers.launch import QUIET, Launch
-from finetune_jax.sweeps.members import Member
-from finetune_jax.sweeps.schedule import Schedule, Wanted, check
+from finetune_jax.sweeps.members import Member, missing_data
+from finetune_jax.sweeps.schedule import Schedule, Wanted, check, resolved
 from finetune_jax.sweeps.status import programs_line, states_of, status_lines
 
 PROGRAM = "python -m finetune_jax.sweep"
@@ -48,7 +51,8 @@ compare  compares runs: compare RUN_A RUN_B, or A0,A1,A2 B0,B1,B2 paired by seed
          folders of arms: compare runs/NAME/by_arm/CASE/ARM_A runs/NAME/by_arm/CASE/ARM_B
 
 exit status: 0 finished; 2 invalid command line or sweep; 75 stopped by a signal and
-saved; 1 members have failed, or anything else"""
+saved; 70 another worker has taken over the member; 1 members have failed, or anything
+else"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +94,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print what would be started"
     )
     parser.add_argument(
-        "--index", type=int, metavar="K", help="run the Kth member alone, from 0"
+        "--index",
+        metavar="K",
+        help="run one member alone: its number, from 0, or hash, as `status` lists them",
     )
     parser.add_argument(
         "--metric", metavar="NAME", help="metric to compare; default: that of the runs"
@@ -109,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     flags = parse(arguments)
     act = choose(VERBS, flags.verb, "VERB")
-    problems = [
+    problems: list[Problem | str] = [
         f"{flag}: only `{verb}` reads it"
         for flag, verb in READ_BY.items()
         if verb != flags.verb and _is_given(flags, flag)
@@ -131,7 +137,7 @@ def run(arguments: Sequence[str]) -> int:
     raise_if(problems)
     sweep, name = load(flags.sweep)
     root = user_path(flags.dir, "--dir") if flags.dir else pathlib.Path("runs") / name
-    return act(flags, sweep, name, root)
+    return act(flags, name, SweepFolder(root, sweep, address=flags.sweep))
 
 
 def _is_given(flags: argparse.Namespace, flag: str) -> bool:
@@ -140,38 +146,47 @@ def _is_given(flags: argparse.Namespace, flag: str) -> bool:
     return getattr(flags, name) != DEFAULTS.get(flag)
 
 
-def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path) -> int:
+def _run(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     """Runs the members that are missing."""
-    members = check(sweep)
-    folder = SweepFolder(root, sweep)
+    sweep = folder.sweep
+    members, problems = resolved(sweep)
+    with collected(problems):
+        moved = folder.owner_lines(name)
+    if not members:
+        raise_if(problems)
     is_here = flags.jobs == 1 and flags.launcher == "local" and not flags.dry_run
-    if not is_here or _lacks_processes(sweep, members):
-        return _launch(flags, folder, name, members)
+    # After a problem, workers are only checked.
+    if problems or not is_here or _lacks_processes(sweep, members):
+        return _launch(flags, folder, name, members, problems)
     environment = dict(os.environ)
     wanted = os.environ.pop(MEMBER, None)
     left = [m for m in members if folder.outcome(m.key) is None] or members
     # The first member decides the environment of this process.
     first = next((m for m in members if m.key == wanted), left[0])
-    folder.make()
-    check_shared(folder.claims)
     _set_environment(folder, first)
     config = joined(first.config, "train")
-    _check_all(sweep, members)
+    raise_if(_config_problems(sweep, members))
+    folder.make()
+    check_shared(folder.claims)
+    if str(threads_of(folder, int(os.environ["NPROC"]))) != os.environ["NPROC"]:
+        _restart(environment)  # Another worker has begun meanwhile.
 
     from finetune_jax.sweeps.worker import Unfit, Worker, environment_of, say
     from finetune_jax.training.loop import Preempted
     from finetune_jax.training.preemption import EXIT_STATUS, stop_on_signals
 
-    say(f"sweep {name} in {root}")
+    say(f"sweep {name} in {folder.root}")
     schedule = Schedule(sweep)
     if processes.is_first():
         for line in folder.adopt(schedule.wanted(folder.outcome).members):
             say(line)
-        for line in folder.changes(schedule.wanted(folder.outcome).members):
+        for line in moved + folder.changes(schedule.wanted(folder.outcome).members):
             say(f"warning: {line}")
     only = None
     if flags.index is not None:
-        only = _key_of(schedule.wanted(folder.outcome), flags.index)
+        one = _member_at(schedule.wanted(folder.outcome), flags.index)
+        say(_told_state(folder, one))
+        only = one.key
     with stop_on_signals(config.checkpoint.grace_s, lambda: worker.leave()) as stop:
         worker = Worker(
             name=name, folder=folder, schedule=schedule, stop=stop,
@@ -186,10 +201,7 @@ def _run(flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path)
             say(f"{message}; run the same command to go on")
             return EXIT_STATUS
         except Unfit as error:
-            os.environ.clear()
-            os.environ.update(environment | {MEMBER: error.key})
-            sys.stdout.flush()
-            os.execv(sys.executable, sys.orig_argv)
+            _restart(environment | {MEMBER: error.key})
     # Whoever has started several workers tells, once.
     if processes.is_first() and only is None and QUIET not in os.environ:
         status = _told(folder, name, flags.sweep)
@@ -207,49 +219,69 @@ def _lacks_processes(sweep: Sweep, members: Sequence[Member]) -> bool:
 def _set_environment(folder: SweepFolder, member: Member) -> None:
     """Sets the environment of jax before jax starts, and says no more than that."""
     cores = int(os.environ.get("NPROC") or len(os.sched_getaffinity(0)))
-    os.environ["NPROC"] = str(threads_of(folder, cores))
+    os.environ["NPROC"] = str(threads_of(folder, cores, is_decided=False))
     pin_environment(None, member.config.deterministic, member.config.parallel)
     quiet_libraries()
     set_precision(member.config.precision)
 
 
-def _check_all(sweep: Sweep, members: Sequence[Member]) -> None:
-    """Checks all configs as far as that needs no data, and the metrics.
+def _restart(environment: Mapping[str, str]) -> NoReturn:
+    """Starts this process again with another environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
-    Raises:
-        UserError: Lists what is wrong.
-    """
+
+def _config_problems(
+    sweep: Sweep, members: Sequence[Member], **options: bool
+) -> list[Problem]:
+    """Returns what is wrong with configs and metrics; jax starts."""
     from finetune_jax.sweeps.checks import config_problems
 
-    raise_if(config_problems(sweep, members))
+    return config_problems(sweep, members, **options)
 
 
-def _check_here(sweep: Sweep, members: Sequence[Member]) -> None:
-    """Checks all configs in this process, before workers are started.
-
-    Raises:
-        UserError: Lists what is wrong.
-    """
+def _problems_here(
+    sweep: Sweep, members: Sequence[Member], launcher: str
+) -> list[Problem]:
+    """Returns what is wrong with configs, metrics and data, before workers are started."""
     environment = dict(os.environ)
+    gpus = joining.visible_gpus(os.environ)
+    is_elsewhere = launcher != "local" or bool(gpus) or sweep.processes > 1
     try:
+        if is_elsewhere:  # The devices are for the workers.
+            count = max(needed_devices(member.config) for member in members)
+            os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+            os.environ.pop("XLA_FLAGS", None)
         pin_environment(None, False, members[0].config.parallel)
-        _check_all(sweep, members)
+        problems = _config_problems(sweep, members, is_elsewhere=is_elsewhere)
     finally:  # Workers begin with the environment of this process.
         os.environ.clear()
         os.environ.update(environment)
+    missing = missing_data(members)
+    if launcher == "local":
+        return problems + missing
+    for problem in missing:  # Other machines may have the data.
+        print(f"warning: {problem}", file=sys.stderr)
+    return problems
 
 
-def _key_of(wanted: Wanted, index: int) -> str:
-    """Returns the key of a member by its index.
+def _member_at(wanted: Wanted, index: str) -> Member:
+    """Returns a member by its number or hash.
 
     Raises:
         UserError: There is no such member yet.
     """
-    if 0 <= index < len(wanted.members):
-        return wanted.members[index].key
+    members = wanted.members
+    if found := [member for member in members if member.key == index]:
+        return found[0]
+    if index.isdecimal() and int(index) < len(members):
+        return members[int(index)]
     more = "" if wanted.is_all else "; more follow once these are finished"
     raise UserError(
-        f"--index: {index}, but {len(wanted.members)} members are known, from 0{more}"
+        f"--index: {index}, but {len(members)} members are known, from 0{more}; "
+        "`status` lists them"
     )
 
 
@@ -258,58 +290,80 @@ def _launch(
     folder: SweepFolder,
     name: str,
     members: Sequence[Member],
+    problems: Sequence[Problem],
 ) -> int:
-    """Starts workers."""
+    """Starts workers, if no problem is found."""
     sweep, jobs = folder.sweep, flags.jobs
-    if not flags.dry_run:
-        folder.make()
-        check_shared(folder.claims)
     launcher = importlib.import_module(
         f"finetune_jax.sweeps.launchers.{flags.launcher}"
     )
+    found = _problems_here(sweep, members, flags.launcher)
+    raise_if(dict.fromkeys([*problems, *found]))
     cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("NPROC") or max(cores // jobs, 1))
-    if flags.launcher == "local" and not joining.visible_gpus(os.environ):
-        _check_here(sweep, members)
     if flags.launcher == "slurm":
         threads = launcher.threads(sweep.slurm)
-    if sweep.threads is not None or flags.dry_run:
-        threads = sweep.threads or threads
-    else:
-        threads = threads_of(folder, threads)
-    arguments = (f"--sweep={flags.sweep}", f"--dir={folder.root}", "run")
+    arguments = [f"--sweep={flags.sweep}", f"--dir={folder.root}", "run"]
+    if flags.index is not None:
+        arguments.append(f"--index={flags.index}")
     launch = Launch(
         worker=(sys.executable, "-m", "finetune_jax.sweep", *arguments),
-        jobs=jobs, folder=folder.root, threads=threads, processes=sweep.processes,
+        jobs=jobs, folder=folder.root, processes=sweep.processes,
+        threads=threads_of(folder, threads, is_decided=False),
         options=sweep.slurm if flags.launcher == "slurm" else {"command": sweep.command},
     )  # fmt: skip
+    wanted = Schedule(sweep).wanted(folder.outcome)
     if flags.dry_run:
-        print("\n".join(launcher.lines(launch)))
+        lines = launcher.lines(launch)
+        if flags.launcher == "local":
+            print(_preview(folder, wanted, flags.index))
+        print("\n".join(lines))
         return 0
+    launcher.check(launch)
+    folder.make()
+    check_shared(folder.claims)
+    folder.write_index(name, wanted.members)
+    launch = dataclasses.replace(launch, threads=threads_of(folder, launch.threads))
     status = launcher.run(launch)
     if flags.launcher != "local" or status == STOPPED:
         return status
     return _told(folder, name, flags.sweep) or status
 
 
-def _status(
-    flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path
-) -> int:
+def _preview(folder: SweepFolder, wanted: Wanted, index: str | None) -> str:
+    """Returns which members a dry run would run."""
+    if index is not None:
+        return _told_state(folder, _member_at(wanted, index))
+    states = states_of(folder, wanted.members)
+    return status_lines(folder, wanted, states)[0]
+
+
+def _told_state(folder: SweepFolder, member: Member) -> str:
+    """Returns a line about the only member to run."""
+    ended = folder.outcome(member.key)
+    state = "to run" if ended is None else f"already {ended.state}"
+    return f"{member.label} ({member.key}): {state}"
+
+
+def _status(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     """Prints the state of all members."""
-    folder = _opened(root, sweep)
-    wanted = Schedule(sweep).wanted(folder.outcome)
+    lines = _opened(flags, name, folder)
+    wanted = Schedule(folder.sweep).wanted(folder.outcome)
     states = states_of(folder, wanted.members)
     print("\n".join(status_lines(folder, wanted, states)))
-    for line in folder.changes(wanted.members):
+    for line in lines + folder.changes(wanted.members):
         print(f"warning: {line}")
     return 0
 
 
-def _report(
-    flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path
-) -> int:
+def _report(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     """Writes the tables and the page, and prints the table."""
-    return _told(_opened(root, sweep), name, flags.sweep)
+    lines = _opened(flags, name, folder)
+    status = _told(folder, name, flags.sweep)
+    wanted = Schedule(folder.sweep).wanted(folder.outcome)
+    for line in lines + folder.changes(wanted.members):
+        print(f"warning: {line}")
+    return status
 
 
 def _told(folder: SweepFolder, name: str, address: str) -> int:
@@ -332,30 +386,32 @@ def _told(folder: SweepFolder, name: str, address: str) -> int:
     return int(failed > 0)
 
 
-def _retry(
-    flags: argparse.Namespace, sweep: Sweep, name: str, root: pathlib.Path
-) -> int:
+def _retry(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     """Has failed members run again when workers are started."""
-    folder = _opened(root, sweep)
-    wanted = Schedule(sweep).wanted(folder.outcome)
-    count = folder.retry(member.key for member in wanted.members)
-    print(f"{count} members will run again")
+    _opened(flags, name, folder)
+    wanted = Schedule(folder.sweep).wanted(folder.outcome)
+    failed = folder.retry(member.key for member in wanted.members)
+    counts = [f"{failed} failed"]
     if flags.changed:
         moved = folder.set_aside(wanted.members)
-        print(f"{moved} finished members of other code or data are in {root}/aside")
+        counts.append(f"{moved} finished with other code or data")
+        if moved:
+            print(f"{moved} finished members were moved to {folder.root}/aside")
+    print(f"members to run again: {', '.join(counts)}; start `run`")
     return 0
 
 
-def _opened(root: pathlib.Path, sweep: Sweep) -> SweepFolder:
-    """Returns the folder of a sweep.
+def _opened(flags: argparse.Namespace, name: str, folder: SweepFolder) -> list[str]:
+    """Checks the sweep in a folder; returns lines about a file that has moved.
 
     Raises:
-        UserError: It has not been run there.
+        UserError: The sweep is invalid, or was not run in the folder.
     """
-    check(sweep)
-    if not root.is_dir():
-        raise UserError(f"--dir: {root} holds no sweep; start it with `run`")
-    return SweepFolder(root, sweep)
+    check(folder.sweep)
+    if not folder.index.is_file():
+        where = f"--dir: {folder.root}" if flags.dir else f"--sweep: {folder.root}"
+        raise UserError(f"{where} has no runs of a sweep yet; start them with `run`")
+    return folder.owner_lines(name)
 
 
 def _compare(flags: argparse.Namespace) -> int:

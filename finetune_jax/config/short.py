@@ -23,6 +23,12 @@ def device_count(config: Config) -> int:
     return needed if needed % 2 == 0 and needed <= MOST_DEVICES else 2
 
 
+def needed_devices(config: Config) -> int:
+    """Returns the least number of devices that a run needs."""
+    parallel = config.parallel
+    return parallel.devices or parallel.fsdp * parallel.model
+
+
 def short_overrides(
     config: Config, devices: int, *, small: bool = True
 ) -> dict[str, str]:

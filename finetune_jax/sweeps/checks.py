@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from finetune_jax.config import Config
-from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.config.short import needed_devices
+from finetune_jax.core.errors import Problem, collected
 from finetune_jax.core.registry import closest
 from finetune_jax.sweeps.definition import Sweep
 from finetune_jax.sweeps.members import Member
@@ -11,26 +12,34 @@ from finetune_jax.sweeps.schedule import tune_metric
 from finetune_jax.training.setup import check_before_data, metric_names
 
 
-def config_problems(sweep: Sweep, members: Sequence[Member]) -> list[Problem]:
+def config_problems(
+    sweep: Sweep, members: Sequence[Member], *, is_elsewhere: bool = False
+) -> list[Problem]:
     """Returns what is wrong with configs as far as that needs no data, and with metrics.
 
     Args:
         sweep: The sweep.
         members: Members, each arm with its first seed.
+        is_elsewhere: Whether members run on other devices than those of this process.
     """
     found: dict[str, list[str]] = {}
     for member in members:
-        try:
-            check_before_data(member.config)
-            texts = [] if member.stage == "source" else _metric_problems(sweep, member)
-        except UserError as error:
-            texts = [str(problem) for problem in error.problems]
+        config = member.config
+        if is_elsewhere:
+            config = config.replaced(parallel={"devices": needed_devices(config)})
+        wrong: list[Problem] = []
+        with collected(wrong):
+            check_before_data(config)
+        if member.stage != "source":
+            with collected(wrong):
+                wrong += _metric_problems(sweep, member)
+        texts = [str(problem) for problem in dict.fromkeys(wrong)]
         for text in texts:
             found.setdefault(text, []).append(member.label)
     return [Problem.of(f"{text} ({_few(labels)})") for text, labels in found.items()]
 
 
-def _metric_problems(sweep: Sweep, member: Member) -> list[str]:
+def _metric_problems(sweep: Sweep, member: Member) -> list[Problem]:
     """Returns metrics of the sweep that a member does not have."""
     wanted = {}
     if sweep.search is not None:
@@ -43,10 +52,11 @@ def _metric_problems(sweep: Sweep, member: Member) -> list[str]:
     for key, name in wanted.items():
         known = known_metrics(member.config, may_choose=key != "metric")
         if name not in known and not name.startswith(("distance/", "cka/")):
-            found.append(
-                f"Sweep.{key}: no run has {name!r}{closest(name, known)} There are "
+            text = (
+                f"no run has {name!r}{closest(name, known)} There are "
                 f"{', '.join(known) or 'none'}."
             )
+            found.append(Problem(f"Sweep.{key}", text))
     return found
 
 

@@ -119,7 +119,8 @@ def end_at_once(claim: Claim, why: str) -> None:
         why: Reason, for a person.
     """
     text = f"{claim.folder}: lost claim.{claim.number}: {why}; this worker ends"
-    print(text, file=sys.stderr, flush=True)
+    # While a member runs, `sys.stderr` is its log.
+    print(text, file=sys.__stderr__, flush=True)
     os._exit(LOST)
 
 

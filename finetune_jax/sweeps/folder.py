@@ -23,6 +23,7 @@ from typing import Any
 from finetune_jax.config import resolve
 from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import write_json, write_text
+from finetune_jax.core.paths import user_path
 from finetune_jax.report.manifest import code_digest, package_versions
 from finetune_jax.report.workdir import make_folder, read_json, read_manifest
 from finetune_jax.sweeps.definition import Sweep, folder_name
@@ -55,15 +56,23 @@ class Failure:
 class SweepFolder:
     """The folder of a sweep."""
 
-    def __init__(self, root: pathlib.Path, sweep: Sweep):
-        """Takes the folder, which need not be there, and the sweep."""
+    def __init__(self, root: pathlib.Path, sweep: Sweep, *, address: str = ""):
+        """Takes the folder, which need not be there, the sweep, and its FILE[:ARG]."""
         self.root = root.absolute()
+        file, colon, argument = address.partition(":")
+        relative = os.path.relpath(user_path(file), self.root) if file else ""
+        self.address = f"{relative}{colon}{argument}"
         self.sweep = sweep
         self._ended: dict[str, Outcome] = {}
 
     def workdir(self, key: str) -> pathlib.Path:
         """Returns the workdir of a member."""
         return self.root / key
+
+    @property
+    def index(self) -> pathlib.Path:
+        """File that tells the definition and the members."""
+        return self.root / "sweep.json"
 
     @property
     def claims(self) -> pathlib.Path:
@@ -151,6 +160,7 @@ class SweepFolder:
         trained = [m for m in members if m.stage != "source"]
         index = {
             "name": name,
+            "address": self.address,
             "metric": sweep.metric,
             "baseline": sweep.the_baseline if arms else None,
             "tune_by": tune_metric(sweep, trained[0]) if trained else sweep.tune_by,
@@ -161,13 +171,34 @@ class SweepFolder:
             "members": {member.key: member.to_json() for member in members},
         }
         text = json.dumps(index, indent=2) + "\n"
-        path = self.root / "sweep.json"
         with contextlib.suppress(FileNotFoundError):
-            if path.read_text() == text:
+            if self.index.read_text() == text:
                 return
-        write_text(path, text, by_many=True)
+        write_text(self.index, text, by_many=True)
         for member in members:
             self._link(member)
+
+    def owner_lines(self, name: str) -> list[str]:
+        """Returns a line if the file of the sweep has moved since its runs began.
+
+        Args:
+            name: Name of the sweep.
+
+        Raises:
+            UserError: The runs in the folder are of another sweep.
+        """
+        then = read_json(self.index) or {"name": name}
+        address = then.get("address") or ""
+        if address == self.address or (not address and then["name"] == name):
+            return []
+        file = self.root / address.partition(":")[0]
+        if address and not file.exists():
+            return [f"the runs in {self.root} are of {address}, which is gone"]
+        of = f" of {file.resolve()}" if address else ""
+        raise UserError(
+            f"--dir: {self.root} has the runs of another sweep, {then['name']!r}{of}; "
+            "give another --dir"
+        )
 
     def _link(self, member: Member) -> None:
         """Links the workdir of a member below `by_arm/`."""
@@ -307,12 +338,13 @@ def identity(workdir: pathlib.Path | None) -> dict[str, Any]:
     return {"code": manifest.get("code_sha256"), "packages": manifest.get("packages")}
 
 
-def threads_of(folder: SweepFolder, threads: int) -> int:
+def threads_of(folder: SweepFolder, threads: int, *, is_decided: bool = True) -> int:
     """Returns the CPU threads of the sweep's workers, which the first worker decides.
 
     Args:
-        folder: Folder of the sweep, made.
+        folder: Folder of the sweep, made if `is_decided`.
         threads: Threads that the first worker would choose.
+        is_decided: Whether this decides if no worker has; otherwise nothing is written.
 
     Raises:
         UserError: The file that has them cannot be read.
@@ -320,10 +352,13 @@ def threads_of(folder: SweepFolder, threads: int) -> int:
     if folder.sweep.threads is not None:
         threads = folder.sweep.threads
     path = folder.root / "threads"
-    try:
-        with path.open("x") as file:
-            file.write(f"{threads}\n")
+    if not is_decided and not path.exists():
         return threads
+    try:
+        if is_decided:
+            with path.open("x") as file:
+                file.write(f"{threads}\n")
+            return threads
     except FileExistsError:
         pass
     text = ""

@@ -5,13 +5,14 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.config import Config, flat, resolve, seeds, to_json
 from finetune_jax.config.fields import plain
 from finetune_jax.config.schema import NO_RESULT_DEPENDS_ON
 from finetune_jax.core.errors import Problem, UserError
+from finetune_jax.core.paths import user_path
 from finetune_jax.core.registry import closest
 from finetune_jax.plans.phase import Phase, as_config, plan_problems
 from finetune_jax.report.tables import short_labels
@@ -255,6 +256,26 @@ class Members:
             needs=tuple(needs), **names,
         )  # fmt: skip
         return found, []
+
+
+def missing_data(members: Sequence[Member]) -> list[Problem]:
+    """Returns folders and files of data that do not exist on this machine."""
+    found: dict[Problem, str] = {}
+    for member in members:
+        data, also = member.config.data, member.config.evaluate.also
+        places = {"config.data.dir": data.dir}
+        places |= {
+            f"config.data.domains[{k}].dir": d.dir for k, d in enumerate(data.domains)
+        }
+        places |= {f"config.evaluate.also[{k}].dir": a.dir for k, a in enumerate(also)}
+        for key, place in places.items():
+            if place is not None and not user_path(place, key).exists():
+                problem = Problem(key, f"{place!r} does not exist on this machine")
+                found.setdefault(problem, member.label)
+    return [
+        Problem(problem.key, f"{problem.text} ({label})")
+        for problem, label in found.items()
+    ]
 
 
 def tune_of(sweep: Sweep, arm: str) -> Mapping[str, Any]:

@@ -85,15 +85,15 @@ def status_lines(
     lines = [f"{len(states)} members: {told}{more}"]
     if (left := _seconds_left(folder, wanted, states)) is not None:
         lines.append(f"about {datetime.timedelta(seconds=round(left))} left")
-    rows = [
-        (one.state, one.member.key, one.member.label, one.text)
-        for one in states
-        if one.state in ("running", "failed")
-    ]
+    told_first = [one for one in states if one.state in ("running", "failed")]
     waiting = [one for one in states if one.state == "waiting"]
-    rows += [(w.state, w.member.key, w.member.label, w.text) for w in waiting[:20]]
+    number = {one.member.key: str(place) for place, one in enumerate(states)}
+    rows = [
+        (one.state, number[one.member.key], one.member.key, one.member.label, one.text)
+        for one in told_first + waiting[:20]
+    ]
     if rows:
-        lines += _left_aligned(rows)
+        lines += _left_aligned([("", "number", "hash", "", ""), *rows])
     if len(waiting) > 20:
         lines.append(f"waiting  and {len(waiting) - 20} more")
     return lines

@@ -358,7 +358,9 @@ class Worker:
                 file.write("".join(traceback.format_exception(error)))
             self.folder.failed(member.key, number, text, again=again)
             left = self.folder.sweep.attempts - len(self.folder.failures(member.key))
-            more = f"; {left} more attempts" if again and left > 0 else ""
+            more = (
+                f"; {left} more attempt{'s' * (left > 1)}" if again and left > 0 else ""
+            )
             say(f"{member.label} failed: {text.splitlines()[-1]} (log {log}){more}")
 
 

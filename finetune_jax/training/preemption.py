@@ -131,5 +131,6 @@ def _leave(why: str, advice: Callable[[], str]) -> None:
     text = f"stopped: {why}; {advice()}"
     if watch.is_on():
         watch.leave(EXIT_STATUS, text)
-    print(f"\n{text}", file=sys.stderr, flush=True)
+    # In a sweep `sys.stderr` is the log of the member.
+    print(f"\n{text}", file=sys.__stderr__, flush=True)
     os._exit(EXIT_STATUS)

@@ -342,17 +342,15 @@ def test_without_sbatch_nothing_is_written(folder, monkeypatch):
 
 def test_a_command_is_made_and_run_for_each_worker(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    options = {
-        "command": "echo {host} {name} ${{HOME:+home}}; (cd / && bash -c {worker})",
-        "host": ("a", "b", "c"),
-    }
+    template = "echo {index} {name} ${{HOME:+home}}; (cd / && bash -c {worker})"
+    options = {"command": template}
     does = "print(f'worker {me}', os.getcwd(), os.environ['NPROC'])  # it's quoted"
     launch = launch_of(folder, does, options=options)
     assert len(command.lines(launch)) == 2
     assert command.run(launch) == 0
     found = sorted(capfd.readouterr().out.splitlines())
     assert [line for line in found if "home" in line] == [
-        "[0] a rates home", "[1] b rates home",
+        "[0] 0 rates home", "[1] 1 rates home",
     ]  # fmt: skip
     ends = sorted(line.partition("] ")[2] for line in found if "worker" in line)
     assert ends == [f"worker {k} {folder.parent} 1" for k in range(2)]
@@ -367,21 +365,16 @@ def test_wrong_templates_are_refused(folder):
             command.lines(launch_of(folder, "", jobs=3, options=options))
         return str(caught.value).splitlines()
 
-    assert message() == [
-        "command: missing; give a template such as 'ssh {host} {worker}'"
-    ]
-    assert message(command="ssh {host {worker}")[0].startswith("command: 'ssh {host")
-    assert message(
-        command="ssh {hots} ${HOME}", host=("a", "b"), name=("a",), zone="z"
-    ) == [
-        "command: unknown field {hots}; did you mean 'host'?; write {{ for a brace",
-        "command: unknown field {HOME}; write {{ for a brace",
-        "command: 'ssh {hots} ${HOME}' has no {worker}, so it starts none",
-        "host: the template has no {host}",
-        "name: every template has this field; use another name",
-        "zone: the template has no {zone}",
-    ]
-    assert message(command="ssh {host} {zone} {worker}", host=("a", "b"), zone="z") == [
-        "host: 2 values for 3 workers (--jobs)",
-        "zone: one value for 3 workers (--jobs)",
+    for missing in ({}, {"command": None}):
+        (text,) = message(**missing)
+        assert text.startswith("Sweep.command: missing; give a template such as 'ssh ")
+    template = text.split("'")[1]
+    options = {"command": template}
+    assert len(command.lines(launch_of(folder, "", options=options))) == 2
+    assert message(command="ssh {host {worker}")[0].startswith("Sweep.command: 'ssh {h")
+    fields = "there are {worker}, {index}, {name}; write {{ for a brace"
+    assert message(command="ssh {indx} ${HOME}") == [
+        f"Sweep.command: unknown field {{indx}}; did you mean 'index'?; {fields}",
+        f"Sweep.command: unknown field {{HOME}}; {fields}",
+        "Sweep.command: 'ssh {indx} ${HOME}' has no {worker}, so it starts none",
     ]

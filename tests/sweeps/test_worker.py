@@ -149,7 +149,7 @@ def test_other_data_is_told(finished, tmp_path, capsys):
     assert act(tmp_path, "status") == 0
     assert "read other data than one another" in capsys.readouterr().out
     assert act(tmp_path, "retry", "--changed") == 0
-    assert "2 finished members of other code or data" in capsys.readouterr().out
+    assert "2 finished with other code or data; start `run`" in capsys.readouterr().out
 
 
 def test_a_member_that_fails_stops_no_other(tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_a_member_that_fails_stops_no_other(tmp_path, capsys):
     assert act(tmp_path, "run") == 1  # It is not tried again by itself.
     assert len(found.failures(nan)) == 1
     assert act(tmp_path, "retry") == 0
-    assert "1 members will run again" in capsys.readouterr().out
+    assert "run again: 1 failed; start `run`" in capsys.readouterr().out
     assert not found.failures(nan)
 
 

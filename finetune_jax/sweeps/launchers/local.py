@@ -215,7 +215,9 @@ def _how(status: int) -> str:
     """
     if status > 128 and status - 128 in set(signal.Signals):
         return f"by {signal.Signals(status - 128).name}"
-    return f"with exit status {status}"
+    # The exit status of a worker also tells that members have failed.
+    why = ", as members have failed or by the error above" if status == 1 else ""
+    return f"with exit status {status}{why}"
 
 
 @contextlib.contextmanager

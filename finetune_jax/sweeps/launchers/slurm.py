@@ -49,7 +49,7 @@ def lines(launch: Launch) -> list[str]:
     Raises:
         UserError: Lists all options that cannot be used.
     """
-    check(launch)
+    raise_if([*launch.problems(), *_problems(launch)])
     options = {
         "job-name": launch.name,
         "array": f"0-{launch.jobs - 1}",
@@ -87,7 +87,7 @@ def run(launch: Launch) -> int:
     Raises:
         UserError: sbatch is missing or refuses the job, or options cannot be used.
     """
-    check(launch, is_submitted=True)
+    check(launch)
     path = launch.logs / "workers.sbatch"
     launch.logs.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(f"{line}\n" for line in lines(launch)))
@@ -118,18 +118,14 @@ def threads(options: Mapping[str, Any]) -> int:
     return max(int(text), 1) if text.isdecimal() else 1
 
 
-def check(launch: Launch, *, is_submitted: bool = False) -> None:
-    """Checks that the workers can be started.
-
-    Args:
-        launch: Workers.
-        is_submitted: Whether sbatch is needed.
+def check(launch: Launch) -> None:
+    """Checks that the workers can be submitted.
 
     Raises:
         UserError: Lists all problems.
     """
-    problems = launch.problems()
-    if is_submitted and shutil.which("sbatch") is None:
+    problems = [*launch.problems(), *_problems(launch)]
+    if shutil.which("sbatch") is None:
         problems.append(
             Problem(
                 "--launcher=slurm",
@@ -137,6 +133,12 @@ def check(launch: Launch, *, is_submitted: bool = False) -> None:
                 "the script with --dry-run",
             )
         )
+    raise_if(problems)
+
+
+def _problems(launch: Launch) -> list[Problem]:
+    """Returns the options that cannot be used."""
+    problems = list[Problem]()
     for name, value in launch.options.items():
         key, option = f"slurm[{name!r}]", str(name).replace("_", "-")
         if name == SETUP:
@@ -149,7 +151,7 @@ def check(launch: Launch, *, is_submitted: bool = False) -> None:
             problems.append(Problem(key, text))
         elif "\n" in str(value):
             problems.append(Problem(key, f"{value!r}; one line is needed"))
-    raise_if(problems)
+    return problems
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
