@@ -359,3 +359,19 @@ def test_eight_workers_that_are_killed_do_each_of_200_members_once(
     for (key, number), (_, begin, _) in spans.items():
         before = [spans[key, n] for n in range(1, number) if (key, n) in spans]
         assert all(stop < begin for _, _, stop in before), key
+
+
+LOSING = """
+import contextlib, sys, types
+from finetune_jax.sweeps import claims
+with contextlib.redirect_stderr(open(sys.argv[1], "w")):
+    claims.end_at_once(types.SimpleNamespace(folder="x", number=1), "claim.2 is newer")
+"""
+
+
+def test_the_terminal_is_told_of_a_lost_claim(tmp_path):
+    command = [sys.executable, "-c", LOSING, str(tmp_path / "log.txt")]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == claims.LOST
+    assert "x: lost claim.1: claim.2 is newer" in done.stderr

@@ -48,6 +48,21 @@ def test_where_nothing_is_at_risk_a_signal_ends_it_at_once(number):
     assert status == 75 and number.name in errors
 
 
+def test_the_terminal_is_told_while_a_sweep_writes_a_log(tmp_path):
+    log = tmp_path / "log.txt"
+    redirected = f"contextlib.redirect_stderr(open({str(log)!r}, 'w'))"
+    begin = f"import contextlib, sys\nwith {redirected}:"
+    program = begin + PROGRAM.replace("\n", "\n    ")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "60", "False", "computes"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    status, _, errors, _ = ended(process, within=5)
+    assert status == 75 and "stopped: SIGTERM" in errors and not log.read_text()
+
+
 def test_what_is_at_risk_is_saved_first():
     process = started(60, at_risk=True, does="saves")
     process.send_signal(signal.SIGTERM)
