@@ -297,8 +297,7 @@ def _launch(
     launcher = importlib.import_module(
         f"finetune_jax.sweeps.launchers.{flags.launcher}"
     )
-    found = _problems_here(sweep, members, flags.launcher)
-    raise_if(dict.fromkeys([*problems, *found]))
+    found = [*problems, *_problems_here(sweep, members, flags.launcher)]
     cores = len(os.sched_getaffinity(0))
     threads = int(os.environ.get("NPROC") or max(cores // jobs, 1))
     if flags.launcher == "slurm":
@@ -312,14 +311,15 @@ def _launch(
         threads=threads_of(folder, threads, is_decided=False),
         options=sweep.slurm if flags.launcher == "slurm" else {"command": sweep.command},
     )  # fmt: skip
+    with collected(found):
+        (launcher.lines if flags.dry_run else launcher.check)(launch)
+    raise_if(dict.fromkeys(found))
     wanted = Schedule(sweep).wanted(folder.outcome)
     if flags.dry_run:
-        lines = launcher.lines(launch)
         if flags.launcher == "local":
             print(_preview(folder, wanted, flags.index))
-        print("\n".join(lines))
+        print("\n".join(launcher.lines(launch)))
         return 0
-    launcher.check(launch)
     folder.make()
     check_shared(folder.claims)
     folder.write_index(name, wanted.members)

@@ -64,8 +64,8 @@ def test_problems_of_every_stage_are_told_before_a_folder_is_made(
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     more = "keep='some', metric='test/acuracy', cases={'': {}, 'x': {'data.dri': 1}, "
-    more += "'y': {'model.name': 'mpl'}}, "
-    write("s.py", more + "command='{worker}'")
+    more += "'y': {'model.name': 'mpl'}}, slurm={'array': '1'}, "
+    write("s.py", more + "command='{wrker}'")
     text = message(*arguments)
     for words in (
         "Sweep.keep: 'some'",
@@ -73,6 +73,8 @@ def test_problems_of_every_stage_are_told_before_a_folder_is_made(
         "no run has 'test/acuracy'",
     ):
         assert words in text
+    assert ("slurm['array']" in text) == ("slurm" in str(arguments))
+    assert ("unknown field {wrker}" in text) == ("command" in str(arguments))
     assert not pathlib.Path("runs").exists()
 
 
