@@ -178,9 +178,9 @@ def _run(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     say(f"sweep {name} in {folder.root}")
     schedule = Schedule(sweep)
     if processes.is_first():
-        for line in folder.adopt(schedule.wanted(folder.outcome).members):
+        for line in folder.adopt(schedule.wanted(folder.outcome)):
             say(line)
-        for line in moved + folder.changes(schedule.wanted(folder.outcome).members):
+        for line in moved + folder.changes(schedule.wanted(folder.outcome)):
             say(f"warning: {line}")
     only = None
     if flags.index is not None:
@@ -351,7 +351,7 @@ def _status(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
     states = states_of(folder, wanted.members)
     print("\n".join(status_lines(folder, wanted, states)))
-    for line in lines + folder.changes(wanted.members):
+    for line in lines + folder.changes(wanted):
         print(f"warning: {line}")
     return 0
 

@@ -67,7 +67,7 @@ def filled(root, sweep, value_of, **options):
 def page_of(folder):
     """Writes the page of all members that are known, and returns its text."""
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
-    folder.write_index("x", wanted.members)
+    folder.write_index("x", wanted)
     table = table_of(folder, wanted)
     return write_sweep_report(folder, "x", wanted, table, "sweep.py").read_text()
 

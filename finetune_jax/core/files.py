@@ -54,9 +54,11 @@ def write_bytes(
 def bytes_below(folder: pathlib.Path) -> int:
     """Returns the number of bytes of all files below a folder; 0 if there is none."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # Another process may delete files.
-            total += path.stat().st_size if path.is_file() else 0
+    # Another process may delete files and folders; `walk` passes over such folders.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(place, name))
     return total
 
 

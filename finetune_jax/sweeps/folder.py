@@ -28,9 +28,10 @@ from finetune_jax.report.manifest import code_digest, package_versions
 from finetune_jax.report.workdir import make_folder, read_json, read_manifest
 from finetune_jax.sweeps.definition import Sweep, folder_name
 from finetune_jax.sweeps.members import Member, as_plain, member_key
-from finetune_jax.sweeps.schedule import Outcome, tune_metric
+from finetune_jax.sweeps.schedule import Outcome, Wanted, tune_metric
 from finetune_jax.sweeps.search.pruning import curve_of
 
+_KEY = re.compile(r"[0-9a-f]{12}")
 _FAILURE = re.compile(r"failure\.(\d+)\.json")
 
 
@@ -153,9 +154,14 @@ class SweepFolder:
             count += bool(failures)
         return count
 
-    def write_index(self, name: str, members: Sequence[Member]) -> None:
+    def write_index(self, name: str, wanted: Wanted) -> None:
         """Writes `sweep.json`, and links to the workdirs by names for people."""
-        sweep = self.sweep
+        sweep, members = self.sweep, wanted.members
+        # An arm that comes to the config of another one has the same run.
+        names = {member.key: [member.to_json()] for member in members}
+        for member in wanted.labelled:
+            if (other := member.to_json()) not in names[member.key]:
+                names[member.key].append(other)
         arms = sweep.all_arms if sweep.search is None else {}
         trained = [m for m in members if m.stage != "source"]
         index = {
@@ -168,15 +174,19 @@ class SweepFolder:
             "arms": {name: as_plain(arm.overrides) for name, arm in arms.items()},
             "cases": {name: as_plain(of) for name, of in sweep.cases.items()},
             "seeds": [dict(seed) for seed in sweep.all_seeds],
-            "members": {member.key: member.to_json() for member in members},
+            "members": {
+                key: {**one, "also": more} for key, (one, *more) in names.items()
+            },
         }
         text = json.dumps(index, indent=2) + "\n"
         with contextlib.suppress(FileNotFoundError):
             if self.index.read_text() == text:
                 return
         write_text(self.index, text, by_many=True)
-        for member in members:
-            self._link(member)
+        links = {self._link(member) for member in wanted.labelled}
+        for place in (self.root / "by_arm").rglob("*"):
+            if place.is_symlink() and place not in links:  # Of a removed arm.
+                place.unlink(missing_ok=True)
 
     def owner_lines(self, name: str) -> list[str]:
         """Returns a line if the file of the sweep has moved since its runs began.
@@ -200,8 +210,8 @@ class SweepFolder:
             "give another --dir"
         )
 
-    def _link(self, member: Member) -> None:
-        """Links the workdir of a member below `by_arm/`."""
+    def _link(self, member: Member) -> pathlib.Path:
+        """Links the workdir of a member below `by_arm/`, and returns the link."""
         values = list(dict(member.seed).values())
         values = values[:1] if len(set(values)) == 1 else values
         seed = f"seed{'_'.join(map(str, values))}"
@@ -215,34 +225,57 @@ class SweepFolder:
                 place.unlink()
             if not place.is_symlink():
                 place.symlink_to(target)
+        return place
 
-    def adopt(self, members: Sequence[Member]) -> list[str]:
+    def adopt(self, wanted: Wanted) -> list[str]:
         """Links members that have run elsewhere; returns lines about them.
 
         They are looked for beside this folder: finished runs, and members of other
-        sweeps. Those of other code run again.
+        sweeps. Those of other code run again, and sources without checkpoints.
 
         Args:
-            members: Members without a workdir are looked for.
+            wanted: Those of its members without a workdir are looked for.
         """
-        missing = {m.key: m for m in members if not self.workdir(m.key).exists()}
-        lines = []
-        for key, place in _elsewhere(self.root, set(missing)):
-            if key not in missing or missing[key].needs:
+        missing, lines = dict[str, Member](), []
+        for member in wanted.members:
+            workdir = self.workdir(member.key)
+            if workdir.is_symlink() and not workdir.exists():
+                workdir.unlink(missing_ok=True)
+                lines.append(f"{member.label}: the run it was found in is gone")
+            if not workdir.exists():
+                missing[member.key] = member
+        for key, place in _elsewhere(self.root, list(missing)):
+            if key not in missing or not self._starts_alike(missing[key], place):
                 continue
-            member = missing[key]
+            label = missing[key].label
             if identity(place) != identity(None):
-                lines.append(f"{member.label}: {place} ran with other code; runs again")
+                lines.append(f"{label}: {place} ran with other code; runs again")
+                continue
+            if key in wanted.sources and not _listed(place / "checkpoints"):
+                lines.append(f"{label}: {place} has no checkpoints; runs again")
                 continue
             del missing[key]
-            with contextlib.suppress(FileExistsError):
+            try:
                 self.workdir(key).symlink_to(os.path.relpath(place, self.root))
-            lines.append(f"{member.label}: finished in {place}")
+            except FileExistsError:  # Another worker was faster.
+                continue
+            lines.append(f"{label}: finished in {place}")
         return lines
 
-    def changes(self, members: Sequence[Member]) -> list[str]:
-        """Returns lines about finished members of other code, packages or data."""
-        now, lines = identity(None), []
+    def _starts_alike(self, member: Member, place: pathlib.Path) -> bool:
+        """Returns whether a run elsewhere started from the sources that a member has."""
+        return all(
+            self.workdir(key).resolve() == (place.parent / key).resolve()
+            for key in member.needs
+        )
+
+    def changes(self, wanted: Wanted) -> list[str]:
+        """Returns lines about finished runs that do not fit the sweep as it is now.
+
+        These are runs of other code, packages, data or weights, and those that belong to
+        no arm.
+        """
+        now, lines, members = identity(None), [], wanted.members
         others: dict[str, list[str]] = {"code": [], "packages": []}
         for member in members:
             outcome = self.outcome(member.key)
@@ -258,41 +291,65 @@ class SweepFolder:
                     f"{len(labels)} finished members ran with other {name} than that of "
                     f"now ({_few(labels)}); `retry --changed` runs them again"
                 )
-        for group in self._other_data(members):
+        for what, group in self._other_inputs(members):
             lines.append(
-                f"{_few([member.label for member in group])} have the same config.data, "
-                "but read other data than one another; `retry --changed` runs all of "
+                f"{_few([member.label for member in group])} name the same {what}, but "
+                "read other content than one another; `retry --changed` runs all of "
                 "them again"
+            )
+        if wanted.is_all and (count := len(self._of_no_arm(members))):
+            s, do = ("", "belongs") if count == 1 else ("s", "belong")
+            lines.append(
+                f"{count} finished run{s} in {self.root} {do} to no arm by now"
             )
         return lines
 
-    def _other_data(self, members: Sequence[Member]) -> list[list[Member]]:
-        """Returns groups of finished members of one `config.data` with other data."""
-        groups: dict[str, dict[str, list[Member]]] = {}
+    def _of_no_arm(self, members: Sequence[Member]) -> list[pathlib.Path]:
+        """Returns workdirs of finished runs that are no members, as of removed arms."""
+        keys = {member.key for member in members}
+        return [
+            folder
+            for folder in _listed(self.root)
+            if _KEY.fullmatch(folder.name)
+            and folder.name not in keys
+            and (folder / "result.json").is_file()
+        ]
+
+    def _other_inputs(
+        self, members: Sequence[Member]
+    ) -> list[tuple[str, list[Member]]]:
+        """Returns groups of finished members that read other content from one place.
+
+        Each group has the place: 'config.data', or the address of weights.
+        """
+        groups: dict[tuple[str, str], dict[str, list[Member]]] = {}
         for member in members:
             outcome = self.outcome(member.key)
             if outcome is None or outcome.state != "complete":
                 continue
             manifest = read_manifest(self.workdir(member.key)) or {}
-            same = repr((member.config.data, dict(member.seed)["order"]))
-            found = str(manifest.get("data_fingerprint"))
-            groups.setdefault(same, {}).setdefault(found, []).append(member)
+            data = repr((member.config.data, dict(member.seed)["order"]))
+            found = {("config.data", data): str(manifest.get("data_fingerprint"))}
+            for path, sha256 in (manifest.get("weights_sha256") or {}).items():
+                found[f"weights {path}", ""] = str(sha256)
+            for place, content in found.items():
+                groups.setdefault(place, {}).setdefault(content, []).append(member)
         return [
-            [member for own in by_print.values() for member in own]
-            for by_print in groups.values()
-            if len(by_print) > 1
+            (what, [member for own in by_content.values() for member in own])
+            for (what, _), by_content in groups.items()
+            if len(by_content) > 1
         ]
 
     def set_aside(self, members: Sequence[Member]) -> int:
-        """Moves members that have ended to `aside/`, if code, packages or data changed.
+        """Moves members that have ended to `aside/`, if code, packages or inputs changed.
 
-        If runs with the same `config.data` read other data, all of them are moved.
+        If runs read other data or weights from the same place, all of them are moved.
 
         Returns:
             The number of these members, which run again when workers are started.
         """
         now, count = identity(None), 0
-        mixed = [m.key for group in self._other_data(members) for m in group]
+        mixed = [m.key for _, group in self._other_inputs(members) for m in group]
         for member in members:
             workdir = self.workdir(member.key)
             outcome = self.outcome(member.key)
@@ -316,17 +373,11 @@ class SweepFolder:
         """Removes the checkpoints of a member."""
         shutil.rmtree(self.workdir(key) / "checkpoints", ignore_errors=True)
 
-    def drop_states(self, keep: Iterable[str], members: Sequence[Member]) -> None:
-        """Removes the checkpoints of finished members, but those of some."""
-        kept = set(keep)
-        for member in members:
-            workdir = self.workdir(member.key)
-            is_own = not workdir.is_symlink()
-            if (
-                member.key not in kept
-                and is_own
-                and (workdir / "result.json").is_file()
-            ):
+    def drop_states(self, keys: Iterable[str]) -> None:
+        """Removes the checkpoints of members that have run in this folder."""
+        for key in keys:
+            workdir = self.workdir(key)
+            if not workdir.is_symlink() and (workdir / "result.json").is_file():
                 shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
 
 
@@ -379,7 +430,7 @@ def threads_of(folder: SweepFolder, threads: int, *, is_decided: bool = True) ->
 
 
 def _elsewhere(
-    root: pathlib.Path, keys: set[str]
+    root: pathlib.Path, keys: Sequence[str]
 ) -> Iterator[tuple[str, pathlib.Path]]:
     """Yields keys and workdirs of finished runs beside the folder of a sweep."""
     if not keys:
@@ -393,7 +444,7 @@ def _elsewhere(
                     yield key, folder / key
         elif (folder / "result.json").is_file():
             key = _key_of(folder)
-            if key in keys:
+            if key is not None and key in keys:
                 yield key, folder
 
 

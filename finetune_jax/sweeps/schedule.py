@@ -6,7 +6,7 @@ All workers compute it for themselves from the folder, so they agree without a s
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from finetune_jax.core.errors import Problem, collected, raise_if
@@ -38,8 +38,9 @@ class Outcome:
     curve: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
-        """Returns a metric of the best state, None if there is none."""
-        return self.result.get("best", {}).get(metric)
+        """Returns a metric of the best state; None if it has no finite value."""
+        value = self.result.get("best", {}).get(metric)
+        return value if value is not None and math.isfinite(value) else None
 
 
 # Returns how a member ended, by its key; None if it has not.
@@ -72,22 +73,25 @@ class Wanted:
     """Members that are known by now.
 
     Attributes:
-        members: All of them, in order of their urgency.
+        members: Each run once, in order of urgency.
+        labelled: Each run under each of its names: two arms can come to the same config,
+            as by tuning.
         is_all: Whether there will be no more.
+        sources: Keys of the runs that others start from.
         tuned: Chosen values of each (arm, case) that has been tuned.
         trials: Trials of a search by number, as far as they have ended.
         tuning: Combinations that tuning tries.
         more: Largest number of members that will follow from results.
-        finals: Runs of arms; those of two arms are the same if tuning makes them equal.
     """
 
     members: tuple[Member, ...]
+    labelled: tuple[Member, ...]
     is_all: bool
+    sources: frozenset[str] = frozenset()
     tuned: Mapping[tuple[str, str], Mapping[str, Any]]
     trials: Mapping[int, Trial] = dataclasses.field(default_factory=dict)
     tuning: Sequence[Tuning] = ()
     more: int = 0
-    finals: Sequence[Member] = ()
 
 
 class Schedule:
@@ -129,15 +133,18 @@ class Schedule:
             for case, arm in pairs
             if (arm, case) in tuned and tuned[arm, case] != _NOTHING
         ]
-        members = self._with_sources([*tuning, *final])
-        return Wanted(
-            members=members, is_all=len(tuned) == len(pairs), tuned=tuned,
+        return self._wanted(
+            [*tuning, *final], is_all=len(tuned) == len(pairs), tuned=tuned,
             tuning=[one for ones in tried.values() for one in ones], more=more,
-            finals=final,
         )  # fmt: skip
 
-    def _with_sources(self, members: Sequence[Member]) -> tuple[Member, ...]:
-        """Returns members, each once, after the sources that they need."""
+    def _wanted(self, members: Sequence[Member], **known: Any) -> Wanted:
+        """Returns members after the sources that they need.
+
+        Args:
+            members: Members, some of which may be the same run.
+            known: Other attributes of `Wanted`.
+        """
         sources = {
             member.key: member
             for name in self.sweep.sources
@@ -145,24 +152,34 @@ class Schedule:
             for member in [self.members.source(name, seed)]
         }
         found: dict[str, Member] = {}
+        labelled: list[Member] = []
+        needed: set[str] = set()
 
         def add(member: Member) -> None:
             for key in member.needs:
-                add(sources[key])
+                if key not in needed:
+                    needed.add(key)
+                    add(sources[key])
+            labelled.append(member)
             # A tuning run that is also the run of the arm counts as that.
             if member.key not in found or found[member.key].stage == "tune":
                 found[member.key] = member
 
         for member in members:
             add(member)
-        return tuple(found.values())
+        return Wanted(
+            members=tuple(found.values()),
+            labelled=tuple(labelled),
+            sources=frozenset(sources),
+            **known,
+        )
 
     def _tuned(
         self, arm: str, case: str, outcome_of: OutcomeOf
     ) -> tuple[list[Member], list[Tuning], Mapping[str, Any] | None]:
         """Returns the tuning runs of an arm, and its values once they have ended.
 
-        The values are `_NOTHING` if all runs failed.
+        The values are `_NOTHING` if no choice has a value for all seeds.
         """
         grid = tune_of(self.sweep, arm)
         if not grid:
@@ -210,16 +227,10 @@ class Schedule:
             if trial is not None:
                 ended[number] = trial
         is_all = len(ended) == search.count
-        return Wanted(
-            members=self._with_sources(members),
-            is_all=is_all,
-            tuned={},
-            trials=ended,
-            # A trial that ended early has fewer.
-            more=0
-            if is_all
-            else search.count * len(self.sweep.all_seeds) - len(members),
-        )
+        # A trial that ended early has fewer.
+        all_runs = search.count * len(self.sweep.all_seeds)
+        more = 0 if is_all else all_runs - len(members)
+        return self._wanted(members, is_all=is_all, tuned={}, trials=ended, more=more)
 
     def _trial(
         self, number: int, before: Mapping[int, Trial], outcome_of: OutcomeOf
@@ -246,6 +257,9 @@ class Schedule:
             value = outcome.value(search.metric)
             if value is not None:
                 values[index] = value
+            elif outcome.state == "complete":  # The metric has no value.
+                state = state if state == "running" else "failed"
+                break
             if outcome.state != "complete":
                 # Which seed ends first must not decide: an earlier one may be pruned yet.
                 state = state if state == "running" else outcome.state
@@ -262,7 +276,7 @@ class Schedule:
         return found, Trial(
             number=number, overrides=dict(proposed.overrides),
             params=dict(proposed.params),
-            value=math.fsum(values.values()) / len(values) if values else None,
+            value=_mean(values.values()) if state != "failed" else None,
             curves=curves, state=state,
         )  # fmt: skip
 
@@ -302,7 +316,12 @@ def is_pruned_at(
     return lambda curve: is_pruned(search, before, number, curve, seed=index)
 
 
-# Values of an arm all of whose tuning runs failed.
+def _mean(values: Collection[float]) -> float | None:
+    """Returns the mean; None if there are no values."""
+    return math.fsum(values) / len(values) if values else None
+
+
+# Values of an arm if no choice has a value of the metric for all tuning seeds.
 _NOTHING: Mapping[str, Any] = {"": None}
 
 

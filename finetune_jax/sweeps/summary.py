@@ -76,7 +76,7 @@ def write_sweep_report(
         rows=[_arm_row(folder, table, row, curves, command) for row in table.rows],
         arms=[] if search else list(folder.sweep.all_arms),
         remarks=remarks(table),
-        warnings=folder.changes(wanted.members),
+        warnings=folder.changes(wanted),
         failures=_failures(folder, wanted.members),
         spreads=_spreads(table),
         command=command,

@@ -25,6 +25,8 @@ from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Wanted
 from finetune_jax.sweeps.tuning import tuning_notes, tuning_table
 
+NOT_TUNED = "no tuning run gave a value to choose by"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -165,14 +167,14 @@ def _collapsed(notes: Sequence[str]) -> list[str]:
 
 def _trials(wanted: Wanted) -> list[str]:
     """Returns the names of trials, in order."""
-    return list(dict.fromkeys(m.arm for m in wanted.members if m.stage == "trial"))
+    return list(dict.fromkeys(m.arm for m in wanted.labelled if m.stage == "trial"))
 
 
 def _row(folder: SweepFolder, wanted: Wanted, case: str, arm: str, metric: str) -> Row:
     """Returns the row of an arm, or of a trial, without its comparison."""
     members = [
         member
-        for member in wanted.finals or wanted.members
+        for member in wanted.labelled
         if member.stage in ("final", "trial")
         and (member.case, member.arm) == (case, arm)
     ]
@@ -204,11 +206,11 @@ def _row(folder: SweepFolder, wanted: Wanted, case: str, arm: str, metric: str) 
         chosen={} if all_failed else chosen,
         members=members,
         runs=runs,
-        missing=0 if is_pruned else wanted_runs - len(states),
+        missing=0 if trial is not None else wanted_runs - len(states),
         failed=states.count("failed"),
         pruned=is_pruned,
         estimate=None if is_pruned else mean_of(runs, metric),
-        problem="all its tuning runs failed" if all_failed else "",
+        problem=NOT_TUNED if all_failed else "",
     )
 
 

@@ -28,7 +28,7 @@ from finetune_jax.core.errors import (
 from finetune_jax.core.metric_names import is_better
 from finetune_jax.parallel import processes
 from finetune_jax.report.workdir import InUse
-from finetune_jax.sweeps.claims import BEATS, Claim, Claims
+from finetune_jax.sweeps.claims import Claim, Claims
 from finetune_jax.sweeps.folder import SweepFolder
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import Schedule, Wanted, is_pruned_at, tune_metric
@@ -83,6 +83,8 @@ class Worker:
     claim: Claim | None = None
     _shared: tuple[str, Shared] | None = None
     _idle_since: float | None = None
+    # Times at which members may be tried again whose workdirs were in use.
+    _in_use: dict[str, float] = dataclasses.field(default_factory=dict)
     _groups: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def work(self, only: str | None = None) -> bool:
@@ -109,6 +111,7 @@ class Worker:
                     if only in (None, member.key)
                 ]
                 self._index(wanted)
+                self._drop_states()
                 return all(o is None or o.state != "failed" for o in ended)
             if what == "unfit":
                 raise Unfit(key)
@@ -117,7 +120,8 @@ class Worker:
                     raise Preempted("stopped, without a member")
                 time.sleep(POLL_S)
                 continue
-            self._run(self._member(key))
+            if self._run(self._member(key)):
+                self._idle_since = None
 
     def release(self) -> None:
         """Lets other workers have the member at once, as this worker ends."""
@@ -152,7 +156,7 @@ class Worker:
         """Returns what to do next: ('run', key) with a claim, 'wait', 'over', 'unfit'."""
         wanted = self._wanted()
         self._index(wanted)
-        outcome = self.folder.outcome
+        outcome, now = self.folder.outcome, time.monotonic()
         left = [m for m in wanted.members if outcome(m.key) is None]
         left = [m for m in left if only in (None, m.key)]
         if not left and (wanted.is_all or only is not None):
@@ -160,22 +164,25 @@ class Worker:
         group = self._shared[0] if self._shared else ""
         # Members of one model share its programs.
         left.sort(key=lambda member: self._group(member) != group)
-        unfit = []
+        unfit, waiting = [], 0
         for member in left:
             if not self._is_ready(member):
+                waiting += 1
+                continue
+            if now < self._in_use.get(member.key, now):
                 continue
             if environment_of(member.config) != self.environment:
                 unfit.append(member.key)
                 continue
             is_done = functools.partial(self._has_ended, member.key)
             if claim := self.claims.take(member.key, is_done):
-                self.claim, self._idle_since = claim, None
+                self.claim = claim
                 return "run", member.key
         if unfit:
             return "unfit", unfit[0]
-        now = time.monotonic()
         self._idle_since = self._idle_since or now
-        if wanted.is_all and now - self._idle_since > self.folder.sweep.claim_timeout_s:
+        is_idle = now - self._idle_since > self.folder.sweep.claim_timeout_s
+        if wanted.is_all and not waiting and is_idle:
             say(f"the last {len(left)} members run elsewhere; this worker ends")
             return "over", ""
         return "wait", ""
@@ -199,10 +206,14 @@ class Worker:
 
     def _index(self, wanted: Wanted) -> None:
         if processes.is_first():
-            self.folder.write_index(self.name, wanted.members)
+            self.folder.write_index(self.name, wanted)
 
-    def _run(self, member: Member) -> None:
-        """Runs a member that is claimed, and notes how it ended."""
+    def _run(self, member: Member) -> bool:
+        """Runs a member that is claimed, and notes how it ended.
+
+        Returns:
+            Whether it ran; another process may be in its workdir.
+        """
         config, key = self._config(member), member.key
         number = self.claim.number if self.claim else 0
         log, begin = self.folder.log(key, number), time.perf_counter()
@@ -221,8 +232,12 @@ class Worker:
             if step is None:
                 raise
             self._pruned(member, step)
-        except InUse:  # By a process without a claim, or one that does not answer.
-            time.sleep(self.folder.sweep.claim_timeout_s / BEATS)
+        except InUse as error:  # A process without a claim, or one that is suspended.
+            wait_s = self.folder.sweep.claim_timeout_s
+            self._in_use[key] = time.monotonic() + wait_s
+            who = str(error).partition(". ")[0]
+            say(f"{member.label}: {who}; other members run first")
+            return False
         except Exception as error:
             self._failed(member, number, error)
         else:
@@ -234,6 +249,7 @@ class Worker:
         finally:
             self.stop.judge, self.stop.at_risk = None, False
             self.release()
+        return True
 
     def _config(self, member: Member) -> Config:
         """Returns the config of a member for this process."""
@@ -272,9 +288,10 @@ class Worker:
     def _keeps(self, member: Member, result: Mapping[str, Any]) -> bool:
         """Returns whether the checkpoints of a member that has just ended stay."""
         keep = self.folder.sweep.keep
-        if member.stage == "source" or keep == "all":
+        if keep == "all" or member.key in self._wanted().sources:
             return True
-        best, metric = self._best(), self._metric(member)
+        metric = self._metric(member)
+        best, _ = self._ranked()
         value = result["best"].get(metric)
         if keep == "none" or value is None:
             return False
@@ -288,18 +305,32 @@ class Worker:
         search = self.folder.sweep.search
         return search.metric if search else tune_metric(self.folder.sweep, member)
 
-    def _best(self) -> tuple[str, float] | None:
-        """Returns the best finished member and its value."""
+    def _ranked(self) -> tuple[tuple[str, float] | None, set[str]]:
+        """Returns the best finished member with its value, and the keys of the others.
+
+        Sources are in neither. A member that finishes meanwhile is not among the others:
+        it may be better.
+        """
         best: tuple[str, float] | None = None
-        for member in self._wanted().members:
+        ended: set[str] = set()
+        wanted = self._wanted()
+        for member in wanted.members:
             outcome = self.folder.outcome(member.key)
-            if member.stage == "source" or outcome is None:
+            if member.key in wanted.sources or outcome is None:
                 continue
+            ended.add(member.key)
             metric = self._metric(member)
             value = outcome.value(metric)
             if value is not None and is_better(metric, value, best and best[1]):
                 best = member.key, value
-        return best
+        return best, ended - {best[0] if best else ""}
+
+    def _drop_states(self) -> None:
+        """Removes the checkpoints that do not stay."""
+        if self.folder.sweep.keep == "best" and processes.is_first():
+            best, others = self._ranked()
+            if best is not None:
+                self.folder.drop_states(others)
 
     def _finished(
         self, member: Member, result: Mapping[str, Any], seconds: float
@@ -307,9 +338,7 @@ class Worker:
         wanted = self._wanted()
         self._index(wanted)
         sweep = self.folder.sweep
-        if sweep.keep == "best" and processes.is_first() and (best := self._best()):
-            sources = [m.key for m in wanted.members if m.stage == "source"]
-            self.folder.drop_states([best[0], *sources], wanted.members)
+        self._drop_states()
         is_final = member.stage == "final"
         metric = sweep.metric_of(member.arm) if is_final else self._metric(member)
         value = result["best"].get(metric)
@@ -317,10 +346,9 @@ class Worker:
         say(f"{self._count(wanted)} {member.label}: {number}{seconds:.1f} s")
 
     def _count(self, wanted: Wanted) -> str:
-        """Returns how many of the members that are known have ended."""
+        """Returns how many members have ended, of how many at most."""
         ended = sum(self.folder.outcome(m.key) is not None for m in wanted.members)
-        more = "" if wanted.is_all else "+"
-        return f"[{ended}/{len(wanted.members)}{more}]"
+        return f"[{ended}/{len(wanted.members) + wanted.more}]"
 
     def _pruned(self, member: Member, step: int) -> None:
         search = self.folder.sweep.search

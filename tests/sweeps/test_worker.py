@@ -147,7 +147,7 @@ def test_other_data_is_told(finished, tmp_path, capsys):
     manifest = json.loads(path.read_text()) | {"data_fingerprint": "other"}
     path.write_text(json.dumps(manifest))
     assert act(tmp_path, "status") == 0
-    assert "read other data than one another" in capsys.readouterr().out
+    assert "name the same config.data" in capsys.readouterr().out
     assert act(tmp_path, "retry", "--changed") == 0
     assert "2 finished with other code or data; start `run`" in capsys.readouterr().out
 
