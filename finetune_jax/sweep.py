@@ -361,7 +361,7 @@ def _report(flags: argparse.Namespace, name: str, folder: SweepFolder) -> int:
     lines = _opened(flags, name, folder)
     status = _told(folder, name, flags.sweep)
     wanted = Schedule(folder.sweep).wanted(folder.outcome)
-    for line in lines + folder.changes(wanted.members):
+    for line in lines + folder.changes(wanted):
         print(f"warning: {line}")
     return status
 
