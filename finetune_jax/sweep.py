@@ -322,7 +322,7 @@ def _launch(
         return 0
     folder.make()
     check_shared(folder.claims)
-    folder.write_index(name, wanted.members)
+    folder.write_index(name, wanted)
     launch = dataclasses.replace(launch, threads=threads_of(folder, launch.threads))
     status = launcher.run(launch)
     if flags.launcher != "local" or status == STOPPED:
