@@ -300,7 +300,8 @@ class SweepFolder:
         if wanted.is_all and (count := len(self._of_no_arm(members))):
             s, do = ("", "belongs") if count == 1 else ("s", "belong")
             lines.append(
-                f"{count} finished run{s} in {self.root} {do} to no arm by now"
+                f"{count} finished run{s} in the folder {do} to no arm of the sweep: "
+                "arms were removed or changed"
             )
         return lines
 

@@ -69,6 +69,7 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("NPROC", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "arms"),
     [
@@ -105,7 +106,7 @@ def test_a_removed_arm_is_told_and_its_links_go(tmp_path, capsys):
     capsys.readouterr()
     fewer = Place(tmp_path / "run", "arms={'one': {}}")
     assert fewer.act("run") == 0
-    assert "1 finished run in" in capsys.readouterr().out
+    assert "1 finished run in the folder" in capsys.readouterr().out
     assert not (tmp_path / "run" / "by_arm" / "sgd" / "seed0").is_symlink()
 
 
@@ -129,6 +130,7 @@ def test_other_weights_at_one_address_are_told(tmp_path, capsys):
     assert "name the same" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_elsewhere_are_taken_only_if_they_can_be_used(tmp_path, capsys):
     arguments = f"arms={FROM_SGD}, sources={SOURCE}"
     first = Place(tmp_path / "first", "arms={'one': SGD}, keep='none'")
@@ -190,6 +192,7 @@ def test_workers_wait_for_a_source_that_runs_elsewhere(tmp_path, monkeypatch):
     assert worker._choose(None) == ("wait", "")
 
 
+@pytest.mark.slow
 def test_a_workdir_in_use_stops_no_other_member(tmp_path, capsys):
     place = Place(tmp_path / "run", "arms={'a': {}, 'b': SGD}")
     folder, wanted = place.opened()
@@ -230,7 +233,7 @@ def test_sizes_of_folders_that_change_are_read(tmp_path):
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        assert {bytes_below(tmp_path) for _ in range(300)} == {0}
+        assert {bytes_below(tmp_path) for _ in range(100)} == {0}
     finally:
         is_over.set()
         thread.join()
