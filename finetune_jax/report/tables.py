@@ -94,3 +94,13 @@ def short_labels(keys: Sequence[str]) -> list[str]:
         short if last.count(short) == 1 else key
         for short, key in zip(last, keys, strict=True)
     ]
+
+
+def first_of(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """Returns the first texts, and the number of the others.
+
+    >>> first_of(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more

@@ -6,6 +6,7 @@ from finetune_jax.config import Config
 from finetune_jax.config.short import needed_devices
 from finetune_jax.core.errors import Problem, collected
 from finetune_jax.core.registry import closest
+from finetune_jax.report.tables import first_of
 from finetune_jax.sweeps.definition import Sweep
 from finetune_jax.sweeps.members import Member
 from finetune_jax.sweeps.schedule import tune_metric
@@ -36,7 +37,10 @@ def config_problems(
         texts = [str(problem) for problem in dict.fromkeys(wrong)]
         for text in texts:
             found.setdefault(text, []).append(member.label)
-    return [Problem.of(f"{text} ({_few(labels)})") for text, labels in found.items()]
+    return [
+        Problem.of(f"{text} ({first_of(labels, most=1)})")
+        for text, labels in found.items()
+    ]
 
 
 def _metric_problems(sweep: Sweep, member: Member) -> list[Problem]:
@@ -86,8 +90,3 @@ def known_metrics(config: Config, *, may_choose: bool) -> list[str]:
     ]
     found += [f"{also.label}/{name}" for also in config.evaluate.also for name in bare]
     return list(dict.fromkeys(found))
-
-
-def _few(labels: Sequence[str]) -> str:
-    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-    return f"{labels[0]}{more}"

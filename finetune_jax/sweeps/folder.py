@@ -25,6 +25,7 @@ from finetune_jax.core.errors import UserError
 from finetune_jax.core.files import write_json, write_text
 from finetune_jax.core.paths import user_path
 from finetune_jax.report.manifest import code_digest, package_versions
+from finetune_jax.report.tables import first_of
 from finetune_jax.report.workdir import make_folder, read_json, read_manifest
 from finetune_jax.sweeps.definition import Sweep, folder_name
 from finetune_jax.sweeps.members import Member, as_plain, member_key
@@ -287,13 +288,15 @@ class SweepFolder:
                     labels.append(member.label)
         for name, labels in others.items():
             if labels:
+                few = first_of(labels, separator="; ")
                 lines.append(
                     f"{len(labels)} finished members ran with other {name} than that of "
-                    f"now ({_few(labels)}); `retry --changed` runs them again"
+                    f"now ({few}); `retry --changed` runs them again"
                 )
         for what, group in self._other_inputs(members):
+            few = first_of([member.label for member in group], separator="; ")
             lines.append(
-                f"{_few([member.label for member in group])} name the same {what}, but "
+                f"{few} name the same {what}, but "
                 "read other content than one another; `retry --changed` runs all of "
                 "them again"
             )
@@ -463,9 +466,3 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _few(labels: Sequence[str]) -> str:
-    """Returns the first labels of many as text."""
-    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
-    return f"{'; '.join(labels[:3])}{more}"

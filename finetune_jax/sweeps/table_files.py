@@ -376,7 +376,12 @@ def as_json(table: Table) -> dict[str, Any]:
         "metric": table.metric,
         "comparisons": _without_nan(found),
         "best": [
-            {"case": case, "arm": best.name, "not_told_apart": best.rivals}
+            {
+                "case": case,
+                "arm": best.name,
+                "not_told_apart": best.rivals,
+                "not_compared": list(best.problems),
+            }
             for case, best in table.best.items()
         ],
         "notes": list(table.notes),

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_jax.report.html.formats import metric_text
-from finetune_jax.report.tables import short_labels
+from finetune_jax.report.tables import first_of, short_labels
 from finetune_jax.sweeps.members import as_plain
 from finetune_jax.sweeps.schedule import Wanted
-
-# Arms that a note names.
-_MOST_NAMES = 3
 
 
 def values_text(values: Mapping[str, Any]) -> str:
@@ -65,12 +62,6 @@ def tuning_notes(wanted: Wanted) -> list[str]:
             text = f"{key}={value:g}, the {end} of the {len(values)} values tried,"
             arms.setdefault(text, []).append(f"{arm} ({case})" if case else arm)
     return [
-        f"{text} was chosen for {_few(names)}; values beyond it may be better"
+        f"{text} was chosen for {first_of(names)}; values beyond it may be better"
         for text, names in arms.items()
     ]
-
-
-def _few(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    first = ", ".join(names[:_MOST_NAMES])
-    return f"{first} and {more} more" if more > 0 else first

@@ -148,6 +148,9 @@ def test_the_best_group_is_told_with_those_that_may_be_as_good(tmp_path):
     del groups["lora"]
     found = comparison.best_of(groups, "full", "test/accuracy")
     assert found.sentence() == "full is better than all others"
+    found = dataclasses.replace(found, problems={"half": ["no seed in common"]})
+    assert found.sentence().endswith("; cannot be compared with it: half")
+    assert found.rivals == []
 
 
 def test_a_split_without_recorded_scores_is_named(tmp_path):

@@ -166,16 +166,18 @@ class Best:
     def rivals(self) -> list[str]:
         """Names of the groups that are not told apart from the best one."""
         known = self.comparisons.items()
-        return [name for name, one in known if one.verdict != "worse"] + [
-            *self.problems
-        ]
+        return [name for name, one in known if one.verdict != "worse"]
 
     def sentence(self) -> str:
         """Returns which groups are worse than the best one."""
+        answer = f"{self.name} is better than all others"
+        if self.rivals or not self.comparisons:
+            answer = f"{self.name} has the best mean"
         if self.rivals:
-            rivals = ", ".join(self.rivals)
-            return f"{self.name} has the best mean; not told apart from it: {rivals}"
-        return f"{self.name} is better than all others"
+            answer += f"; not told apart from it: {', '.join(self.rivals)}"
+        if self.problems:
+            answer += f"; cannot be compared with it: {', '.join(self.problems)}"
+        return answer
 
 
 def best_of(groups: Mapping[str, Sequence[Run]], best: str, metric: str) -> Best:

@@ -9,6 +9,7 @@ from finetune_jax.core.errors import UserError, raise_if
 from finetune_jax.core.metric_names import is_of_class
 from finetune_jax.core.registry import closest
 from finetune_jax.evaluation import per_example
+from finetune_jax.report.tables import first_of
 from finetune_jax.report.workdir import read_manifest
 from finetune_jax.sweeps.comparison.runs import Run
 
@@ -126,7 +127,7 @@ def paired_scores(
     absent = [str(run.folder) for run, one in zip(runs, files) if one is None]
     if absent:
         return None, [
-            f"compared over seeds alone: no {per_example.FILE} in {_few(absent)}"
+            f"compared over seeds alone: no {per_example.FILE} in {first_of(absent)}"
         ]
     found = [
         per_example.scores_of(one or {}, run.name_of(metric))
@@ -173,9 +174,3 @@ def _no_scores(files: Sequence[Mapping[str, Any] | None], metric: str) -> str:
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return len(one) == len(other) and bool(np.array_equal(np.sort(one), np.sort(other)))
-
-
-def _few(names: Sequence[str], most: int = 3) -> str:
-    """Returns the first names, and the number of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
